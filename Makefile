@@ -1,0 +1,29 @@
+# Set-up and the two commands of the README; everything happens inside .venv, which is brought up to date only when a
+# requirement changes. Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+BIN := .venv/bin
+REQUIREMENTS := setup.cfg pyproject.toml
+
+.PHONY: demo test quality clean
+
+demo: .venv/installed-demo  ## edit a photograph with the shipped checkpoint and print where the picture is
+	$(BIN)/python examples/edit_photo.py
+
+test: .venv/installed-dev  ## run the test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+quality: .venv/installed-dev  ## check style
+	$(BIN)/ruff check
+
+clean:  ## remove the virtual environment
+	rm -rf .venv
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"Python 3.11 or newer is needed, this one is " + sys.version.split()[0] + ": try make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed-%: $(REQUIREMENTS) | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[$*]'
+	@touch $@

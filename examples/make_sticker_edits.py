@@ -1,0 +1,580 @@
+"""Make the "stickers" data set: pairs of pictures with an instruction that turns the first into the second.
+
+A picture is a crop of a real photograph with one to four coloured stickers on it. An edit recolours, reshapes, removes,
+adds or moves one sticker; a translation turns a canny, depth or segmentation map into stickers on a plain background,
+with the colours told by a caption. Every length is a fraction of the picture's side, so any resolution works.
+
+    python examples/make_sticker_edits.py --output_dir stickers --num_train 200000 --resolution 128
+
+writes `train-*.parquet`, `validation-*.parquet` and `test-*.parquet` with the columns `source_image`, `target_image`,
+`prompt` (without a task prefix), `mask` (white = may change), `task` and `details` (JSON, what the scoring needs).
+Sample `i` of a split depends on the seed, the split, `i` and the resolution alone. Shards that exist are kept: a second
+run goes on where the first stopped.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import math
+import os
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import skimage
+from datasets import Features, Image, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw
+from skimage.color import rgb2lab
+from skimage.feature import canny
+
+
+# The photographs, all inside scikit-image's wheel; licences as stated in the docstrings of `skimage.data`.
+# name: (file, licence, weight among the photographs trained on; None = held out, never trained on).
+PHOTOGRAPHS = {
+    "astronaut": ("astronaut.png", "public domain (NASA)", 3),
+    "coffee": ("coffee.png", "CC0 (Rachel Michetti)", 3),
+    "camera": ("camera.png", "CC0 (Lav Varshney)", 2),
+    "hubble_deep_field": ("hubble_deep_field.jpg", "public domain (NASA)", 1),
+    "retina": ("retina.jpg", "CC0 (Mikael Häggström)", 2),
+    "clock": ("clock_motion.png", "public domain (Stefan van der Walt)", 1),
+    "brick": ("brick.png", "CC0 (CC0Textures, Bricks25)", 1),
+    "grass": ("grass.png", "CC0 (linolafett)", 1),
+    "gravel": ("gravel.png", "CC0 (CC0Textures, Gravel04)", 1),
+    "chelsea": ("chelsea.png", "CC0 (Stefan van der Walt)", None),
+    "rocket": ("rocket.jpg", "public domain (SpaceX)", None),
+}
+HELD_OUT = tuple(name for name, (_, _, weight) in PHOTOGRAPHS.items() if weight is None)
+
+# (left, top, right, bottom) of the part of a photograph that a split may see, as fractions. They share no pixel.
+REGIONS = {"train": (0, 0, 0.65, 1), "validation": (0.65, 0, 1, 0.5), "test": (0.65, 0.5, 1, 1)}
+
+# Chosen far apart in Lab: the closest two, blue and purple, are 41 apart; a background and a sticker, 41.
+COLOURS = {
+    "red": (205, 0, 30),
+    "orange": (255, 140, 0),
+    "yellow": (255, 240, 60),
+    "green": (0, 150, 40),
+    "blue": (20, 60, 230),
+    "purple": (170, 50, 190),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
+BACKGROUNDS = {"grey": (128, 128, 128), "pink": (255, 170, 200), "brown": (110, 70, 40), "cyan": (70, 215, 225)}
+SEGMENTATION_PALETTE = {
+    "circle": (0, 140, 150),
+    "square": (150, 80, 60),
+    "triangle": (200, 150, 200),
+    "star": (90, 100, 90),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+
+OPERATIONS = {"recolour": 0.25, "reshape": 0.2, "remove": 0.15, "add": 0.2, "move": 0.2}
+TRANSLATIONS = ("canny", "depth", "segmentation")
+EDIT_SHARE = 0.65
+
+# Never the subject or the result of an edit in training and validation; they do occur as bystanders.
+UNSEEN_PAIRS = {("red", "triangle"), ("yellow", "circle"), ("blue", "star"), ("white", "square")}
+
+# Lengths in tokens of an 8×8 grid, as fractions of the picture.
+TOKEN = 1 / 8
+SMALLEST, LARGEST, CANONICAL = 2.0 * TOKEN, 2.6 * TOKEN, 2.3 * TOKEN
+GAP = 0.3 * TOKEN
+MASK_MARGIN = 0.25 * TOKEN
+
+PROMPTS = {
+    "recolour": (
+        "make the {old} {to_colour}",
+        "turn the {old} {to_colour}",
+        "paint the {old} {to_colour}",
+        "change the {old} to {to_colour}",
+        "make the {old_turned} {to_colour}",
+        "use {to_colour} for the {old}",
+        "paint {to_colour} over the {old}",
+        "the {old} should be {to_colour}",
+    ),
+    "reshape": (
+        "turn the {old} into a {to_shape}",
+        "make the {old} a {to_shape}",
+        "change the {old} to a {to_shape}",
+        "turn the {old_turned} into a {to_shape}",
+        "replace the {old} with a {to_shape}",
+        "put a {to_shape} in place of the {old}",
+        "the {old} should be a {to_shape}",
+    ),
+    "remove": (
+        "remove the {old}",
+        "delete the {old}",
+        "erase the {old}",
+        "take away the {old}",
+        "remove the {old_turned}",
+        "the {old} should go",
+    ),
+    "add": (
+        "add {new} {at}",
+        "put {new} {at}",
+        "draw {new} {at}",
+        "add {new_turned} {at}",
+        "{at} add {new}",
+        "there should be {new} {at}",
+    ),
+    "move": (
+        "move the {old} {to}",
+        "bring the {old} {to}",
+        "put the {old} {at}",
+        "move the {old_turned} {to}",
+        "{at} put the {old}",
+        "the {old} should be {at}",
+    ),
+    "translation": (
+        "{stickers} on a {background} background",
+        "a {background} background with {stickers}",
+        "on a {background} background {stickers}",
+        "{stickers}, the background is {background}",
+    ),
+}
+
+FEATURES = Features(
+    source_image=Image(),
+    target_image=Image(),
+    prompt=Value("string"),
+    mask=Image(),
+    task=Value("string"),
+    details=Value("string"),
+)
+
+
+@dataclass(frozen=True)
+class Sticker:
+    """One sticker: `x`, `y` are its centre and `size` the width of its bounding square, as fractions of the picture."""
+
+    colour: str
+    shape: str
+    place: str
+    x: float
+    y: float
+    size: float
+    rgb: tuple[int, int, int]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def compute_outlines():
+    """Compute each shape's corners around its centre, (points, 2) in [-0.5, 0.5]; every shape is exactly 1 wide."""
+    turn = np.arange(64) * 2 * math.pi / 64
+    circle = 0.5 * np.stack([np.cos(turn), np.sin(turn)], -1)
+    square = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
+    triangle = np.array([[0, -0.45], [0.5, 0.45], [-0.5, 0.45]])
+    turn = np.arange(10) * math.pi / 5
+    radius = np.where(np.arange(10) % 2 == 0, 0.526, 0.23)[:, None]
+    star = radius * np.stack([np.sin(turn), -np.cos(turn)], -1)
+    star[:, 1] -= (star[:, 1].min() + star[:, 1].max()) / 2
+    return {"circle": circle, "square": square, "triangle": triangle, "star": star}
+
+
+OUTLINES = compute_outlines()
+
+
+def draw_coverage(shape, x, y, size, resolution):
+    """Draw how much of each pixel a shape covers; returns (coverage, (left, top)) of the bounding box alone."""
+    side = math.ceil(size * resolution) + 4
+    left, top = (math.floor((centre - size / 2) * resolution) - 1 for centre in (x, y))
+    points = 4 * (OUTLINES[shape] * size * resolution + (x * resolution - left, y * resolution - top))
+    coverage = PILImage.new("L", (4 * side, 4 * side))
+    ImageDraw.Draw(coverage).polygon([tuple(point) for point in (points - 0.5).tolist()], fill=255)
+    return coverage.reduce(4), (left, top)
+
+
+def draw_stickers(background, stickers, fill=None):
+    """Draw stickers on a copy of `background`; `fill` maps a sticker to its colour, by default its own."""
+    image = background.copy()
+    for sticker in stickers:
+        coverage, corner = draw_coverage(sticker.shape, sticker.x, sticker.y, sticker.size, image.width)
+        image.paste(fill(sticker) if fill else sticker.rgb, corner, coverage)
+    return image
+
+
+def draw_mask(stickers, resolution):
+    """Draw the pixels that may change: the stickers' bounding squares, a quarter of a token wider on every side."""
+    mask = PILImage.new("L", (resolution, resolution))
+    for sticker in stickers:
+        reach = sticker.size / 2 + MASK_MARGIN
+        low = [math.floor((centre - reach) * resolution) for centre in (sticker.x, sticker.y)]
+        high = [math.ceil((centre + reach) * resolution) - 1 for centre in (sticker.x, sticker.y)]
+        ImageDraw.Draw(mask).rectangle((*low, *high), fill=255)
+    return mask
+
+
+@lru_cache
+def load_photograph(name, split):
+    """Load the part of a photograph that `split` may see; the held-out photographs are seen whole, by no one else."""
+    path = Path(skimage.__file__).parent / "data" / PHOTOGRAPHS[name][0]
+    photograph = PILImage.open(path).convert("RGB")
+    if name in HELD_OUT:
+        return photograph
+    width, height = photograph.size
+    left, top, right, bottom = REGIONS[split]
+    return photograph.crop((int(left * width), int(top * height), int(right * width), int(bottom * height)))
+
+
+def draw_colour_matrix(rng):
+    """Draw a random colour change: channel order, hue, saturation, gain, bias; as `PIL.Image.convert`'s 12 numbers."""
+    order = np.eye(3)[rng.sample(range(3), 3) if rng.random() < 0.5 else [0, 1, 2]]
+    angle = rng.uniform(-0.5, 0.5)
+    grey = np.full((3, 3), 1 / 3)
+    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    hue = grey + math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * across
+    saturation = grey + rng.uniform(0.4, 1.5) * (np.eye(3) - grey)
+    gain = np.diag([rng.uniform(0.85, 1.15) for _ in range(3)]) * rng.uniform(0.7, 1.25)
+    matrix = gain @ saturation @ hue @ order
+    bias = 127.5 * (1 - matrix.sum(1).mean()) + rng.uniform(-35, 35)
+    return np.concatenate([matrix, np.full((3, 1), bias)], 1).ravel().tolist()
+
+
+def draw_background(rng, split, resolution, photograph=None):
+    """Draw a square crop of a photograph; crops for training are also mirrored and change colours."""
+    if photograph is None:
+        names = [name for name in PHOTOGRAPHS if name not in HELD_OUT]
+        photograph = rng.choices(names, [PHOTOGRAPHS[name][2] for name in names])[0]
+    image = load_photograph(photograph, split)
+    side = min(image.size) * math.exp(rng.uniform(math.log(0.5), 0))
+    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+    crop = image.resize(
+        (resolution, resolution), PILImage.Resampling.BICUBIC, (left, top, left + side, top + side), reducing_gap=2
+    )
+    if split == "train":
+        crop = crop.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+        crop = crop.convert("RGB", draw_colour_matrix(rng)) if rng.random() < 0.8 else crop
+    return photograph, crop
+
+
+COLOURS_LAB = rgb2lab(np.array([list(COLOURS.values())], dtype=np.uint8))[0]
+
+
+def find_legible(background):
+    """Return the (place, colour) pairs where a sticker stands out from the photograph beneath and around it.
+
+    In its cell of the 3×3 grid the mean Lab distance is at least 35, and below 18 for a tenth of the cell at most.
+    """
+    lab = rgb2lab(np.asarray(background.resize((24, 24), PILImage.Resampling.BOX)))
+    distance = np.linalg.norm(lab[:, :, None] - COLOURS_LAB, axis=-1)
+    cells = distance.reshape(3, 8, 3, 8, len(COLOURS)).swapaxes(1, 2).reshape(9, 64, len(COLOURS))
+    legible = (cells.mean(1) >= 35) & ((cells < 18).mean(1) <= 0.1)
+    colours = list(COLOURS)
+    return {(PLACES[place], colours[colour]) for place, colour in np.argwhere(legible).tolist()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes
+
+
+def get_centre(place):
+    """Return the centre (x, y) of a named place, as fractions of the picture."""
+    row, column = divmod(PLACES.index(place), 3)
+    return (2 * column + 1) / 6, (2 * row + 1) / 6
+
+
+def draw_rgb(rng, colour, split):
+    """Draw a named colour's RGB: exact for validation and test, up to 6 off per channel for training."""
+    jitter = 6 if split == "train" else 0
+    return tuple(min(255, max(0, value + rng.randint(-jitter, jitter))) for value in COLOURS[colour])
+
+
+def draw_sticker(rng, pair, place, split):
+    """Draw a sticker's size and its position, which strays from the centre of its place without leaving the cell."""
+    size = rng.uniform(SMALLEST, LARGEST)
+    slack = 1 / 6 - size / 2
+    x, y = (centre + rng.uniform(-slack, slack) for centre in get_centre(place))
+    return Sticker(*pair, place, x, y, size, draw_rgb(rng, pair[0], split))
+
+
+def are_apart(stickers):
+    """Tell whether every two stickers' bounding squares leave a gap."""
+    return all(
+        max(abs(one.x - other.x), abs(one.y - other.y)) >= (one.size + other.size) / 2 + GAP
+        for one, other in itertools.combinations(stickers, 2)
+    )
+
+
+def draw_pair(rng, like=None):
+    """Draw a (colour, shape); with `like`, most often one that shares its colour or its shape."""
+    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    draw = rng.random()
+    if like is None or draw > 0.7:
+        return colour, shape
+    return (like[0], shape) if draw < 0.35 else (colour, like[1])
+
+
+def draw_edited_pair(rng, operation, unseen):
+    """Draw the edited sticker's (colour, shape) before and after; `unseen`: one of the two is an unseen pair."""
+    while True:
+        old = draw_pair(rng)
+        new = old
+        if operation == "recolour":
+            new = (rng.choice([colour for colour in COLOURS if colour != old[0]]), old[1])
+        elif operation == "reshape":
+            new = (old[0], rng.choice([shape for shape in SHAPES if shape != old[1]]))
+        if bool({old, new} & UNSEEN_PAIRS) == unseen:
+            return old, new
+
+
+def draw_edit_scene(rng, operation, num_bystanders, unseen, legible, split):
+    """Draw (old sticker, new sticker, bystanders), or None where they collide, repeat a pair or are hard to see."""
+    old_pair, new_pair = draw_edited_pair(rng, operation, unseen)
+    pairs = [draw_pair(rng, like=old_pair) for _ in range(num_bystanders)]
+    if len({old_pair, new_pair, *pairs}) < num_bystanders + 1 + (old_pair != new_pair):
+        return None
+    places = rng.sample(PLACES, num_bystanders + 2)
+    old = draw_sticker(rng, old_pair, places[0], split)
+    if operation == "add":
+        old = replace(old, **dict(zip("xy", get_centre(places[0]), strict=True)), size=CANONICAL)
+    new = old
+    if operation == "move":
+        new = replace(old, place=places[1], **dict(zip("xy", get_centre(places[1]), strict=True)))
+    elif operation == "recolour":
+        new = replace(old, colour=new_pair[0], rgb=draw_rgb(rng, new_pair[0], split))
+    elif operation == "reshape":
+        new = replace(old, shape=new_pair[1])
+    bystanders = [draw_sticker(rng, pair, place, split) for pair, place in zip(pairs, places[2:], strict=True)]
+    everyone = [old, new, *bystanders]
+    apart = everyone if operation == "move" else everyone[1:]
+    if not are_apart(apart) or any((sticker.place, sticker.colour) not in legible for sticker in everyone):
+        return None
+    return old, new, bystanders
+
+
+def draw_translation_scene(rng, split):
+    """Draw one to four stickers, with all (colour, shape) pairs different, for a plain background."""
+    num_stickers = rng.randint(1, 4)
+    while True:
+        pairs = [draw_pair(rng)]
+        pairs += [draw_pair(rng, like=pairs[0]) for _ in range(num_stickers - 1)]
+        places = rng.sample(PLACES, num_stickers)
+        stickers = [draw_sticker(rng, pair, place, split) for pair, place in zip(pairs, places, strict=True)]
+        if len(set(pairs)) == num_stickers and are_apart(stickers):
+            return stickers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def describe(sticker, turned=False):
+    """Name a sticker: "red circle", or turned, "circle that is red"."""
+    return f"{sticker.shape} that is {sticker.colour}" if turned else f"{sticker.colour} {sticker.shape}"
+
+
+def describe_place(place, motion=False):
+    """Put the preposition before a place: "at the top", "on the right", "in the centre"; in motion, "to the top"."""
+    preposition = {"left": "on", "right": "on", "centre": "in"}.get(place, "at")
+    return f"{'to' if motion else preposition} the {place}"
+
+
+def add_article(words):
+    """Put "a" or "an" before words."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def draw_edit_prompt(rng, operation, old, new):
+    """Draw one phrasing of the edit that turns `old` into `new`."""
+    return rng.choice(PROMPTS[operation]).format(
+        old=describe(old),
+        old_turned=describe(old, turned=True),
+        new=add_article(describe(new)),
+        new_turned=add_article(describe(new, turned=True)),
+        to_colour=new.colour,
+        to_shape=new.shape,
+        at=describe_place(new.place),
+        to=describe_place(new.place, motion=True),
+    )
+
+
+def draw_caption(rng, stickers, background):
+    """Draw a caption that names every sticker, in random order, and the background."""
+    names = [f"{add_article(describe(sticker))} {describe_place(sticker.place)}" for sticker in stickers]
+    rng.shuffle(names)
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return rng.choice(PROMPTS["translation"]).format(stickers=listed, background=background)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def make_edit(rng, operation, split, resolution, part="seen", photograph=None):
+    """Make one edit: a dict of PIL images, prompt, task and details."""
+    num_bystanders = rng.randint(1 if operation == "add" else 0, 3)
+    scene = None
+    while scene is None:
+        name, background = draw_background(rng, split, resolution, photograph)
+        legible = find_legible(background)
+        for _ in range(50):
+            scene = draw_edit_scene(rng, operation, num_bystanders, part == "unseen_pairs", legible, split)
+            if scene is not None:
+                break
+    old, new, bystanders = scene
+    before = bystanders if operation == "add" else [old, *bystanders]
+    after = bystanders if operation == "remove" else [new, *bystanders]
+    details = {"part": part, "operation": operation, "photograph": name, "unseen": part == "unseen_pairs"}
+    details["old"] = None if operation == "add" else asdict(old)
+    details["new"] = None if operation == "remove" else asdict(new)
+    details["bystanders"] = [asdict(sticker) for sticker in bystanders]
+    return {
+        "source_image": draw_stickers(background, before),
+        "target_image": draw_stickers(background, after),
+        "prompt": draw_edit_prompt(rng, operation, old, new),
+        "mask": draw_mask([old, new], resolution),
+        "task": "edit",
+        "details": details,
+    }
+
+
+def draw_canny_map(stickers, resolution):
+    """Draw the stickers' edges in white on black, whatever their colours."""
+    silhouettes = draw_stickers(PILImage.new("L", (resolution, resolution)), stickers, lambda sticker: 255)
+    edges = canny(np.asarray(silhouettes) / 255, sigma=0.7)
+    return PILImage.fromarray(edges.astype(np.uint8) * 255).convert("RGB")
+
+
+def draw_depth_map(rng, stickers, resolution):
+    """Draw a floor that comes nearer (brighter) towards the bottom, and before it each sticker at its own depth."""
+    floor = np.linspace(10, rng.uniform(40, 80), resolution).round().astype(np.uint8)
+    floor = PILImage.fromarray(np.repeat(floor[:, None], resolution, 1))
+    return draw_stickers(floor, stickers, lambda sticker: rng.randint(115, 185)).convert("RGB")
+
+
+def draw_segmentation_map(stickers, resolution):
+    """Draw each sticker in the colour of its shape, on black."""
+    black = PILImage.new("RGB", (resolution, resolution))
+    return draw_stickers(black, stickers, lambda sticker: SEGMENTATION_PALETTE[sticker.shape])
+
+
+def make_translation(rng, task, split, resolution):
+    """Make one translation, condition map → stickers on a plain background: the same dict as `make_edit`."""
+    stickers = draw_translation_scene(rng, split)
+    background = rng.choice(list(BACKGROUNDS))
+    maps = {
+        "canny": lambda: draw_canny_map(stickers, resolution),
+        "depth": lambda: draw_depth_map(rng, stickers, resolution),
+        "segmentation": lambda: draw_segmentation_map(stickers, resolution),
+    }
+    plain = PILImage.new("RGB", (resolution, resolution), BACKGROUNDS[background])
+    details = {"part": "seen", "operation": task, "photograph": None, "unseen": False, "background": background}
+    return {
+        "source_image": maps[task](),
+        "target_image": draw_stickers(plain, stickers),
+        "prompt": draw_caption(rng, stickers, background),
+        "mask": PILImage.new("L", (resolution, resolution), 255),
+        "task": task,
+        "details": details | {"stickers": [asdict(sticker) for sticker in stickers]},
+    }
+
+
+def make_sample(seed, split, index, resolution, job=None):
+    """Make sample `index` of a split; `job` = (operation, part, photograph) is drawn at random where None."""
+    rng = random.Random(f"{seed} {split} {index}")
+    if job is None:
+        kind = rng.choices(list(OPERATIONS), list(OPERATIONS.values()))[0]
+        operation, part, photograph = kind if rng.random() < EDIT_SHARE else rng.choice(TRANSLATIONS), "seen", None
+    else:
+        operation, part, photograph = job
+    if operation in TRANSLATIONS:
+        return make_translation(rng, operation, split, resolution)
+    return make_edit(rng, operation, split, resolution, part, photograph)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def plan_split(split, num_samples):
+    """List a split's jobs (operation, part, photograph); None where each sample draws its own.
+
+    `num_samples` counts training and validation samples, and test samples per task of the part "seen"; test adds a
+    fifth of it per operation and held-out photograph, and two fifths per operation with an unseen pair.
+    """
+    if split == "train":
+        return [None] * num_samples
+    seen = [(operation, "seen", None) for operation in (*OPERATIONS, *TRANSLATIONS)]
+    if split == "validation":
+        return [seen[index % len(seen)] for index in range(num_samples)]
+    held_out = [(operation, "held_out", photograph) for photograph in HELD_OUT for operation in OPERATIONS]
+    unseen_pairs = [(operation, "unseen_pairs", None) for operation in OPERATIONS]
+    return seen * num_samples + held_out * (num_samples // 5) + unseen_pairs * (2 * num_samples // 5)
+
+
+def encode_png(image):
+    """Encode a PIL image as `datasets` stores it: lossless, little compressed because time matters more than space."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_shard(path, seed, split, start, jobs, resolution):
+    """Write the samples `start` ... `start + len(jobs) - 1` of a split; returns how many."""
+    rows = []
+    for index, job in enumerate(jobs, start):
+        sample = make_sample(seed, split, index, resolution, job)
+        images = {name: encode_png(sample[name]) for name in ("source_image", "target_image", "mask")}
+        rows.append(sample | images | {"details": json.dumps(sample["details"])})
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    table = pa.Table.from_pylist(rows, FEATURES.arrow_schema)
+    pq.write_table(table, unfinished, compression="none", row_group_size=500)
+    unfinished.rename(path)
+    return len(rows)
+
+
+def list_missing_shards(arguments):
+    """List the `write_shard` arguments of every shard that is not there yet."""
+    counts = {"train": arguments.num_train, "validation": arguments.num_validation, "test": arguments.num_test}
+    missing = []
+    # Validation and test come first: they are small, and whoever trains wants to look at them at once.
+    for split in ("validation", "test", "train"):
+        jobs = plan_split(split, counts[split])
+        num_shards = math.ceil(len(jobs) / arguments.shard_size)
+        for shard in range(num_shards):
+            path = arguments.output_dir / f"{split}-{shard:05d}-of-{num_shards:05d}.parquet"
+            start = shard * arguments.shard_size
+            if not path.exists():
+                chosen = jobs[start : start + arguments.shard_size]
+                missing.append((path, arguments.seed, split, start, chosen, arguments.resolution))
+    return missing
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--num_train", type=int, default=200_000)
+    parser.add_argument("--num_validation", type=int, default=1600, help="in all, in equal parts for the eight tasks")
+    parser.add_argument("--num_test", type=int, default=500, help="per task")
+    parser.add_argument("--resolution", type=int, default=128, help="pixels per side")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--shard_size", type=int, default=5000, help="pairs per file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    arguments = parse_arguments(arguments)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    started, done = time.perf_counter(), 0
+    with ProcessPoolExecutor(arguments.num_workers) as pool:
+        shards = [pool.submit(write_shard, *shard) for shard in list_missing_shards(arguments)]
+        for finished, shard in enumerate(as_completed(shards), 1):
+            done += shard.result()
+            rate = done / (time.perf_counter() - started)
+            print(f"{finished}/{len(shards)} shards, {done} pairs, {rate:.0f} pairs per second", flush=True)
+
+
+if __name__ == "__main__":
+    main()

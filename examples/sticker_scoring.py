@@ -1,0 +1,208 @@
+"""Check whether an edit of the "stickers" data set was carried out, by looking at the pixels alone.
+
+An edit counts as done when, inside the mask, the asked sticker is there (its eroded mean colour is nearest to the asked
+one in Lab, and the asked shape fits best of the four) or the sticker is gone, and when everything further than a token
+from the mask is as near to the true target as the target passed through the tokenizer, minus 1 dB of PSNR. A translated
+picture counts as done when every sticker and the background are right. Geometry comes from the data set's `details`.
+
+    scores = [score_sample(picture, **sample) for ...]      # pictures as (height, width, 3) uint8 arrays
+    aggregate_scores(scores)["recolour"]["done"]            # share of edits done
+"""
+
+from collections import defaultdict
+
+import numpy as np
+from make_sticker_edits import (
+    BACKGROUNDS,
+    COLOURS,
+    MASK_MARGIN,
+    SHAPES,
+    TRANSLATIONS,
+    draw_coverage,
+)
+from PIL import Image
+from skimage.color import rgb2lab
+from skimage.morphology import isotropic_dilation, isotropic_erosion
+
+
+# How much of a sticker's width erosion takes off: blurred outlines must not count as its colour.
+EROSION = 0.07
+# A sticker is there only if its pixels and the best template share half of their union.
+SMALLEST_OVERLAP = 0.5
+# Named colours nearer than this to the photograph (in Lab) say nothing about whether a sticker is gone.
+ALIKE = 25.0
+# How far outside the mask a picture may fall behind the tokenizer, in dB.
+PSNR_TOLERANCE = 1.0
+
+COLOURS_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in COLOURS.items()}
+BACKGROUNDS_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in BACKGROUNDS.items()}
+
+
+def draw_template(sticker, resolution, shape=None):
+    """Draw how much of each pixel a sticker covers, in [0, 1] (resolution, resolution); `shape` replaces its own."""
+    coverage, corner = draw_coverage(shape or sticker["shape"], sticker["x"], sticker["y"], sticker["size"], resolution)
+    template = Image.new("L", (resolution, resolution))
+    template.paste(coverage, corner)
+    return np.asarray(template) / 255
+
+
+def draw_core(sticker, resolution, shape=None):
+    """Draw a sticker's eroded inside, bool (resolution, resolution); `shape` replaces its own."""
+    template = draw_template(sticker, resolution, shape) > 0.5
+    return isotropic_erosion(template, EROSION * sticker["size"] * resolution)
+
+
+def draw_box(sticker, resolution, margin):
+    """Draw a sticker's bounding square, `margin` (fraction of the picture) wider on every side."""
+    centres = (np.arange(resolution) + 0.5) / resolution
+    reach = sticker["size"] / 2 + margin
+    return (abs(centres - sticker["y"]) < reach)[:, None] & (abs(centres - sticker["x"]) < reach)
+
+
+def draw_ring(sticker, resolution):
+    """Draw the background next to a sticker, bool: a quarter of a token around its bounding square."""
+    return draw_box(sticker, resolution, MASK_MARGIN) & ~draw_box(sticker, resolution, 0.5 / resolution)
+
+
+def compute_mean_lab(picture, region):
+    """Compute the mean Lab colour of an RGB picture (height, width, 3) over a region, bool (height, width)."""
+    return rgb2lab(picture[region]).mean(0)
+
+
+def find_nearest(lab, names):
+    """Return the name whose Lab colour is nearest to `lab`, of a dict name → Lab."""
+    return min(names, key=lambda name: np.linalg.norm(names[name] - lab))
+
+
+def compute_overlaps(picture, surroundings, sticker):
+    """Compute how well each shape fits the pixels at a sticker's place, dict shape → [0, 1].
+
+    How much of a pixel the sticker covers is read off where its RGB colour lies on the line from the background to the
+    colour in the middle, which all four shapes cover; blurring and antialiasing move a pixel along that line. The fit
+    is the soft intersection over union with the shape's own coverage. `surroundings` (n, 3): pixels it lies on.
+    """
+    resolution = len(picture)
+    colour = picture[np.all([draw_core(sticker, resolution, shape) for shape in SHAPES], 0)].mean(0)
+    box = draw_box(sticker, resolution, MASK_MARGIN)
+    pixels = picture[box].astype(float)
+    # Photographs are not plain: each pixel has its own background, the tenth of the surroundings most like it.
+    candidates = surroundings[:: max(1, len(surroundings) // 40)].astype(float)
+    tenth = len(candidates) // 10
+    distance = ((pixels[:, None] - candidates) ** 2).sum(-1)
+    background = candidates[np.argpartition(distance, tenth, axis=1)[:, tenth]]
+    along, whole = ((pixels - background) * (colour - background)).sum(-1), ((colour - background) ** 2).sum(-1)
+    found = np.clip(along / np.maximum(whole, 1), 0, 1)
+    templates = {shape: draw_template(sticker, resolution, shape)[box] for shape in SHAPES}
+    return {
+        shape: float(np.minimum(found, template).sum() / np.maximum(found, template).sum())
+        for shape, template in templates.items()
+    }
+
+
+def score_sticker(picture, surroundings, sticker, other_colours):
+    """Tell whether a sticker is at its place with the right `colour`, and with the right `shape`: a dict of the two.
+
+    `surroundings` are pixels (n, 3) of what it lies on; `other_colours` answers besides the eight named colours.
+    """
+    overlaps = compute_overlaps(picture, surroundings, sticker)
+    best = max(overlaps, key=overlaps.get)
+    core = draw_core(sticker, len(picture), best)
+    colour = find_nearest(compute_mean_lab(picture, core), COLOURS_LAB | other_colours)
+    present = overlaps[best] >= SMALLEST_OVERLAP
+    return {
+        "colour": present and colour == sticker["colour"],
+        "shape": present and best == sticker["shape"],
+    }
+
+
+def is_gone(picture, source, target, sticker):
+    """Tell whether a sticker of the source has made way for what the target shows in its place.
+
+    The mean colour there must be nearer to the target's than to the sticker's and to any other named colour that differs
+    from the target's. Means, because a photograph's texture may come back differently.
+    """
+    core = draw_core(sticker, len(picture))
+    beneath = compute_mean_lab(target, core)
+    answers = {name: colour for name, colour in COLOURS_LAB.items() if np.linalg.norm(colour - beneath) > ALIKE}
+    answers |= {"sticker": compute_mean_lab(source, core), "beneath": beneath}
+    return find_nearest(compute_mean_lab(picture, core), answers) == "beneath"
+
+
+def compute_psnr(picture, target, region):
+    """Compute the PSNR in dB of 8-bit pictures over a region, bool (height, width); identical ones have 148 dB."""
+    squared_error = (picture[region].astype(float) - target[region]) ** 2
+    return float(10 * np.log10(255**2 / max(squared_error.mean(), 1e-10)))
+
+
+def score_edit(picture, source, target, target_through_tokenizer, mask, details, token_size):
+    """Score one edited picture.
+
+    Args:
+        picture, source, target, target_through_tokenizer: uint8 arrays (height, width, 3); height = width.
+        mask: uint8 array (height, width), above 127 where pixels may change.
+        details: the data set's `details`, parsed.
+        token_size: pixels per token.
+
+    Returns:
+        A dict with `done`; `inside` and `outside`, which make it up; `colour` and `shape` of a sticker that must be
+        there and `gone` of one that must not, which make up `inside`; `outside_psnr` and its `outside_psnr_ceiling`.
+    """
+    score = {}
+    if details["new"] is not None:
+        ring = target[draw_ring(details["new"], len(target))]
+        score |= score_sticker(picture, ring, details["new"], {"background": rgb2lab(ring).mean(0)})
+    if details["operation"] in ("remove", "move"):
+        score["gone"] = is_gone(picture, source, target, details["old"])
+    inside = all(score.values())
+    kept = ~isotropic_dilation(np.asarray(mask) > 127, token_size)
+    psnr, ceiling = (compute_psnr(image, target, kept) for image in (picture, target_through_tokenizer))
+    outside = psnr >= ceiling - PSNR_TOLERANCE
+    return score | {
+        "inside": inside,
+        "outside": outside,
+        "outside_psnr": psnr,
+        "outside_psnr_ceiling": ceiling,
+        "done": inside and outside,
+    }
+
+
+def score_translation(picture, details):
+    """Score one picture made from a condition map; pictures as in `score_edit`.
+
+    Returns:
+        A dict with `stickers`, the share of them with the right colour and shape at the right place; `placed`, the same
+        whatever the shape; `background`, whether it has the right colour; `done`, whether everything is right.
+    """
+    plain = ~np.any([draw_box(sticker, len(picture), MASK_MARGIN) for sticker in details["stickers"]], 0)
+    found = [score_sticker(picture, picture[plain], sticker, BACKGROUNDS_LAB) for sticker in details["stickers"]]
+    background = find_nearest(compute_mean_lab(picture, plain), COLOURS_LAB | BACKGROUNDS_LAB) == details["background"]
+    right = [sticker["colour"] and sticker["shape"] for sticker in found]
+    return {
+        "stickers": float(np.mean(right)),
+        "placed": float(np.mean([sticker["colour"] for sticker in found])),
+        "background": background,
+        "done": all(right) and background,
+    }
+
+
+def score_sample(picture, source, target, target_through_tokenizer, mask, details, token_size):
+    """Score one picture, edit or translation: its score with `operation`, `part` and `photograph` from `details`."""
+    if details["operation"] in TRANSLATIONS:
+        score = score_translation(picture, details)
+    else:
+        score = score_edit(picture, source, target, target_through_tokenizer, mask, details, token_size)
+    return {name: details[name] for name in ("operation", "part", "photograph")} | score
+
+
+def aggregate_scores(scores, by="operation"):
+    """Average scores per operation, or `by` another name or several: dict group → {"n": count, score name: mean}."""
+    groups = defaultdict(list)
+    for score in scores:
+        groups[score[by] if isinstance(by, str) else tuple(score[name] for name in by)].append(score)
+    return {group: {"n": len(members)} | compute_means(members) for group, members in groups.items()}
+
+
+def compute_means(scores):
+    """Compute the mean of every number or truth value in score dicts; one that only some have counts where it is."""
+    names = dict.fromkeys(name for score in scores for name in score if name not in ("operation", "part", "photograph"))
+    return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}

@@ -1,0 +1,199 @@
+"""Train a VQ tokenizer on any pictures.
+
+    accelerate launch examples/train_vq.py --dataset data/stickers --image_columns source_image,target_image \
+        --resolution 64 --channel_multipliers 1 2 2 4 --mixed_precision bf16 --output_dir outputs/tokenizer
+
+The loss is the model's own: absolute and squared error of the pixels, codebook and commitment. Codes that fall out of
+use are moved to where the pictures are. `output_dir` receives the tokenizer, `metrics.jsonl` and checkpoints.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+
+from editar_hf import EditARVQConfig, EditARVQModel
+from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from editar_hf.training.optimization import build_optimizer
+from editar_hf.training.vq import (
+    DeadCodeReviver,
+    decode_pictures,
+    draw_batches,
+    evaluate_tokenizer,
+    init_codebook,
+    load_pictures,
+    prepare_pixel_values,
+)
+
+
+LOSSES = ("loss", "reconstruction_loss", "codebook_loss", "commitment_loss")
+
+
+@dataclass
+class Arguments:
+    dataset: str = field(metadata={"help": "parquet file, folder of parquet files or pictures, or Hub id"})
+    output_dir: Path = field(metadata={"help": "folder for the tokenizer, its metrics and its checkpoints"})
+    image_columns: str = field(default="image", metadata={"help": "columns that hold pictures, separated by commas"})
+    split: str = field(default="train", metadata={"help": "split to train on; slices such as train[:1000] work"})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "split to measure on; left out, the last `validation_rows` of `split`"}
+    )
+    validation_rows: int = field(default=256, metadata={"help": "most rows measured on"})
+    resolution: int = field(default=256, metadata={"help": "pixels per side"})
+
+    num_embeddings: int = 16384
+    embedding_dim: int = 8
+    latent_channels: int = 256
+    base_channels: int = 128
+    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    num_res_blocks: int = 2
+    norm_num_groups: int = field(
+        default=32, metadata={"help": "on CPUs a sixteenth of base_channels is fastest, several times so"}
+    )
+    commitment_loss_weight: float = 0.25
+
+    batch_size: int = field(default=64, metadata={"help": "pictures per step and process"})
+    max_steps: int = 40_000
+    max_train_minutes: float | None = field(default=None, metadata={"help": "stop cleanly after; resume to go on"})
+    learning_rate: float = 4e-4
+    warmup_steps: int = 500
+    weight_decay: float = 0.05
+    dead_code_patience: int = field(default=200, metadata={"help": "steps without use before a code is moved"})
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16"})
+    seed: int = 0
+
+    logging_steps: int = 50
+    evaluation_steps: int = 1000
+    checkpointing_steps: int = 1000
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "name of a checkpoint in output_dir, or `latest` (from the start if none)"},
+    )
+
+
+def load_pixels(args: Arguments):
+    """Load training and validation pixels, uint8."""
+    columns = args.image_columns.split(",")
+    training = load_pictures(args.dataset, args.split, columns)
+    if args.validation_split is None:
+        num_training = len(training) - args.validation_rows
+        if num_training < 1:
+            raise ValueError(f"`validation_rows` is {args.validation_rows}, but the data set has {len(training)} rows.")
+        validation = training.select(range(num_training, len(training)))
+        training = training.select(range(num_training))
+    else:
+        validation = load_pictures(args.dataset, args.validation_split, columns)
+        validation = validation.select(range(min(args.validation_rows, len(validation))))
+    return tuple(decode_pictures(part, args.resolution, args.output_dir) for part in (training, validation))
+
+
+def save_tokenizer(model: EditARVQModel, output_dir: Path):
+    """Save the tokenizer to a temporary folder, then move its files into place."""
+    temporary = output_dir / "tokenizer.tmp"
+    model.save_pretrained(temporary)
+    for path in temporary.iterdir():
+        os.replace(path, output_dir / path.name)
+    temporary.rmdir()
+
+
+def log_metrics(accelerator: Accelerator, output_dir: Path, metrics: dict):
+    """Print one line of metrics and append it to `metrics.jsonl`."""
+    if accelerator.is_main_process:
+        line = json.dumps({name: float(f"{value:.5g}") for name, value in metrics.items()})
+        print(line, flush=True)
+        with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def train(accelerator: Accelerator, args: Arguments, model, optimizer, pixels, validation_pixels):
+    """Train until `max_steps` or the time limit."""
+    # Not prepared: accelerate would step it once per process.
+    scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.max_steps)
+    tokenizer = accelerator.unwrap_model(model)
+    reviver = DeadCodeReviver(tokenizer.quantize.embedding, args.dead_code_patience)
+    accelerator.register_for_checkpointing(scheduler, reviver)
+    step = 0
+    if args.resume_from_checkpoint is not None:
+        step = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
+    batches = draw_batches(len(pixels), args.batch_size * accelerator.num_processes, args.seed, first_step=step)
+    start = logged = time.monotonic()
+    sums, num_revived = torch.zeros(len(LOSSES), device=accelerator.device), 0
+    model.train()
+    while step < args.max_steps:
+        indices = next(batches)[accelerator.process_index :: accelerator.num_processes]
+        outputs = model(prepare_pixel_values(pixels[indices], accelerator.device))
+        accelerator.backward(outputs.loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        step += 1
+        sums += torch.stack([outputs[name].detach() for name in LOSSES])
+        tokens, latents = accelerator.gather((outputs.image_tokens, outputs.latents.detach().flatten(0, 1)))
+        num_revived += reviver.step(tokens, latents, optimizer, torch.Generator().manual_seed(args.seed + step))
+
+        if step % args.logging_steps == 0:
+            seconds, logged = time.monotonic() - logged, time.monotonic()
+            metrics = dict(zip(LOSSES, (sums / args.logging_steps).tolist(), strict=True))
+            speed = args.logging_steps * args.batch_size * accelerator.num_processes / seconds
+            metrics |= {"learning_rate": scheduler.get_last_lr()[0], "revived_codes": num_revived}
+            log_metrics(accelerator, args.output_dir, {"step": step, **metrics, "images_per_second": speed})
+            sums, num_revived = torch.zeros_like(sums), 0
+        if args.max_train_minutes is not None and time.monotonic() - start > 60 * args.max_train_minutes:
+            accelerator.set_trigger()
+        out_of_time = accelerator.check_trigger()
+        is_last = out_of_time or step == args.max_steps
+        if step % args.evaluation_steps == 0 or is_last:
+            evaluate(accelerator, args, tokenizer, validation_pixels, step)
+        if step % args.checkpointing_steps == 0 or is_last:
+            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+        if out_of_time:
+            break
+
+
+def evaluate(accelerator: Accelerator, args: Arguments, tokenizer: EditARVQModel, pixels, step: int):
+    tokenizer.eval()
+    with accelerator.autocast():
+        metrics = evaluate_tokenizer(tokenizer, pixels, args.batch_size)
+    tokenizer.train()
+    log_metrics(accelerator, args.output_dir, {"step": step, **metrics})
+
+
+def main():
+    args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    set_seed(args.seed)
+    checkpoints = list_checkpoints(args.output_dir)
+    if checkpoints and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"`output_dir` {args.output_dir} holds {checkpoints[-1].name}; pass `--resume_from_checkpoint latest` to "
+            "go on from it, or another folder."
+        )
+    names = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels", "channel_multipliers")
+    names += ("num_res_blocks", "norm_num_groups", "commitment_loss_weight")
+    config = EditARVQConfig(**{name: getattr(args, name) for name in names})
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    pixels, validation_pixels = load_pixels(args)
+
+    model = EditARVQModel(config).to(accelerator.device, memory_format=torch.channels_last)
+    if not checkpoints:
+        batches = draw_batches(len(pixels), args.batch_size, args.seed)
+        with accelerator.autocast():
+            init_codebook(model, pixels, batches, torch.Generator().manual_seed(args.seed))
+    optimizer = build_optimizer(model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    train(accelerator, args, model, optimizer, pixels, validation_pixels)
+    if accelerator.is_main_process:
+        save_tokenizer(accelerator.unwrap_model(model), args.output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""`editar-hf check`: the self-check of a pipeline, without any reference."""
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `editar-hf check` to the command's parser."""
+    summary = "check that a pipeline behaves like a trained one"
+    parser = subparsers.add_parser("check", help=summary, description=f"{summary.capitalize()}.")
+    parser.add_argument("model", metavar="M", help="the pipeline, a folder or Hub id")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the figures; exit status 1 where one is not that of a trained pipeline."""
+    from ..pipeline_editar import EditARPipeline
+    from ..self_check import check_pipeline
+
+    report = check_pipeline(EditARPipeline.from_pretrained(args.model))
+    print(report.to_markdown())
+    return 0 if report.passed else 1

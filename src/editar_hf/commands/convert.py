@@ -1,0 +1,94 @@
+"""`editar-hf convert`: published EditAR files to a pipeline folder, and back."""
+
+import argparse
+import sys
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `editar-hf convert` to the command's parser."""
+    summary = "convert published EditAR files to a pipeline folder, or back"
+    parser = subparsers.add_parser("convert", help=summary, description=f"{summary.capitalize()}.")
+    parser.add_argument("--transformer", metavar="FILE", help="EditAR's decoder; default: the published one")
+    parser.add_argument("--vq-model", metavar="FILE", help="the VQ tokenizer; default: LlamaGen's published VQ-16")
+    parser.add_argument("--text-encoder", metavar="ID", help="Hub id or folder of a T5; default: google/flan-t5-xl")
+    parser.add_argument("--output-dir", metavar="DIR", required=True, help="new folder to write")
+    parser.add_argument("--license", metavar="ID", help="licence of the weights, for the card; default: none stated")
+    parser.add_argument(
+        "--num-attention-heads", metavar="N", type=int, help="default: heads of 64, or of 100 at width 3200"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the files")
+    parser.add_argument("--push-to-hub", metavar="ID", help="also upload the folder; needs --license")
+    parser.add_argument("--reverse", action="store_true", help="write editar.pt and vq.pt from a pipeline instead")
+    parser.add_argument("--model", metavar="M", help="with --reverse: the pipeline, a folder or Hub id")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert in the direction asked for."""
+    check_arguments(args)
+    if args.reverse:
+        from ..conversion import revert_pipeline
+
+        revert_pipeline(args.model, args.output_dir)
+        print(f"Wrote {args.output_dir}")
+        return 0
+    return convert(args)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse arguments of the other direction, and an upload without a licence."""
+    forward_only = ("transformer", "vq_model", "text_encoder", "license", "num_attention_heads", "dtype", "push_to_hub")
+    for name in forward_only if args.reverse else ("model",):
+        if getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            advice = "leave it out with" if args.reverse else "it goes with"
+            raise ValueError(f"`{option}` is {getattr(args, name)}; {advice} `--reverse`.")
+    if args.reverse and args.model is None:
+        raise ValueError("`--model` is missing; name the pipeline that `--reverse` is to convert.")
+    if args.push_to_hub is not None and args.license is None:
+        raise ValueError("`--license` is missing; say under which licence the weights may be shared on the Hub.")
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert, check, write the folder with its card, and upload it where asked to."""
+    from pathlib import Path
+
+    import torch
+
+    from .. import conversion
+    from ..self_check import check_pipeline
+
+    output_dir = Path(args.output_dir)
+    conversion.check_output_dir(output_dir)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    sources = {part: getattr(args, part) for part in ("transformer", "vq_model", "text_encoder")}
+    pipeline = conversion.convert_pipeline(**sources, num_attention_heads=args.num_attention_heads, dtype=dtype)
+    report = check_pipeline(pipeline)
+    name = args.push_to_hub or output_dir.name
+    card = conversion.compose_card(name, conversion.describe_sources(**sources), report.to_markdown(), args.license)
+    conversion.save_pipeline(pipeline, output_dir, card)
+    print_outcome(output_dir, report, args.license)
+    if args.push_to_hub is not None:
+        upload(output_dir, args.push_to_hub)
+    return 0
+
+
+def print_outcome(output_dir, report, license: str | None) -> None:
+    """Say what was written, what the self-check found and what the card leaves open."""
+    print(f"{report.to_markdown()}\n\nWrote {output_dir}")
+    if license is None:
+        print("The card names no licence: none was given with --license.")
+    if not report.passed:
+        print(
+            "\nWARNING: THE SELF-CHECK FAILED. The files were converted, but do not behave like trained weights:\n"
+            "training may be unfinished, the parts may not belong together, or --num-attention-heads may be wrong.",
+            file=sys.stderr,
+        )
+
+
+def upload(output_dir, repo_id: str) -> None:
+    """Upload the folder to a repository of the Hub, made if it is not there."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo_id, exist_ok=True)
+    print(f"Uploaded {HfApi().upload_folder(repo_id=repo_id, folder_path=output_dir).repo_url}")

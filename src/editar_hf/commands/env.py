@@ -1,0 +1,62 @@
+"""`editar-hf env`: versions and devices, to be pasted into a bug report."""
+
+import argparse
+import os
+import platform
+import re
+from importlib import metadata
+
+from .. import __version__
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `editar-hf env` to the command's parser."""
+    summary = "print versions and devices, for bug reports"
+    parser = subparsers.add_parser("env", help=summary, description=f"{summary.capitalize()}.")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one line per version and per device."""
+    rows = [
+        ("editar-hf", __version__),
+        ("python", platform.python_version()),
+        ("platform", platform.platform()),
+        *((package, describe_version(package)) for package in list_requirements()),
+        *describe_devices(),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def list_requirements() -> list[str]:
+    """List the packages that this one requires, those of its extras after the core ones, each once."""
+    names = [re.match(r"[\w.-]+", requirement).group() for requirement in metadata.requires("editar-hf")]
+    return [name for name in dict.fromkeys(names) if name != "editar-hf"]
+
+
+def describe_version(package: str) -> str:
+    """Give the version of a package that is installed, or say that it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe_devices() -> list[tuple[str, str]]:
+    """Name the processor and every accelerator torch can use, with its memory in GiB."""
+    import torch
+
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    rows = [
+        ("cpu", f"{platform.machine()}, {cores} cores, {threads} torch threads"),
+        ("cuda", torch.version.cuda or "not in this build of torch"),
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append((f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+    if torch.backends.mps.is_available():
+        rows.append(("mps", "available"))
+    return rows

@@ -1,0 +1,193 @@
+"""Configurations of the two networks: the EditAR decoder and its VQ tokenizer.
+
+Both are typed: a field of the wrong type, or sizes that do not fit together, raise on construction.
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+# Source: LlamaGen (arXiv 2406.06525), table 1. EditAR starts from GPT-XL.
+PRESETS = {
+    "GPT-B": {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768},
+    "GPT-L": {"num_hidden_layers": 24, "num_attention_heads": 16, "hidden_size": 1024},
+    "GPT-XL": {"num_hidden_layers": 36, "num_attention_heads": 20, "hidden_size": 1280},
+    "GPT-XXL": {"num_hidden_layers": 48, "num_attention_heads": 24, "hidden_size": 1536},
+    "GPT-3B": {"num_hidden_layers": 24, "num_attention_heads": 32, "hidden_size": 3200},
+}
+
+
+def compute_intermediate_size(hidden_size: int) -> int:
+    """Compute the SwiGLU width of the published decoders: two thirds of 4·hidden, rounded up to a multiple of 256."""
+    return -(-int(2 * 4 * hidden_size / 3) // 256) * 256
+
+
+@strict
+class EditARConfig(PreTrainedConfig):
+    """Configuration of the EditAR decoder; the defaults are the published model (GPT-XL at 512×512 pixels).
+
+    Args:
+        vocab_size (`int`): Number of codes of the VQ tokenizer.
+        hidden_size (`int`): Width of the decoder.
+        intermediate_size (`int`, *optional*): Width of the SwiGLU layer; two thirds of 4·hidden, rounded up to a
+            multiple of 256, when left out.
+        num_hidden_layers (`int`): Number of decoder layers.
+        num_attention_heads (`int`): Number of attention heads.
+        grid_size (`int`): Most image tokens per side. Pictures may be smaller, and rectangular.
+        num_text_tokens (`int`): Text positions between the source and the target image.
+        text_hidden_size (`int`): Width of the text encoder's states.
+        text_rotary (`str`): `"zero"` multiplies text queries and keys with zero, as the published weights were
+            trained; `"identity"` leaves them unrotated, which suits models trained from scratch.
+        distillation_hidden_size (`int`, *optional*): Width of the features that the distillation head predicts
+            (768: DINOv2-base); `None` builds no head.
+        text_dropout, residual_dropout, mlp_dropout, attention_dropout (`float`): Probabilities of dropping projected
+            text states, the output of the attention projection, the output of the feed-forward layer and attention
+            weights, in training.
+
+    Raises:
+        ValueError: If a size is not positive, the heads do not divide the width, a head does not split into row and
+            column rotations, or a probability is outside [0, 1).
+
+    Source: EditAR (arXiv 2501.04699) and LlamaGen (arXiv 2406.06525).
+
+    Example:
+
+    ```python
+    >>> from editar_hf import EditARConfig
+    >>> EditARConfig.from_preset("GPT-B", grid_size=16).intermediate_size
+    2048
+    ```
+    """
+
+    model_type = "editar"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 16384
+    hidden_size: int = 1280
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 20
+    grid_size: int = 32
+    num_text_tokens: int = 120
+    text_hidden_size: int = 2048
+    text_rotary: Literal["zero", "identity"] = "zero"
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    text_dropout: float | int = 0.1
+    residual_dropout: float | int = 0.1
+    mlp_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    distillation_hidden_size: int | None = 768
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = compute_intermediate_size(self.hidden_size)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "EditARConfig":
+        """Build the configuration of a published size: GPT-B, GPT-L, GPT-XL, GPT-XXL or GPT-3B.
+
+        Raises:
+            ValueError: If `name` is none of these.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"`name` is {name!r}; choose one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of the largest picture, `grid_size` squared."""
+        return self.grid_size**2
+
+    def validate_architecture(self):
+        """Part of `@strict` validation: check that the sizes fit together."""
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "grid_size",
+            "num_text_tokens",
+            "text_hidden_size",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) over `num_attention_heads` ({self.num_attention_heads}) must be a "
+                "multiple of 4: half of a head's rotation pairs turn with the row, half with the column."
+            )
+        for name in ("text_dropout", "residual_dropout", "mlp_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a probability in [0, 1).")
+
+
+@strict
+class EditARVQConfig(PreTrainedConfig):
+    """Configuration of the VQ tokenizer; the defaults are LlamaGen's VQ-16 (stride 16, 16384 codes of 8 numbers).
+
+    Args:
+        num_embeddings (`int`): Number of codes.
+        embedding_dim (`int`): Numbers per code.
+        latent_channels (`int`): Channels between the convolutions and the codes.
+        base_channels (`int`): Channels at full resolution.
+        channel_multipliers (`tuple[int, ...]`): Channels of each level, in units of `base_channels`; every level but
+            the last halves the resolution. `(1, 1, 2, 2, 4)` is VQ-16, `(1, 2, 2, 4)` VQ-8.
+        num_res_blocks (`int`): Residual blocks per level of the encoder (the decoder has one more).
+        norm_num_groups (`int`): Groups of every group normalisation.
+        commitment_loss_weight (`float`): Weight of the commitment loss in training.
+
+    Raises:
+        ValueError: If a size is not positive, or `norm_num_groups` does not divide `base_channels`.
+
+    Source: LlamaGen (arXiv 2406.06525), section 2.1, after VQGAN (arXiv 2012.09841).
+
+    Example:
+
+    ```python
+    >>> from editar_hf import EditARVQConfig
+    >>> EditARVQConfig(channel_multipliers=(1, 2, 2, 4)).stride
+    8
+    ```
+    """
+
+    model_type = "editar_vq"
+
+    num_embeddings: int = 16384
+    embedding_dim: int = 8
+    latent_channels: int = 256
+    base_channels: int = 128
+    channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    norm_num_groups: int = 32
+    commitment_loss_weight: float | int = 0.25
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token and side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    def validate_architecture(self):
+        """Part of `@strict` validation: check that the sizes fit together."""
+        sizes = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels", "num_res_blocks")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(f"`channel_multipliers` is {self.channel_multipliers}; give one positive number a level.")
+        if self.base_channels % self.norm_num_groups:
+            raise ValueError(
+                f"`norm_num_groups` ({self.norm_num_groups}) must divide `base_channels` ({self.base_channels})."
+            )

@@ -1,0 +1,493 @@
+"""Published EditAR files ↔ this package.
+
+A published file is a pickle with the weights of one network under other names: the decoder's query, key and value
+projections fused, its heads' rotation pairs side by side; the tokenizer's as here. Sizes are read off the tensors,
+every key is accounted for, and both directions are exact: converting back gives the same bits. The file reads
+bottom-up: weights of one network → one network → a pipeline and its folder.
+"""
+
+import argparse
+import math
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import PreTrainedConfig, T5Config, T5EncoderModel, T5Tokenizer
+
+from .configuration_editar import EditARConfig, EditARVQConfig
+from .modeling_editar import EditARForConditionalGeneration
+from .modeling_editar_vq import EditARVQModel
+from .pipeline_editar import EditARPipeline
+from .processing_editar import EditARImageProcessor, EditARProcessor
+
+
+# Where the published weights are on the Hub.
+PUBLISHED_TRANSFORMER = {
+    "repo_id": "JitengMu/CVPR2025_EditAR_release",
+    "filename": "editar_release.pt",
+    "repo_type": "dataset",
+}
+PUBLISHED_VQ_MODEL = {"repo_id": "peizesun/llamagen_t2i", "filename": "vq_ds16_t2i.pt"}
+PUBLISHED_TEXT_ENCODER = "google/flan-t5-xl"
+CARD = """\
+---
+{license_line}library_name: editar-hf
+pipeline_tag: image-to-image
+tags: [editar, image-editing]
+---
+
+# EditAR
+
+Edits images by instruction, one token after the other. These are published weights of EditAR
+([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)), its VQ tokenizer
+([LlamaGen, arXiv 2406.06525](https://arxiv.org/abs/2406.06525)) and its text encoder, converted with
+`editar-hf convert`; nothing was trained on the way.
+
+```python
+import torch
+from PIL import Image
+from editar_hf import EditARPipeline
+
+pipe = EditARPipeline.from_pretrained("{name}", dtype=torch.bfloat16)
+pipe("make the sky pink", image=Image.open("photo.png"), generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+## Sources
+
+{sources}
+
+## Self-check
+
+A public-domain photograph through the tokenizer, and the likelihood of its own tokens (`editar-hf check`).
+
+{self_check}
+
+## Licence
+
+{license_text}
+"""
+
+# What converting back writes.
+REVERTED_TRANSFORMER, REVERTED_VQ_MODEL = "editar.pt", "vq.pt"
+
+# Where the published files keep their weights, in the order of looking.
+WEIGHTS_KEYS = ("model", "module", "state_dict")
+
+# Published name → ours, outside the layers.
+TRANSFORMER_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "cls_embedding.cap_proj.fc1.weight": "model.text_projection.fc1.weight",
+    "cls_embedding.cap_proj.fc2.weight": "model.text_projection.fc2.weight",
+    "cls_embedding.uncond_embedding": "model.null_prompt_embeds",
+    "img_uncond_embedding": "model.null_image_embeds",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "alignment.weight": "distillation_head.weight",
+    "alignment.bias": "distillation_head.bias",
+}
+# Published name → ours, inside `layers.{i}.` and `model.layers.{i}.`.
+LAYER_NAMES = {
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+FUSED_NAME = "attention.wqkv.weight"
+
+# What every decoder file must hold for its sizes to be read.
+TRANSFORMER_SIZE_KEYS = (
+    "tok_embeddings.weight",
+    "cls_embedding.cap_proj.fc1.weight",
+    "cls_embedding.uncond_embedding",
+    "layers.0.feed_forward.w1.weight",
+)
+VQ_SIZE_KEYS = ("quantize.embedding.weight", "quant_conv.weight", "encoder.conv_in.weight")
+
+# Training statistics of the published tokenizer, of no use to anyone else.
+CODEBOOK_USAGE_KEY = "quantize.codebook_used"
+CODEBOOK_USAGE_SIZE = 65536
+
+# What the published formats take for granted and therefore cannot carry.
+TRANSFORMER_CONSTANTS = ("text_rotary", "rope_theta", "rms_norm_eps", "hidden_act")
+VQ_CONSTANTS = ("norm_num_groups",)
+
+
+def load_published_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Load the weights of a published file without running any code in it, memory-mapped where the format allows.
+
+    Raises:
+        ValueError: If the file is absent, is not a checkpoint, or holds no weights.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"`{path}` is not a file; give the path of a published checkpoint.")
+    try:
+        # LlamaGen's training script stores its options beside the weights: a bag of values, safe to open.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        # PyTorch's own message advises to open the file unsafely.
+        raise ValueError(
+            f"`{path}` does not open safely as a checkpoint: it is damaged, unreadable, of another kind, or holds "
+            "code. Download it anew from its authors."
+        ) from error
+    found = [checkpoint[key] for key in WEIGHTS_KEYS if isinstance(checkpoint, dict) and key in checkpoint]
+    if not found or not isinstance(found[0], dict) or not all(isinstance(x, torch.Tensor) for x in found[0].values()):
+        raise ValueError(f"`{path}` holds no weights under any of {', '.join(WEIGHTS_KEYS)}; is it a published file?")
+    return dict(found[0])
+
+
+def read_transformer_config(weights: dict[str, torch.Tensor], num_attention_heads: int | None = None) -> EditARConfig:
+    """Read the decoder's sizes off its published tensors.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): Published names and tensors.
+        num_attention_heads (`int`, *optional*): The one size that no tensor shows; by default heads are 64 wide, and
+            100 in a decoder of width 3200.
+
+    Raises:
+        ValueError: If the tensors are not an EditAR decoder's, or the heads do not fit.
+
+    Source: LlamaGen (arXiv 2406.06525), table 1, for the width of heads.
+    """
+    check_size_keys(weights, TRANSFORMER_SIZE_KEYS, "an EditAR decoder")
+    if "img_uncond_embedding" not in weights:
+        raise ValueError(
+            "`img_uncond_embedding` is missing: this is a LlamaGen text-to-image decoder, which EditAR's training "
+            "starts from and which cannot edit; give an EditAR file."
+        )
+    vocab_size, hidden_size = weights["tok_embeddings.weight"].shape
+    num_image_tokens = weights["img_uncond_embedding"].shape[0]
+    num_text_tokens, text_hidden_size = weights["cls_embedding.uncond_embedding"].shape
+    grid_size = math.isqrt(num_image_tokens)
+    if grid_size**2 != num_image_tokens:
+        raise ValueError(f"`img_uncond_embedding` has {num_image_tokens} rows; a square grid was expected.")
+    if num_attention_heads is None:
+        head_dim = 100 if hidden_size == 3200 else 64
+        if hidden_size % head_dim:
+            raise ValueError(
+                f"`num_attention_heads` does not follow from a width of {hidden_size}; give --num-attention-heads."
+            )
+        num_attention_heads = hidden_size // head_dim
+    alignment = weights.get("alignment.weight")
+    return EditARConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=weights["layers.0.feed_forward.w1.weight"].shape[0],
+        num_hidden_layers=count_indices(weights, r"layers\.(\d+)\."),
+        num_attention_heads=num_attention_heads,
+        grid_size=grid_size,
+        num_text_tokens=num_text_tokens,
+        text_hidden_size=text_hidden_size,
+        distillation_hidden_size=None if alignment is None else alignment.shape[0],
+    )
+
+
+def read_vq_config(weights: dict[str, torch.Tensor]) -> EditARVQConfig:
+    """Read the tokenizer's sizes off its published tensors.
+
+    Raises:
+        ValueError: If the tensors are not a VQ tokenizer's.
+    """
+    check_size_keys(weights, VQ_SIZE_KEYS, "a VQ tokenizer")
+    num_embeddings, embedding_dim = weights["quantize.embedding.weight"].shape
+    base_channels = weights["encoder.conv_in.weight"].shape[0]
+    num_levels = count_indices(weights, r"encoder\.conv_blocks\.(\d+)\.")
+    level_keys = [f"encoder.conv_blocks.{level}.res.0.conv1.weight" for level in range(num_levels)]
+    check_size_keys(weights, level_keys, "a VQ tokenizer")
+    return EditARVQConfig(
+        num_embeddings=num_embeddings,
+        embedding_dim=embedding_dim,
+        latent_channels=weights["quant_conv.weight"].shape[1],
+        base_channels=base_channels,
+        channel_multipliers=tuple(weights[key].shape[0] // base_channels for key in level_keys),
+        num_res_blocks=count_indices(weights, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+    )
+
+
+def convert_transformer(
+    weights: dict[str, torch.Tensor], num_attention_heads: int | None = None, dtype: torch.dtype | None = None
+) -> EditARForConditionalGeneration:
+    """Build the decoder that published weights describe, on their memory where nothing changes.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): Published names and tensors.
+        num_attention_heads (`int`, *optional*): See `read_transformer_config`.
+        dtype (`torch.dtype`, *optional*): Default: as in the file.
+
+    Raises:
+        ValueError: If keys are missing, unexpected or wrongly shaped; the message lists them.
+    """
+    with torch.device("meta"):
+        model = EditARForConditionalGeneration(read_transformer_config(weights, num_attention_heads))
+    check_weights(weights, revert_transformer_weights(model))
+    converted = {}
+    for name, weight in weights.items():
+        converted.update(convert_transformer_weight(name, weight.to(dtype), model.config.head_dim))
+    model.load_state_dict(converted, assign=True)
+    return model.eval()
+
+
+def convert_transformer_weight(name: str, weight: torch.Tensor, head_dim: int) -> dict[str, torch.Tensor]:
+    """Convert one published tensor of the decoder to one of ours, or to three."""
+    if name in TRANSFORMER_NAMES:
+        return {TRANSFORMER_NAMES[name]: weight}
+    layer, name = re.fullmatch(r"(layers\.\d+)\.(.*)", name).groups()
+    if name in LAYER_NAMES:
+        return {f"model.{layer}.{LAYER_NAMES[name]}": weight}
+    query, key, value = weight.chunk(3)
+    return {
+        f"model.{layer}.self_attn.q_proj.weight": split_rotation_pairs(query, head_dim),
+        f"model.{layer}.self_attn.k_proj.weight": split_rotation_pairs(key, head_dim),
+        f"model.{layer}.self_attn.v_proj.weight": value,
+    }
+
+
+def revert_transformer_weights(model: EditARForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Rename and fuse the decoder's weights as they are published; on the meta device, this gives shapes alone."""
+    own = model.state_dict()
+    published = {theirs: own[ours] for theirs, ours in TRANSFORMER_NAMES.items() if ours in own}
+    for layer in range(model.config.num_hidden_layers):
+        for theirs, ours in LAYER_NAMES.items():
+            published[f"layers.{layer}.{theirs}"] = own[f"model.layers.{layer}.{ours}"]
+        query, key, value = (own[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkv")
+        query, key = (join_rotation_pairs(rows, model.config.head_dim) for rows in (query, key))
+        published[f"layers.{layer}.{FUSED_NAME}"] = torch.cat([query, key, value])
+    return published
+
+
+def split_rotation_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Reorder a projection's rows, head by head, from adjacent rotation pairs (2i, 2i + 1) to (i, i + head_dim / 2)."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def join_rotation_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Undo `split_rotation_pairs`."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def convert_vq_model(weights: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> EditARVQModel:
+    """Build the tokenizer that published weights describe.
+
+    Raises:
+        ValueError: If keys are missing, unexpected or wrongly shaped; the message lists them.
+    """
+    weights = {name: weight for name, weight in weights.items() if name != CODEBOOK_USAGE_KEY}
+    with torch.device("meta"):
+        model = EditARVQModel(read_vq_config(weights))
+    check_weights(weights, model.state_dict())
+    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    return model.eval()
+
+
+def revert_vq_weights(model: EditARVQModel) -> dict[str, torch.Tensor]:
+    """Give the tokenizer's weights as they are published, with usage statistics of zero."""
+    return {**model.state_dict(), CODEBOOK_USAGE_KEY: torch.zeros(CODEBOOK_USAGE_SIZE)}
+
+
+def count_indices(weights: dict[str, torch.Tensor], pattern: str) -> int:
+    """Count the modules of a list: one more than the largest index that `pattern` finds in a name."""
+    matches = (re.match(pattern, name) for name in weights)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
+
+
+def check_size_keys(weights: dict[str, torch.Tensor], keys: Iterable[str], kind: str):
+    """Refuse weights that lack the tensors from which sizes are read."""
+    missing = [key for key in keys if key not in weights]
+    if missing:
+        raise ValueError(
+            f"This is not {kind}: {list_keys('missing', missing)}. The file holds {len(weights)} tensors, the first of "
+            f"them {', '.join(list(weights)[:3]) or 'absent'}."
+        )
+
+
+def check_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    """Refuse weights whose names and shapes are not exactly the expected ones."""
+    wrong_shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected.keys() & weights.keys()
+        if weights[name].shape != expected[name].shape
+    ]
+    problems = [
+        list_keys("missing", expected.keys() - weights.keys()),
+        list_keys("unexpected", weights.keys() - expected.keys()),
+        list_keys("wrongly shaped", wrong_shapes),
+    ]
+    if any(problems):
+        raise ValueError(f"The file's keys do not fit its sizes: {'; '.join(filter(None, problems))}.")
+
+
+def list_keys(kind: str, keys: Iterable[str]) -> str:
+    """Say which keys are at fault, or nothing."""
+    return f"{len(keys)} {kind} ({', '.join(sorted(keys))})" if keys else ""
+
+
+def check_format_constants(config: PreTrainedConfig, names: tuple[str, ...]):
+    """Refuse a network that differs from the published ones in what their format cannot say."""
+    published = type(config)()
+    for name in names:
+        if getattr(config, name) != getattr(published, name):
+            raise ValueError(
+                f"`{name}` is {getattr(config, name)!r}; the published format only knows {getattr(published, name)!r}, "
+                "so this model cannot be written in it."
+            )
+
+
+def convert_text_encoder(source: str | Path, dtype: torch.dtype | None = None) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """Load the encoder half of a T5, and its tokenizer, from a Hub id or a folder.
+
+    Raises:
+        ValueError: If the source lacks weights of a T5 encoder.
+        OSError: If there is no such repository or folder.
+    """
+    model, report = T5EncoderModel.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"`{source}` is not a T5 encoder: {list_keys('missing', report['missing_keys'])}.")
+    return model.eval(), T5Tokenizer.from_pretrained(source)
+
+
+def convert_pipeline(
+    transformer: str | Path | None = None,
+    vq_model: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    num_attention_heads: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> EditARPipeline:
+    """Build a pipeline from published files; what is left out is downloaded from the Hub.
+
+    Args:
+        transformer (`str` or `Path`, *optional*): File of the EditAR decoder.
+        vq_model (`str` or `Path`, *optional*): File of the VQ tokenizer.
+        text_encoder (`str` or `Path`, *optional*): Hub id or folder of a T5; only its encoder is kept.
+        num_attention_heads (`int`, *optional*): See `read_transformer_config`.
+        dtype (`torch.dtype`, *optional*): Default: as in the files.
+
+    Raises:
+        ValueError: If a file is not what it should be, or the three do not fit together.
+    """
+    transformer = transformer or hf_hub_download(**PUBLISHED_TRANSFORMER)
+    decoder = convert_transformer(load_published_weights(transformer), num_attention_heads, dtype)
+    vq_model = vq_model or hf_hub_download(**PUBLISHED_VQ_MODEL)
+    image_tokenizer = convert_vq_model(load_published_weights(vq_model), dtype)
+    text_encoder = text_encoder or PUBLISHED_TEXT_ENCODER
+    check_parts(decoder.config, image_tokenizer.config, T5Config.from_pretrained(text_encoder))
+    encoder, tokenizer = convert_text_encoder(text_encoder, dtype)
+    stride = image_tokenizer.config.stride
+    image_processor = EditARImageProcessor(size=decoder.config.grid_size * stride, stride=stride)
+    processor = EditARProcessor(image_processor, tokenizer, num_text_tokens=decoder.config.num_text_tokens)
+    return EditARPipeline(transformer=decoder, vq_model=image_tokenizer, text_encoder=encoder, processor=processor)
+
+
+def check_parts(transformer: EditARConfig, vq_model: EditARVQConfig, text_encoder: T5Config):
+    """Refuse networks that were not made for each other."""
+    if transformer.vocab_size != vq_model.num_embeddings:
+        raise ValueError(
+            f"`vq_model` has {vq_model.num_embeddings} codes and `transformer` predicts {transformer.vocab_size}; give "
+            "the tokenizer that the decoder was trained with."
+        )
+    if transformer.text_hidden_size != text_encoder.d_model:
+        raise ValueError(
+            f"`text_encoder` has states of width {text_encoder.d_model} and `transformer` reads "
+            f"{transformer.text_hidden_size}; give the text encoder that the decoder was trained with."
+        )
+
+
+def revert_pipeline(model: str | Path, output_dir: str | Path):
+    """Write the decoder and the tokenizer of a pipeline folder as `editar.pt` and `vq.pt`, in the published formats.
+
+    Raises:
+        ValueError: If `model` is a folder without a pipeline, cannot be said in the published formats, or a file is
+            already there.
+    """
+    output_dir = Path(output_dir)
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        raise ValueError(f"`model` is {model}, a folder without `model_index.json`; give a pipeline folder.")
+    for name in (REVERTED_TRANSFORMER, REVERTED_VQ_MODEL):
+        if (output_dir / name).exists():
+            raise ValueError(f"`output_dir` already holds {name}; give another folder.")
+    transformer = EditARForConditionalGeneration.from_pretrained(model, subfolder="transformer", dtype="auto")
+    vq_model = EditARVQModel.from_pretrained(model, subfolder="vq_model", dtype="auto")
+    check_format_constants(transformer.config, TRANSFORMER_CONSTANTS)
+    check_format_constants(vq_model.config, VQ_CONSTANTS)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_published_weights(revert_transformer_weights(transformer), output_dir / REVERTED_TRANSFORMER)
+    save_published_weights(revert_vq_weights(vq_model), output_dir / REVERTED_VQ_MODEL)
+
+
+def save_published_weights(weights: dict[str, torch.Tensor], path: Path):
+    """Write weights as a published file, complete or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    torch.save({WEIGHTS_KEYS[0]: weights}, partial)
+    os.replace(partial, path)
+
+
+def describe_sources(
+    transformer: str | Path | None, vq_model: str | Path | None, text_encoder: str | Path | None
+) -> dict[str, str]:
+    """Name what a pipeline was converted from: Hub addresses in full, of local files and folders the name alone."""
+    sources = {"decoder": (transformer, PUBLISHED_TRANSFORMER), "VQ tokenizer": (vq_model, PUBLISHED_VQ_MODEL)}
+    described = {
+        part: f"{published['repo_id']}, {published['filename']}" if path is None else Path(path).name
+        for part, (path, published) in sources.items()
+    }
+    text_encoder = text_encoder or PUBLISHED_TEXT_ENCODER
+    is_folder = Path(text_encoder).is_dir()
+    return {**described, "text encoder": Path(text_encoder).name if is_folder else text_encoder}
+
+
+def compose_card(name: str, sources: dict[str, str], self_check: str, license: str | None) -> str:
+    """Write the model card of converted weights, whose licence is what the caller states and nothing else.
+
+    Args:
+        name (`str`): Hub id or folder in the snippet.
+        sources (`dict[str, str]`): What each part was converted from.
+        self_check (`str`): The figures, as Markdown.
+        license (`str`, *optional*): Identifier of the weights' licence; without it the card names none.
+    """
+    license_text = (
+        "Whoever converted these weights stated no licence. The terms of the original files apply: find them with "
+        "their authors before use."
+        if license is None
+        else f"`{license}`, as stated by whoever converted these weights."
+    )
+    return CARD.format(
+        license_line="" if license is None else f"license: {license}\n",
+        name=name,
+        sources="\n".join(f"* {part}: {source}" for part, source in sources.items()),
+        self_check=self_check,
+        license_text=license_text,
+    )
+
+
+def check_output_dir(output_dir: Path):
+    """Refuse a folder that already holds something."""
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"`output_dir` is {output_dir}, which already holds something; give a new folder.")
+
+
+def save_pipeline(pipeline: EditARPipeline, output_dir: str | Path, card: str):
+    """Write a pipeline folder with its card, complete or not at all.
+
+    Raises:
+        ValueError: If the folder already holds something.
+    """
+    output_dir = Path(output_dir)
+    check_output_dir(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
+    try:
+        pipeline.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.chmod(0o755)  # mkdtemp's folder is its maker's alone
+        partial.replace(output_dir)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise

@@ -1,0 +1,176 @@
+"""Pure tensor functions from the logits of the guidance branches to one token per image.
+
+Sampling is arg-max of logits plus Gumbel noise, and the noise is stateless: a function of (seed, position, code) and
+nothing else. Batches, masks, drafts and devices therefore all see the same noise for an image, in any order.
+
+Sources: Gumbel-max, E. J. Gumbel (1954); noise fixed ahead of the sample, predictive sampling (arXiv 2002.09928);
+counters in place of a generator's state, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .configuration import EditARGenerationConfig
+
+
+LOW_32_BITS = 0xFFFFFFFF
+
+# Any two different words start the two halves of a key; these are the fractional parts of the golden ratio and of
+# the square root of two, times 2³².
+KEY_STARTS = (0x9E3779B9, 0x6A09E667)
+
+
+class GuidanceBranch(NamedTuple):
+    """Which conditions one branch of guidance goes without."""
+
+    drop_source: bool
+    drop_prompt: bool
+
+
+def select_branches(guidance_scale: float, image_guidance_scale: float) -> list[GuidanceBranch]:
+    """List the branches that `apply_guidance` combines, the fully conditioned one first."""
+    conditional, image_only, unconditional = (
+        GuidanceBranch(False, False),
+        GuidanceBranch(False, True),
+        GuidanceBranch(True, True),
+    )
+    if image_guidance_scale != 1:
+        return [conditional, image_only, unconditional]
+    return [conditional] if guidance_scale == 1 else [conditional, image_only]
+
+
+def apply_guidance(
+    branch_logits: Sequence[torch.Tensor], guidance_scale: float, image_guidance_scale: float
+) -> torch.Tensor:
+    """Combine the logits of one to three branches, in the order of `select_branches`, into guided logits.
+
+    Source: two branches, EditAR (arXiv 2501.04699), section 3; three, InstructPix2Pix (arXiv 2211.09800), equation 3.
+    """
+    if len(branch_logits) == 1:
+        return branch_logits[0]
+    if len(branch_logits) == 2:
+        conditional, image_only = branch_logits
+        return image_only + guidance_scale * (conditional - image_only)
+    conditional, image_only, unconditional = branch_logits
+    return (
+        unconditional
+        + image_guidance_scale * (image_only - unconditional)
+        + guidance_scale * (conditional - image_only)
+    )
+
+
+def build_logits_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+    """Build temperature, top-k and top-p, in this order, leaving out those that change nothing."""
+    warpers = LogitsProcessorList()
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k > 0:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
+
+
+def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> torch.LongTensor:
+    """Draw one 63-bit seed per image, shape `(batch,)`, on the CPU.
+
+    Args:
+        generator (`torch.Generator` or a list of them, *optional*): One for all images, which draw from it in their
+            order; or one per image; or `None` for torch's default generator. Each draws on its own device.
+    """
+    generators = generator if isinstance(generator, Sequence) else [generator] * batch_size
+    # One draw per image: a generator then gives an image the same seed whatever comes after it in the batch.
+    return torch.tensor(
+        [
+            torch.randint(2**63 - 1, (), generator=one, device="cpu" if one is None else one.device).item()
+            for one in generators
+        ],
+        dtype=torch.long,
+    )
+
+
+def mix_bits(words: torch.Tensor) -> torch.Tensor:
+    """Scramble 32-bit words, kept in int64, in place: a bijection in which every input bit moves every output bit.
+
+    Source: shifts and multipliers of github.com/skeeto/hash-prospector (public domain), the pair of lowest bias among
+    its two-round functions, "[16 21f0aaad 15 d35a2d97 15]".
+    """
+    words ^= words >> 16
+    words *= 0x21F0AAAD
+    words &= LOW_32_BITS
+    words ^= words >> 15
+    # Minus 2³² is the same multiplier modulo 2³², and keeps the product inside a signed 64-bit integer.
+    words *= 0xD35A2D97 - 2**32
+    words &= LOW_32_BITS
+    words ^= words >> 15
+    return words
+
+
+def compute_noise_keys(seeds: torch.LongTensor, num_positions: int) -> torch.LongTensor:
+    """Hash seeds `(batch,)` and positions 0 … num_positions − 1 to 64-bit keys, as words `(2, batch, num_positions)`.
+
+    Two words, because equal keys mean equal noise at two positions: among 32-bit keys that would happen.
+    """
+    positions = torch.arange(num_positions, device=seeds.device)
+    low, high = seeds & LOW_32_BITS, seeds >> 32
+    keys = []
+    for start, words in zip(KEY_STARTS, ((low, high), (high, low)), strict=True):
+        state = mix_bits(words[0] ^ start)
+        state = mix_bits(state ^ words[1])
+        keys.append(mix_bits(state[:, None] ^ positions))
+    return torch.stack(keys)
+
+
+def compute_gumbel_noise(keys: torch.LongTensor, vocab_size: int) -> torch.Tensor:
+    """Hash keys `(2, ...)` with every code to standard Gumbel noise, float32 of shape `(..., vocab_size)`.
+
+    The upper 23 bits k of a hash give u = (k + ½)·2⁻²³, exact in float32 and never 0 or 1, and −log(−log u).
+    """
+    codes = torch.arange(vocab_size, device=keys.device)
+    words = mix_bits(codes ^ keys[0, ..., None])
+    words = mix_bits(words ^ keys[1, ..., None])
+    uniform = (words >> 9).float().add_(0.5).mul_(2.0**-23)
+    return uniform.log_().neg_().log_().neg_()
+
+
+class TokenSelector:
+    """Choose one token per image: guidance, logits processors, warpers and noise (when sampling), arg-max.
+
+    Args:
+        settings (`EditARGenerationConfig`): Guidance scale and sampling settings.
+        image_guidance_scale (`float`): Weight of the source image; 1 is the one-knob form.
+        logits_processor (`list`): Called in order with the tokens so far and the guided logits.
+        noise_keys (`torch.LongTensor` of shape `(2, batch, N)`, *optional*): From `compute_noise_keys`; None takes the
+            likeliest tokens.
+    """
+
+    def __init__(
+        self,
+        settings: EditARGenerationConfig,
+        image_guidance_scale: float,
+        logits_processor: list[LogitsProcessor],
+        noise_keys: torch.LongTensor | None,
+    ):
+        self.guidance_scale = settings.guidance_scale
+        self.image_guidance_scale = image_guidance_scale
+        self.noise_keys = noise_keys
+        self.processors = LogitsProcessorList(logits_processor)
+        if noise_keys is not None:
+            self.processors += build_logits_warpers(settings.temperature, settings.top_k, settings.top_p)
+
+    def __call__(self, branch_logits: Sequence[torch.Tensor], tokens: torch.LongTensor) -> torch.LongTensor:
+        """Choose what follows `tokens` `(batch, T)`, from logits `(batch, vocab_size)` per branch; shape `(batch,)`."""
+        logits = apply_guidance(branch_logits, self.guidance_scale, self.image_guidance_scale)
+        logits = self.processors(tokens, logits)
+        if self.noise_keys is not None:
+            logits = logits + compute_gumbel_noise(self.noise_keys[:, :, tokens.shape[1]], logits.shape[-1])
+        return logits.argmax(dim=-1)

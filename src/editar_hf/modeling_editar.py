@@ -1,0 +1,489 @@
+"""The EditAR decoder: source-image tokens and text states in, logits of the target-image tokens out.
+
+One causal sequence per sample, `[source image][text][target image]`, through a Llama-style decoder whose image
+positions rotate in two dimensions. This file is `forward` only, deterministic given its inputs: it knows nothing of
+guidance, sampling or pixels. It reads bottom-up: rotary → attention → MLP → layer → model → head.
+
+A call may bring any of the three segments. Without a cache they are the whole sequence; with one they continue it, so a
+source prefix can be computed once and shared. Positions are slots of that sequence: 0 … N−1 source, N … N+L−1 text,
+from N+L on target.
+
+Source: EditAR (arXiv 2501.04699), LlamaGen (arXiv 2406.06525).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_editar import EditARConfig
+from .generation import EditARGenerationMixin
+
+
+@dataclass
+class EditAROutput(ModelOutput):
+    """What `EditARForConditionalGeneration.forward` returns.
+
+    Args:
+        loss (`torch.Tensor`, *optional*): Mean cross-entropy of the target tokens, in nats. Given `labels` only.
+        logits (`torch.Tensor` of shape `(batch, positions, vocab_size)`, *optional*): Predictions of target tokens;
+            `None` when the call brought nothing but a source image.
+        past_key_values (`Cache`, *optional*): Keys and values of all slots so far.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): Per layer, on request.
+        distillation_features (`torch.Tensor` of shape `(batch, cells, distillation_hidden_size)`, *optional*): What the
+            distillation head predicts, in raster order, on request.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    distillation_features: torch.Tensor | None = None
+
+
+class EditARRotaryEmbedding(nn.Module):
+    """Look up the cosines and sines of slots: row and column for image tokens, a constant for text.
+
+    Source token (r, c) has position (r, c), target token (r, c) has (r + grid_size, c + grid_size). The first half of a
+    head's rotation pairs turns with the row, the second half with the column.
+    """
+
+    def __init__(self, config: EditARConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, slots: torch.Tensor, grid_height: int, grid_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute (cos, sin), each float32 of shape `(..., head_dim)`, for integer `slots` of any shape."""
+        num_image_tokens = grid_height * grid_width
+        target_start = num_image_tokens + self.config.num_text_tokens
+        is_target = slots >= target_start
+        is_text = (slots >= num_image_tokens) & ~is_target
+        cell = torch.where(is_target, slots - target_start, slots)
+        offset = is_target * self.config.grid_size
+        row, column = cell // grid_width + offset, cell % grid_width + offset
+
+        # Computed, not kept in a buffer: a non-persistent buffer would be lost when weights load from the meta device.
+        pairs_per_axis = self.config.head_dim // 4
+        exponents = torch.arange(pairs_per_axis, device=slots.device, dtype=torch.float32) / pairs_per_axis
+        frequencies = self.config.rope_theta**-exponents
+        angles = torch.cat([row[..., None] * frequencies, column[..., None] * frequencies], dim=-1)
+        angles = torch.cat([angles, angles], dim=-1)
+
+        # Parity: the published weights were trained with cos = sin = 0 for text, which makes text queries and keys
+        # zero vectors (not "unrotated"): every query sees all text keys alike.
+        text_cos = 0.0 if self.config.text_rotary == "zero" else 1.0
+        cos = torch.where(is_text[..., None], text_cos, angles.cos())
+        sin = torch.where(is_text[..., None], 0.0, angles.sin())
+        return cos, sin
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `(batch, heads, seq_len, head_dim)` states in float32, as the published code does."""
+    return (states * cos + rotate_half(states) * sin).to(states.dtype)
+
+
+class EditARAttention(nn.Module):
+    """Multi-head causal attention without biases."""
+
+    def __init__(self, config: EditARConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = 1
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, hidden_states, attention_mask, position_embeddings, past_key_values=None, **kwargs):
+        input_shape = hidden_states.shape[:-1]
+        heads_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, attention_weights = attention_function(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = self.o_proj(output.reshape(*input_shape, -1))
+        return self.residual_dropout(output), attention_weights
+
+
+class EditARMLP(nn.Module):
+    """SwiGLU feed-forward layer without biases."""
+
+    def __init__(self, config: EditARConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.mlp_dropout = nn.Dropout(config.mlp_dropout)
+
+    def forward(self, hidden_states):
+        hidden_states = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.mlp_dropout(self.down_proj(hidden_states))
+
+
+class EditARDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, config: EditARConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = EditARAttention(config, layer_idx)
+        self.mlp = EditARMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, attention_mask, position_embeddings, past_key_values=None, **kwargs):
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states), attention_mask, position_embeddings, past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class EditARTextProjection(nn.Module):
+    """Map text states to the decoder's width."""
+
+    def __init__(self, config: EditARConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.text_hidden_size, config.hidden_size, bias=False)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, prompt_embeds):
+        return self.fc2(F.gelu(self.fc1(prompt_embeds), approximate="tanh"))
+
+
+class EditARPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what transformers needs to know of the decoder."""
+
+    config_class = EditARConfig
+    config: EditARConfig
+    base_model_prefix = "model"
+    main_input_name = "source_image_tokens"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("EditARDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": EditARDecoderLayer, "attentions": EditARAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Draw normal(0, initializer_range) weights, null embeddings of the published scale and a zero output head."""
+        super()._init_weights(module)
+        if isinstance(module, EditARModel):
+            init.normal_(module.null_prompt_embeds, std=self.config.text_hidden_size**-0.5)
+            init.normal_(module.null_image_embeds, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, EditARForConditionalGeneration):
+            init.zeros_(module.lm_head.weight)
+
+
+class EditARModel(EditARPreTrainedModel):
+    """Run the decoder without its output head: hidden states of every position given.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from editar_hf import EditARConfig, EditARModel
+    >>> config = EditARConfig(
+    ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, grid_size=4, num_text_tokens=5,
+    ...     text_hidden_size=16,
+    ... )
+    >>> model = EditARModel(config)
+    >>> model(torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 5, 16)).last_hidden_state.shape
+    torch.Size([1, 21, 32])
+
+    ```
+    """
+
+    def __init__(self, config: EditARConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.text_projection = EditARTextProjection(config)
+        self.text_dropout = nn.Dropout(config.text_dropout)
+        self.null_prompt_embeds = nn.Buffer(torch.empty(config.num_text_tokens, config.text_hidden_size))
+        self.null_image_embeds = nn.Buffer(torch.empty(config.num_image_tokens, config.hidden_size))
+        self.rotary_emb = EditARRotaryEmbedding(config)
+        self.layers = nn.ModuleList(
+            EditARDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        source_image_tokens: torch.LongTensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        target_image_tokens: torch.LongTensor | None = None,
+        drop_source: torch.BoolTensor | None = None,
+        drop_prompt: torch.BoolTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        grid_height: int | None = None,
+        grid_width: int | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Compute the final-norm hidden states of the given segments; arguments as of the model with a head."""
+        grid_height, grid_width = self.resolve_grid(grid_height, grid_width)
+        segments = self.embed_segments(
+            source_image_tokens, prompt_embeds, target_image_tokens, drop_source, drop_prompt, grid_height, grid_width
+        )
+        hidden_states = torch.cat(segments, dim=1)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = past_length + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+
+        # The mask is built from slots, never from grid coordinates: those start anew with the target image, which
+        # transformers would take for a second packed sequence.
+        causal_mask = create_causal_mask(
+            self.config, hidden_states, attention_mask, past_key_values, position_ids=position_ids
+        )
+        cos, sin = self.rotary_emb(position_ids, grid_height, grid_width)
+        position_embeddings = cos[:, None], sin[:, None]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, causal_mask, position_embeddings, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def resolve_grid(self, grid_height: int | None, grid_width: int | None) -> tuple[int, int]:
+        """Fill in the model's own grid for a side left out, and refuse a grid that the rotary table does not cover."""
+        grid_size = self.config.grid_size
+        grid_height = grid_size if grid_height is None else grid_height
+        grid_width = grid_size if grid_width is None else grid_width
+        if not (1 <= grid_height <= grid_size and 1 <= grid_width <= grid_size):
+            raise ValueError(
+                f"`grid_height` × `grid_width` is {grid_height} × {grid_width}; this model covers 1 to {grid_size} "
+                "tokens a side."
+            )
+        return grid_height, grid_width
+
+    def embed_segments(
+        self, source_image_tokens, prompt_embeds, target_image_tokens, drop_source, drop_prompt, grid_height, grid_width
+    ) -> list[torch.Tensor]:
+        """Embed the segments that are given, in the order of the sequence."""
+        segments = []
+        if source_image_tokens is not None:
+            segments.append(self.embed_source(source_image_tokens, drop_source, grid_height, grid_width))
+        if prompt_embeds is not None:
+            segments.append(self.embed_prompt(prompt_embeds, drop_prompt))
+        if target_image_tokens is not None:
+            segments.append(self.embed_tokens(target_image_tokens))
+        if not segments:
+            raise ValueError("Give at least one of `source_image_tokens`, `prompt_embeds` and `target_image_tokens`.")
+        return segments
+
+    def embed_source(self, source_image_tokens, drop_source, grid_height, grid_width) -> torch.Tensor:
+        """Embed source tokens; samples in `drop_source` get the null image instead."""
+        if source_image_tokens.shape[1] != grid_height * grid_width:
+            raise ValueError(
+                f"`source_image_tokens` holds {source_image_tokens.shape[1]} tokens; a grid of {grid_height} × "
+                f"{grid_width} has {grid_height * grid_width}. Pass `grid_height` and `grid_width` for other sizes."
+            )
+        source_embeds = self.embed_tokens(source_image_tokens)
+        if drop_source is None:
+            return source_embeds
+        null_grid = self.null_image_embeds.unflatten(0, (self.config.grid_size, self.config.grid_size))
+        null_embeds = null_grid[:grid_height, :grid_width].flatten(0, 1).to(source_embeds.dtype)
+        return torch.where(drop_source[:, None, None], null_embeds, source_embeds)
+
+    def embed_prompt(self, prompt_embeds, drop_prompt) -> torch.Tensor:
+        """Project text states; samples in `drop_prompt` get the null text instead."""
+        expected = (self.config.num_text_tokens, self.config.text_hidden_size)
+        if prompt_embeds.shape[1:] != expected:
+            raise ValueError(
+                f"`prompt_embeds` has shape {tuple(prompt_embeds.shape)}; expected (batch, {expected[0]}, "
+                f"{expected[1]})."
+            )
+        # Every sample passes through `where`, so that all ranks of a distributed run use the same parameters.
+        if drop_prompt is not None:
+            null_embeds = self.null_prompt_embeds.to(prompt_embeds.dtype)
+            prompt_embeds = torch.where(drop_prompt[:, None, None], null_embeds, prompt_embeds)
+        return self.text_dropout(self.text_projection(prompt_embeds))
+
+
+class EditARForConditionalGeneration(EditARPreTrainedModel, EditARGenerationMixin):
+    """Predict the tokens of an edited image from those of its source and the states of an instruction.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from editar_hf import EditARConfig, EditARForConditionalGeneration
+    >>> config = EditARConfig(
+    ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, grid_size=4, num_text_tokens=5,
+    ...     text_hidden_size=16,
+    ... )
+    >>> model = EditARForConditionalGeneration(config).eval()
+    >>> source, target = torch.randint(64, (2, 1, 16))
+    >>> output = model(source, torch.randn(1, 5, 16), labels=target)
+    >>> output.logits.shape, round(output.loss.item(), 3)  # an untrained head is zero: ln(64) nats
+    (torch.Size([1, 16, 64]), 4.159)
+
+    ```
+    """
+
+    def __init__(self, config: EditARConfig):
+        super().__init__(config)
+        self.model = EditARModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.distillation_head = None
+        if config.distillation_hidden_size is not None:
+            self.distillation_head = nn.Conv2d(config.hidden_size, config.distillation_hidden_size, 2, stride=2)
+        self.post_init()
+
+    def forward(
+        self,
+        source_image_tokens: torch.LongTensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        target_image_tokens: torch.LongTensor | None = None,
+        drop_source: torch.BoolTensor | None = None,
+        drop_prompt: torch.BoolTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        grid_height: int | None = None,
+        grid_width: int | None = None,
+        output_distillation_features: bool = False,
+        **kwargs,
+    ) -> EditAROutput:
+        """Compute logits of the target positions, and the loss where `labels` are given.
+
+        A whole sequence of T target tokens gives min(T + 1, N) logits: the positions that predict target tokens
+        0 … min(T, N − 1). A call that only continues a cache with T target tokens gives T logits.
+
+        Args:
+            source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): Codes of the source image in
+                raster order.
+            prompt_embeds (`torch.Tensor` of shape `(batch, num_text_tokens, text_hidden_size)`, *optional*): States of
+                the text encoder, padded positions included.
+            labels (`torch.LongTensor` of shape `(batch, N)`, *optional*): Codes of the target image. They suffice for
+                training: the shift happens inside. −100 leaves a position out of the loss if the tokens themselves
+                come as `target_image_tokens`.
+            target_image_tokens (`torch.LongTensor` of shape `(batch, T)`, *optional*): Target codes known so far.
+            drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): Samples whose source image or
+                text is replaced by its null embedding: conditioning dropout in training, guidance at inference.
+            past_key_values (`Cache`, *optional*): What this call continues.
+            use_cache (`bool`): Return a cache although none was given.
+            attention_mask (`torch.Tensor` of shape `(batch, slots)`, *optional*): 1 for slots that may be attended;
+                needed with a static cache, whose unwritten slots are 0.
+            position_ids (`torch.LongTensor` of shape `(batch, positions)`, *optional*): Slots of the given positions;
+                default: those that follow the cache.
+            grid_height, grid_width (`int`, *optional*): Tokens per column and row; default `config.grid_size`.
+            output_distillation_features (`bool`): Also run the distillation head, over all N target positions.
+
+        Raises:
+            ValueError: If a shape does not fit the configuration or the grid, or the distillation head is asked for
+                where there is none, or where the call does not bring all target positions.
+        """
+        grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
+        num_image_tokens = grid_height * grid_width
+        if target_image_tokens is None:
+            target_image_tokens = labels
+        if target_image_tokens is not None:
+            # The last target token predicts nothing.
+            target_image_tokens = target_image_tokens[:, : num_image_tokens - 1]
+        outputs = self.model(
+            source_image_tokens,
+            prompt_embeds,
+            target_image_tokens,
+            drop_source,
+            drop_prompt,
+            past_key_values,
+            use_cache,
+            attention_mask,
+            position_ids,
+            grid_height,
+            grid_width,
+            **kwargs,
+        )
+        predicting_states = self.select_predicting_states(outputs.last_hidden_state, prompt_embeds, target_image_tokens)
+        logits = self.lm_head(predicting_states) if predicting_states.shape[1] else None
+        return EditAROutput(
+            loss=None if labels is None else self.compute_loss(logits, labels),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            distillation_features=(
+                self.compute_distillation_features(predicting_states, grid_height, grid_width)
+                if output_distillation_features
+                else None
+            ),
+        )
+
+    def select_predicting_states(self, hidden_states, prompt_embeds, target_image_tokens) -> torch.Tensor:
+        """Select the last text position, which predicts target token 0, and the target positions."""
+        num_predicting = 0 if prompt_embeds is None else 1
+        if target_image_tokens is not None:
+            num_predicting += target_image_tokens.shape[1]
+        return hidden_states[:, hidden_states.shape[1] - num_predicting :]
+
+    def compute_loss(self, logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Compute the mean cross-entropy in nats over target positions."""
+        if logits is None or labels.shape[1] != logits.shape[1]:
+            raise ValueError(
+                f"`labels` holds {labels.shape[1]} tokens for {0 if logits is None else logits.shape[1]} predictions; "
+                "give one label per token of the grid, together with `source_image_tokens` and `prompt_embeds`."
+            )
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    def compute_distillation_features(self, states: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
+        """Lay the states that predict target tokens out on the grid and convolve them to (batch, cells, width).
+
+        Source: EditAR (arXiv 2501.04699), section 3.3; the cells halve the grid.
+        """
+        if self.distillation_head is None:
+            raise ValueError("`output_distillation_features` needs `config.distillation_hidden_size`; it is None.")
+        if states.shape[1] != grid_height * grid_width:
+            raise ValueError(
+                f"`output_distillation_features` needs all {grid_height * grid_width} target positions; this call has "
+                f"{states.shape[1]}."
+            )
+        grid = states.transpose(1, 2).unflatten(2, (grid_height, grid_width))
+        return self.distillation_head(grid).flatten(2).transpose(1, 2)
+
+
+__all__ = ["EditARForConditionalGeneration", "EditARModel", "EditAROutput"]

@@ -1,0 +1,426 @@
+"""The VQ tokenizer: pixels to tokens and back.
+
+A convolutional encoder brings a picture to one latent vector per `stride` × `stride` pixels; each vector becomes the
+index of the codebook row that points most nearly in its direction; a decoder, the encoder's mirror image, draws the
+picture back from the normalised rows. Modules carry the names of the published checkpoint's keys.
+
+Source: LlamaGen (arXiv 2406.06525), section 2.1; the convolution stack is VQGAN's (arXiv 2012.09841).
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_editar import EditARVQConfig
+
+
+# Positions compared with the codebook at once: 128 MiB of fp32 similarities with 16384 codes.
+POSITIONS_PER_CHUNK = 2048
+
+
+@dataclass
+class EditARVQEncoderOutput(ModelOutput):
+    """Output of [`EditARVQModel.encode`].
+
+    Args:
+        image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`): Codebook indices in raster order.
+        latents (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, embedding_dim)`): The fp32 unit vectors
+            that the indices stand for.
+    """
+
+    image_tokens: torch.LongTensor | None = None
+    latents: torch.FloatTensor | None = None
+
+
+@dataclass
+class EditARVQOutput(ModelOutput):
+    """Output of [`EditARVQModel.forward`].
+
+    Args:
+        loss (`torch.FloatTensor`): Reconstruction loss + codebook loss + `commitment_loss_weight` · commitment loss.
+        reconstruction (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): Decoded pixels, not clamped.
+        reconstruction_loss (`torch.FloatTensor`): Mean absolute plus mean squared error of the pixels.
+        codebook_loss (`torch.FloatTensor`): Mean squared distance from code to latent; moves the codes.
+        commitment_loss (`torch.FloatTensor`): The same distance; moves the encoder.
+        image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`): Codebook indices in raster order.
+        latents (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, embedding_dim)`): Unit vectors.
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+    image_tokens: torch.LongTensor | None = None
+    latents: torch.FloatTensor | None = None
+
+
+def compute_nearest_codes(
+    latents: torch.Tensor, codebook: torch.Tensor, chunk_size: int = POSITIONS_PER_CHUNK
+) -> torch.LongTensor:
+    """Compute, for each of the latents (positions, dim), the index of the codebook row (codes, dim) of highest cosine.
+
+    Only the rows need unit length: the length of a latent does not change which row is nearest. Positions go through
+    in chunks, so that (positions × codes) similarities never exist at once.
+    """
+    return torch.cat([(chunk @ codebook.T).argmax(dim=-1) for chunk in latents.split(chunk_size)])
+
+
+class EditARVQNorm(nn.GroupNorm):
+    """Group normalisation as the tokenizer uses it everywhere."""
+
+    def __init__(self, config: EditARVQConfig, channels: int):
+        super().__init__(config.norm_num_groups, channels, eps=1e-6)
+
+
+class EditARVQResBlock(nn.Module):
+    """Two normalised, swish-activated 3×3 convolutions beside a shortcut."""
+
+    def __init__(self, config: EditARVQConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = EditARVQNorm(config, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = EditARVQNorm(config, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.nin_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states if self.nin_shortcut is None else self.nin_shortcut(hidden_states)
+        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
+        hidden_states = self.conv2(F.silu(self.norm2(hidden_states)))
+        return residual + hidden_states
+
+
+class EditARVQAttnBlock(nn.Module):
+    """Single-head attention of every position to every other, beside a shortcut."""
+
+    def __init__(self, config: EditARVQConfig, channels: int):
+        super().__init__()
+        self.norm = EditARVQNorm(config, channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        grid_size = hidden_states.shape[-2:]
+        normed = self.norm(hidden_states)
+        # (batch_size, channels, height, width) -> (batch_size, 1, height · width, channels)
+        query, key, value = (
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1) for projection in (self.q, self.k, self.v)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return hidden_states + self.proj_out(attended.squeeze(1).transpose(1, 2).unflatten(2, grid_size))
+
+
+class EditARVQDownsample(nn.Module):
+    """Stride-2 convolution that halves height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Parity: the published tokenizer pads on the right and at the bottom only.
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+class EditARVQUpsample(nn.Module):
+    """Nearest-neighbour doubling of height and width, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2, mode="nearest"))
+
+
+class EditARVQLevel(nn.Module):
+    """The blocks of one resolution; `attention` puts an attention block after each residual block."""
+
+    def __init__(
+        self, config: EditARVQConfig, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool
+    ):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_res_blocks
+        self.res = nn.ModuleList(EditARVQResBlock(config, width, next_width) for width, next_width in pairwise(widths))
+        self.attn = nn.ModuleList(EditARVQAttnBlock(config, out_channels) for _ in self.res if attention)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for index, res in enumerate(self.res):
+            hidden_states = res(hidden_states)
+            if self.attn:
+                hidden_states = self.attn[index](hidden_states)
+        return hidden_states
+
+
+class EditARVQEncoderLevel(EditARVQLevel):
+    """A level of the encoder: its blocks, then half the resolution unless it is the last."""
+
+    def __init__(self, config: EditARVQConfig, in_channels: int, out_channels: int, is_last: bool):
+        super().__init__(config, in_channels, out_channels, config.num_res_blocks, attention=is_last)
+        self.downsample = nn.Identity() if is_last else EditARVQDownsample(out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.downsample(super().forward(hidden_states))
+
+
+class EditARVQDecoderLevel(EditARVQLevel):
+    """A level of the decoder: one block more than the encoder's, then twice the resolution unless it is the last."""
+
+    def __init__(self, config: EditARVQConfig, in_channels: int, out_channels: int, is_first: bool, is_last: bool):
+        super().__init__(config, in_channels, out_channels, config.num_res_blocks + 1, attention=is_first)
+        self.upsample = nn.Identity() if is_last else EditARVQUpsample(out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.upsample(super().forward(hidden_states))
+
+
+def build_middle(config: EditARVQConfig, channels: int) -> nn.Sequential:
+    """Build the blocks in the middle of encoder and decoder, at the lowest resolution."""
+    return nn.Sequential(
+        EditARVQResBlock(config, channels, channels),
+        EditARVQAttnBlock(config, channels),
+        EditARVQResBlock(config, channels, channels),
+    )
+
+
+class EditARVQEncoder(nn.Module):
+    """Pixels (batch_size, 3, height, width) to latents (batch_size, latent_channels, grid_height, grid_width)."""
+
+    def __init__(self, config: EditARVQConfig):
+        super().__init__()
+        widths = [config.base_channels * multiplier for multiplier in (1, *config.channel_multipliers)]
+        num_levels = len(config.channel_multipliers)
+        self.conv_in = nn.Conv2d(3, widths[0], kernel_size=3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            EditARVQEncoderLevel(config, widths[level], widths[level + 1], is_last=level == num_levels - 1)
+            for level in range(num_levels)
+        )
+        self.mid = build_middle(config, widths[-1])
+        self.norm_out = EditARVQNorm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(pixel_values)
+        for level in self.conv_blocks:
+            hidden_states = level(hidden_states)
+        hidden_states = self.mid(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+class EditARVQDecoder(nn.Module):
+    """Latents (batch_size, latent_channels, grid_height, grid_width) to pixels; level 0 is the lowest resolution."""
+
+    def __init__(self, config: EditARVQConfig):
+        super().__init__()
+        widths = [config.base_channels * multiplier for multiplier in reversed(config.channel_multipliers)]
+        widths = [widths[0], *widths]
+        num_levels = len(config.channel_multipliers)
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], kernel_size=3, padding=1)
+        self.mid = build_middle(config, widths[0])
+        self.conv_blocks = nn.ModuleList(
+            EditARVQDecoderLevel(
+                config, widths[level], widths[level + 1], is_first=level == 0, is_last=level == num_levels - 1
+            )
+            for level in range(num_levels)
+        )
+        self.norm_out = EditARVQNorm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, kernel_size=3, padding=1)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.mid(self.conv_in(latents))
+        for level in self.conv_blocks:
+            hidden_states = level(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+class EditARVQQuantizer(nn.Module):
+    """The codebook. Its rows are stored as they were learned; only their directions matter."""
+
+    def __init__(self, config: EditARVQConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.num_embeddings, config.embedding_dim)
+
+    def encode(self, latents: torch.Tensor) -> torch.LongTensor:
+        """Return the nearest code of each latent; (..., embedding_dim) to (...)."""
+        # Through the module's forward: under sequential offload the weight itself is on the meta device.
+        rows = self.embedding(torch.arange(self.embedding.num_embeddings, device=latents.device))
+        with maybe_autocast(latents.device.type, enabled=False):
+            codebook = F.normalize(rows.float(), dim=-1)
+            return compute_nearest_codes(latents.float().flatten(0, -2), codebook).view(latents.shape[:-1])
+
+    def decode(self, image_tokens: torch.LongTensor) -> torch.Tensor:
+        """Return the fp32 unit vector of each code; (...) to (..., embedding_dim)."""
+        return F.normalize(self.embedding(image_tokens).float(), dim=-1)
+
+
+class EditARVQModel(PreTrainedModel):
+    """Tokenize pictures: `encode` turns pixels into codebook indices, `decode` draws them back.
+
+    Pictures may have any height and width that the stride divides; pixels are in [−1, 1].
+
+    Source: LlamaGen (arXiv 2406.06525), section 2.1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from editar_hf import EditARVQConfig, EditARVQModel
+    >>> config = EditARVQConfig(num_embeddings=64, base_channels=8, channel_multipliers=(1, 2), norm_num_groups=4)
+    >>> model = EditARVQModel(config).eval()
+    >>> image_tokens = model.encode(torch.zeros(1, 3, 16, 8)).image_tokens
+    >>> image_tokens.shape
+    torch.Size([1, 32])
+    >>> model.decode(image_tokens, grid_height=8, grid_width=4).shape
+    torch.Size([1, 3, 16, 8])
+
+    ```
+    """
+
+    config: EditARVQConfig
+    config_class = EditARVQConfig
+    base_model_prefix = "vq_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ("EditARVQResBlock", "EditARVQAttnBlock", "EditARVQQuantizer")
+
+    def __init__(self, config: EditARVQConfig):
+        super().__init__(config)
+        self.encoder = EditARVQEncoder(config)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.embedding_dim, kernel_size=1)
+        self.quantize = EditARVQQuantizer(config)
+        self.post_quant_conv = nn.Conv2d(config.embedding_dim, config.latent_channels, kernel_size=1)
+        self.decoder = EditARVQDecoder(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        """Draw convolutions as PyTorch does by default, codes as random directions."""
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1 / math.sqrt(module.embedding_dim))
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    @apply_forward_hook
+    def encode(self, pixel_values: torch.Tensor) -> EditARVQEncoderOutput:
+        """Encode pictures as codebook indices in raster order.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Pixels in [−1, 1].
+
+        Raises:
+            ValueError: If the shape is another, or the stride does not divide height and width.
+        """
+        self._check_pixel_values(pixel_values)
+        return self._encode(pixel_values)
+
+    @apply_forward_hook
+    def decode(
+        self, image_tokens: torch.LongTensor, grid_height: int | None = None, grid_width: int | None = None
+    ) -> torch.Tensor:
+        """Decode codebook indices to pixels (batch_size, 3, height, width), about [−1, 1] but not clamped.
+
+        Args:
+            image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`): Indices in raster order.
+            grid_height (`int`, *optional*): Rows of tokens; follows from `grid_width`. The grid is square without both.
+            grid_width (`int`, *optional*): Tokens in a row; follows from `grid_height`.
+
+        Raises:
+            ValueError: If the tokens do not fill the grid, or are no codebook indices.
+        """
+        grid_height, grid_width = self._resolve_grid(image_tokens, grid_height, grid_width)
+        return self._decode(self.quantize.decode(image_tokens), grid_height, grid_width)
+
+    def forward(self, pixel_values: torch.Tensor) -> EditARVQOutput:
+        """Reconstruct pictures and compute the losses that train the tokenizer.
+
+        Gradients pass the choice of codes straight through, from the decoder's input to the encoder's output.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Pixels in [−1, 1].
+
+        Raises:
+            ValueError: If the shape is another, or the stride does not divide height and width.
+
+        Source: VQ-VAE (arXiv 1711.00937), equation 3, on unit vectors as in LlamaGen (arXiv 2406.06525), section 2.1.
+        """
+        self._check_pixel_values(pixel_values)
+        encoded = self._encode(pixel_values)
+        codes = self.quantize.decode(encoded.image_tokens)
+        codebook_loss = F.mse_loss(codes, encoded.latents.detach())
+        commitment_loss = F.mse_loss(encoded.latents, codes.detach())
+        straight_through = encoded.latents + (codes - encoded.latents).detach()
+        grid_height, grid_width = (side // self.config.stride for side in pixel_values.shape[-2:])
+        reconstruction = self._decode(straight_through, grid_height, grid_width)
+        error = reconstruction.float() - pixel_values.float()
+        reconstruction_loss = error.abs().mean() + error.square().mean()
+        return EditARVQOutput(
+            loss=reconstruction_loss + codebook_loss + self.config.commitment_loss_weight * commitment_loss,
+            reconstruction=reconstruction,
+            reconstruction_loss=reconstruction_loss,
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
+            image_tokens=encoded.image_tokens,
+            latents=encoded.latents,
+        )
+
+    def _encode(self, pixel_values: torch.Tensor) -> EditARVQEncoderOutput:
+        latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
+        # Unit length and the choice of codes are fp32 whatever the network computes in: near-ties are common.
+        latents = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)
+        return EditARVQEncoderOutput(image_tokens=self.quantize.encode(latents.detach()), latents=latents)
+
+    def _decode(self, codes: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
+        latents = codes.to(self.dtype).transpose(1, 2).unflatten(2, (grid_height, grid_width))
+        return self.decoder(self.post_quant_conv(latents))
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor):
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != 3:
+            raise ValueError(f"`pixel_values` has shape {shape}; give (batch_size, 3, height, width).")
+        stride = self.config.stride
+        if not shape[2] or not shape[3] or shape[2] % stride or shape[3] % stride:
+            raise ValueError(
+                f"`pixel_values` is {shape[2]} pixels high and {shape[3]} wide; the tokenizer needs multiples of its "
+                f"stride, {stride}: resize or crop the picture."
+            )
+
+    def _resolve_grid(
+        self, image_tokens: torch.LongTensor, grid_height: int | None, grid_width: int | None
+    ) -> tuple[int, int]:
+        if image_tokens.ndim != 2:
+            raise ValueError(f"`image_tokens` has shape {tuple(image_tokens.shape)}; give (batch_size, tokens).")
+        num_image_tokens = image_tokens.shape[1]
+        if grid_height is None and grid_width is None:
+            grid_height = grid_width = math.isqrt(num_image_tokens)
+        elif grid_height is None:
+            grid_height = num_image_tokens // max(grid_width, 1)
+        elif grid_width is None:
+            grid_width = num_image_tokens // max(grid_height, 1)
+        if not num_image_tokens or grid_height * grid_width != num_image_tokens:
+            raise ValueError(
+                f"`image_tokens` holds {num_image_tokens} tokens a picture, which do not fill a grid of "
+                f"{grid_height}×{grid_width}; give `grid_height` and `grid_width` whose product is their number."
+            )
+        lowest, highest = image_tokens.min().item(), image_tokens.max().item()
+        if lowest < 0 or highest >= self.config.num_embeddings:
+            raise ValueError(
+                f"`image_tokens` runs from {lowest} to {highest}; codebook indices are 0 to "
+                f"{self.config.num_embeddings - 1}."
+            )
+        return grid_height, grid_width

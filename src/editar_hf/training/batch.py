@@ -1,0 +1,44 @@
+"""From a collated batch to what the decoder takes: tokens, text states, dropped conditions and loss weights."""
+
+import torch
+import torch.nn.functional as F
+
+from ..modeling_editar_vq import EditARVQModel
+
+
+def draw_conditioning_dropout(
+    batch_size: int, generator: torch.Generator, prompt_prob: float = 0.05, source_prob: float = 0.05, both_prob: float = 0.05
+) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+    """Draw `(drop_source, drop_prompt)`, each bool `(batch_size,)`, from one uniform draw per sample.
+
+    The published probabilities are 5 % both, 5 % source image only, 5 % text only.
+
+    Source: EditAR (arXiv 2501.04699), section 4.1, and its published training script.
+    """
+    draw = torch.rand(batch_size, generator=generator)
+    drop_source = draw < both_prob + source_prob
+    drop_prompt = (draw < both_prob) | (draw >= 1 - prompt_prob)
+    return drop_source, drop_prompt
+
+
+@torch.no_grad()
+def encode_image_tokens(batch: dict[str, torch.Tensor], vq_model: EditARVQModel) -> dict[str, torch.Tensor]:
+    """Replace the pictures of a batch, if it has any, by their tokens; both images go through the tokenizer at once."""
+    if "source_image_tokens" in batch:
+        return batch
+    batch = dict(batch)
+    pixel_values = torch.cat([batch.pop("source_pixel_values"), batch.pop("target_pixel_values")])
+    image_tokens = vq_model.encode(pixel_values.to(vq_model.dtype)).image_tokens
+    batch["source_image_tokens"], batch["target_image_tokens"] = image_tokens.chunk(2)
+    return batch
+
+
+def compute_token_loss(
+    logits: torch.Tensor, target_image_tokens: torch.LongTensor, edit_mask: torch.BoolTensor | None, edit_region_weight: float
+) -> torch.Tensor:
+    """Compute the mean cross-entropy in nats over target tokens; those in `edit_mask` count `edit_region_weight` times."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), target_image_tokens.flatten(), reduction="none")
+    if edit_mask is None or edit_region_weight == 1:
+        return losses.mean()
+    weights = torch.where(edit_mask.flatten(), edit_region_weight, 1.0)
+    return (losses * weights).sum() / weights.sum()

@@ -1,0 +1,59 @@
+"""Feature distillation: the decoder's states are asked to predict a frozen DINOv2's view of the target image.
+
+Source: EditAR (arXiv 2501.04699), section 3.3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+
+
+# DINOv2's own preprocessing: shortest side 256, centre crop 224, ImageNet statistics.
+RESIZED_SIDE, CROPPED_SIDE = 256, 224
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DistillationTeacher(nn.Module):
+    """Compute a frozen DINOv2's patch features of target images.
+
+    Args:
+        model (`str`): Hub id or folder of a DINOv2 of any size, with or without register tokens.
+    """
+
+    def __init__(self, model: str):
+        super().__init__()
+        self.backbone = AutoModel.from_pretrained(model).eval().requires_grad_(False)
+        self.num_patches = (CROPPED_SIDE // self.backbone.config.patch_size) ** 2
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Compute features (batch, cells, width) in raster order of pixels (batch, 3, height, width) in [−1, 1]."""
+        scale = RESIZED_SIDE / min(pixel_values.shape[-2:])
+        size = [round(side * scale) for side in pixel_values.shape[-2:]]
+        pixels = F.interpolate(pixel_values.float() / 2 + 0.5, size, mode="bicubic", antialias=True, align_corners=False)
+        # Parity: the teacher sees the centre 87.5 % of the picture, the student's grid all of it.
+        top, left = ((side - CROPPED_SIDE) // 2 for side in size)
+        pixels = pixels[:, :, top : top + CROPPED_SIDE, left : left + CROPPED_SIDE].clamp(0, 1)
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        states = self.backbone(pixel_values=((pixels - mean) / std).to(self.backbone.dtype)).last_hidden_state
+        # The class token and any register tokens come first.
+        return states[:, -self.num_patches :]
+
+
+def compute_distillation_loss(
+    features: torch.Tensor, teacher_features: torch.Tensor, grid_height: int, grid_width: int
+) -> torch.Tensor:
+    """Compute the mean squared error; the teacher's square of cells is resized bilinearly where the grids differ.
+
+    Args:
+        features (`torch.Tensor` of shape `(batch, grid_height · grid_width, width)`): What the decoder predicts.
+        teacher_features (`torch.Tensor` of shape `(batch, cells, width)`): What the teacher sees.
+        grid_height, grid_width (`int`): Cells of the decoder's features per column and row.
+    """
+    side = round(teacher_features.shape[1] ** 0.5)
+    if (side, side) != (grid_height, grid_width):
+        grid = teacher_features.transpose(1, 2).unflatten(2, (side, side)).float()
+        grid = F.interpolate(grid, (grid_height, grid_width), mode="bilinear", align_corners=False)
+        teacher_features = grid.flatten(2).transpose(1, 2)
+    return F.mse_loss(features.float(), teacher_features.float())

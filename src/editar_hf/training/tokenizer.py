@@ -1,0 +1,59 @@
+"""A small T5 tokenizer, trained offline on the prompts of a data set, for text encoders that are trained along.
+
+`transformers.T5Tokenizer` holds a Unigram model. Its trainer seeds from distinct words without their counts, so on the
+narrow vocabulary of templated prompts it keeps hardly any whole word. The pieces are therefore found by character-pair
+merges, which follow counts.
+"""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import T5Tokenizer
+
+
+# T5's order: padding 0, end 1, unknown 2.
+SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]
+# What stands for a space, and every visible character of ASCII: no English prompt meets `<unk>`.
+BASE_ALPHABET = {"▁", *map(chr, range(33, 127))}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> T5Tokenizer:
+    """Train a tokenizer whose pieces are every character of ASCII and of `texts`, and the words most common in them.
+
+    Case is preserved. The same texts give the same tokenizer.
+
+    Args:
+        texts (`Iterable[str]`): Prompts, as the text encoder will read them.
+        vocab_size (`int`): Most pieces, the three special ones included. Few or short texts give fewer.
+
+    Raises:
+        ValueError: If `vocab_size` does not hold the characters and the special pieces.
+
+    Example:
+
+    ```python
+    >>> from editar_hf.training.tokenizer import train_tokenizer
+    >>> train_tokenizer(["make the red circle blue"] * 100, vocab_size=120).tokenize("the circle")
+    ['▁the', '▁circle']
+    ```
+    """
+    texts = list(texts)
+    alphabet = BASE_ALPHABET.union(*("".join(text.split()) for text in texts))
+    smallest_size = len(SPECIAL_TOKENS) + len(alphabet)
+    if vocab_size < smallest_size:
+        raise ValueError(
+            f"`vocab_size` is {vocab_size}; the special pieces and the characters of ASCII and of `texts` need at "
+            f"least {smallest_size}."
+        )
+    merges = Tokenizer(models.BPE(unk_token="<unk>"))
+    # No piece crosses a punctuation mark: "left" is the same piece in "left", "left," and "left.".
+    t5_words = T5Tokenizer(extra_ids=0).backend_tokenizer.pre_tokenizer
+    merges.pre_tokenizer = pre_tokenizers.Sequence([t5_words, pre_tokenizers.Punctuation()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=list(alphabet), show_progress=False
+    )
+    merges.train_from_iterator(texts, trainer)
+
+    pieces = sorted(merges.get_vocab(), key=merges.token_to_id)
+    # Equal scores: a word is split into as few pieces as there can be.
+    return T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)

@@ -1,0 +1,183 @@
+"""What training a VQ tokenizer needs beside its network: pictures in memory, a living codebook, figures of merit."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+from ..modeling_editar_vq import EditARVQModel, compute_nearest_codes
+from ..processing_editar import prepare_rgb_picture
+
+
+def load_pictures(name: str, split: str, image_columns: Sequence[str]) -> datasets.Dataset:
+    """Load the image columns of a data set.
+
+    Args:
+        name (`str`): A parquet file, a folder of parquet files or pictures, or a Hub id.
+        split (`str`): Split, in the slicing syntax of `datasets` (`"train"`, `"train[:10000]"`).
+        image_columns (sequence of `str`): Columns that hold pictures.
+
+    Raises:
+        ValueError: If a column is not there.
+    """
+    if name.endswith(".parquet"):
+        dataset = datasets.load_dataset("parquet", data_files={split.partition("[")[0]: name}, split=split)
+    else:
+        dataset = datasets.load_dataset(name, split=split)
+    missing = [column for column in image_columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(f"`image_columns` names {missing}, but {name!r} has {dataset.column_names}.")
+    return dataset.select_columns(list(image_columns))
+
+
+def decode_pictures(dataset: datasets.Dataset, resolution: int, folder: str | Path) -> np.ndarray:
+    """Decode every picture of every column once, to uint8 pixels (pictures, resolution, resolution, 3).
+
+    The pixels lie in a nameless file in `folder`, mapped into memory: the system keeps them in RAM as far as they fit.
+    Pictures are scaled until the shortest side is `resolution` and cut to the centre, transparency over white.
+    """
+    shape = (len(dataset) * len(dataset.column_names), resolution, resolution, 3)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        pixels = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+    pictures = (picture for row in dataset for picture in row.values())
+    for index, picture in enumerate(pictures):
+        picture = prepare_rgb_picture(picture)
+        pixels[index] = ImageOps.fit(picture, (resolution, resolution), method=Image.Resampling.LANCZOS)
+    return pixels
+
+
+def prepare_pixel_values(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Turn uint8 pixels (batch_size, height, width, 3) into fp32 in [−1, 1], (batch_size, 3, height, width).
+
+    The memory format is channels-last, as the pixels lie.
+    """
+    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def draw_batches(num_samples: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[np.ndarray]:
+    """Draw index batches without end, each epoch in an order of its own; step k's batch depends on nothing but k.
+
+    Raises:
+        ValueError: If there are fewer samples than a batch holds.
+    """
+    steps_per_epoch = num_samples // batch_size
+    if not steps_per_epoch:
+        raise ValueError(f"`batch_size` is {batch_size}, but there are {num_samples} pictures; make it smaller.")
+    first_epoch, first_batch = divmod(first_step, steps_per_epoch)
+    for epoch in count(first_epoch):
+        order = np.random.default_rng((seed, epoch)).permutation(num_samples)
+        for batch in range(first_batch if epoch == first_epoch else 0, steps_per_epoch):
+            # In file order: neighbours on disk are read together.
+            yield np.sort(order[batch * batch_size : (batch + 1) * batch_size])
+
+
+def draw_codebook(
+    latents: torch.Tensor, num_codes: int, generator: torch.Generator, num_iterations: int = 10
+) -> torch.Tensor:
+    """Draw codes (num_codes, dim) from latents (positions, dim) by spherical k-means; an empty cluster keeps its code.
+
+    Raises:
+        ValueError: If there are fewer latents than codes.
+    """
+    if len(latents) < num_codes:
+        raise ValueError(f"`latents` holds {len(latents)} vectors, fewer than the {num_codes} codes to draw.")
+    codes = latents[torch.randperm(len(latents), generator=generator)[:num_codes].to(latents.device)]
+    for _ in range(num_iterations):
+        nearest = compute_nearest_codes(latents, codes)
+        sums = torch.zeros_like(codes).index_add_(0, nearest, latents)
+        filled = torch.bincount(nearest, minlength=num_codes) > 0
+        codes = torch.where(filled[:, None], F.normalize(sums, dim=-1), codes)
+    return codes
+
+
+@torch.no_grad()
+def init_codebook(
+    model: EditARVQModel, pixels: np.ndarray, batches: Iterator[np.ndarray], generator: torch.Generator
+) -> None:
+    """Set the codebook to clusters of an untrained encoder's latents, of enough batches for four latents a code."""
+    num_codes, latents, num_latents = model.config.num_embeddings, [], 0
+    while num_latents < 4 * num_codes:
+        pixel_values = prepare_pixel_values(pixels[next(batches)], model.device)
+        latents.append(model.encode(pixel_values).latents.flatten(0, 1))
+        num_latents += len(latents[-1])
+    model.quantize.embedding.weight.copy_(draw_codebook(torch.cat(latents), num_codes, generator))
+
+
+class DeadCodeReviver:
+    """Move codes that no picture has used for `patience` steps to latents of the current batch.
+
+    Source: Jukebox (arXiv 2005.00341), section 3.1, random restarts.
+    """
+
+    def __init__(self, embedding: nn.Embedding, patience: int):
+        self.embedding = embedding
+        self.patience = patience
+        self.steps_unused = torch.zeros(embedding.num_embeddings, dtype=torch.long, device=embedding.weight.device)
+
+    @torch.no_grad()
+    def step(
+        self,
+        image_tokens: torch.Tensor,
+        latents: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+    ) -> int:
+        """Count one step and revive; returns how many codes were moved.
+
+        Args:
+            image_tokens (`torch.LongTensor`): The codes used in this step, by all processes.
+            latents (`torch.Tensor` of shape `(positions, embedding_dim)`): Latents of this step, of all processes.
+            optimizer (`torch.optim.Optimizer`): Its moments of the moved rows are set to zero.
+            generator (`torch.Generator`): In the same state on every process, so that all move alike.
+        """
+        self.steps_unused += 1
+        self.steps_unused[image_tokens.flatten()] = 0
+        dead = (self.steps_unused >= self.patience).nonzero().flatten()[: len(latents)]
+        chosen = torch.randperm(len(latents), generator=generator)[: len(dead)].to(latents.device)
+        self.embedding.weight[dead] = latents[chosen].to(self.embedding.weight.dtype)
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[self.embedding.weight][name][dead] = 0
+        self.steps_unused[dead] = 0
+        return len(dead)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"steps_unused": self.steps_unused}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
+        self.steps_unused.copy_(state_dict["steps_unused"])
+
+
+def compute_psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Compute the peak signal-to-noise ratio of each picture in dB, (batch_size,), of pixels in [−1, 1]."""
+    error = (reconstruction.float().clamp(-1, 1) - pixel_values.float()) / 2
+    return -10 * error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def compute_perplexity(token_counts: torch.Tensor) -> float:
+    """Compute the exponential of the entropy (nats) of code frequencies, between 1 and the number of codes."""
+    return torch.distributions.Categorical(token_counts.double()).entropy().exp().item()
+
+
+@torch.no_grad()
+def evaluate_tokenizer(model: EditARVQModel, pixels: np.ndarray, batch_size: int) -> dict[str, float]:
+    """Pass pictures through the tokenizer; returns mean PSNR (dB), the fraction of codes used, and their perplexity."""
+    token_counts = torch.zeros(model.config.num_embeddings, dtype=torch.long, device=model.device)
+    psnrs = []
+    for start in range(0, len(pixels), batch_size):
+        pixel_values = prepare_pixel_values(pixels[start : start + batch_size], model.device)
+        image_tokens = model.encode(pixel_values).image_tokens
+        grid_height, grid_width = (side // model.config.stride for side in pixel_values.shape[-2:])
+        psnrs.append(compute_psnr(model.decode(image_tokens, grid_height, grid_width), pixel_values))
+        token_counts += torch.bincount(image_tokens.flatten(), minlength=len(token_counts))
+    return {
+        "psnr": torch.cat(psnrs).mean().item(),
+        "code_usage": (token_counts > 0).double().mean().item(),
+        "perplexity": compute_perplexity(token_counts),
+    }

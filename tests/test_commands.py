@@ -1,0 +1,84 @@
+"""The `editar-hf` command, run in this process through `main` and once as the installed program."""
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import editar_hf
+from editar_hf import commands
+from editar_hf.commands import env, main
+
+
+def read_rows(output: str) -> dict[str, str]:
+    """Split the lines `name  value` that `editar-hf env` prints."""
+    return dict(line.split(maxsplit=1) for line in output.splitlines())
+
+
+def test_env_prints_the_installed_version_of_every_core_dependency(capsys):
+    assert main(["env"]) == 0
+    rows = read_rows(capsys.readouterr().out)
+    assert rows["editar-hf"] == editar_hf.__version__
+    core = ["torch", "transformers", "diffusers", "huggingface-hub", "safetensors", "accelerate", "pillow", "numpy"]
+    assert {name: rows[name] for name in core} == {name: metadata.version(name) for name in core}
+
+
+def test_env_prints_python_and_devices(capsys):
+    main(["env"])
+    rows = read_rows(capsys.readouterr().out)
+    assert rows["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert rows["cpu"].endswith(f"{torch.get_num_threads()} torch threads")
+    num_devices = torch.cuda.device_count()
+    assert [name for name in rows if name.startswith("cuda:")] == [f"cuda:{index}" for index in range(num_devices)]
+
+
+def test_env_lists_extras_and_says_which_are_missing(capsys, monkeypatch):
+    requires = ["torch>=2", 'editar-hf[lora]; extra == "dev"', 'no-such-package>=1; extra == "lora"', "torch<3"]
+    monkeypatch.setattr(metadata, "requires", lambda name: requires)
+    assert env.list_requirements() == ["torch", "no-such-package"]
+    main(["env"])
+    assert read_rows(capsys.readouterr().out)["no-such-package"] == "not installed"
+
+
+def test_installed_program_runs_env():
+    program = Path(sys.executable).with_name("editar-hf")
+    result = subprocess.run([program, "env"], capture_output=True, text=True, check=True)
+    assert read_rows(result.stdout)["torch"] == metadata.version("torch")
+
+
+def test_help_names_every_command_without_importing_torch():
+    code = (
+        "import sys, editar_hf.commands as c\n"
+        "try: c.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules), 'heavy import'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in commands.COMMANDS:
+        assert f" {command.__name__.rpartition('.')[2]} " in result.stdout
+
+
+@pytest.mark.parametrize("error", [ValueError("`model` is 3"), FileNotFoundError("no such file: a.png")])
+def test_bad_input_is_one_line_and_exit_status_two(error, capsys, monkeypatch):
+    def refuse(args):
+        raise error
+
+    monkeypatch.setattr(env, "run", refuse)
+    assert main(["env"]) == 2
+    assert capsys.readouterr().err == f"editar-hf: error: {error}\n"
+
+
+def test_exit_status_of_a_command_is_passed_on(monkeypatch):
+    monkeypatch.setattr(env, "run", lambda args: 1)
+    assert main(["env"]) == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["env", "--no-such-option"]])
+def test_arguments_that_do_not_fit_exit_with_status_two(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert "usage: editar-hf" in capsys.readouterr().err

@@ -1,0 +1,477 @@
+"""Pictures and prompts become tensors, and tensors pictures, as the published pipeline does it."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor
+
+from editar_hf import EditARImageProcessor, EditARProcessor
+from editar_hf.processing_editar import apply_task_prefix, compute_crop_geometry, prepare_rgb_picture
+from editar_hf.training.tokenizer import train_tokenizer
+
+
+ORIENTATION = 0x0112  # EXIF tag
+
+
+def draw_picture(height, width, channels=3, seed=0):
+    """Draw smooth random colours with some noise, so that a wrong offset or filter shows."""
+    generator = np.random.default_rng(seed)
+    small = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    noisy = (pixels + generator.integers(-20, 21, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    if channels == 4:
+        return Image.fromarray(np.dstack([noisy, generator.integers(0, 256, (height, width), dtype=np.uint8)]))
+    return Image.fromarray(noisy)
+
+
+def publish_square(picture, size):
+    """The published preparation, square: shortest side to `size` with Lanczos, centre crop, to [−1, 1]."""
+    scale = size / min(picture.size)
+    picture = picture.resize(tuple(round(side * scale) for side in picture.size), Image.LANCZOS)
+    pixels = np.asarray(picture).astype(np.float64)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size].transpose(2, 0, 1) / 255 * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    prompts = ["make the red circle blue", "remove the green star", "a photograph of a lake"] * 20
+    return train_tokenizer(prompts, vocab_size=200)
+
+
+@pytest.fixture
+def processor(tokenizer):
+    return EditARProcessor(EditARImageProcessor(size=32, stride=16), tokenizer, num_text_tokens=12)
+
+
+# Pictures in
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 73), (97, 61), (20, 30), (64, 65), (99, 61)])
+@pytest.mark.filterwarnings("ignore:More than")
+def test_crop_is_the_published_preparation(height, width):
+    picture = draw_picture(height, width)
+    pixel_values = EditARImageProcessor(size=48)(picture).pixel_values
+    assert pixel_values.dtype == torch.float32
+    assert pixel_values.shape == (1, 3, 48, 48)
+    np.testing.assert_allclose(pixel_values[0].numpy(), publish_square(picture, 48), atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (64, 64)])
+@pytest.mark.filterwarnings("ignore:More than")
+def test_crop_to_a_rectangle_covers_it_and_keeps_the_centre(height, width):
+    picture = draw_picture(height, width)
+    pixel_values = EditARImageProcessor()(picture, size={"height": 32, "width": 64}).pixel_values[0]
+    scale = max(32 / height, 64 / width)
+    resized = picture.resize((round(width * scale), round(height * scale)), Image.LANCZOS)
+    left, top = (resized.width - 64) // 2, (resized.height - 32) // 2
+    expected = np.asarray(resized)[top : top + 32, left : left + 64].transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(pixel_values.numpy(), expected, atol=1e-6)
+
+
+def test_stretch_is_a_plain_resize():
+    picture = draw_picture(40, 100)
+    pixel_values = EditARImageProcessor(size=(32, 64), resize_mode="stretch")(picture).pixel_values[0]
+    expected = np.asarray(picture.resize((64, 32), Image.LANCZOS)).transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(pixel_values.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    upright = np.zeros((32, 32, 3), np.uint8)
+    upright[:16, :16], upright[:16, 16:], upright[16:, :16] = (200, 0, 0), (0, 200, 0), (0, 0, 200)
+    # What a camera held in each way stores, so that turning it upright gives `upright`. Source: EXIF 2.32, tag 0x0112.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(stored)).save(file, "PNG", exif=exif)
+    image_processor = EditARImageProcessor(size=32)
+    picture = image_processor.postprocess(image_processor(Image.open(file)).pixel_values)[0]
+    np.testing.assert_array_equal(np.asarray(picture), upright)
+
+
+def test_transparency_is_composited_over_white():
+    picture = draw_picture(32, 32, channels=4)
+    pixels = np.asarray(picture).astype(float)
+    expected = pixels[..., :3] * pixels[..., 3:] / 255 + 255 - pixels[..., 3:]
+    for image in (picture, np.asarray(picture), torch.from_numpy(np.array(picture)).permute(2, 0, 1)):
+        assert np.abs(np.asarray(prepare_rgb_picture(image)) - expected).max() <= 1
+
+
+def test_a_fully_transparent_pixel_is_white_in_every_mode_with_transparency():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    palette.info["transparency"] = 0
+    grey = Image.new("LA", (2, 1))
+    grey.putdata([(99, 0), (50, 255)])
+    keyed = Image.new("RGB", (2, 1))
+    keyed.putdata([(1, 2, 3), (40, 50, 60)])
+    keyed.info["transparency"] = (1, 2, 3)
+    for image, solid in ((palette, (40, 50, 60)), (grey, (50, 50, 50)), (keyed, (40, 50, 60))):
+        prepared = prepare_rgb_picture(image)
+        assert prepared.getpixel((0, 0)) == (255, 255, 255)
+        assert prepared.getpixel((1, 0)) == solid
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("L", (1, 1), 77), 77),
+        (Image.new("1", (1, 1), 1), 255),
+        (Image.new("I;16", (1, 1), 65535), 255),
+        (Image.new("I;16", (1, 1), 257 * 100 + 128), 100),
+        (Image.new("I;16", (1, 1), 257 * 100 + 129), 101),
+        (Image.new("I", (1, 1), 257 * 30), 30),
+        (Image.new("F", (1, 1), 0.2), 51),
+        (np.full((1, 1), 9, np.uint8), 9),
+        (np.full((1, 1, 1), 257 * 9, np.uint16), 9),
+        (np.full((1, 1, 3), 0.4999 / 255, np.float64), 0),
+        (np.full((1, 1, 3), 0.5001 / 255, np.float64), 1),
+        (torch.full((1, 1, 1), 0.2, dtype=torch.bfloat16), 51),
+        (torch.full((3, 1, 1), 0.2, requires_grad=True), 51),
+    ],
+)
+def test_every_kind_of_pixel_becomes_the_nearest_8_bit_rgb(image, expected):
+    assert prepare_rgb_picture(image).getpixel((0, 0)) == (expected,) * 3
+
+
+def test_the_same_picture_gives_the_same_pixels_as_pil_array_tensor_batch_and_list():
+    picture = draw_picture(32, 48)
+    array = np.asarray(picture)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    image_processor = EditARImageProcessor(size=(32, 48))
+    expected = image_processor(picture).pixel_values
+    for image in (array, array / 255, array.astype(np.float32) / 255, tensor, tensor / 255, array[None], tensor[None]):
+        assert torch.equal(image_processor(image).pixel_values, expected)
+    mixed = [picture, array, tensor[None], [tensor / 255]]
+    assert torch.equal(image_processor(mixed).pixel_values, expected.expand(4, -1, -1, -1))
+
+
+def test_image_is_the_same_alone_and_in_a_batch():
+    pictures = [draw_picture(40, 40, seed=1), draw_picture(80, 81, seed=2)]
+    image_processor = EditARImageProcessor(size=32)
+    together = image_processor(pictures).pixel_values
+    for index, picture in enumerate(pictures):
+        assert torch.equal(together[index], image_processor(picture).pixel_values[0])
+
+
+def test_preparation_leaves_the_callers_picture_alone():
+    picture = draw_picture(20, 20)
+    before = np.array(picture)
+    EditARImageProcessor(size=32).restore(Image.new("RGB", (32, 32)), picture, 32, 32, "crop")
+    np.testing.assert_array_equal(np.asarray(picture), before)
+
+
+def test_a_large_cut_warns_once_and_a_small_one_not_at_all():
+    image_processor = EditARImageProcessor(size=96)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        image_processor(draw_picture(200, 203))  # resized to 96×97: 1 % is cut
+        image_processor(draw_picture(100, 140), resize_mode="stretch")
+        assert not caught
+        image_processor(draw_picture(200, 207))  # to 96×99: 3 %
+        assert len(caught) == 1
+        image_processor([draw_picture(100, 140), draw_picture(160, 100)])
+        assert len(caught) == 1
+        assert "2%" in str(caught[0].message)
+
+
+# Pictures out
+
+
+def test_all_256_values_survive_the_round_trip():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image_processor = EditARImageProcessor(size=16)
+    pixel_values = image_processor(values).pixel_values
+    assert pixel_values.min() == -1
+    assert pixel_values.max() == 1
+    np.testing.assert_array_equal(np.asarray(image_processor.postprocess(pixel_values)[0])[..., 0], values)
+    for output_type in ("np", "pt"):
+        again = image_processor(image_processor.postprocess(pixel_values, output_type)).pixel_values
+        assert torch.equal(again, pixel_values)
+
+
+def test_pictures_round_to_the_nearest_value_and_clamp():
+    levels = torch.tensor([100.4, 100.6, -30.0, 400.0])
+    pixel_values = (levels / 127.5 - 1).expand(1, 3, 1, 4)
+    pictures = EditARImageProcessor().postprocess(pixel_values)
+    assert np.asarray(pictures[0])[0, :, 0].tolist() == [100, 101, 0, 255]
+
+
+def test_output_types_have_their_layout_and_range():
+    image_processor = EditARImageProcessor()
+    pixel_values = torch.linspace(-1.5, 1.5, 2 * 3 * 4 * 8).reshape(2, 3, 4, 8).bfloat16()
+    pictures = image_processor.postprocess(pixel_values, "pil")
+    array = image_processor.postprocess(pixel_values, "np")
+    tensor = image_processor.postprocess(pixel_values, "pt")
+    assert [picture.size for picture in pictures] == [(8, 4), (8, 4)]
+    assert array.shape == (2, 4, 8, 3)
+    assert tensor.shape == (2, 3, 4, 8)
+    assert tensor.dtype == torch.float32
+    expected = (pixel_values.float().clamp(-1, 1) + 1) / 2
+    torch.testing.assert_close(tensor, expected)
+    np.testing.assert_allclose(array, expected.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+
+
+# Back to the source's size
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 200), (201, 119), (40, 61), (64, 64)])
+def test_restore_puts_the_square_back_and_leaves_the_rest_bit_identical(height, width):
+    source = draw_picture(height, width)
+    restored = EditARImageProcessor(size=64).restore(Image.new("RGB", (64, 64), "red"), source, 64, 64, "crop")
+    left, top, right, bottom = compute_crop_geometry(height, width, 64, 64).box
+    assert restored.size == source.size
+    inside = np.zeros((height, width), bool)
+    inside[top:bottom, left:right] = True
+    pixels = np.asarray(restored)
+    assert (pixels[inside] == (255, 0, 0)).all()
+    np.testing.assert_array_equal(pixels[~inside], np.asarray(source)[~inside])
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 200), (201, 119), (40, 61), (64, 64)])
+def test_the_box_is_the_pixels_wholly_inside_the_crop(height, width):
+    crop = compute_crop_geometry(height, width, 64, 32)
+    left, top, right, bottom = crop.box
+    columns = [x for x in range(width) if crop.left <= x * crop.resized_width / width + 1e-9]
+    columns = [x for x in columns if (x + 1) * crop.resized_width / width <= crop.left + 32 + 1e-9]
+    rows = [y for y in range(height) if crop.top <= y * crop.resized_height / height + 1e-9]
+    rows = [y for y in rows if (y + 1) * crop.resized_height / height <= crop.top + 64 + 1e-9]
+    assert (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == (left, top, right, bottom)
+
+
+@pytest.mark.parametrize("resize_mode", ["crop", "stretch"])
+@pytest.mark.filterwarnings("ignore:More than")
+def test_restoring_an_unedited_picture_gives_the_source_in_place(resize_mode):
+    # Smooth, so that scaling down and up loses little, and steep, so that a shift of half a pixel would show.
+    row, column = np.mgrid[0:90, 0:151]
+    source = np.stack([column * 255 / 150, row * 255 / 89, 127 + 90 * np.sin(column / 9)], axis=-1)
+    source = Image.fromarray(np.round(source).astype(np.uint8))
+    image_processor = EditARImageProcessor(size=128, resize_mode=resize_mode)
+    unedited = image_processor.postprocess(image_processor(source).pixel_values)[0]
+    restored = image_processor.restore(unedited, source, 128, 128, resize_mode)
+    assert np.abs(np.asarray(restored).astype(int) - np.asarray(source)).max() <= 2
+
+
+def test_an_edit_enlarged_since_lands_in_the_same_place():
+    source, edited = draw_picture(100, 150), draw_picture(32, 32, seed=3)
+    image_processor = EditARImageProcessor(size=32)
+    enlarged = edited.resize((64, 64), Image.Resampling.NEAREST)
+    restored = np.asarray(image_processor.restore(enlarged, source, 32, 32, "crop")).astype(int)
+    expected = np.asarray(image_processor.restore(edited, source, 32, 32, "crop"))
+    assert np.abs(restored - expected).mean() < 4
+
+
+def test_restore_turns_the_source_upright_and_its_transparency_white():
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGBA", (60, 40), (255, 0, 0, 0)).save(file, "PNG", exif=exif)
+    restored = EditARImageProcessor(size=32).restore(Image.new("RGB", (32, 32)), Image.open(file), 32, 32, "crop")
+    assert restored.size == (40, 60)
+    assert restored.getpixel((0, 0)) == (255, 255, 255)
+    assert restored.getpixel((20, 30)) == (0, 0, 0)
+
+
+# Prompts
+
+
+def test_task_prefixes_are_the_published_ones():
+    description = ", generate an image following the description: a lake"
+    assert apply_task_prefix("a lake") == "a lake"
+    assert apply_task_prefix("a lake", "canny") == "Given the canny edge image" + description
+    assert apply_task_prefix("a lake", "depth") == "Given the depth image" + description
+    assert apply_task_prefix("a lake", "segmentation") == "Given the segmentation mask" + description
+
+
+def test_each_text_gets_the_prefix_of_its_task():
+    assert apply_task_prefix(["x", "y"], "edit") == ["x", "y"]
+    prompts = apply_task_prefix(("x", "y"), ["edit", "depth"])
+    assert prompts == ["x", apply_task_prefix("y", "depth")]
+
+
+def test_prompts_are_padded_on_the_right_and_end_with_the_end_token(processor, tokenizer):
+    inputs = processor(text=["make the red circle blue", ""])
+    words = tokenizer.convert_tokens_to_ids(["▁make", "▁the", "▁red", "▁circle", "▁blue"])
+    assert inputs.input_ids.tolist() == [[*words, 1] + [0] * 6, [1] + [0] * 11]
+    assert inputs.attention_mask.tolist() == [[1] * 6 + [0] * 6, [1] + [0] * 11]
+
+
+def test_the_task_prefix_is_part_of_the_tokens(tokenizer):
+    processor = EditARProcessor(EditARImageProcessor(), tokenizer, num_text_tokens=120)
+    prefixed = processor(text="a lake", task="depth")
+    spelled = processor(text="Given the depth image, generate an image following the description: a lake")
+    assert torch.equal(prefixed.input_ids, spelled.input_ids)
+    assert not torch.equal(prefixed.input_ids, processor(text="a lake").input_ids)
+
+
+def test_a_long_prompt_is_cut_with_a_warning_that_says_what_was_lost(processor, tokenizer):
+    kept = " make  the red circle blue make the red circle blue make"
+    with pytest.warns(UserWarning, match=r"longer than 12 tokens.*'the green star'"):
+        inputs = processor(text=["blue", kept + " the green star"])
+    words = kept.split()
+    assert inputs.input_ids[1].tolist() == [*tokenizer.convert_tokens_to_ids(["▁" + word for word in words]), 1]
+    assert inputs.attention_mask[1].all()
+
+
+def test_a_prompt_that_just_fits_does_not_warn(processor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inputs = processor(text="make the red circle blue make the red circle blue make  ")
+    assert inputs.attention_mask.all()
+
+
+# Together
+
+
+def test_processor_prepares_source_target_and_prompt_for_training(processor):
+    source, target = draw_picture(40, 40, seed=1), draw_picture(40, 40, seed=2)
+    inputs = processor(images=[source, target], text=["x", "y"], target_images=[target, source])
+    assert sorted(inputs) == ["attention_mask", "input_ids", "source_pixel_values", "target_pixel_values"]
+    assert inputs.source_pixel_values.shape == (2, 3, 32, 32)
+    assert torch.equal(inputs.source_pixel_values.flip(0), inputs.target_pixel_values)
+    assert set(inputs) <= set(processor.model_input_names)
+
+
+def test_processor_takes_size_and_mode_per_call(processor):
+    picture = draw_picture(40, 90)
+    inputs = processor(images=picture, target_images=picture, height=48, resize_mode="stretch")
+    expected = np.asarray(picture.resize((32, 48), Image.LANCZOS)).transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(inputs.source_pixel_values[0].numpy(), expected, atol=1e-6)
+    assert torch.equal(inputs.source_pixel_values, inputs.target_pixel_values)
+
+
+def test_processor_returns_only_what_was_asked_for_and_numpy_on_request(processor):
+    assert sorted(processor(text="x")) == ["attention_mask", "input_ids"]
+    inputs = processor(images=draw_picture(32, 32), return_tensors="np")
+    assert list(inputs) == ["source_pixel_values"]
+    assert isinstance(inputs.source_pixel_values, np.ndarray)
+
+
+def test_processor_survives_saving_and_loading(tmp_path, tokenizer):
+    image_processor = EditARImageProcessor(size=(24, 40), stride=8, resize_mode="stretch")
+    processor = EditARProcessor(image_processor, tokenizer, num_text_tokens=99)
+    processor.save_pretrained(tmp_path)
+    picture = draw_picture(30, 90)
+    expected = processor(images=picture, text="make the red circle blue", task="depth")
+    for loader in (EditARProcessor, AutoProcessor):
+        loaded = loader.from_pretrained(tmp_path)
+        assert type(loaded) is EditARProcessor
+        assert loaded.num_text_tokens == 99
+        assert loaded.image_processor.stride == 8
+        inputs = loaded(images=picture, text="make the red circle blue", task="depth")
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is EditARImageProcessor
+
+
+def test_postprocess_of_the_processor_is_the_image_processors(processor):
+    pixel_values = torch.zeros(1, 3, 2, 2)
+    assert processor.postprocess(pixel_values)[0].size == (2, 2)
+    assert processor.postprocess(pixel_values, "np").shape == (1, 2, 2, 3)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("scene.png", "holds a str.*PIL.Image.open"),
+        (None, "holds a NoneType"),
+        ([], "`images` is empty"),
+        (np.zeros((8, 8, 2), np.uint8), r"shape \(8, 8, 2\)"),
+        (torch.zeros(8, 8, 3), r"shape \(8, 3, 8\).*channels, height, width"),
+        (np.zeros((0, 8, 3), np.uint8), "at least one pixel"),
+        (Image.new("RGB", (0, 4)), "0×4 pixels"),
+        (np.zeros((8, 8, 3), np.int64), "int64"),
+        (np.full((8, 8, 3), 255.0), r"scale them to \[0, 1\]"),
+        (torch.full((3, 8, 8), -1.0), r"scale them to \[0, 1\]"),
+        (np.full((8, 8, 3), np.nan), r"scale them to \[0, 1\]"),
+        (Image.new("RGB", (1, 1000)), 'resize_mode="stretch"'),
+    ],
+)
+def test_what_is_not_a_picture_is_refused(image, message):
+    with pytest.raises(ValueError, match="`images`") as error:
+        EditARImageProcessor(size=32)(image)
+    assert error.match(message)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_a_truncated_file_is_refused_by_name(tmp_path, file_format):
+    path = tmp_path / f"scene.{file_format.lower()}"
+    draw_picture(200, 200).save(path, file_format)
+    path.write_bytes(path.read_bytes()[:3000])
+    with Image.open(path) as picture, pytest.raises(ValueError, match=r"`images`.*scene.*does not decode"):
+        EditARImageProcessor(size=32)(picture)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": 30}, "`height` is 30.*16"),
+        ({"width": 0}, "`width` is 0"),
+        ({"width": 32.0}, "`width` is 32.0"),
+        ({"resize_mode": "pad"}, "`resize_mode` is 'pad'.*'crop', 'stretch'"),
+        ({"task": "sketch"}, "`task` is 'sketch'.*'edit', 'canny', 'depth', 'segmentation'"),
+        ({"task": ["edit", "edit"]}, "`task` has 2 entries for 1 texts"),
+        ({"text": ["x", 3]}, "`text` holds 3"),
+        ({"text": []}, "`text` is empty"),
+        ({"target_images": "x"}, "holds a str"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**{"images": draw_picture(32, 32), "text": "x", **arguments})
+
+
+def test_a_call_with_nothing_is_refused(processor):
+    with pytest.raises(ValueError, match="`images`, `text` and `target_images`"):
+        processor()
+
+
+def test_an_unknown_output_type_is_refused(processor):
+    with pytest.raises(ValueError, match=r"`output_type` is 'tokens'.*'pil', 'np', 'pt'"):
+        processor.postprocess(torch.zeros(1, 3, 2, 2), "tokens")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 100}, "`height` is 100"),
+        ({"size": {"shortest_edge": 32}}, "`height` is None"),
+        ({"size": 32, "stride": 64}, "positive multiple of 64"),
+        ({"resize_mode": "fit"}, "`resize_mode` is 'fit'"),
+    ],
+)
+def test_an_image_processor_that_cannot_work_is_not_built(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EditARImageProcessor(**arguments)
+
+
+def test_a_processor_without_text_tokens_is_not_built(tokenizer):
+    with pytest.raises(ValueError, match="`num_text_tokens` is 0"):
+        EditARProcessor(EditARImageProcessor(), tokenizer, num_text_tokens=0)
+
+
+def test_restore_refuses_a_size_or_mode_that_does_not_fit():
+    image_processor, picture = EditARImageProcessor(size=32), Image.new("RGB", (32, 32))
+    with pytest.raises(ValueError, match="`height` is 33"):
+        image_processor.restore(picture, picture, 33, 32, "crop")
+    with pytest.raises(ValueError, match="`resize_mode` is 'fit'"):
+        image_processor.restore(picture, picture, 32, 32, "fit")

@@ -1,0 +1,307 @@
+"""Claims about the repository as a whole: who imports whom, what is required, what the pages name, how long code is."""
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+
+import diffusers.pipelines.pipeline_loading_utils as diffusers_loading
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+import editar_hf
+from editar_hf import commands
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "editar_hf"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+SCRIPTS = [*EXAMPLES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+DISTRIBUTIONS = metadata.packages_distributions()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+NETWORKS = {"configuration_editar", "generation", "modeling_editar", "modeling_editar_vq"}
+PIPELINE = {*NETWORKS, "processing_editar", "pipeline_editar"}
+# The modules of the package and what each may import from it, inside functions too. Nothing points upward.
+MAY_IMPORT = {
+    "configuration_editar": set(),
+    "generation": {"configuration_editar"},
+    "modeling_editar": {"configuration_editar", "generation"},
+    "modeling_editar_vq": {"configuration_editar"},
+    "processing_editar": {"configuration_editar"},
+    "condition_maps": {"processing_editar"},
+    "model_cards": set(),
+    "pipeline_editar": {*PIPELINE, "model_cards"},
+    "self_check": PIPELINE,
+    "conversion": {*PIPELINE, "model_cards", "self_check"},
+    "training": {*PIPELINE, "model_cards", "condition_maps", "__init__"},
+    "evaluation": {*PIPELINE, "condition_maps", "__init__"},
+    "__init__": PIPELINE,
+    "commands": {*PIPELINE, "condition_maps", "conversion", "self_check", "training", "evaluation", "__init__"},
+}
+# The only modules that may import these when they are themselves imported; elsewhere the import sits in a function.
+MAY_IMPORT_AT_THE_TOP = {
+    "accelerate": {"training"},
+    "datasets": {"training", "evaluation"},
+    "diffusers": {"generation", "modeling_editar", "modeling_editar_vq", "pipeline_editar"},
+    "evaluate": {"evaluation"},
+    "peft": {"training"},
+}
+
+
+def name_path(path: Path) -> str:
+    """Name a file by its path from the root of the repository."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def find_imports(path: Path, at_the_top: bool = False) -> set[str]:
+    """Find the dotted names a file imports, relative ones resolved; `at_the_top` leaves out those inside functions."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    if at_the_top:
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        inside = {inner for function in functions for inner in ast.walk(function)}
+        nodes = [node for node in nodes if node not in inside]
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parts[path.parts.index("src") + 1 : len(path.parts) - node.level] if node.level else ()
+            base = ".".join([*package, *filter(None, [node.module])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def name_module(dotted: str) -> str:
+    """Name the part of the package a dotted import points into, a key of `MAY_IMPORT`."""
+    part = dotted.split(".")[1]
+    return part if part in MAY_IMPORT else "__init__"
+
+
+def name_own_module(path: Path) -> str:
+    """Name the part of the package a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def read_requirements() -> dict[str, list[Requirement]]:
+    """Read the package's own requirements from setup.cfg: the core ones under "", the others under their extra."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lists = {"": config["options"]["install_requires"], **config["options.extras_require"]}
+    return {extra: [Requirement(line) for line in lines.split("\n") if line] for extra, lines in lists.items()}
+
+
+def list_other_packages() -> list[Requirement]:
+    """List the requirements on other packages, core and extras."""
+    return [other for listed in read_requirements().values() for other in listed if other.name != "editar-hf"]
+
+
+def collect_closure(requirements: list[Requirement]) -> set[str]:
+    """Collect the names of everything the requirements bring along on this machine."""
+    waiting = [(canonicalize_name(requirement.name), frozenset(requirement.extras)) for requirement in requirements]
+    seen = set()
+    while waiting:
+        name, extras = item = waiting.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        try:
+            required = [Requirement(line) for line in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:
+            continue  # Meant for another platform.
+        for requirement in required:
+            if any(requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in {"", *extras}):
+                waiting.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    return {name for name, _ in seen}
+
+
+def run_python(code: str) -> str:
+    """Run a line of Python in a fresh interpreter and return what it prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+# Imports
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_path)
+def test_module_imports_nothing_above_it(path):
+    own = name_own_module(path)
+    assert own in MAY_IMPORT, f"{own} is new: say in MAY_IMPORT what it may import"
+    imported = {name_module(name) for name in find_imports(path) if name.startswith("editar_hf.")}
+    assert imported <= {own, *MAY_IMPORT[own]}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_path)
+def test_module_imports_large_libraries_only_where_they_are_used(path):
+    imported = {name.split(".")[0] for name in find_imports(path, at_the_top=True)}
+    others = {library for library, users in MAY_IMPORT_AT_THE_TOP.items() if name_own_module(path) not in users}
+    assert not imported & others
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=name_path)
+def test_every_import_is_declared_in_setup_cfg(path):
+    is_core = path in SOURCES and name_own_module(path) not in ("training", "evaluation")
+    requirements = read_requirements()[""] if is_core else list_other_packages()
+    declared = {canonicalize_name(requirement.name) for requirement in requirements}
+    local = {"editar_hf", *(script.stem for script in SCRIPTS)}
+    for name in {name.split(".")[0] for name in find_imports(path, at_the_top=is_core)} - local:
+        if name not in sys.stdlib_module_names:
+            assert {canonicalize_name(owner) for owner in DISTRIBUTIONS[name]} & declared, name
+
+
+def test_nothing_imports_torchvision():
+    assert not [path for path in [*SOURCES, *SCRIPTS] for name in find_imports(path) if name.startswith("torchvision")]
+
+
+def test_import_walk_sees_relative_nested_and_absolute_imports(tmp_path):
+    path = tmp_path / "src" / "editar_hf" / "commands" / "edit.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("import torch.nn\nfrom . import env\ndef run():\n    from ..pipeline_editar import EditARPipeline")
+    top = {"torch.nn", "editar_hf.commands.env"}
+    assert find_imports(path, at_the_top=True) == top
+    assert find_imports(path) == {*top, "editar_hf.pipeline_editar.EditARPipeline"}
+
+
+# The package from outside
+
+
+def test_import_editar_hf_loads_neither_torch_nor_transformers():
+    heavy = "{'torch', 'transformers', 'diffusers', 'numpy', 'PIL', 'huggingface_hub'}"
+    assert run_python(f"import sys, editar_hf; print({heavy} & set(sys.modules))") == "set()\n"
+
+
+def test_first_public_name_registers_the_auto_classes():
+    code = (
+        "from editar_hf import EditARConfig; from transformers import AutoConfig; "
+        "print(type(AutoConfig.for_model('editar')) is EditARConfig, AutoConfig.for_model('editar_vq').model_type)"
+    )
+    assert run_python(code) == "True editar_vq\n"
+
+
+def test_auto_classes_map_to_ours_and_registering_again_changes_nothing():
+    for _ in range(2):
+        assert AutoModel._model_mapping[editar_hf.EditARConfig] is editar_hf.EditARModel
+        assert AutoModel._model_mapping[editar_hf.EditARVQConfig] is editar_hf.EditARVQModel
+        assert type(AutoConfig.for_model("editar")) is editar_hf.EditARConfig
+        assert type(AutoConfig.for_model("editar_vq")) is editar_hf.EditARVQConfig
+        editar_hf._register_auto_classes.__wrapped__()
+
+
+def test_auto_image_processor_loads_ours(tmp_path):
+    editar_hf.EditARImageProcessor().save_pretrained(tmp_path)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is editar_hf.EditARImageProcessor
+
+
+def test_auto_processor_knows_ours():
+    assert PROCESSOR_MAPPING[editar_hf.EditARConfig] is editar_hf.EditARProcessor
+
+
+@pytest.mark.parametrize("name", editar_hf.__all__)
+def test_public_name_has_a_docstring_of_its_own(name):
+    documented = vars(getattr(editar_hf, name))["__doc__"]
+    assert documented
+    assert not documented.startswith(f"{name}("), "this is the docstring dataclasses write"
+
+
+def test_public_names_agree_with_what_is_loaded_and_listed():
+    assert set(editar_hf.__all__) == set(editar_hf._MODULE_OF)
+    assert set(editar_hf.__all__) <= set(dir(editar_hf))
+    for name, module in editar_hf._MODULE_OF.items():
+        assert getattr(editar_hf, name) is getattr(import_module(module, "editar_hf"), name)
+
+
+def test_unknown_attribute_raises_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'EditARModle'"):
+        editar_hf.EditARModle  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["EditARForConditionalGeneration", "EditARVQModel", "EditARProcessor"])
+def test_diffusers_finds_out_how_to_load_a_component_recorded_under_editar_hf(name):
+    component, candidates = diffusers_loading.get_class_obj_and_candidates(
+        "editar_hf", name, diffusers_loading.ALL_IMPORTABLE_CLASSES, None, is_pipeline_module=False
+    )
+    assert component is getattr(editar_hf, name)
+    assert [base for base in candidates.values() if base is not None and issubclass(component, base)]
+
+
+# Requirements
+
+
+def test_torchvision_is_required_by_nothing_we_require():
+    closure = collect_closure(list_other_packages())
+    # Not vacuous: these are reached directly, through one other package, and through two.
+    assert {"torch", "scikit-image", "datasets", "tokenizers", "pyarrow", "sympy", "mpmath"} <= closure
+    assert "torchvision" not in closure
+
+
+def test_dev_extra_holds_every_other_extra():
+    requirements = read_requirements()
+    (dev,) = requirements["dev"]
+    assert dev.name == "editar-hf"
+    assert dev.extras == set(requirements) - {"", "dev"}
+
+
+def test_every_requirement_has_a_range_and_it_holds_the_installed_version():
+    installed = {canonicalize_name(found.name): found.version for found in metadata.distributions()}
+    for requirement in list_other_packages():
+        assert {specifier.operator for specifier in requirement.specifier} == {">=", "<"}, requirement
+        version = installed.get(canonicalize_name(requirement.name))  # None: an extra that is not installed.
+        assert version is None or requirement.specifier.contains(version), (requirement, version)
+
+
+# Pages
+
+
+def test_changelog_begins_with_the_version_of_the_package():
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert headings[0] == editar_hf.__version__
+
+
+def test_readme_names_the_two_commands():
+    assert {"demo", "test"} <= set(re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_path)
+def test_commands_and_files_named_on_a_page_exist(page):
+    text = page.read_text()
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`|^ {4}.+$", text, flags=re.DOTALL | re.MULTILINE))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)", code)) <= targets
+    known = {command.__name__.rpartition(".")[2] for command in commands.COMMANDS}
+    assert set(re.findall(r"(?:^|[`\s/])editar-hf ([a-z]+)", code)) <= known
+    extras = set(read_requirements())
+    assert {extra for named in re.findall(r"\.\[([a-z,]+)\]", code) for extra in named.split(",")} <= extras
+    paths = re.findall(r"(?<![\w/.])(?:examples|tests|src|benchmarks|model_cards|\.ci)/[\w./-]*\w", text)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_continuous_integration_runs_the_test_command_and_ruff():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert script.read_text().splitlines()[-2:] == ["make test", ".venv/bin/ruff check"]
+
+
+# Size
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *EXAMPLES], ids=name_path)
+def test_file_has_at_most_600_lines_and_its_functions_80(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 600
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            num_lines = node.end_lineno - node.lineno + 1 - len(docstring.splitlines())
+            assert num_lines <= 80, f"{node.name} has {num_lines} lines besides its docstring"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=name_path)
+def test_file_begins_by_saying_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text())) or not path.read_text()

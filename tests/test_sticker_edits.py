@@ -1,0 +1,324 @@
+"""The "stickers" data set and its scoring: what the demo checkpoint learns from, and how it is judged."""
+
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from PIL import Image, ImageFilter
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import make_sticker_edits as stickers
+import sticker_scoring as scoring
+
+
+RESOLUTION, TOKEN_SIZE = 64, 8
+EDITS = tuple(stickers.OPERATIONS)
+ALL_TASKS = EDITS + stickers.TRANSLATIONS
+
+
+def make_samples(split, count, part="seen", operations=ALL_TASKS, resolution=RESOLUTION):
+    jobs = [(operations[index % len(operations)], part, None) for index in range(count)]
+    return [stickers.make_sample(3, split, index, resolution, job) for index, job in enumerate(jobs)]
+
+
+@pytest.fixture(scope="module")
+def train_samples():
+    return [stickers.make_sample(3, "train", index, RESOLUTION) for index in range(300)]
+
+
+@pytest.fixture(scope="module")
+def test_samples():
+    return make_samples("test", 96)
+
+
+def get_pairs(*described):
+    return {(sticker["colour"], sticker["shape"]) for sticker in described if sticker is not None}
+
+
+def score(sample, picture, tokenizer_picture=None):
+    pictures = {name: np.asarray(sample[name]) for name in ("source_image", "target_image", "mask")}
+    return scoring.score_sample(
+        np.asarray(picture),
+        pictures["source_image"],
+        pictures["target_image"],
+        np.asarray(tokenizer_picture or sample["target_image"].filter(ImageFilter.GaussianBlur(0.5))),
+        pictures["mask"],
+        sample["details"],
+        TOKEN_SIZE,
+    )
+
+
+def run_main(folder, **options):
+    options = {"num_train": 12, "num_validation": 8, "num_test": 1, "resolution": 32, "shard_size": 5} | options
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    stickers.main(["--output_dir", str(folder), "--num_workers", "1", *arguments])
+    return sorted(folder.glob("*.parquet"))
+
+
+# The data
+
+
+def test_the_same_seed_gives_the_same_sample_and_another_seed_another():
+    first, again, other = (stickers.make_sample(seed, "train", 7, RESOLUTION) for seed in (0, 0, 1))
+    for name in ("source_image", "target_image", "mask"):
+        assert first[name].tobytes() == again[name].tobytes()
+    assert (first["prompt"], first["details"]) == (again["prompt"], again["details"])
+    assert first["source_image"].tobytes() != other["source_image"].tobytes()
+
+
+def test_the_regions_of_the_splits_share_no_pixel():
+    for width, height in ((512, 512), (600, 400), (1411, 1411), (401, 301)):
+        seen = np.zeros((height, width), int)
+        for left, top, right, bottom in stickers.REGIONS.values():
+            seen[int(top * height) : int(bottom * height), int(left * width) : int(right * width)] += 1
+        assert seen.max() == 1
+
+
+def test_a_loaded_region_is_the_part_of_the_file_it_claims_to_be():
+    whole = np.asarray(Image.open(Path(stickers.skimage.__file__).parent / "data" / "coffee.png").convert("RGB"))
+    height, width = whole.shape[:2]
+    border, middle = int(0.65 * width), int(0.5 * height)
+    np.testing.assert_array_equal(stickers.load_photograph("coffee", "train"), whole[:, :border])
+    np.testing.assert_array_equal(stickers.load_photograph("coffee", "validation"), whole[:middle, border:])
+    np.testing.assert_array_equal(stickers.load_photograph("coffee", "test"), whole[middle:, border:])
+
+
+def test_held_out_photographs_are_only_in_their_own_part_of_the_test_split(train_samples, test_samples):
+    validation_samples = make_samples("validation", 40)
+    used = {sample["details"]["photograph"] for sample in train_samples + validation_samples + test_samples}
+    assert used - {None} == set(stickers.PHOTOGRAPHS) - set(stickers.HELD_OUT)
+    asked = {photograph for _, part, photograph in stickers.plan_split("test", 500) if part == "held_out"}
+    assert asked == set(stickers.HELD_OUT) == {"chelsea", "rocket"}
+
+
+def test_unseen_pairs_are_bystanders_but_never_edited_in_train_and_validation(train_samples):
+    samples = [sample for sample in train_samples if sample["task"] == "edit"]
+    details = [sample["details"] for sample in samples + make_samples("validation", 60, operations=EDITS)]
+    edited = set.union(*(get_pairs(detail["old"], detail["new"]) for detail in details))
+    bystanders = set.union(*(get_pairs(*detail["bystanders"]) for detail in details))
+    assert not edited & stickers.UNSEEN_PAIRS
+    assert len(edited) == 28
+    assert bystanders >= stickers.UNSEEN_PAIRS
+
+
+def test_the_unseen_part_edits_unseen_pairs_with_every_operation():
+    for sample in make_samples("test", 25, part="unseen_pairs", operations=EDITS):
+        assert get_pairs(sample["details"]["old"], sample["details"]["new"]) & stickers.UNSEEN_PAIRS
+
+
+def test_the_test_split_has_the_promised_number_of_samples():
+    plan = stickers.plan_split("test", 500)
+    for operation in ALL_TASKS:
+        assert plan.count((operation, "seen", None)) == 500
+    for operation in EDITS:
+        assert plan.count((operation, "unseen_pairs", None)) == 200
+        for photograph in stickers.HELD_OUT:
+            assert plan.count((operation, "held_out", photograph)) == 100
+
+
+@pytest.mark.parametrize("resolution", [48, 64, 128])
+def test_every_changed_pixel_lies_in_the_mask(resolution):
+    for split in ("train", "test"):
+        for sample in make_samples(split, 20, operations=EDITS, resolution=resolution):
+            changed = np.any(np.asarray(sample["source_image"]) != np.asarray(sample["target_image"]), -1)
+            mask = np.asarray(sample["mask"]) > 0
+            assert changed.any()
+            assert not (changed & ~mask).any()
+            assert mask.mean() < 0.4
+
+
+def test_stickers_are_large_apart_and_inside_the_picture(train_samples):
+    for sample in train_samples:
+        details = sample["details"]
+        shown = details["stickers"] if "stickers" in details else [details["new"] or details["old"]]
+        shown = shown + details.get("bystanders", [])
+        assert 1 <= len(shown) <= 4
+        for index, one in enumerate(shown):
+            assert 2 / 8 <= one["size"] <= 2.6 / 8
+            reach = one["size"] / 2
+            assert reach <= min(one["x"], one["y"]) + 1e-9
+            assert max(one["x"], one["y"]) + reach <= 1 + 1e-9
+            for other in shown[:index]:
+                distance = max(abs(one["x"] - other["x"]), abs(one["y"] - other["y"]))
+                assert distance - reach - other["size"] / 2 >= 0.29 / 8
+
+
+def test_a_prompt_names_one_sticker_of_its_picture(train_samples):
+    for sample in train_samples:
+        details = sample["details"]
+        described = details.get("stickers") or [details["old"], details["new"], *details["bystanders"]]
+        described = [sticker for sticker in described if sticker is not None]
+        places = {(sticker["x"], sticker["y"], sticker["colour"], sticker["shape"]) for sticker in described}
+        if details["operation"] == "move":
+            assert len(places) == len(get_pairs(*described)) + 1
+        else:
+            assert len(places) == len(get_pairs(*described))
+
+
+def test_removing_uncovers_what_adding_covers():
+    photograph, background = stickers.draw_background(random.Random(0), "test", RESOLUTION)
+    (sample,) = make_samples("test", 1, operations=("remove",))
+    mask = np.asarray(sample["mask"]) > 0
+    removed, source = np.asarray(sample["target_image"]), np.asarray(sample["source_image"])
+    old = stickers.Sticker(**sample["details"]["old"])
+    again = stickers.draw_stickers(sample["target_image"], [old])
+    assert photograph in stickers.PHOTOGRAPHS
+    assert background.size == (RESOLUTION, RESOLUTION)
+    np.testing.assert_array_equal(np.asarray(again), source)
+    assert (removed[mask] != source[mask]).any()
+
+
+@pytest.mark.parametrize("task", ["canny", "depth"])
+def test_canny_and_depth_maps_do_not_know_the_colours(task):
+    scene = stickers.draw_translation_scene(random.Random(0), "test")
+    recoloured = [replace(sticker, colour="white", rgb=(255, 255, 255)) for sticker in scene]
+    draw = {
+        "canny": lambda shown: stickers.draw_canny_map(shown, RESOLUTION),
+        "depth": lambda shown: stickers.draw_depth_map(random.Random(1), shown, RESOLUTION),
+    }[task]
+    np.testing.assert_array_equal(np.asarray(draw(scene)), np.asarray(draw(recoloured)))
+
+
+def test_the_parquet_files_load_and_their_images_decode(tmp_path):
+    files = run_main(tmp_path)
+    assert [file.name for file in files] == [
+        *(f"test-0000{shard}-of-00002.parquet" for shard in range(2)),
+        *(f"train-0000{shard}-of-00003.parquet" for shard in range(3)),
+        *(f"validation-0000{shard}-of-00002.parquet" for shard in range(2)),
+    ]
+    data_files = {"train": str(tmp_path / "train-*"), "test": str(tmp_path / "test-*")}
+    data = load_dataset("parquet", data_files=data_files, cache_dir=str(tmp_path / "cache"))
+    assert (len(data["train"]), len(data["test"])) == (12, 8)
+    row, sample = data["train"][11], stickers.make_sample(0, "train", 11, 32)
+    for name in ("source_image", "target_image", "mask"):
+        np.testing.assert_array_equal(np.asarray(row[name]), np.asarray(sample[name]))
+    assert (row["prompt"], row["task"]) == (sample["prompt"], sample["task"])
+    assert json.loads(row["details"]) == json.loads(json.dumps(sample["details"]))
+
+
+def test_a_second_run_makes_only_the_missing_shards(tmp_path):
+    files = run_main(tmp_path)
+    contents = {file: file.read_bytes() for file in files}
+    files[2].unlink()
+    kept = {file: file.stat().st_mtime_ns for file in files if file.exists()}
+    assert run_main(tmp_path) == files
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert {file: file.read_bytes() for file in files} == contents
+    assert list(tmp_path.glob(".*")) == []
+
+
+# The scoring
+
+
+def test_the_true_target_is_always_done(test_samples):
+    assert all(score(sample, sample["target_image"])["done"] for sample in test_samples)
+
+
+def test_the_untouched_source_is_never_done(test_samples):
+    assert not any(score(sample, sample["source_image"])["done"] for sample in test_samples)
+
+
+def test_a_blurred_target_is_done_when_the_tokenizer_blurs_as_much(test_samples):
+    for sample in test_samples:
+        blurred = sample["target_image"].filter(ImageFilter.GaussianBlur(1))
+        assert score(sample, blurred, blurred)["done"]
+
+
+def test_a_picture_blurred_more_than_the_tokenizer_does_fails_outside_the_mask():
+    for sample in make_samples("test", 10, operations=EDITS):
+        result = score(sample, sample["target_image"].filter(ImageFilter.GaussianBlur(2)))
+        assert not result["outside"]
+
+
+def change_colour(sticker):
+    return replace(sticker, rgb=stickers.COLOURS["blue" if sticker.colour != "blue" else "orange"])
+
+
+def change_shape(sticker):
+    return replace(sticker, shape=stickers.SHAPES[stickers.SHAPES.index(sticker.shape) - 1])
+
+
+@pytest.mark.parametrize("operation", ["recolour", "reshape"])
+def test_a_wrong_colour_in_the_right_shape_is_told_apart(operation):
+    for sample in make_samples("test", 12, operations=(operation,)):
+        wrong = change_colour(stickers.Sticker(**sample["details"]["new"]))
+        result = score(sample, stickers.draw_stickers(sample["target_image"], [wrong]))
+        assert (result["colour"], result["shape"], result["inside"]) == (False, True, False)
+
+
+def test_adding_a_wrong_colour_a_wrong_shape_or_nothing_are_each_told_apart():
+    for sample in make_samples("test", 30, operations=("add",)):
+        new = stickers.Sticker(**sample["details"]["new"])
+        assert score(sample, stickers.draw_stickers(sample["source_image"], [new]))["done"]
+        wrong_shape = score(sample, stickers.draw_stickers(sample["source_image"], [change_shape(new)]))
+        assert (wrong_shape["colour"], wrong_shape["shape"]) == (True, False)
+        wrong_colour = score(sample, stickers.draw_stickers(sample["source_image"], [change_colour(new)]))
+        assert (wrong_colour["colour"], wrong_colour["inside"]) == (False, False)
+
+
+def test_a_move_needs_the_sticker_at_the_new_place_and_not_at_the_old():
+    for sample in make_samples("test", 12, operations=("move",)):
+        old, new = (stickers.Sticker(**sample["details"][name]) for name in ("old", "new"))
+        copied = score(sample, stickers.draw_stickers(sample["source_image"], [new]))
+        assert (copied["colour"], copied["shape"], copied["gone"], copied["inside"]) == (True, True, False, False)
+        box = tuple(round((centre + sign * old.size) * RESOLUTION) for sign in (-0.5, 0.5) for centre in (new.x, new.y))
+        removed = sample["target_image"].copy()
+        removed.paste(sample["source_image"].crop(box), box)
+        removed = score(sample, removed)
+        assert (removed["gone"], removed["inside"]) == (True, False)
+
+
+def test_a_sticker_of_another_colour_is_not_gone():
+    for sample in make_samples("test", 20, operations=("remove",)):
+        old = stickers.Sticker(**sample["details"]["old"])
+        beneath = sample["target_image"]
+        legible = sorted(colour for place, colour in stickers.find_legible(beneath) if place == old.place)
+        for colour in legible:
+            still_there = stickers.draw_stickers(beneath, [replace(old, rgb=stickers.COLOURS[colour])])
+            assert not score(sample, still_there)["done"]
+
+
+def test_editing_a_bystander_fails_outside_the_mask():
+    samples = [
+        sample for sample in make_samples("test", 30, operations=("recolour",)) if sample["details"]["bystanders"]
+    ]
+    for sample in samples:
+        bystander = stickers.Sticker(**sample["details"]["bystanders"][0])
+        other = stickers.COLOURS["blue" if bystander.colour != "blue" else "orange"]
+        spoilt = stickers.draw_stickers(sample["target_image"], [replace(bystander, rgb=other)])
+        result = score(sample, spoilt)
+        assert (result["inside"], result["outside"], result["done"]) == (True, False, False)
+    assert samples
+
+
+def test_a_translation_counts_each_sticker_and_the_background():
+    for sample in make_samples("test", 12, operations=stickers.TRANSLATIONS):
+        shown = [stickers.Sticker(**sticker) for sticker in sample["details"]["stickers"]]
+        background = sample["details"]["background"]
+        other = "pink" if background != "pink" else "grey"
+        plain, wrong_plain = (
+            Image.new("RGB", (RESOLUTION, RESOLUTION), stickers.BACKGROUNDS[name]) for name in (background, other)
+        )
+        result = score(sample, stickers.draw_stickers(wrong_plain, shown))
+        assert (result["stickers"], result["background"], result["done"]) == (1, False, False)
+        result = score(sample, stickers.draw_stickers(plain, shown[1:]))
+        assert (result["stickers"], result["background"]) == (pytest.approx(1 - 1 / len(shown)), True)
+        result = score(sample, stickers.draw_stickers(plain, [change_shape(shown[0]), *shown[1:]]))
+        assert (result["stickers"], result["placed"]) == (pytest.approx(1 - 1 / len(shown)), 1)
+
+
+def test_scores_are_averaged_per_group_and_serialise():
+    samples = make_samples("test", 8)
+    scores = [score(sample, sample["target_image"]) for sample in samples]
+    scores += [score(sample, sample["source_image"]) for sample in samples]
+    rates = scoring.aggregate_scores(json.loads(json.dumps(scores)))
+    assert set(rates) == set(ALL_TASKS)
+    assert all(rate["n"] == 2 and rate["done"] == 0.5 for rate in rates.values())
+    assert scoring.aggregate_scores(scores, by=("part", "operation"))["seen", "move"]["n"] == 2

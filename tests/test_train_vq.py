@@ -1,0 +1,244 @@
+"""The tokenizer's training: its pieces against formulas, and the real script run on a handful of pictures."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from skimage.metrics import peak_signal_noise_ratio
+from torch import nn
+
+from editar_hf import EditARVQConfig, EditARVQModel
+from editar_hf.training.vq import (
+    DeadCodeReviver,
+    compute_perplexity,
+    compute_psnr,
+    decode_pictures,
+    draw_batches,
+    draw_codebook,
+    evaluate_tokenizer,
+    load_pictures,
+    prepare_pixel_values,
+)
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "train_vq.py"
+SIZES = {
+    "num_embeddings": 32,
+    "embedding_dim": 4,
+    "latent_channels": 8,
+    "base_channels": 8,
+    "channel_multipliers": (1, 2, 2),
+    "num_res_blocks": 1,
+    "norm_num_groups": 2,
+}
+
+
+def draw_picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    picture = Image.new("RGB", (width, height), tuple(rng.integers(256, size=3).tolist()))
+    corner = rng.integers(2, 6, size=2).tolist()
+    box = (*corner, corner[0] + 8, corner[1] + 8)
+    ImageDraw.Draw(picture).ellipse(box, fill=tuple(rng.integers(256, size=3).tolist()))
+    return picture
+
+
+@pytest.fixture(scope="module")
+def parquet_file(tmp_path_factory) -> Path:
+    """Twelve rows of two columns of pictures and one of text."""
+    rows = {
+        "source_image": [draw_picture(seed) for seed in range(12)],
+        "target_image": [draw_picture(seed + 100) for seed in range(12)],
+        "prompt": ["make it blue"] * 12,
+    }
+    path = tmp_path_factory.mktemp("pictures") / "pictures.parquet"
+    features = {name: datasets.Image() for name in ("source_image", "target_image")}
+    features = datasets.Features({**features, "prompt": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    return path
+
+
+def run_script(parquet_file: Path, output_dir: Path, cache: Path, *arguments: str) -> subprocess.CompletedProcess:
+    sizes = [word for name, value in SIZES.items() for word in (f"--{name}", *np.atleast_1d(value).astype(str))]
+    command = [sys.executable, SCRIPT, "--dataset", parquet_file, "--output_dir", output_dir, *sizes]
+    command += [
+        "--image_columns",
+        "source_image,target_image",
+        "--validation_rows",
+        "4",
+        "--resolution",
+        "16",
+        "--batch_size",
+        "8",
+    ]
+    command += ["--learning_rate", "2e-3", "--warmup_steps", "2", "--logging_steps", "5", "--evaluation_steps", "10"]
+    command += ["--checkpointing_steps", "10", "--dead_code_patience", "8", "--seed", "3"]
+    environment = {**os.environ, "HF_HOME": str(cache), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight_run(parquet_file, tmp_path_factory) -> Path:
+    """A run of twenty steps without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    result = run_script(parquet_file, folder / "run", folder / "cache", "--max_steps", "20")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def test_script_lowers_the_loss_and_writes_a_tokenizer_that_loads(straight_run, parquet_file):
+    metrics = read_metrics(straight_run)
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    assert len(losses) == 4
+    assert losses[-1] < 0.8 * losses[0]
+    assert sorted(path.name for path in straight_run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-20"]
+    assert not list(straight_run.glob("*.tmp")) + list(straight_run.glob("unfinished-*"))
+
+    model = EditARVQModel.from_pretrained(straight_run)
+    assert {name: getattr(model.config, name) for name in SIZES} == {**SIZES, "channel_multipliers": [1, 2, 2]}
+    dataset = load_pictures(str(parquet_file), "train[8:]", ["source_image", "target_image"])
+    pixels = decode_pictures(dataset, 16, straight_run)
+    reported = next(line for line in reversed(metrics) if "psnr" in line)
+    assert evaluate_tokenizer(model.eval(), pixels, 8) == pytest.approx(
+        {name: reported[name] for name in ("psnr", "code_usage", "perplexity")}, rel=1e-3
+    )
+
+
+def test_interrupted_run_resumes_to_the_same_tokenizer(straight_run, parquet_file, tmp_path):
+    """A time limit of zero minutes stops each launch after one step: the schedule and the order of pictures go on."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-10").symlink_to(straight_run / "checkpoint-10")
+    arguments = ("--max_steps", "20", "--resume_from_checkpoint", "latest")
+    stopped = run_script(parquet_file, run, tmp_path / "cache", *arguments, "--max_train_minutes", "0")
+    assert stopped.returncode == 0, stopped.stderr
+    assert (run / "checkpoint-11").is_dir()
+    resumed = run_script(parquet_file, run, tmp_path / "cache", *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (run / "checkpoint-20").is_dir()
+    straight = EditARVQModel.from_pretrained(straight_run).state_dict()
+    for name, tensor in EditARVQModel.from_pretrained(run).state_dict().items():
+        torch.testing.assert_close(tensor, straight[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_script_does_not_train_over_checkpoints(straight_run, parquet_file, tmp_path):
+    before = (straight_run / "model.safetensors").read_bytes()
+    result = run_script(parquet_file, straight_run, tmp_path, "--max_steps", "20")
+    assert result.returncode != 0
+    assert "--resume_from_checkpoint latest" in result.stderr
+    assert (straight_run / "model.safetensors").read_bytes() == before
+
+
+def test_missing_image_column_is_refused(parquet_file):
+    with pytest.raises(ValueError, match=r"\['photo'\].*source_image"):
+        load_pictures(str(parquet_file), "train", ["photo"])
+
+
+def test_folder_of_pictures_loads(tmp_path):
+    for seed in range(3):
+        draw_picture(seed).save(tmp_path / f"{seed}.png")
+    dataset = load_pictures(str(tmp_path), "train", ["image"])
+    assert sorted(map(np.ndarray.tolist, decode_pictures(dataset, 16, tmp_path))) == sorted(
+        np.asarray(draw_picture(seed)).tolist() for seed in range(3)
+    )
+
+
+def test_pictures_are_cut_to_the_centre_and_transparency_is_white(tmp_path):
+    wide = Image.fromarray(np.repeat(np.arange(24, dtype=np.uint8)[None] * 10, 16, axis=0)).convert("RGB")
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    features = datasets.Features({"image": datasets.Image()})
+    dataset = datasets.Dataset.from_dict({"image": [wide, clear]}, features=features)
+    pixels = decode_pictures(dataset, 16, tmp_path)
+    assert pixels[0, 3, :, 1].tolist() == list(range(40, 200, 10))
+    assert (pixels[1] == 255).all()
+    assert not list(tmp_path.iterdir())
+
+
+def test_pixel_values_run_from_minus_one_to_one():
+    pixels = np.zeros((1, 2, 4, 3), dtype=np.uint8)
+    pixels[0, 1, 2, 0] = 255
+    pixel_values = prepare_pixel_values(pixels, torch.device("cpu"))
+    assert pixel_values.shape == (1, 3, 2, 4)
+    assert pixel_values[0, 0, 1, 2] == 1
+    assert pixel_values.sum() == 1 - 23
+
+
+def test_batches_cover_every_epoch_and_can_be_entered_anywhere():
+    batches = list(islice(draw_batches(11, 3, seed=5), 7))
+    epochs = [np.concatenate(batches[:3]), np.concatenate(batches[3:6])]
+    assert all(len(set(epoch.tolist())) == 9 for epoch in epochs)
+    assert not np.array_equal(*epochs)
+    for step in range(7):
+        assert np.array_equal(next(draw_batches(11, 3, seed=5, first_step=step)), batches[step])
+    with pytest.raises(ValueError, match="`batch_size`"):
+        next(draw_batches(2, 3, seed=0))
+
+
+def test_codebook_finds_well_separated_clusters():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.eye(4)
+    latents = F.normalize(centres.repeat_interleave(50, 0) + 0.05 * torch.randn(200, 4, generator=generator), dim=-1)
+    codes = draw_codebook(latents, 24, generator)
+    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(24))
+    assert (codes @ centres.T).amax(0).min() > 0.98
+    spread = 1 - (latents @ codes.T).amax(1).mean()
+    first_guess = 1 - (latents @ draw_codebook(latents, 24, torch.Generator().manual_seed(1), 0).T).amax(1).mean()
+    assert spread < 0.8 * first_guess
+    with pytest.raises(ValueError, match="`latents`"):
+        draw_codebook(latents, 201, generator)
+
+
+def test_code_unused_for_its_patience_moves_to_a_latent_and_forgets_its_moments():
+    embedding = nn.Embedding(3, 2)
+    optimizer = torch.optim.AdamW(embedding.parameters(), lr=0.1)
+    embedding.weight.sum().backward()
+    optimizer.step()
+    before = embedding.weight.detach().clone()
+    reviver = DeadCodeReviver(embedding, patience=2)
+    latents = torch.tensor([[0.6, 0.8]])
+    for tokens, revived in (([0, 1], 0), ([0, 2], 0), ([0, 2], 1), ([0, 1, 2], 0)):
+        assert reviver.step(torch.tensor(tokens), latents, optimizer, torch.Generator()) == revived
+    assert torch.equal(embedding.weight[[0, 2]], before[[0, 2]])
+    assert torch.equal(embedding.weight[1], latents[0])
+    moments = optimizer.state[embedding.weight]
+    assert (moments["exp_avg"].abs().sum(-1) > 0).tolist() == [True, False, True]
+    assert (moments["exp_avg_sq"].sum(-1) > 0).tolist() == [True, False, True]
+
+
+def test_psnr_is_scikit_images_of_clamped_pixels():
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
+    reconstruction = pixel_values + torch.randn(2, 3, 8, 8, generator=generator)
+    expected = [
+        peak_signal_noise_ratio(truth.numpy(), picture.clamp(-1, 1).numpy(), data_range=2)
+        for truth, picture in zip(pixel_values, reconstruction, strict=True)
+    ]
+    assert compute_psnr(reconstruction, pixel_values).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_perplexity_counts_equally_used_codes():
+    assert compute_perplexity(torch.tensor([3, 3, 0, 3])) == pytest.approx(3)
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert compute_perplexity(torch.tensor([3, 1])) == pytest.approx(math.exp(entropy))
+
+
+def test_measured_usage_is_the_fraction_of_codes_seen():
+    torch.manual_seed(0)
+    model = EditARVQModel(EditARVQConfig(**SIZES)).eval()
+    pixels = np.stack([np.asarray(draw_picture(seed)) for seed in range(5)])
+    metrics = evaluate_tokenizer(model, pixels, batch_size=2)
+    tokens = model.encode(prepare_pixel_values(pixels, torch.device("cpu"))).image_tokens
+    assert metrics["code_usage"] == pytest.approx(tokens.unique().numel() / 32)
