@@ -64,10 +64,12 @@ def write_random_files(folder: Path):
 def run_command(*arguments: str) -> tuple[float, float]:
     """Run `editar-hf convert`; return its seconds and its peak resident memory in GiB."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "editar_hf.commands", "convert", *map(str, arguments)])
+    program = Path(sys.executable).with_name("editar-hf")
+    process = subprocess.Popen([program, "convert", *map(str, arguments)])
     _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"`editar-hf convert` failed with status {os.waitstatus_to_exitcode(status)}.")
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"`editar-hf convert` failed with status {process.returncode}.")
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - start, usage.ru_maxrss * unit / 2**30
@@ -102,7 +104,8 @@ def measure(folder: Path) -> str:
         [
             "# Conversion at the true size",
             "",
-            f"GPT-XL, VQ-16 and the encoder of FLAN-T5-XL's configuration; random bf16 weights, {size:.1f} GiB on disk.",
+            "GPT-XL, VQ-16 and the encoder of FLAN-T5-XL's configuration, random bf16 weights; the files hold "
+            f"{size:.1f} GiB.",
             f"Device: {describe_machine()}.",
             "Peak memory is resident memory, the pages of memory-mapped files included. Made by",
             "`python benchmarks/bench_conversion.py`.",
@@ -112,8 +115,8 @@ def measure(folder: Path) -> str:
             f"| published files → pipeline folder, self-check included | {forward[0]:.0f} s | {forward[1]:.1f} GiB |",
             f"| pipeline folder → published files | {backward[0]:.0f} s | {backward[1]:.1f} GiB |",
             "",
-            f"Tensors that came back bit for bit: decoder {counts[0][0]} of {counts[0][1]}, tokenizer {counts[1][0]} of "
-            f"{counts[1][1]}.",
+            f"Tensors that came back bit for bit: decoder {counts[0][0]} of {counts[0][1]}, "
+            f"tokenizer {counts[1][0]} of {counts[1][1]}.",
             "",
         ]
     )

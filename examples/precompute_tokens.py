@@ -3,18 +3,18 @@
     python examples/precompute_tokens.py --dataset stickers --split train --vq_model sticker-tokenizer \
         --output_dir stickers-tokens --resolution 64
 
-`examples/train_editar.py --dataset stickers-tokens` then trains without the tokenizer in its loop. Shards that exist are
-kept: a second run goes on where the first stopped.
+`examples/train_editar.py --dataset stickers-tokens` then trains without the tokenizer in its loop. Shards that exist
+are kept: a second run goes on where the first stopped.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-import datasets
 from editar_hf import EditARImageProcessor, EditARVQModel
 from editar_hf.training.data import compute_edit_mask, load_edit_dataset
 

@@ -118,8 +118,8 @@ def score_sticker(picture, surroundings, sticker, other_colours):
 def is_gone(picture, source, target, sticker):
     """Tell whether a sticker of the source has made way for what the target shows in its place.
 
-    The mean colour there must be nearer to the target's than to the sticker's and to any other named colour that differs
-    from the target's. Means, because a photograph's texture may come back differently.
+    The mean colour there must be nearer to the target's than to the sticker's and to any other named colour unlike the
+    target's. Means, because a photograph's texture may come back differently.
     """
     core = draw_core(sticker, len(picture))
     beneath = compute_mean_lab(target, core)

@@ -6,9 +6,11 @@
 the columns `source_image, target_image, prompt` and, where there are any, `mask` and `task` (other names by flags); or
 what `examples/precompute_tokens.py` made of it. The tokenizer stays frozen, the text encoder too unless
 `--train_text_encoder` is given. The optimiser's defaults are those of the published training
-(arXiv 2501.04699, section 4.1): AdamW, 1e-4, betas 0.9 and 0.95, weight decay 0.05, gradient norm 1, 40,000 steps of 64.
+(arXiv 2501.04699, section 4.1): AdamW, 1e-4, betas 0.9 and 0.95, weight decay 0.05, gradient norm 1, 40,000 steps of
+64 pairs.
 """
 
+import itertools
 import math
 import time
 from dataclasses import dataclass, field
@@ -16,8 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import ProjectConfiguration
-from tqdm import tqdm
+from accelerate.utils import ProjectConfiguration, send_to_device
 from transformers import HfArgumentParser, get_scheduler, set_seed
 
 from editar_hf import EditARPipeline
@@ -25,8 +26,9 @@ from editar_hf.training.batch import compute_token_loss, draw_conditioning_dropo
 from editar_hf.training.checkpoints import load_checkpoint, save_checkpoint
 from editar_hf.training.data import EditCollator, load_edit_dataset
 from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
+from editar_hf.training.logs import LossLog, log_figures
 from editar_hf.training.optimization import build_optimizer
-from editar_hf.training.validation import compute_validation_loss, save_validation_pictures
+from editar_hf.training.validation import save_validation_pictures
 
 
 @dataclass
@@ -159,25 +161,38 @@ def build_accelerator(args: Arguments) -> Accelerator:
     return accelerator
 
 
-def iterate_batches(accelerator: Accelerator, dataloader, step: int, accumulation_steps: int):
-    """Yield batches for ever, epoch after epoch, starting where `step` optimiser steps have left off."""
-    epoch, skipped = divmod(step * accumulation_steps, len(dataloader))
-    while True:
-        dataloader.set_epoch(epoch)
-        yield from accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
-        epoch, skipped = epoch + 1, 0
+def iterate_batches(accelerator: Accelerator, dataloader, first_batch: int):
+    """Yield (index, batch) for ever, epoch after epoch, going on where `first_batch` batches have been seen."""
+    epoch, skipped = divmod(first_batch, len(dataloader))
+    for index in itertools.count(first_batch):
+        if index == first_batch or index % len(dataloader) == 0:
+            dataloader.set_epoch(epoch)
+            batches = iter(accelerator.skip_first_batches(dataloader, skipped))
+            epoch, skipped = epoch + 1, 0
+        yield index, next(batches)
+
+
+def prepare_inputs(args, accelerator, pipeline, teacher, index: int, batch: dict) -> dict:
+    """Encode a batch's pictures, draw its dropped conditions, and ask the teacher what it sees."""
+    inputs = {"teacher_features": None if teacher is None else teacher(batch["target_pixel_values"])}
+    inputs["batch"] = encode_image_tokens(batch, pipeline.vq_model)
+    if args.conditioning_dropout:
+        # Seeded by the batch's place in the run, so that a resumed run draws what an uninterrupted one would.
+        place = index * accelerator.num_processes + accelerator.process_index
+        generator = torch.Generator().manual_seed((args.seed << 40) + place)
+        drops = draw_conditioning_dropout(len(batch["input_ids"]), generator)
+        inputs["drop_source"], inputs["drop_prompt"] = (drop.to(accelerator.device) for drop in drops)
+    return inputs
 
 
 def train(args, accelerator, pipeline, module, teacher, optimizer, scheduler, dataloader, validation, step):
     """Run optimiser steps until the last one or the end of the time allowed; then leave a checkpoint."""
-    dropout_generator = torch.Generator()
-    start_time, logged = time.monotonic(), LossLog(accelerator, args.logging_steps)
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
-    for batch in iterate_batches(accelerator, dataloader, step, args.gradient_accumulation_steps):
+    start_time, log = time.monotonic(), LossLog(accelerator, args.logging_steps)
+    for index, batch in iterate_batches(accelerator, dataloader, step * args.gradient_accumulation_steps):
         if step >= args.max_train_steps or time.monotonic() - start_time > 60 * args.max_train_minutes:
             break
         with accelerator.accumulate(module):
-            losses = module(*prepare_inputs(args, accelerator, pipeline, teacher, batch, dropout_generator))
+            losses = module(**prepare_inputs(args, accelerator, pipeline, teacher, index, batch))
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
@@ -187,14 +202,28 @@ def train(args, accelerator, pipeline, module, teacher, optimizer, scheduler, da
             continue
         scheduler.step()
         step += 1
-        progress.update()
-        logged.add(losses, step, progress)
+        log.add(losses, step, args.batch_size * args.gradient_accumulation_steps, scheduler.get_last_lr()[0])
         if step % args.checkpointing_steps == 0:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
         if validation is not None and step % args.validation_steps == 0:
             validate(args, accelerator, pipeline, module, validation, step)
-    progress.close()
     save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+
+
+def validate(args, accelerator, pipeline, module, validation, step):
+    """Log the loss on held-out pairs and save a few of them as source | edited | target."""
+    module.eval()
+    batches = [
+        send_to_device(batch, accelerator.device) for batch in itertools.islice(validation, args.num_validation_batches)
+    ]
+    batches = [encode_image_tokens(batch, pipeline.vq_model) for batch in batches]
+    with torch.no_grad(), accelerator.autocast():
+        losses = [module(batch)["token_loss"].item() for batch in batches]
+    log_figures(accelerator, {"validation_loss": sum(losses) / len(losses)}, step)
+    if accelerator.is_main_process:
+        with accelerator.autocast():
+            save_validation_pictures(pipeline, batches[0], args.num_validation_pictures, Path(args.output_dir), step)
+    module.train()
 
 
 def main():
@@ -203,9 +232,13 @@ def main():
     set_seed(args.seed)
     pipeline = prepare_pipeline(args)
     collator = build_collator(args, pipeline)
-    teacher = DistillationTeacher(args.distillation_model).to(accelerator.device) if args.distillation_model else None
+    teacher = None
+    if args.distillation_model is not None:
+        teacher = DistillationTeacher(args.distillation_model).to(accelerator.device)
     pipeline.vq_model.to(accelerator.device)
     module = TrainingStep(args, pipeline, collator)
+    if args.compile:
+        module.compile()
     optimizer = build_optimizer(
         module.parameters(), args.learning_rate, (args.adam_beta1, args.adam_beta2), args.weight_decay
     )
@@ -214,9 +247,11 @@ def main():
     module, optimizer, dataloader = accelerator.prepare(module, optimizer, dataloader)
     accelerator.register_for_checkpointing(scheduler)
     validation = None
-    if args.validation_dataset:
+    if args.validation_dataset is not None:
         validation = build_dataloader(args.validation_dataset, "validation", args, collator)
-    step = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else 0
+    step = 0
+    if args.resume_from_checkpoint is not None:
+        step = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
     train(args, accelerator, pipeline, module, teacher, optimizer, scheduler, dataloader, validation, step)
     if accelerator.is_main_process:
         pipeline.save_pretrained(Path(args.output_dir) / "pipeline")

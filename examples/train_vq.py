@@ -168,14 +168,14 @@ def evaluate(accelerator: Accelerator, args: Arguments, tokenizer: EditARVQModel
 
 def main():
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    set_seed(args.seed)
     checkpoints = list_checkpoints(args.output_dir)
     if checkpoints and args.resume_from_checkpoint is None:
         raise ValueError(
             f"`output_dir` {args.output_dir} holds {checkpoints[-1].name}; pass `--resume_from_checkpoint latest` to "
             "go on from it, or another folder."
         )
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    set_seed(args.seed)
     names = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels", "channel_multipliers")
     names += ("num_res_blocks", "norm_num_groups", "commitment_loss_weight")
     config = EditARVQConfig(**{name: getattr(args, name) for name in names})

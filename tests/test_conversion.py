@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from huggingface_hub.constants import HF_HUB_CACHE
 from plain_editar import PlainEditAR, PlainVQ, redraw
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
@@ -189,6 +191,38 @@ def test_dtype_casts_every_network(published, tmp_path):
         assert {tensor.dtype for tensor in part.state_dict().values()} == {torch.bfloat16}
     head = published.editar.output.weight.to(torch.bfloat16)
     assert torch.equal(half.transformer.lm_head.weight, head)
+
+
+PUBLISHED_REPOSITORIES = {
+    "transformer": "datasets--JitengMu--CVPR2025_EditAR_release",
+    "vq_model": "models--peizesun--llamagen_t2i",
+    "text_encoder": "models--google--flan-t5-xl",
+}
+
+
+def test_sources_left_out_are_the_published_ones(published, tmp_path):
+    snapshots = {}
+    for part, repository in PUBLISHED_REPOSITORIES.items():
+        cached = Path(HF_HUB_CACHE) / repository
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        snapshots[part] = cached / "snapshots" / ("0" * 40)
+        snapshots[part].mkdir(parents=True)
+    plain = make_plain_editar(width=64, num_heads=1)  # a head as wide as the published ones need not be given
+    torch.save({"model": plain.state_dict()}, snapshots["transformer"] / "editar_release.pt")
+    shutil.copy(published.folder / "vq_ds16_t2i.pt", snapshots["vq_model"])
+    shutil.copytree(published.folder / "t5", snapshots["text_encoder"], dirs_exist_ok=True)
+    try:
+        assert main(["convert", "--output-dir", str(tmp_path / "pipeline")]) == 0
+    finally:
+        for repository in PUBLISHED_REPOSITORIES.values():
+            shutil.rmtree(Path(HF_HUB_CACHE) / repository)
+    source, text, target = draw_inputs()
+    logits = EditARPipeline.from_pretrained(tmp_path / "pipeline").transformer(source, text, labels=target).logits
+    torch.testing.assert_close(logits, plain(source, text, target), rtol=1e-4, atol=1e-4)
+    card = read_card(tmp_path / "pipeline")[1]
+    for source in ("JitengMu/CVPR2025_EditAR_release, editar_release.pt", "peizesun/llamagen_t2i", "google/flan-t5-xl"):
+        assert source in card
 
 
 @pytest.mark.parametrize("multipliers", [(1, 2, 2, 4), (1, 1, 2, 2, 4), (2, 1)])
@@ -388,6 +422,7 @@ def test_convert_warns_loudly_where_the_self_check_fails_and_still_writes_the_fo
     ("arguments", "named"),
     [
         (["--push-to-hub", "me/editar", "--transformer", "absent.pt"], "`--license` is missing"),
+        (["--push-to-hub", "editar", "--license", "mit"], "`--push-to-hub` is editar"),
         (["--model", "somewhere"], "`--model` is somewhere"),
         (["--reverse"], "`--model` is missing"),
         (["--reverse", "--model", "m", "--license", "mit"], "`--license` is mit"),

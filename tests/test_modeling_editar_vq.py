@@ -72,9 +72,9 @@ def test_attention_block_matches_its_formula(model):
     x = torch.randn(2, 16, 3, 5)
     normed = F.group_norm(x, 4, block.norm.weight, block.norm.bias, eps=1e-6)
     query, key, value = (
-        torch.einsum("oc,bchw->bohw", p.weight[:, :, 0, 0], normed) for p in (block.q, block.k, block.v)
+        torch.einsum("oc,bchw->bohw", layer.weight[:, :, 0, 0], normed) + layer.bias.view(-1, 1, 1)
+        for layer in (block.q, block.k, block.v)
     )
-    query, key, value = (y + p.bias.view(-1, 1, 1) for y, p in ((query, block.q), (key, block.k), (value, block.v)))
     scores = torch.einsum("bchw,bcij->bhwij", query, key) / math.sqrt(16)
     attention = scores.flatten(3).softmax(-1).view_as(scores)
     attended = torch.einsum("bhwij,bcij->bchw", attention, value)
@@ -230,7 +230,7 @@ def test_gradient_passes_the_choice_of_codes_straight_through(pixel_values):
 def test_saved_tokenizer_loads_identical(model, pixel_values, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = EditARVQModel.from_pretrained(tmp_path)
-    assert loaded.config.to_dict() == model.config.to_dict()
+    assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert torch.equal(loaded.encode(pixel_values).image_tokens, model.encode(pixel_values).image_tokens)
@@ -303,6 +303,7 @@ def test_pictures_of_a_wrong_shape_are_refused(model, method, shape):
         (torch.zeros(1, 6, dtype=torch.long), {}, "6 tokens"),
         (torch.zeros(1, 6, dtype=torch.long), {"grid_height": 2, "grid_width": 2}, "2×2"),
         (torch.zeros(1, 6, dtype=torch.long), {"grid_height": 4}, "4×1"),
+        (torch.zeros(1, 6, dtype=torch.long), {"grid_width": 0}, "6×0"),
         (torch.zeros(1, 0, dtype=torch.long), {}, "0 tokens"),
         (torch.zeros(6, dtype=torch.long), {}, "shape"),
         (torch.full((1, 4), NUM_EMBEDDINGS), {}, f"0 to {NUM_EMBEDDINGS - 1}"),

@@ -52,11 +52,15 @@ Edits images by instruction, one token after the other. These are published weig
 
 ```python
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from editar_hf import EditARPipeline
 
-pipe = EditARPipeline.from_pretrained("{name}", dtype=torch.bfloat16)
-pipe("make the sky pink", image=Image.open("photo.png"), generator=torch.Generator().manual_seed(0)).images[0]
+pipe = EditARPipeline.from_pretrained("{name}")
+
+image = Image.new("RGB", (512, 512), "lightgrey")  # or your own: Image.open("photo.png")
+ImageDraw.Draw(image).ellipse((150, 150, 350, 350), fill="red")
+edited = pipe("make the red circle blue", image=image, generator=torch.Generator().manual_seed(0)).images[0]
+edited.save("edited.png")
 ```
 
 ## Sources

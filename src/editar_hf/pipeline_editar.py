@@ -21,12 +21,21 @@ from transformers import StoppingCriteria, StoppingCriteriaList, T5EncoderModel
 from transformers.image_utils import ImageInput
 
 from .generation.configuration import resolve_generation_config
-from .generation.inputs import check_prompt_embeds, check_source_image_tokens
 from .model_card import CARD_FILE, compose_pipeline_card, write_pipeline_card
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
+from .pipeline_inputs import (
+    add_task_prefixes,
+    check_callback_tensors,
+    check_generator,
+    check_output_options,
+    check_prompts,
+    check_source,
+    compute_batch_size,
+)
 from .pipeline_loading import INDEX_FILE, check_pipeline_folder, select_pipeline_files
-from .processing_editar import OUTPUT_TYPES, EditARProcessor, _list_pictures
+from .processing_editar import EditARProcessor
+from .processing_editar import _list_pictures as list_pictures
 
 
 @dataclass
@@ -36,8 +45,8 @@ class EditARPipelineOutput(BaseOutput):
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The pictures, as `output_type` asks; with
             `"tokens"`, the tokens.
-        image_tokens (`torch.LongTensor` of shape `(batch, N)`): Their tokens, in raster order. They can go straight back
-            in as the next call's `source_image_tokens`.
+        image_tokens (`torch.LongTensor` of shape `(batch, N)`): Their tokens, in raster order; ready to be the next
+            call's `source_image_tokens`.
         num_passes (`int`): Decoder forwards after the prefill of source image and text.
     """
 
@@ -218,9 +227,7 @@ class EditARPipeline(DiffusionPipeline):
             else:
                 card.write_text(compose_pipeline_card(repo_id), encoding="utf-8")
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-            return self._upload_folder(
-                folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
-            )
+            return self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
 
     # Parts of a call
 
@@ -233,8 +240,11 @@ class EditARPipeline(DiffusionPipeline):
             task (`str` or sequence of `str`): Whose prefix goes before them; see `apply_task_prefix`.
 
         Raises:
-            ValueError: If a prompt is not a string, or a task is unknown or their number is not that of the prompts.
+            ValueError: If a prompt is not a string, a task is unknown, there are as many tasks neither as one nor as
+                prompts, or the pipeline has no text encoder.
         """
+        if self.text_encoder is None:
+            raise ValueError(f"`prompt` is {prompt!r}, and the pipeline has no text encoder; pass `prompt_embeds`.")
         inputs = self.processor(text=prompt, task=task).to(self._execution_device)
         # Parity: the text encoder masks padding, the decoder attends to its states.
         states = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
@@ -244,7 +254,7 @@ class EditARPipeline(DiffusionPipeline):
     def encode_image(
         self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
     ) -> torch.LongTensor:
-        """Encode pictures as tokens, `(batch, N)` in raster order, good for any number of calls as `source_image_tokens`.
+        """Encode pictures as tokens, `(batch, N)` in raster order: `source_image_tokens` for any number of calls.
 
         Args:
             image: A picture, a batch, or a list of either; see `__call__`.
@@ -254,10 +264,8 @@ class EditARPipeline(DiffusionPipeline):
         Raises:
             ValueError: If an image is not an image, or the size or the mode does not fit.
         """
-        pixel_values = self.processor(
-            images=image, height=height, width=width, resize_mode=resize_mode
-        ).source_pixel_values
-        return self.encode_pixel_values(pixel_values)
+        height, width = self.resolve_size(height, width)
+        return self.encode_pixel_values(self.prepare_pixel_values(image, height, width, resize_mode))
 
     def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Encode prepared pixels `(batch, 3, height, width)` in [−1, 1] as tokens."""
@@ -303,3 +311,183 @@ class EditARPipeline(DiffusionPipeline):
         """Compute tokens per column and row of a picture of that many pixels."""
         stride = self.vq_model.config.stride
         return height // stride, width // stride
+
+    def prepare_pixel_values(self, pictures: list, height: int, width: int, resize_mode: str | None) -> torch.Tensor:
+        """Bring pictures to pixels `(batch, 3, height, width)` in [−1, 1]."""
+        inputs = self.processor(images=pictures, height=height, width=width, resize_mode=resize_mode)
+        return inputs.source_pixel_values
+
+    def repeat_rows(
+        self, rows: torch.Tensor | None, batch_size: int, num_images_per_prompt: int
+    ) -> torch.Tensor | None:
+        """Give one row to the whole batch, then every row to its images (0, 0, …, 1, 1, …), where the decoder runs."""
+        if rows is None:
+            return None
+        dtype = self.transformer.dtype if rows.is_floating_point() else rows.dtype
+        rows = rows.to(self._execution_device, dtype).expand(batch_size, *rows.shape[1:])
+        return rows.repeat_interleave(num_images_per_prompt, dim=0)
+
+    def restore_images(
+        self, images: list[Image.Image], pictures: list, height: int, width: int, resize_mode: str | None
+    ) -> list[Image.Image]:
+        """Bring edited images back to the sizes of the pictures they were made from; one picture serves all."""
+        image_processor = self.processor.image_processor
+        resize_mode = image_processor.resize_mode if resize_mode is None else resize_mode
+        num_images_per_picture = len(images) // len(pictures)
+        return [
+            image_processor.restore(image, pictures[index // num_images_per_picture], height, width, resize_mode)
+            for index, image in enumerate(images)
+        ]
+
+    def complete_tokens(
+        self, image_tokens: torch.LongTensor, source_image_tokens: torch.LongTensor | None, height: int, width: int
+    ) -> torch.LongTensor:
+        """Fill the tokens that an interrupted call did not reach: with the source's, or those of a grey picture."""
+        grid_height, grid_width = self.compute_grid(height, width)
+        if image_tokens.shape[1] == grid_height * grid_width:
+            return image_tokens
+        if source_image_tokens is None:
+            blank = self.encode_pixel_values(torch.zeros(1, 3, height, width))
+            source_image_tokens = blank.expand(len(image_tokens), -1)
+        return torch.cat([image_tokens, source_image_tokens[:, image_tokens.shape[1] :]], dim=1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: ImageInput | None = None,
+        task: str | Sequence[str] = "edit",
+        height: int | None = None,
+        width: int | None = None,
+        resize_mode: str | None = None,
+        restore_size: bool = False,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        source_image_tokens: torch.LongTensor | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> EditARPipelineOutput | tuple:
+        """Edit images by instruction.
+
+        Prompts and images pair up; one prompt serves many images, one image many prompts. Setting
+        `pipe._interrupt = True`, in a callback or from another thread, stops the call after the token at hand; the
+        tokens that are missing then are the source's, or those of a grey picture where there is no source.
+
+        Args:
+            prompt (`str` or sequence of `str`): The instructions, or the captions of condition maps.
+            image (*optional*): The source image or condition map: a PIL image, an array (height, width, channels), a
+                tensor (channels, height, width), a batch, or a list of these. `None`: text-to-image.
+            task (`str` or sequence of `str`): `"edit"`, `"canny"`, `"depth"` or `"segmentation"`: puts the published
+                prefix before the prompt, and before the negative prompt.
+            height, width (`int`, *optional*): Pixels the model works at; default the model's.
+            resize_mode (`str`, *optional*): How the source is brought there: `"crop"` (shortest side, then the centre;
+                warns when more than 2 % is cut away) or `"stretch"`; default the model's.
+            restore_size (`bool`): Return images of the source's size: after a crop, the edited part in its place in the
+                full source; after a stretch, the inverse resize. Needs `image` and `output_type="pil"`.
+            guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance. Default, as of the
+                next four: the setting in `transformer/generation_config.json`.
+            image_guidance_scale (`float`, *optional*): Weight of the source image, in guidance with two knobs; 1 is the
+                same as `None`.
+            negative_prompt (`str` or sequence of `str`, *optional*): What guidance leads away from, in place of the
+                learned null text. Without guidance it has no part in decoding.
+            do_sample, temperature, top_k, top_p (*optional*): Sampling; see `EditARGenerationConfig`.
+            num_images_per_prompt (`int`): Images of each pair; those of the first pair come first.
+            generator (`torch.Generator` or a list of them, *optional*): One for all, or one per image returned. An
+                image depends on its own seed alone, not on its place in the batch.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): From `encode_prompt`, in place of text.
+            source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): From `encode_image` or an
+                earlier output, in place of `image`; beside it with `restore_size=True`.
+            callback_on_step_end (`Callable`, *optional*): Called after every token as
+                `callback(pipe, step, step, tensors)`; a step is the index of a token. What it returns is not looked at.
+            callback_on_step_end_tensor_inputs (sequence of `str`): What `tensors` holds: `"image_tokens"` (those so
+                far), `"source_image_tokens"`, `"prompt_embeds"`.
+            output_type (`str`): `"pil"`, `"np"` (batch, height, width, 3) in [0, 1], `"pt"` (batch, 3, height, width)
+                in [0, 1], or `"tokens"`.
+            return_dict (`bool`): Return an `EditARPipelineOutput`, or its values as a tuple.
+
+        Raises:
+            ValueError: If an argument is out of range, or inputs do not fit the model or each other; before any network
+                runs.
+        """
+        # 1. Check inputs
+        height, width = self.resolve_size(height, width)
+        grid = self.compute_grid(height, width)
+        sampling = {
+            "guidance_scale": guidance_scale,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        resolve_generation_config(self.transformer.generation_config, None, sampling)
+        check_prompts(self.transformer.config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
+        check_source(self.transformer.config, image, source_image_tokens, image_guidance_scale, restore_size, grid)
+        check_output_options(output_type, restore_size, num_images_per_prompt)
+        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        self._interrupt = False
+
+        # 2. Prepare prompts and pictures, and see how many images they ask for
+        prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
+        pictures = None if image is None else list_pictures(image)
+        pixel_values = None if image is None else self.prepare_pixel_values(pictures, height, width, resize_mode)
+        batch_size = compute_batch_size(
+            {
+                "prompt": prompts or prompt_embeds,
+                "negative_prompt": negative_prompts or negative_prompt_embeds,
+                "image": pictures,
+                "source_image_tokens": source_image_tokens,
+            }
+        )
+        check_generator(generator, batch_size * num_images_per_prompt)
+
+        # 3. Encode them
+        prompt_embeds = self.encode_prompt(prompts) if prompts else prompt_embeds
+        negative_prompt_embeds = self.encode_prompt(negative_prompts) if negative_prompts else negative_prompt_embeds
+        if image is not None and source_image_tokens is None:
+            source_image_tokens = self.encode_pixel_values(pixel_values)
+
+        # 4. Give every image its row
+        rows = {
+            "source_image_tokens": source_image_tokens,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
+        rows = {name: self.repeat_rows(entries, batch_size, num_images_per_prompt) for name, entries in rows.items()}
+
+        # 5. Decode the tokens of the edited images
+        with self.progress_bar(total=grid[0] * grid[1]) as progress_bar:
+            reporter = StepReporter(self, progress_bar, callback_on_step_end, rows, callback_on_step_end_tensor_inputs)
+            output = self.transformer.generate(
+                **rows,
+                **sampling,
+                image_guidance_scale=image_guidance_scale,
+                generator=generator,
+                grid_height=grid[0],
+                grid_width=grid[1],
+                stopping_criteria=StoppingCriteriaList([reporter]),
+                return_dict_in_generate=True,
+            )
+        image_tokens = self.complete_tokens(output.sequences, rows["source_image_tokens"], height, width)
+
+        # 6. Draw them
+        images = image_tokens
+        if output_type != "tokens":
+            images = self.decode_image_tokens(image_tokens, height, width, output_type)
+        if restore_size:
+            images = self.restore_images(images, pictures, height, width, resize_mode)
+
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, image_tokens, output.num_passes
+        return EditARPipelineOutput(images=images, image_tokens=image_tokens, num_passes=output.num_passes)

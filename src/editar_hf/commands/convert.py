@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--num-attention-heads", metavar="N", type=int, help="default: heads of 64, or of 100 at width 3200"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the files")
-    parser.add_argument("--push-to-hub", metavar="ID", help="also upload the folder; needs --license")
+    parser.add_argument("--push-to-hub", metavar="ID", help="also upload it there; needs --license")
     parser.add_argument("--reverse", action="store_true", help="write editar.pt and vq.pt from a pipeline instead")
     parser.add_argument("--model", metavar="M", help="with --reverse: the pipeline, a folder or Hub id")
     parser.set_defaults(run=run)
@@ -47,6 +47,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("`--model` is missing; name the pipeline that `--reverse` is to convert.")
     if args.push_to_hub is not None and args.license is None:
         raise ValueError("`--license` is missing; say under which licence the weights may be shared on the Hub.")
+    if args.push_to_hub is not None and args.push_to_hub.count("/") != 1:
+        raise ValueError(f"`--push-to-hub` is {args.push_to_hub}; give a full id, owner and name, for the card to say.")
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -87,8 +89,12 @@ def print_outcome(output_dir, report, license: str | None) -> None:
 
 
 def upload(output_dir, repo_id: str) -> None:
-    """Upload the folder to a repository of the Hub, made if it is not there."""
-    from huggingface_hub import HfApi
+    """Upload the folder to a repository of the Hub, made if it is not there; a card already there stays."""
+    from huggingface_hub import create_repo, file_exists, upload_folder
 
-    HfApi().create_repo(repo_id, exist_ok=True)
-    print(f"Uploaded {HfApi().upload_folder(repo_id=repo_id, folder_path=output_dir).repo_url}")
+    create_repo(repo_id, exist_ok=True)
+    kept = ["README.md"] if file_exists(repo_id, "README.md") else None
+    commit = upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=kept)
+    print(f"Uploaded {commit.commit_url}")
+    if kept:
+        print(f"The repository had a card, which stays; the new one is in {output_dir}.")

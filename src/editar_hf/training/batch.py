@@ -7,7 +7,11 @@ from ..modeling_editar_vq import EditARVQModel
 
 
 def draw_conditioning_dropout(
-    batch_size: int, generator: torch.Generator, prompt_prob: float = 0.05, source_prob: float = 0.05, both_prob: float = 0.05
+    batch_size: int,
+    generator: torch.Generator,
+    prompt_prob: float = 0.05,
+    source_prob: float = 0.05,
+    both_prob: float = 0.05,
 ) -> tuple[torch.BoolTensor, torch.BoolTensor]:
     """Draw `(drop_source, drop_prompt)`, each bool `(batch_size,)`, from one uniform draw per sample.
 
@@ -34,9 +38,12 @@ def encode_image_tokens(batch: dict[str, torch.Tensor], vq_model: EditARVQModel)
 
 
 def compute_token_loss(
-    logits: torch.Tensor, target_image_tokens: torch.LongTensor, edit_mask: torch.BoolTensor | None, edit_region_weight: float
+    logits: torch.Tensor,
+    target_image_tokens: torch.LongTensor,
+    edit_mask: torch.BoolTensor | None,
+    edit_region_weight: float,
 ) -> torch.Tensor:
-    """Compute the mean cross-entropy in nats over target tokens; those in `edit_mask` count `edit_region_weight` times."""
+    """Compute the mean cross-entropy in nats; tokens in `edit_mask` count `edit_region_weight` times."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), target_image_tokens.flatten(), reduction="none")
     if edit_mask is None or edit_region_weight == 1:
         return losses.mean()

@@ -43,8 +43,7 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | Path, name: str)
     else:
         folder = Path(output_dir) / name
         if folder not in checkpoints:
-            raise ValueError(
-                f"`resume_from_checkpoint` is {name!r}; {output_dir} holds {', '.join(c.name for c in checkpoints) or 'none'}."
-            )
+            names = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
+            raise ValueError(f"`resume_from_checkpoint` is {name!r}; the checkpoints in {output_dir} are: {names}.")
     accelerator.load_state(folder)
     return int(folder.name.removeprefix(PREFIX))

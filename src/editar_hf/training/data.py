@@ -15,9 +15,7 @@ PIXEL_COLUMNS = ("source_image", "target_image", "prompt")
 TOKEN_COLUMNS = ("source_image_tokens", "target_image_tokens", "prompt")
 
 
-def load_edit_dataset(
-    path: str, split: str = "train", columns: Mapping[str, str] | None = None
-) -> datasets.Dataset:
+def load_edit_dataset(path: str, split: str = "train", columns: Mapping[str, str] | None = None) -> datasets.Dataset:
     """Load pairs by Hub id, by a folder or pattern of parquet files, or from an image folder with `metadata.jsonl`.
 
     Args:
@@ -41,8 +39,8 @@ def load_edit_dataset(
     wanted = TOKEN_COLUMNS if "source_image_tokens" in dataset.column_names else PIXEL_COLUMNS
     if missing := [name for name in wanted if name not in dataset.column_names]:
         raise ValueError(
-            f"`dataset` {path!r} lacks {', '.join(missing)}; it has {', '.join(dataset.column_names)}. Name the columns "
-            "that hold them."
+            f"`dataset` {path!r} lacks {', '.join(missing)}; it has {', '.join(dataset.column_names)}. Name the "
+            "columns that hold them."
         )
     return dataset
 

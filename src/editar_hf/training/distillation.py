@@ -31,7 +31,9 @@ class DistillationTeacher(nn.Module):
         """Compute features (batch, cells, width) in raster order of pixels (batch, 3, height, width) in [−1, 1]."""
         scale = RESIZED_SIDE / min(pixel_values.shape[-2:])
         size = [round(side * scale) for side in pixel_values.shape[-2:]]
-        pixels = F.interpolate(pixel_values.float() / 2 + 0.5, size, mode="bicubic", antialias=True, align_corners=False)
+        pixels = F.interpolate(
+            pixel_values.float() / 2 + 0.5, size, mode="bicubic", antialias=True, align_corners=False
+        )
         # Parity: the teacher sees the centre 87.5 % of the picture, the student's grid all of it.
         top, left = ((side - CROPPED_SIDE) // 2 for side in size)
         pixels = pixels[:, :, top : top + CROPPED_SIDE, left : left + CROPPED_SIDE].clamp(0, 1)

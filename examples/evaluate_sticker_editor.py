@@ -1,0 +1,149 @@
+"""Measure the sticker editor on held-out samples: which share of the edits it carries out, and what two controls say.
+
+    python examples/evaluate_sticker_editor.py --model examples/sticker-editor --dataset stickers \
+        --settings greedy-3 sampled-3 greedy-1 greedy-7.5 --output results.json
+
+A setting is a way to choose tokens and a guidance scale. Beside them stand the true target passed through the tokenizer
+(the ceiling), the untouched source, and the model given another sample's instruction. `sticker_scoring.py` says what
+counts as done.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from sticker_scoring import aggregate_scores, score_sample
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from editar_hf import EditARPipeline
+from editar_hf.training.data import find_parquet_files
+
+
+CONTROLS = ("ceiling", "untouched source", "another instruction")
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "pipeline folder or Hub id"})
+    dataset: str = field(metadata={"help": "folder that make_sticker_edits.py wrote"})
+    output: str = field(metadata={"help": "JSON file for the figures"})
+    split: str = "test"
+    settings: list[str] = field(default_factory=lambda: ["greedy-3"], metadata={"help": "such as greedy-3, sampled-1"})
+    max_samples: int | None = field(default=None, metadata={"help": "evenly spaced samples; default: all"})
+    batch_size: int = 64
+    seed: int = 0
+
+
+def load_samples(args: Arguments) -> list[dict]:
+    """Load samples as arrays, with their details parsed."""
+    dataset = load_dataset("parquet", data_files=find_parquet_files(args.dataset, args.split), split="train")
+    if args.max_samples is not None:
+        dataset = dataset.select(np.linspace(0, len(dataset) - 1, args.max_samples).astype(int))
+    samples = []
+    for row in tqdm(dataset, desc="samples", mininterval=5):
+        samples.append({**row, "details": json.loads(row["details"])})
+    return samples
+
+
+def pick_other_prompts(samples: list[dict]) -> list[str]:
+    """Pick, for each sample, the prompt of the next one of its operation whose prompt differs."""
+    prompts = []
+    for index, sample in enumerate(samples):
+        others = samples[index + 1 :] + samples[:index]
+        operation = sample["details"]["operation"]
+        prompts.append(
+            next(
+                o["prompt"]
+                for o in others
+                if o["details"]["operation"] == operation and o["prompt"] != sample["prompt"]
+            )
+        )
+    return prompts
+
+
+def edit_samples(args: Arguments, pipeline: EditARPipeline, samples: list[dict], prompts: list[str], setting: str):
+    """Edit every sample; sample k always has seed `args.seed` + k."""
+    choice, scale = setting.split("-")
+    images = []
+    for start in tqdm(range(0, len(samples), args.batch_size), desc=setting, mininterval=5):
+        rows = slice(start, start + args.batch_size)
+        batch = samples[rows]
+        images += pipeline(
+            prompts[rows],
+            image=[sample["source_image"] for sample in batch],
+            task=[sample["task"] for sample in batch],
+            guidance_scale=float(scale),
+            do_sample=choice == "sampled",
+            generator=[torch.Generator().manual_seed(args.seed + start + k) for k in range(len(batch))],
+        ).images
+    return images
+
+
+def pass_through_tokenizer(args: Arguments, pipeline: EditARPipeline, samples: list[dict]) -> list:
+    images = []
+    for start in range(0, len(samples), args.batch_size):
+        batch = [sample["target_image"] for sample in samples[start : start + args.batch_size]]
+        images += pipeline.decode_image_tokens(pipeline.encode_image(batch))
+    return images
+
+
+def score_pictures(samples: list[dict], pictures: list, through_tokenizer: list, token_size: int) -> list[dict]:
+    return [
+        score_sample(
+            np.asarray(picture),
+            np.asarray(sample["source_image"]),
+            np.asarray(sample["target_image"]),
+            np.asarray(target),
+            np.asarray(sample["mask"].convert("L")),
+            sample["details"],
+            token_size,
+        )
+        for sample, picture, target in zip(samples, pictures, through_tokenizer, strict=True)
+    ]
+
+
+def summarise(scores: list[dict]) -> dict:
+    """Average scores: seen photographs by operation, each held-out photograph, and unseen pairs by operation."""
+    parts = {
+        part: [score for score in scores if score["part"] == part] for part in ("seen", "held_out", "unseen_pairs")
+    }
+    return {
+        "seen": aggregate_scores(parts["seen"]),
+        "photographs": aggregate_scores(
+            [s for s in scores if s["part"] != "unseen_pairs" and s["photograph"]], "photograph"
+        ),
+        "held_out": aggregate_scores(parts["held_out"]),
+        "unseen_pairs": aggregate_scores(parts["unseen_pairs"]),
+    }
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    samples = load_samples(args)
+    through_tokenizer = pass_through_tokenizer(args, pipeline, samples)
+    pictures = {"ceiling": through_tokenizer, "untouched source": [sample["source_image"] for sample in samples]}
+    prompts = [sample["prompt"] for sample in samples]
+    others = pick_other_prompts(samples)
+    results = {}
+    for setting in (*CONTROLS, *args.settings):
+        if setting == "another instruction":
+            pictures[setting] = edit_samples(args, pipeline, samples, others, args.settings[0])
+        elif setting not in pictures:
+            pictures[setting] = edit_samples(args, pipeline, samples, prompts, setting)
+        scores = score_pictures(samples, pictures[setting], through_tokenizer, pipeline.vq_model.config.stride)
+        results[setting] = summarise(scores)
+        rates = {operation: round(100 * means["done"], 1) for operation, means in results[setting]["seen"].items()}
+        print(setting, rates, flush=True)
+        output = Path(args.output)
+        output.with_suffix(".unfinished").write_text(json.dumps(results, indent=1))
+        output.with_suffix(".unfinished").rename(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What a training run says of itself: a line of figures to the terminal and to the trackers."""
+
+import time
+
+import torch
+from accelerate import Accelerator
+
+
+def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int):
+    """Print figures with four digits and hand them to the trackers."""
+    accelerator.log(figures, step=step)
+    line = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    accelerator.print(f"step {step}: {line}", flush=True)
+
+
+class LossLog:
+    """Add up losses on the device, and log their means and the speed every few steps: no step waits for a number."""
+
+    def __init__(self, accelerator: Accelerator, logging_steps: int):
+        self.accelerator = accelerator
+        self.logging_steps = logging_steps
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count, self.num_samples = 0, 0
+        self.start_time = time.monotonic()
+
+    def add(self, losses: dict[str, torch.Tensor], step: int, batch_size: int, learning_rate: float):
+        """Count one optimiser step of `batch_size` samples per process."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
+        self.count += 1
+        self.num_samples += batch_size * self.accelerator.num_processes
+        if step % self.logging_steps == 0:
+            self.flush(step, learning_rate)
+
+    def flush(self, step: int, learning_rate: float):
+        means = {name: self.accelerator.reduce(total / self.count, "mean").item() for name, total in self.sums.items()}
+        seconds = time.monotonic() - self.start_time
+        speed = {"learning_rate": learning_rate, "samples_per_second": self.num_samples / seconds}
+        log_figures(self.accelerator, means | speed, step)
+        self.sums, self.count, self.num_samples = {}, 0, 0
+        self.start_time = time.monotonic()

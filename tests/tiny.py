@@ -1,0 +1,89 @@
+"""Tiny components with random weights, whose tokens and pictures still depend on every input."""
+
+import torch
+from transformers import T5Config, T5EncoderModel
+
+from editar_hf import (
+    EditARConfig,
+    EditARForConditionalGeneration,
+    EditARImageProcessor,
+    EditARPipeline,
+    EditARProcessor,
+    EditARVQConfig,
+    EditARVQModel,
+)
+from editar_hf.training.tokenizer import train_tokenizer
+
+
+NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, STRIDE = 40, 10, 16, 4
+
+
+def redraw_weights(model, scale, seed=0):
+    """Draw every weight and null embedding anew: a fresh head is zero, and fresh norms are all ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in model.state_dict().values():
+        draw = torch.randn(tensor.shape, generator=generator)
+        tensor.copy_(1 + 0.3 * draw if tensor.ndim == 1 else scale * draw)
+    return model.eval()
+
+
+def build_transformer(grid_size=4, num_text_tokens=NUM_TEXT_TOKENS):
+    config = EditARConfig(
+        vocab_size=NUM_CODES,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        grid_size=grid_size,
+        num_text_tokens=num_text_tokens,
+        text_hidden_size=TEXT_HIDDEN_SIZE,
+        text_rotary="identity",
+        distillation_hidden_size=None,
+    )
+    return redraw_weights(EditARForConditionalGeneration(config), scale=0.3)
+
+
+def build_vq_model():
+    config = EditARVQConfig(
+        num_embeddings=NUM_CODES,
+        embedding_dim=4,
+        latent_channels=8,
+        base_channels=8,
+        channel_multipliers=(1, 1, 1),
+        num_res_blocks=1,
+        norm_num_groups=4,
+    )
+    torch.manual_seed(0)
+    return EditARVQModel(config).eval()
+
+
+def build_text_encoder(vocab_size):
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=TEXT_HIDDEN_SIZE,
+        d_kv=8,
+        d_ff=16,
+        num_heads=2,
+        num_layers=1,
+        feed_forward_proj="gated-gelu",
+    )
+    return redraw_weights(T5EncoderModel(config), scale=0.5)
+
+
+def build_processor(grid_size=4, num_text_tokens=NUM_TEXT_TOKENS):
+    tokenizer = train_tokenizer(["make the red circle blue", "remove the green square"] * 50, vocab_size=140)
+    image_processor = EditARImageProcessor(size=grid_size * STRIDE, stride=STRIDE)
+    return EditARProcessor(image_processor, tokenizer, num_text_tokens)
+
+
+def build_pipeline(grid_size=4, num_text_tokens=NUM_TEXT_TOKENS):
+    """Build a pipeline that works at 16×16 pixels, 4×4 tokens; everything about it is the same each time."""
+    processor = build_processor(grid_size, num_text_tokens)
+    pipeline = EditARPipeline(
+        transformer=build_transformer(grid_size, num_text_tokens),
+        vq_model=build_vq_model(),
+        text_encoder=build_text_encoder(len(processor.tokenizer)),
+        processor=processor,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
