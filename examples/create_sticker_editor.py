@@ -33,7 +33,7 @@ class Arguments:
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     text_rotary: str = field(default="identity", metadata={"help": "identity or zero (as published)"})
-    num_text_tokens: int = 56
+    num_text_tokens: int = 52
     text_vocab_size: int = 384
     text_hidden_size: int = 256
     text_num_layers: int = 4

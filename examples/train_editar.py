@@ -65,6 +65,7 @@ class Arguments:
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
     gradient_checkpointing: bool = False
     compile: bool = False
+    attn_implementation: str = field(default="sdpa", metadata={"help": "eager is faster on CPUs, with --compile"})
     num_workers: int = 0
     seed: int = 0
 
@@ -144,6 +145,7 @@ def prepare_pipeline(args: Arguments) -> EditARPipeline:
     pipeline.vq_model.requires_grad_(False).eval()
     pipeline.text_encoder.requires_grad_(args.train_text_encoder).train(args.train_text_encoder)
     pipeline.transformer.train()
+    pipeline.transformer.set_attn_implementation(args.attn_implementation)
     if args.gradient_checkpointing:
         pipeline.transformer.gradient_checkpointing_enable()
     return pipeline

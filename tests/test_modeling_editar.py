@@ -302,6 +302,30 @@ def test_dropout_acts_at_its_published_place_and_nowhere_else(plain, dropout, at
     assert not torch.allclose(dropped_logits, whole_logits, atol=1e-2)
 
 
+def compute_dropped_places(model):
+    """Run what ends in a dropout, and return its output by the dropout's name."""
+    source, text, target = draw_inputs()
+    layer, states = model.model.layers[0], torch.randn(4, 9, WIDTH, generator=torch.Generator().manual_seed(1))
+    no_turn = torch.ones(1, 1, 9, WIDTH // 2), torch.zeros(1, 1, 9, WIDTH // 2)
+    embedded = model(source, text, labels=target, output_hidden_states=True).hidden_states[0]
+    return {
+        "text_dropout": embedded[:, source.shape[1] : source.shape[1] + TEXT_LENGTH],
+        "residual_dropout": layer.self_attn(states, None, no_turn)[0],
+        "mlp_dropout": layer.mlp(states),
+    }
+
+
+@pytest.mark.parametrize("dropout", ["text_dropout", "residual_dropout", "mlp_dropout"])
+def test_dropout_zeroes_entries_of_the_output_and_scales_the_rest(plain, dropout):
+    model = make_model(plain, **{**NO_DROPOUT, dropout: 0.5})
+    whole, dropped = compute_dropped_places(model), compute_dropped_places(model.train())
+    for name in whole:
+        kept = dropped[name] != 0
+        scale = 2 if name == dropout else 1
+        torch.testing.assert_close(dropped[name][kept], scale * whole[name][kept])
+        assert abs(kept.float().mean() - 1 / scale) < 0.1
+
+
 def test_published_dropout_is_the_default():
     config = EditARConfig()
     assert (config.text_dropout, config.residual_dropout, config.mlp_dropout) == (0.1, 0.1, 0.1)

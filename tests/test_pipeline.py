@@ -1,6 +1,7 @@
 """What the pipeline promises: how inputs pair up, what comes out, what a folder keeps, and what is refused."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from editar_hf import EditARPipeline
 from editar_hf.model_card import compose_pipeline_card
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMPT = "make the red circle blue"
 SIDE = 16
 NUM_TOKENS = (SIDE // STRIDE) ** 2
@@ -404,6 +406,29 @@ def test_card_is_written_once_and_kept_afterwards(pipe, folder):
     card.write_text("what the user says")
     pipe.save_pretrained(folder)
     assert card.read_text() == "what the user says"
+
+
+# The example
+
+
+@pytest.mark.parametrize("has_image", [False, True])
+def test_example_writes_before_and_after_side_by_side(saved, tmp_path, capsys, has_image):
+    main = runpy.run_path(str(EXAMPLES / "edit_photo.py"))["main"]
+    output, source = tmp_path / "new" / "both.png", tmp_path / "source.png"
+    draw_image(0, 20, 20).save(source)
+    main(["--model", str(saved), "--output", str(output), *(["--image", str(source)] if has_image else [])])
+    assert str(output) in capsys.readouterr().out
+    with Image.open(output) as both:
+        assert both.width > 2 * both.height
+        before, after = (
+            both.crop((0, 0, both.height, both.height)),
+            both.crop((both.width - both.height, 0, *both.size)),
+        )
+    if has_image:
+        assert np.array_equal(
+            np.asarray(before.resize((20, 20), Image.Resampling.NEAREST)), np.asarray(draw_image(0, 20, 20))
+        )
+    assert not np.array_equal(np.asarray(before), np.asarray(after))
 
 
 # Folders that are refused

@@ -40,12 +40,16 @@ def encode_image_tokens(batch: dict[str, torch.Tensor], vq_model: EditARVQModel)
 def compute_token_loss(
     logits: torch.Tensor,
     target_image_tokens: torch.LongTensor,
-    edit_mask: torch.BoolTensor | None,
-    edit_region_weight: float,
+    edit_mask: torch.BoolTensor | None = None,
+    edit_region_weight: float = 1.0,
 ) -> torch.Tensor:
-    """Compute the mean cross-entropy in nats; tokens in `edit_mask` count `edit_region_weight` times."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), target_image_tokens.flatten(), reduction="none")
-    if edit_mask is None or edit_region_weight == 1:
+    """Compute the mean cross-entropy in nats over target tokens; every sample counts the same.
+
+    Within a sample, tokens in `edit_mask` count `edit_region_weight` times: most of an edit is copying, and what is to
+    change would be a small part of its loss.
+    """
+    losses = F.cross_entropy(logits.transpose(1, 2).float(), target_image_tokens, reduction="none")
+    if edit_mask is None:
         return losses.mean()
-    weights = torch.where(edit_mask.flatten(), edit_region_weight, 1.0)
-    return (losses * weights).sum() / weights.sum()
+    weights = torch.where(edit_mask, edit_region_weight, 1.0)
+    return ((losses * weights).sum(dim=1) / weights.sum(dim=1)).mean()
