@@ -23,6 +23,9 @@ from editar_hf.training.data import load_edit_dataset
 from editar_hf.training.tokenizer import train_tokenizer
 
 
+TEXT_HEAD_DIM = 64
+
+
 @dataclass
 class Arguments:
     dataset: str = field(metadata={"help": "what `train_editar.py` will train on; its prompts make the vocabulary"})
@@ -42,12 +45,16 @@ class Arguments:
 
 
 def build_text_encoder(args: Arguments, vocab_size: int) -> T5EncoderModel:
+    if args.text_hidden_size < TEXT_HEAD_DIM or args.text_hidden_size % TEXT_HEAD_DIM:
+        raise ValueError(
+            f"`text_hidden_size` is {args.text_hidden_size}; give a multiple of {TEXT_HEAD_DIM}, the width of a head."
+        )
     config = T5Config(
         vocab_size=vocab_size,
         d_model=args.text_hidden_size,
-        d_kv=64,
+        d_kv=TEXT_HEAD_DIM,
         d_ff=2 * args.text_hidden_size,
-        num_heads=args.text_hidden_size // 64,
+        num_heads=args.text_hidden_size // TEXT_HEAD_DIM,
         num_layers=args.text_num_layers,
         dropout_rate=args.dropout,
         feed_forward_proj="gated-gelu",
@@ -77,7 +84,8 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     set_seed(args.seed)
     dataset = load_edit_dataset(args.dataset)
-    tokenizer = train_tokenizer(apply_task_prefix(dataset["prompt"][:], dataset["task"][:]), args.text_vocab_size)
+    tasks = dataset["task"][:] if "task" in dataset.column_names else "edit"
+    tokenizer = train_tokenizer(apply_task_prefix(dataset["prompt"][:], tasks), args.text_vocab_size)
     vq_model = EditARVQModel.from_pretrained(args.vq_model)
     image_processor = EditARImageProcessor(size=args.resolution, stride=vq_model.config.stride)
     pipeline = EditARPipeline(

@@ -38,10 +38,24 @@ class Arguments:
     seed: int = 0
 
 
+def parse_setting(setting: str) -> dict:
+    """Turn `greedy-3` into the arguments of the pipeline that it stands for."""
+    choice, _, scale = setting.partition("-")
+    try:
+        return {"do_sample": {"greedy": False, "sampled": True}[choice], "guidance_scale": float(scale)}
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"`settings` holds {setting!r}; write greedy or sampled and a scale, as in greedy-3."
+        ) from None
+
+
 def load_samples(args: Arguments) -> list[dict]:
-    """Load samples as arrays, with their details parsed."""
-    dataset = load_dataset("parquet", data_files=find_parquet_files(args.dataset, args.split), split="train")
-    if args.max_samples is not None:
+    """Load samples with their pictures and with their details parsed."""
+    files = find_parquet_files(args.dataset, args.split)
+    if not files:
+        raise ValueError(f"`dataset` {args.dataset!r} has no parquet file whose name starts with {args.split!r}.")
+    dataset = load_dataset("parquet", data_files=files, split="train")
+    if args.max_samples is not None and args.max_samples < len(dataset):
         dataset = dataset.select(np.linspace(0, len(dataset) - 1, args.max_samples).astype(int))
     samples = []
     for row in tqdm(dataset, desc="samples", mininterval=5):
@@ -53,21 +67,17 @@ def pick_other_prompts(samples: list[dict]) -> list[str]:
     """Pick, for each sample, the prompt of the next one of its operation whose prompt differs."""
     prompts = []
     for index, sample in enumerate(samples):
-        others = samples[index + 1 :] + samples[:index]
-        operation = sample["details"]["operation"]
-        prompts.append(
-            next(
-                o["prompt"]
-                for o in others
-                if o["details"]["operation"] == operation and o["prompt"] != sample["prompt"]
-            )
-        )
+        operation, prompt = sample["details"]["operation"], sample["prompt"]
+        others = (other for other in samples[index + 1 :] + samples[:index] if other["prompt"] != prompt)
+        other = next((other for other in others if other["details"]["operation"] == operation), None)
+        if other is None:
+            raise ValueError(f"`dataset` has one prompt of operation {operation!r}; give more samples to choose from.")
+        prompts.append(other["prompt"])
     return prompts
 
 
 def edit_samples(args: Arguments, pipeline: EditARPipeline, samples: list[dict], prompts: list[str], setting: str):
     """Edit every sample; sample k always has seed `args.seed` + k."""
-    choice, scale = setting.split("-")
     images = []
     for start in tqdm(range(0, len(samples), args.batch_size), desc=setting, mininterval=5):
         rows = slice(start, start + args.batch_size)
@@ -76,8 +86,7 @@ def edit_samples(args: Arguments, pipeline: EditARPipeline, samples: list[dict],
             prompts[rows],
             image=[sample["source_image"] for sample in batch],
             task=[sample["task"] for sample in batch],
-            guidance_scale=float(scale),
-            do_sample=choice == "sampled",
+            **parse_setting(setting),
             generator=[torch.Generator().manual_seed(args.seed + start + k) for k in range(len(batch))],
         ).images
     return images
@@ -123,13 +132,23 @@ def summarise(scores: list[dict]) -> dict:
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    for setting in args.settings:
+        parse_setting(setting)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    samples = load_samples(args)
+    others = pick_other_prompts(samples)
     pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    samples = load_samples(args)
+    size = pipeline.processor.image_processor.size
+    if samples[0]["source_image"].size != (size.width, size.height):
+        raise ValueError(
+            f"`dataset` has pictures of {samples[0]['source_image'].size} pixels; the model makes {size.width} × "
+            f"{size.height}. Make the data set at that resolution."
+        )
     through_tokenizer = pass_through_tokenizer(args, pipeline, samples)
     pictures = {"ceiling": through_tokenizer, "untouched source": [sample["source_image"] for sample in samples]}
     prompts = [sample["prompt"] for sample in samples]
-    others = pick_other_prompts(samples)
     results = {}
     for setting in (*CONTROLS, *args.settings):
         if setting == "another instruction":
@@ -140,7 +159,6 @@ def main():
         results[setting] = summarise(scores)
         rates = {operation: round(100 * means["done"], 1) for operation, means in results[setting]["seen"].items()}
         print(setting, rates, flush=True)
-        output = Path(args.output)
         output.with_suffix(".unfinished").write_text(json.dumps(results, indent=1))
         output.with_suffix(".unfinished").rename(output)
 

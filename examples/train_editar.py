@@ -12,19 +12,24 @@ what `examples/precompute_tokens.py` made of it. The tokenizer stays frozen, the
 
 import itertools
 import math
+import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import ProjectConfiguration, send_to_device
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, send_to_device
 from transformers import HfArgumentParser, get_scheduler, set_seed
 
 from editar_hf import EditARPipeline
+from editar_hf.model_card import CARD_FILE
 from editar_hf.training.batch import compute_token_loss, draw_conditioning_dropout, encode_image_tokens
-from editar_hf.training.checkpoints import load_checkpoint, save_checkpoint
-from editar_hf.training.data import EditCollator, load_edit_dataset
+from editar_hf.training.card import compose_training_card
+from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from editar_hf.training.data import EditCollator, check_image_tokens, load_edit_dataset
 from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
 from editar_hf.training.logs import LossLog, log_figures
 from editar_hf.training.optimization import build_optimizer
@@ -35,7 +40,7 @@ from editar_hf.training.validation import save_validation_pictures
 class Arguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id to start from"})
     dataset: str = field(metadata={"help": "Hub id, folder or pattern of files"})
-    output_dir: str = field(metadata={"help": "checkpoints, validation pictures and the trained pipeline go here"})
+    output_dir: str = field(metadata={"help": "for checkpoints, `validation/` pictures and the trained `pipeline/`"})
     validation_dataset: str | None = field(default=None, metadata={"help": "like --dataset; its split is `validation`"})
     source_image_column: str = "source_image"
     target_image_column: str = "target_image"
@@ -79,17 +84,46 @@ class Arguments:
     log_with: str | None = field(default=None, metadata={"help": "tensorboard, wandb, ..."})
 
 
+def load_pairs(args: Arguments) -> dict[str, datasets.Dataset]:
+    """Load the data to train on as `"train"`, and what is held out, if anything, as `"validation"`."""
+    names = ("source_image", "target_image", "prompt", "mask", "task")
+    columns = {name: getattr(args, f"{name}_column") for name in names}
+    columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+    pairs = {"train": load_edit_dataset(args.dataset, "train", columns)}
+    if args.validation_dataset is not None:
+        pairs["validation"] = load_edit_dataset(args.validation_dataset, "validation", columns)
+    return pairs
+
+
 def build_collator(args: Arguments, pipeline: EditARPipeline) -> EditCollator:
-    size = pipeline.processor.image_processor.size
-    height, width = (args.resolution or size.height), (args.resolution or size.width)
+    try:
+        height, width = pipeline.resolve_size(args.resolution, args.resolution)
+    except ValueError as error:
+        raise ValueError(f"`resolution` is {args.resolution}: {error}") from error
     return EditCollator(pipeline.processor, height, width, args.resize_mode, pipeline.vq_model.config.stride)
 
 
-def build_dataloader(path: str, split: str, args: Arguments, collator: EditCollator) -> torch.utils.data.DataLoader:
-    names = ("source_image", "target_image", "prompt", "mask", "task")
-    columns = {name: getattr(args, f"{name}_column") for name in names}
-    dataset = load_edit_dataset(path, split, {ours: theirs for ours, theirs in columns.items() if ours != theirs})
-    is_training = split == "train"
+def check_inputs(args: Arguments, pipeline: EditARPipeline, collator: EditCollator, pairs, num_processes: int):
+    """Refuse, before the first step, what does not fit together."""
+    vocab_size, stride = pipeline.transformer.config.vocab_size, collator.stride
+    for dataset in pairs.values():
+        check_image_tokens(dataset, vocab_size, collator.height // stride, collator.width // stride)
+    if len(pairs["train"]) < args.batch_size * num_processes:
+        raise ValueError(
+            f"`batch_size` is {args.batch_size} for {num_processes} processes; `dataset` has {len(pairs['train'])} "
+            "rows. Make the batch smaller."
+        )
+    if args.distillation_model is not None:
+        if "source_image_tokens" in pairs["train"].column_names:
+            raise ValueError("`distillation_model` looks at pictures, and `dataset` holds tokens; give the pictures.")
+        if pipeline.transformer.config.distillation_hidden_size is None:
+            raise ValueError(
+                "`distillation_model` needs a model with a distillation head; `distillation_hidden_size` in its "
+                "configuration is None."
+            )
+
+
+def build_dataloader(dataset, args, collator: EditCollator, is_training: bool) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=args.batch_size,
@@ -97,6 +131,9 @@ def build_dataloader(path: str, split: str, args: Arguments, collator: EditColla
         drop_last=is_training,
         collate_fn=collator,
         num_workers=args.num_workers,
+        # A data loader draws a number whenever it starts. Were it from the generator that dropout draws from, a run
+        # that is resumed in the middle of an epoch would not be the uninterrupted one.
+        generator=torch.Generator().manual_seed(args.seed),
     )
 
 
@@ -109,7 +146,12 @@ class TrainingStep(torch.nn.Module):
         self.transformer = pipeline.transformer
         self.text_encoder = pipeline.text_encoder
         self.grid = (collator.height // collator.stride, collator.width // collator.stride)
-        self.distils = args.distillation_model is not None
+
+    def train(self, mode: bool = True):
+        """Switch to training; a text encoder that is not trained along stays without dropout."""
+        super().train(mode)
+        self.text_encoder.train(mode and self.args.train_text_encoder)
+        return self
 
     def forward(self, batch: dict[str, torch.Tensor], drop_source=None, drop_prompt=None, teacher_features=None):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.train_text_encoder):
@@ -143,18 +185,37 @@ def prepare_pipeline(args: Arguments) -> EditARPipeline:
     """Load what is trained in float32 and freeze the rest."""
     pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipeline.vq_model.requires_grad_(False).eval()
-    pipeline.text_encoder.requires_grad_(args.train_text_encoder).train(args.train_text_encoder)
-    pipeline.transformer.train()
+    pipeline.text_encoder.requires_grad_(args.train_text_encoder)
     pipeline.transformer.set_attn_implementation(args.attn_implementation)
+    if args.distillation_model is None and pipeline.transformer.distillation_head is not None:
+        # Distributed runs stop at parameters that get no gradient.
+        pipeline.transformer.distillation_head.requires_grad_(False)
     if args.gradient_checkpointing:
         pipeline.transformer.gradient_checkpointing_enable()
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def build_teacher(args: Arguments, pipeline: EditARPipeline, device: torch.device) -> DistillationTeacher | None:
+    if args.distillation_model is None:
+        return None
+    teacher = DistillationTeacher(args.distillation_model)
+    width, expected = teacher.backbone.config.hidden_size, pipeline.transformer.config.distillation_hidden_size
+    if width != expected:
+        raise ValueError(
+            f"`distillation_model` {args.distillation_model!r} has features of width {width}; the model's distillation "
+            f"head predicts {expected}."
+        )
+    return teacher.to(device)
 
 
 def build_accelerator(args: Arguments) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # Also across the end of an epoch: every step has the same number of pairs.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         log_with=args.log_with,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -179,37 +240,50 @@ def prepare_inputs(args, accelerator, pipeline, teacher, index: int, batch: dict
     inputs = {"teacher_features": None if teacher is None else teacher(batch["target_pixel_values"])}
     inputs["batch"] = encode_image_tokens(batch, pipeline.vq_model)
     if args.conditioning_dropout:
-        # Seeded by the batch's place in the run, so that a resumed run draws what an uninterrupted one would.
+        # Seeded by the batch's place in the run, so that a resumed run draws what an uninterrupted one would. The
+        # generator knows the seed's low 32 bits alone; the prime keeps two seeds apart for a million batches.
         place = index * accelerator.num_processes + accelerator.process_index
-        generator = torch.Generator().manual_seed((args.seed << 40) + place)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + place)
         drops = draw_conditioning_dropout(len(batch["input_ids"]), generator)
         inputs["drop_source"], inputs["drop_prompt"] = (drop.to(accelerator.device) for drop in drops)
     return inputs
 
 
-def train(args, accelerator, pipeline, module, teacher, optimizer, scheduler, dataloader, validation, step):
-    """Run optimiser steps until the last one or the end of the time allowed; then leave a checkpoint."""
-    start_time, log = time.monotonic(), LossLog(accelerator, args.logging_steps)
-    for index, batch in iterate_batches(accelerator, dataloader, step * args.gradient_accumulation_steps):
-        if step >= args.max_train_steps or time.monotonic() - start_time > 60 * args.max_train_minutes:
-            break
-        with accelerator.accumulate(module):
-            losses = module(**prepare_inputs(args, accelerator, pipeline, teacher, index, batch))
-            accelerator.backward(losses["loss"])
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
+def is_out_of_time(args, accelerator: Accelerator, start_time: float) -> bool:
+    """Ask whether the time of any process is up, so that all of them stop at the same step."""
+    if math.isinf(args.max_train_minutes):
+        return False
+    if time.monotonic() - start_time > 60 * args.max_train_minutes:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
+
+
+def train(args, accelerator, pipeline, module, teacher, optimizer, scheduler, dataloader, validation, step) -> int:
+    """Run optimiser steps until the last one or the end of the time allowed, leave a checkpoint, return the step."""
+    start_time, log = time.monotonic(), LossLog(accelerator)
+    batches = iterate_batches(accelerator, dataloader, step * args.gradient_accumulation_steps)
+    is_last = step >= args.max_train_steps
+    module.train()
+    while not is_last:
+        for index, batch in itertools.islice(batches, args.gradient_accumulation_steps):
+            with accelerator.accumulate(module):
+                losses = module(**prepare_inputs(args, accelerator, pipeline, teacher, index, batch))
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            log.add(losses, args.batch_size)
         scheduler.step()
         step += 1
-        log.add(losses, step, args.batch_size * args.gradient_accumulation_steps, scheduler.get_last_lr()[0])
-        if step % args.checkpointing_steps == 0:
+        is_last = is_out_of_time(args, accelerator, start_time) or step >= args.max_train_steps
+        if step % args.logging_steps == 0:
+            log.flush(step, scheduler.get_last_lr()[0])
+        if step % args.checkpointing_steps == 0 or is_last:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
         if validation is not None and step % args.validation_steps == 0:
             validate(args, accelerator, pipeline, module, validation, step)
-    save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+    return step
 
 
 def validate(args, accelerator, pipeline, module, validation, step):
@@ -224,20 +298,49 @@ def validate(args, accelerator, pipeline, module, validation, step):
     log_figures(accelerator, {"validation_loss": sum(losses) / len(losses)}, step)
     if accelerator.is_main_process:
         with accelerator.autocast():
-            save_validation_pictures(pipeline, batches[0], args.num_validation_pictures, Path(args.output_dir), step)
+            size = validation.collate_fn.height, validation.collate_fn.width
+            save_validation_pictures(
+                pipeline, batches[0], args.num_validation_pictures, Path(args.output_dir), step, *size
+            )
     module.train()
+
+
+def save_pipeline(args, accelerator, pipeline, num_pairs: int, step: int):
+    """Save the trained pipeline and its card beside their place, then put both there."""
+    folder = Path(args.output_dir) / "pipeline"
+    unfinished = folder.with_name("unfinished-pipeline")
+    pipeline.save_pretrained(unfinished)
+    card = compose_training_card(
+        name=str(folder),
+        base_model=args.model,
+        dataset=args.dataset,
+        num_pairs=num_pairs,
+        num_steps=step,
+        num_samples_per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        trained_text_encoder=args.train_text_encoder,
+        command=("accelerate", "launch", *sys.argv),
+    )
+    (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    checkpoints = list_checkpoints(args.output_dir)
+    if checkpoints and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"`output_dir` {args.output_dir} holds {checkpoints[-1].name}; pass `--resume_from_checkpoint latest` to "
+            "go on from it, or another folder."
+        )
+    pairs = load_pairs(args)
     accelerator = build_accelerator(args)
     set_seed(args.seed)
     pipeline = prepare_pipeline(args)
     collator = build_collator(args, pipeline)
-    teacher = None
-    if args.distillation_model is not None:
-        teacher = DistillationTeacher(args.distillation_model).to(accelerator.device)
+    check_inputs(args, pipeline, collator, pairs, accelerator.num_processes)
     pipeline.vq_model.to(accelerator.device)
+    teacher = build_teacher(args, pipeline, accelerator.device)
     module = TrainingStep(args, pipeline, collator)
     if args.compile:
         module.compile()
@@ -245,18 +348,18 @@ def main():
         module.parameters(), args.learning_rate, (args.adam_beta1, args.adam_beta2), args.weight_decay
     )
     scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
-    dataloader = build_dataloader(args.dataset, "train", args, collator)
+    dataloader = build_dataloader(pairs["train"], args, collator, is_training=True)
+    validation = None
+    if "validation" in pairs:
+        validation = build_dataloader(pairs["validation"], args, collator, is_training=False)
     module, optimizer, dataloader = accelerator.prepare(module, optimizer, dataloader)
     accelerator.register_for_checkpointing(scheduler)
-    validation = None
-    if args.validation_dataset is not None:
-        validation = build_dataloader(args.validation_dataset, "validation", args, collator)
     step = 0
     if args.resume_from_checkpoint is not None:
         step = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
-    train(args, accelerator, pipeline, module, teacher, optimizer, scheduler, dataloader, validation, step)
+    step = train(args, accelerator, pipeline, module, teacher, optimizer, scheduler, dataloader, validation, step)
     if accelerator.is_main_process:
-        pipeline.save_pretrained(Path(args.output_dir) / "pipeline")
+        save_pipeline(args, accelerator, pipeline, len(pairs["train"]), step)
     accelerator.end_training()
 
 

@@ -137,7 +137,7 @@ class HubHandler(BaseHTTPRequestHandler):
         key, repositories = f"{KINDS[kind]}/{repo_id}", self.server.hub.repositories
         if key in repositories:
             return self.send_json({"error": "You already created this repo", "url": url}, 409)
-        repositories[key] = Repository(bool(asked.get("private")))
+        repositories[key] = Repository(private=asked.get("visibility") == "private")
         repositories[key].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         return self.send_json({"url": url, "name": repo_id, "id": repo_id})
 

@@ -3,11 +3,14 @@
 import argparse
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hub_server import HubServer
 from huggingface_hub.constants import HF_HUB_CACHE
 from plain_editar import PlainEditAR, PlainVQ, redraw
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
@@ -374,6 +377,12 @@ def test_heads_that_no_published_width_explains_must_be_given(published, tmp_pat
     assert "give --num-attention-heads" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("heads", ["7", "0", "16"])
+def test_heads_that_do_not_fit_are_refused(published, tmp_path, capsys, heads):
+    assert published.convert(tmp_path / "pipeline", "--num-attention-heads", heads) == 2
+    assert f"`num_attention_heads` is {heads}" in capsys.readouterr().err
+
+
 def test_a_folder_that_holds_something_is_never_overwritten(published, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert published.convert(tmp_path) == 2
@@ -416,6 +425,34 @@ def test_convert_warns_loudly_where_the_self_check_fails_and_still_writes_the_fo
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
     assert "Tokens are hardly likelier than chance" in read_card(tmp_path / "pipeline")[1]
     assert main(["check", str(tmp_path / "pipeline")]) == 1
+
+
+PUSH = """
+import sys
+from huggingface_hub import create_repo, upload_file
+from editar_hf.commands import convert, main
+create_repo("tester/mine")
+upload_file(path_or_fileobj=b"my card", path_in_repo="README.md", repo_id="tester/mine")
+assert main(["convert", *sys.argv[2:], "--output-dir", sys.argv[1]]) == 0
+convert.upload(sys.argv[1], "tester/mine")
+"""
+
+
+def test_push_uploads_the_folder_with_its_card_and_leaves_a_card_that_is_there(published, tmp_path):
+    sources = ["--transformer", "editar_release.pt", "--vq-model", "vq_ds16_t2i.pt", "--text-encoder", "t5"]
+    options = ["--num-attention-heads", "2", "--license", "cc-by-4.0", "--push-to-hub", "tester/editar"]
+    with HubServer() as hub:
+        command = [sys.executable, "-c", PUSH, str(tmp_path / "out"), *sources, *options]
+        subprocess.run(command, check=True, cwd=published.folder, env=hub.get_environment(tmp_path / "home"))
+        pushed, kept = hub.read_files("tester/editar"), hub.read_files("tester/mine")
+    written = {
+        str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    assert {name: pushed[name] for name in written} == {name: path.read_bytes() for name, path in written.items()}
+    assert read_card(tmp_path / "out")[0]["license"] == "cc-by-4.0"
+    assert b'from_pretrained("tester/editar")' in pushed["README.md"]
+    assert kept.pop("README.md") == b"my card"
+    assert kept.keys() >= written.keys() - {"README.md"}
 
 
 @pytest.mark.parametrize(

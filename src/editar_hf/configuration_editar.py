@@ -49,6 +49,7 @@ class EditARConfig(PreTrainedConfig):
     Raises:
         ValueError: If a size is not positive, the heads do not divide the width, a head does not split into row and
             column rotations, or a probability is outside [0, 1).
+        StrictDataclassError: If a field has the wrong type.
 
     Source: EditAR (arXiv 2501.04699) and LlamaGen (arXiv 2406.06525).
 
@@ -88,6 +89,7 @@ class EditARConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = compute_intermediate_size(self.hidden_size)
         super().__post_init__(**kwargs)
+        self.check_sizes()
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "EditARConfig":
@@ -109,8 +111,8 @@ class EditARConfig(PreTrainedConfig):
         """Tokens of the largest picture, `grid_size` squared."""
         return self.grid_size**2
 
-    def validate_architecture(self):
-        """Part of `@strict` validation: check that the sizes fit together."""
+    def check_sizes(self):
+        """Check that the sizes fit together."""
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -151,6 +153,7 @@ class EditARVQConfig(PreTrainedConfig):
 
     Raises:
         ValueError: If a size is not positive, or `norm_num_groups` does not divide `base_channels`.
+        StrictDataclassError: If a field has the wrong type.
 
     Source: LlamaGen (arXiv 2406.06525), section 2.1, after VQGAN (arXiv 2012.09841).
 
@@ -174,13 +177,17 @@ class EditARVQConfig(PreTrainedConfig):
     norm_num_groups: int = 32
     commitment_loss_weight: float | int = 0.25
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.check_sizes()
+
     @property
     def stride(self) -> int:
         """Pixels per token and side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
-    def validate_architecture(self):
-        """Part of `@strict` validation: check that the sizes fit together."""
+    def check_sizes(self):
+        """Check that the sizes fit together."""
         sizes = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels", "num_res_blocks")
         for name in sizes:
             if getattr(self, name) < 1:

@@ -181,6 +181,12 @@ def read_transformer_config(weights: dict[str, torch.Tensor], num_attention_head
                 f"`num_attention_heads` does not follow from a width of {hidden_size}; give --num-attention-heads."
             )
         num_attention_heads = hidden_size // head_dim
+    # Four numbers a head: a rotation pair for the row and one for the column.
+    elif num_attention_heads < 1 or hidden_size % (4 * num_attention_heads):
+        raise ValueError(
+            f"`num_attention_heads` is {num_attention_heads}; heads must split a width of {hidden_size} into multiples "
+            "of 4."
+        )
     alignment = weights.get("alignment.weight")
     return EditARConfig(
         vocab_size=vocab_size,

@@ -209,8 +209,8 @@ class EditARPreTrainedModel(PreTrainedModel):
         if isinstance(module, EditARModel):
             init.normal_(module.null_prompt_embeds, std=self.config.text_hidden_size**-0.5)
             init.normal_(module.null_image_embeds, std=self.config.hidden_size**-0.5)
-        elif isinstance(module, EditARForConditionalGeneration):
-            init.zeros_(module.lm_head.weight)
+        elif isinstance(self, EditARForConditionalGeneration) and module is self.lm_head:
+            init.zeros_(module.weight)
 
 
 class EditARModel(EditARPreTrainedModel):

@@ -34,8 +34,7 @@ from .pipeline_inputs import (
     compute_batch_size,
 )
 from .pipeline_loading import INDEX_FILE, check_pipeline_folder, select_pipeline_files
-from .processing_editar import EditARProcessor
-from .processing_editar import _list_pictures as list_pictures
+from .processing_editar import EditARProcessor, list_pictures
 
 
 @dataclass
@@ -265,7 +264,8 @@ class EditARPipeline(DiffusionPipeline):
             ValueError: If an image is not an image, or the size or the mode does not fit.
         """
         height, width = self.resolve_size(height, width)
-        return self.encode_pixel_values(self.prepare_pixel_values(image, height, width, resize_mode))
+        _, pixel_values = self.prepare_pictures(image, height, width, resize_mode)
+        return self.encode_pixel_values(pixel_values)
 
     def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Encode prepared pixels `(batch, 3, height, width)` in [−1, 1] as tokens."""
@@ -312,10 +312,15 @@ class EditARPipeline(DiffusionPipeline):
         stride = self.vq_model.config.stride
         return height // stride, width // stride
 
-    def prepare_pixel_values(self, pictures: list, height: int, width: int, resize_mode: str | None) -> torch.Tensor:
-        """Bring pictures to pixels `(batch, 3, height, width)` in [−1, 1]."""
+    def prepare_pictures(
+        self, image: ImageInput | None, height: int, width: int, resize_mode: str | None
+    ) -> tuple[list | None, torch.Tensor | None]:
+        """List the pictures, and bring them to pixels `(batch, 3, height, width)` in [−1, 1]."""
+        if image is None:
+            return None, None
+        pictures = list_pictures(image)
         inputs = self.processor(images=pictures, height=height, width=width, resize_mode=resize_mode)
-        return inputs.source_pixel_values
+        return pictures, inputs.source_pixel_values
 
     def repeat_rows(
         self, rows: torch.Tensor | None, batch_size: int, num_images_per_prompt: int
@@ -338,6 +343,30 @@ class EditARPipeline(DiffusionPipeline):
             image_processor.restore(image, pictures[index // num_images_per_picture], height, width, resize_mode)
             for index, image in enumerate(images)
         ]
+
+    def generate_image_tokens(
+        self,
+        rows: dict[str, torch.Tensor | None],
+        sampling: dict,
+        height: int,
+        width: int,
+        callback: Callable | None,
+        callback_tensor_inputs: Sequence[str],
+    ) -> tuple[torch.LongTensor, int]:
+        """Decode the tokens of all images, and count the passes; with progress bar, callback and interrupt."""
+        grid_height, grid_width = self.compute_grid(height, width)
+        with self.progress_bar(total=grid_height * grid_width) as progress_bar:
+            reporter = StepReporter(self, progress_bar, callback, rows, callback_tensor_inputs)
+            output = self.transformer.generate(
+                **rows,
+                **sampling,
+                grid_height=grid_height,
+                grid_width=grid_width,
+                stopping_criteria=StoppingCriteriaList([reporter]),
+                return_dict_in_generate=True,
+            )
+        image_tokens = self.complete_tokens(output.sequences, rows["source_image_tokens"], height, width)
+        return image_tokens, output.num_passes
 
     def complete_tokens(
         self, image_tokens: torch.LongTensor, source_image_tokens: torch.LongTensor | None, height: int, width: int
@@ -422,7 +451,6 @@ class EditARPipeline(DiffusionPipeline):
         """
         # 1. Check inputs
         height, width = self.resolve_size(height, width)
-        grid = self.compute_grid(height, width)
         sampling = {
             "guidance_scale": guidance_scale,
             "do_sample": do_sample,
@@ -431,63 +459,47 @@ class EditARPipeline(DiffusionPipeline):
             "top_p": top_p,
         }
         resolve_generation_config(self.transformer.generation_config, None, sampling)
-        check_prompts(self.transformer.config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
-        check_source(self.transformer.config, image, source_image_tokens, image_guidance_scale, restore_size, grid)
+        config, grid = self.transformer.config, self.compute_grid(height, width)
+        check_prompts(config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
+        check_source(config, image, source_image_tokens, image_guidance_scale, restore_size, grid)
         check_output_options(output_type, restore_size, num_images_per_prompt)
         check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._interrupt = False
 
         # 2. Prepare prompts and pictures, and see how many images they ask for
         prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
-        pictures = None if image is None else list_pictures(image)
-        pixel_values = None if image is None else self.prepare_pixel_values(pictures, height, width, resize_mode)
+        pictures, pixel_values = self.prepare_pictures(image, height, width, resize_mode)
         batch_size = compute_batch_size(
-            {
-                "prompt": prompts or prompt_embeds,
-                "negative_prompt": negative_prompts or negative_prompt_embeds,
-                "image": pictures,
-                "source_image_tokens": source_image_tokens,
-            }
+            prompt=prompts or prompt_embeds,
+            negative_prompt=negative_prompts or negative_prompt_embeds,
+            image=pictures,
+            source_image_tokens=source_image_tokens,
         )
         check_generator(generator, batch_size * num_images_per_prompt)
 
-        # 3. Encode them
-        prompt_embeds = self.encode_prompt(prompts) if prompts else prompt_embeds
-        negative_prompt_embeds = self.encode_prompt(negative_prompts) if negative_prompts else negative_prompt_embeds
-        if image is not None and source_image_tokens is None:
+        # 3. Encode them, and give every image its row
+        if source_image_tokens is None and image is not None:
             source_image_tokens = self.encode_pixel_values(pixel_values)
-
-        # 4. Give every image its row
         rows = {
             "source_image_tokens": source_image_tokens,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
+            "prompt_embeds": self.encode_prompt(prompts) if prompts else prompt_embeds,
+            "negative_prompt_embeds": self.encode_prompt(negative_prompts)
+            if negative_prompts
+            else negative_prompt_embeds,
         }
         rows = {name: self.repeat_rows(entries, batch_size, num_images_per_prompt) for name, entries in rows.items()}
 
-        # 5. Decode the tokens of the edited images
-        with self.progress_bar(total=grid[0] * grid[1]) as progress_bar:
-            reporter = StepReporter(self, progress_bar, callback_on_step_end, rows, callback_on_step_end_tensor_inputs)
-            output = self.transformer.generate(
-                **rows,
-                **sampling,
-                image_guidance_scale=image_guidance_scale,
-                generator=generator,
-                grid_height=grid[0],
-                grid_width=grid[1],
-                stopping_criteria=StoppingCriteriaList([reporter]),
-                return_dict_in_generate=True,
-            )
-        image_tokens = self.complete_tokens(output.sequences, rows["source_image_tokens"], height, width)
+        # 4. Decode the tokens of the edited images
+        sampling |= {"image_guidance_scale": image_guidance_scale, "generator": generator}
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        image_tokens, num_passes = self.generate_image_tokens(rows, sampling, height, width, *callback)
 
-        # 6. Draw them
+        # 5. Draw them
         images = image_tokens
         if output_type != "tokens":
             images = self.decode_image_tokens(image_tokens, height, width, output_type)
         if restore_size:
             images = self.restore_images(images, pictures, height, width, resize_mode)
-
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, image_tokens, output.num_passes
-        return EditARPipelineOutput(images=images, image_tokens=image_tokens, num_passes=output.num_passes)
+        output = EditARPipelineOutput(images=images, image_tokens=image_tokens, num_passes=num_passes)
+        return output if return_dict else output.to_tuple()

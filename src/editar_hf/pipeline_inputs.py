@@ -23,7 +23,7 @@ def add_task_prefixes(prompt: str | Sequence[str] | None, task: str | Sequence[s
     return apply_task_prefix(prompts, task)
 
 
-def compute_batch_size(inputs: dict[str, Sequence | torch.Tensor | None]) -> int:
+def compute_batch_size(**inputs: Sequence | torch.Tensor | None) -> int:
     """Compute how many different images are asked for: as many as the longest input has entries.
 
     Raises:

@@ -175,10 +175,10 @@ def prepare_rgb_picture(image: Image.Image | np.ndarray | torch.Tensor) -> Image
     return image.convert("RGB")
 
 
-def _list_pictures(images: ImageInput) -> list:
+def list_pictures(images: ImageInput) -> list:
     """List the single pictures of a picture, a batch, or a list of either."""
     if isinstance(images, list | tuple):
-        return [picture for one in images for picture in _list_pictures(one)]
+        return [picture for one in images for picture in list_pictures(one)]
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
         return list(images)
     return [images]
@@ -265,7 +265,7 @@ class EditARImageProcessor(PilBackend):
         size = self.size if size is None else self._standardize_kwargs(size=size)["size"]
         resize_mode = self.resize_mode if resize_mode is None else resize_mode
         self._check_arguments(size, resize_mode)
-        pictures = [prepare_rgb_picture(image) for image in _list_pictures(images)]
+        pictures = [prepare_rgb_picture(image) for image in list_pictures(images)]
         if not pictures:
             raise ValueError("`images` is empty; pass at least one picture.")
         pictures = [self._resize_picture(picture, size.height, size.width, resize_mode) for picture in pictures]

@@ -1,10 +1,12 @@
 """Pairs of pictures, or of their tokens, as a data set whose columns have our names; and rows collated into batches."""
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,8 @@ from ..processing_editar import EditARProcessor
 
 PIXEL_COLUMNS = ("source_image", "target_image", "prompt")
 TOKEN_COLUMNS = ("source_image_tokens", "target_image_tokens", "prompt")
+# A mask says where the edit is, as a picture or per token; a task says which prefix the prompt gets.
+OPTIONAL_COLUMNS = ("mask", "edit_mask", "task")
 
 
 def load_edit_dataset(path: str, split: str = "train", columns: Mapping[str, str] | None = None) -> datasets.Dataset:
@@ -20,36 +24,87 @@ def load_edit_dataset(path: str, split: str = "train", columns: Mapping[str, str
 
     Args:
         path (`str`): Hub id; a folder; or a glob of parquet files such as `"stickers/train-*.parquet"`. In a folder,
-            parquet files whose names start with `split` are taken.
+            parquet files whose names start with `split` are taken; an image folder may have a folder per split.
         split (`str`): Split of the data set.
         columns (`Mapping[str, str]`, *optional*): Where our names differ from those of the data set, ours → theirs.
+
+    Returns:
+        The data set with the columns that training reads, under our names.
 
     Raises:
         ValueError: If nothing is found, or a column is missing; the columns there are, are listed.
     """
-    if parquet_files := find_parquet_files(path, split):
-        dataset = datasets.load_dataset("parquet", data_files={split: parquet_files}, split=split)
-    elif Path(path).is_dir():
-        dataset = datasets.load_dataset("imagefolder", data_dir=path, split=split)
-    elif "*" in path or path.endswith(".parquet"):
-        raise ValueError(f"`dataset` is {path!r}; no parquet file matches it.")
-    else:
-        dataset = datasets.load_dataset(path, split=split)
-    dataset = dataset.rename_columns({theirs: ours for ours, theirs in (columns or {}).items() if ours != theirs})
+    dataset = load_split(path, split)
+    columns = dict(columns or {})
     wanted = TOKEN_COLUMNS if "source_image_tokens" in dataset.column_names else PIXEL_COLUMNS
-    if missing := [name for name in wanted if name not in dataset.column_names]:
+    theirs = {ours: columns.get(ours, ours) for ours in (*wanted, *OPTIONAL_COLUMNS)}
+    present = {ours: name for ours, name in theirs.items() if name in dataset.column_names}
+    # A mask and a task are optional, unless their columns were named.
+    absent = theirs.keys() - present.keys()
+    if missing := [theirs[ours] for ours in dict.fromkeys((*wanted, *columns)) if ours in absent]:
         raise ValueError(
             f"`dataset` {path!r} lacks {', '.join(missing)}; it has {', '.join(dataset.column_names)}. Name the "
-            "columns that hold them."
+            "columns that hold source image, target image and prompt."
         )
-    return dataset
+    if len(dataset) == 0:
+        raise ValueError(f"`dataset` {path!r} has no rows in its split {split!r}; give one that has.")
+    dataset = dataset.select_columns(list(dict.fromkeys(present.values())))
+    return dataset.rename_columns({name: ours for ours, name in present.items()})
+
+
+def load_split(path: str, split: str) -> datasets.Dataset:
+    """Load a split with the columns it has; a `ValueError` says where nothing was found."""
+    if parquet_files := find_parquet_files(path, split):
+        return datasets.load_dataset("parquet", data_files={split: parquet_files}, split=split)
+    folder = Path(path)
+    if "*" in path or path.endswith(".parquet"):
+        raise ValueError(f"`dataset` is {path!r}; no parquet file matches it.")
+    if others := sorted(file.name for file in folder.glob("*.parquet")):
+        raise ValueError(
+            f"`dataset` {path!r} has no parquet file whose name starts with {split!r}; it has {', '.join(others[:5])}. "
+            "Rename the files, or give a pattern such as `folder/*.parquet`."
+        )
+    try:
+        if not folder.is_dir():
+            return datasets.load_dataset(path, split=split)
+        pictures = folder / split if (folder / split).is_dir() else folder
+        return datasets.load_dataset("imagefolder", data_files={split: f"{pictures}/**"}, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"`dataset` is {path!r}; no such pictures or parquet files are here, and the Hub gives no data set of that "
+            f"name: {error}"
+        ) from error
 
 
 def find_parquet_files(path: str, split: str) -> list[str]:
     """Find the parquet files that `path` stands for: itself, a pattern, or a folder's files of this split."""
     folder = Path(path)
-    pattern = folder.glob(f"{split}*.parquet") if folder.is_dir() else folder.parent.glob(folder.name)
-    return sorted(str(file) for file in pattern if file.suffix == ".parquet")
+    pattern = f"{glob.escape(str(folder))}/{split}*.parquet" if folder.is_dir() else path
+    return sorted(file for file in glob.glob(pattern) if file.endswith(".parquet"))
+
+
+def check_image_tokens(dataset: datasets.Dataset, vocab_size: int, grid_height: int, grid_width: int):
+    """Refuse tokens made in advance that another tokenizer, or another resolution, must have made.
+
+    Raises:
+        ValueError: If rows have another number of tokens than the grid, or ids are outside the model's vocabulary.
+    """
+    for name in ("source_image_tokens", "target_image_tokens", "edit_mask"):
+        if name not in dataset.column_names:
+            continue
+        column = dataset.data.column(name)
+        lengths = pc.min_max(pc.list_value_length(column)).as_py()
+        if set(lengths.values()) != {grid_height * grid_width}:
+            raise ValueError(
+                f"`{name}` holds {lengths['min']} to {lengths['max']} tokens a row; the model's grid of {grid_height} "
+                f"× {grid_width} has {grid_height * grid_width}. Make the tokens at the resolution you train at."
+            )
+        ids = {"min": 0, "max": 0} if name == "edit_mask" else pc.min_max(pc.list_flatten(column)).as_py()
+        if ids["min"] < 0 or ids["max"] >= vocab_size:
+            raise ValueError(
+                f"`{name}` runs from {ids['min']} to {ids['max']}; the model has codes 0 to {vocab_size - 1}. Make the "
+                "tokens with the model's own tokenizer."
+            )
 
 
 def compute_edit_mask(mask_pixel_values: torch.Tensor, stride: int) -> torch.BoolTensor:

@@ -6,11 +6,12 @@ Source: EditAR (arXiv 2501.04699), section 3.3.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 
 # DINOv2's own preprocessing: shortest side 256, centre crop 224, ImageNet statistics.
 RESIZED_SIDE, CROPPED_SIDE = 256, 224
+MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -19,10 +20,16 @@ class DistillationTeacher(nn.Module):
 
     Args:
         model (`str`): Hub id or folder of a DINOv2 of any size, with or without register tokens.
+
+    Raises:
+        ValueError: If `model` is none.
     """
 
     def __init__(self, model: str):
         super().__init__()
+        model_type = AutoConfig.from_pretrained(model).model_type
+        if model_type not in MODEL_TYPES:
+            raise ValueError(f"`model` {model!r} is of type {model_type!r}; give a DINOv2: {' or '.join(MODEL_TYPES)}.")
         self.backbone = AutoModel.from_pretrained(model).eval().requires_grad_(False)
         self.num_patches = (CROPPED_SIDE // self.backbone.config.patch_size) ** 2
 
@@ -52,6 +59,8 @@ def compute_distillation_loss(
         features (`torch.Tensor` of shape `(batch, grid_height · grid_width, width)`): What the decoder predicts.
         teacher_features (`torch.Tensor` of shape `(batch, cells, width)`): What the teacher sees.
         grid_height, grid_width (`int`): Cells of the decoder's features per column and row.
+
+    Source: EditAR (arXiv 2501.04699), section 3.3.
     """
     side = round(teacher_features.shape[1] ** 0.5)
     if (side, side) != (grid_height, grid_width):

@@ -14,28 +14,30 @@ def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int):
 
 
 class LossLog:
-    """Add up losses on the device, and log their means and the speed every few steps: no step waits for a number."""
+    """Add up losses on the device, and log their means and the speed now and then: no step waits for a number."""
 
-    def __init__(self, accelerator: Accelerator, logging_steps: int):
+    def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.logging_steps = logging_steps
+        self.clear()
+
+    def clear(self):
         self.sums: dict[str, torch.Tensor] = {}
-        self.count, self.num_samples = 0, 0
+        self.num_batches, self.num_samples = 0, 0
         self.start_time = time.monotonic()
 
-    def add(self, losses: dict[str, torch.Tensor], step: int, batch_size: int, learning_rate: float):
-        """Count one optimiser step of `batch_size` samples per process."""
+    def add(self, losses: dict[str, torch.Tensor], batch_size: int):
+        """Count a batch of `batch_size` samples per process; every batch counts the same."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
-        self.count += 1
+        self.num_batches += 1
         self.num_samples += batch_size * self.accelerator.num_processes
-        if step % self.logging_steps == 0:
-            self.flush(step, learning_rate)
 
     def flush(self, step: int, learning_rate: float):
-        means = {name: self.accelerator.reduce(total / self.count, "mean").item() for name, total in self.sums.items()}
+        """Log the means over processes and over the batches since the last time, and begin anew."""
+        means = {
+            name: self.accelerator.reduce(total / self.num_batches, "mean").item() for name, total in self.sums.items()
+        }
         seconds = time.monotonic() - self.start_time
         speed = {"learning_rate": learning_rate, "samples_per_second": self.num_samples / seconds}
         log_figures(self.accelerator, means | speed, step)
-        self.sums, self.count, self.num_samples = {}, 0, 0
-        self.start_time = time.monotonic()
+        self.clear()

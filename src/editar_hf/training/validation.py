@@ -25,17 +25,31 @@ def save_validation_pictures(
     num_pictures: int,
     output_dir: Path,
     step: int,
+    height: int | None = None,
+    width: int | None = None,
     seed: int = 0,
 ) -> Path:
     """Save the first pairs of a batch of tokens as rows source | edited | target; return the file.
 
     The same seed at every step, so that pictures of different steps compare.
+
+    Args:
+        pipeline (`EditARPipeline`): The model as it is now.
+        batch (`dict[str, torch.Tensor]`): `source_image_tokens`, `target_image_tokens`, `input_ids`, `attention_mask`.
+        num_pictures (`int`): Rows of the sheet; a smaller batch gives fewer.
+        output_dir (`Path`): The sheet becomes `validation/step-….png` in it.
+        step (`int`): Optimiser steps so far.
+        height, width (`int`, *optional*): Pixels the tokens stand for; default the model's.
+        seed (`int`): Row k is sampled with `seed` + k.
     """
     source, target = (batch[name][:num_pictures] for name in ("source_image_tokens", "target_image_tokens"))
     states = pipeline.text_encoder(batch["input_ids"][:num_pictures], batch["attention_mask"][:num_pictures])
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(source))]
-    edited = pipeline(prompt_embeds=states.last_hidden_state, source_image_tokens=source, generator=generators).images
-    columns = [pipeline.decode_image_tokens(source), edited, pipeline.decode_image_tokens(target)]
+    size = {"height": height, "width": width}
+    edited = pipeline(
+        prompt_embeds=states.last_hidden_state, source_image_tokens=source, generator=generators, **size
+    ).images
+    columns = [pipeline.decode_image_tokens(source, **size), edited, pipeline.decode_image_tokens(target, **size)]
     folder = output_dir / "validation"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:07d}.png"

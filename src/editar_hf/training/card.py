@@ -1,0 +1,80 @@
+"""The card of a pipeline that `examples/train_editar.py` trained: how to run it, and how it was made."""
+
+import platform
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from ..model_card import compose_pipeline_card
+
+
+# What the card of any pipeline leaves open, and what stays open here.
+OPEN_SECTION = "## Data, figures, licence"
+PACKAGES = ("editar-hf", "torch", "transformers", "diffusers", "accelerate", "datasets")
+TRAINING_SECTION = """\
+## Training
+
+Trained from `{base_model}` on `{dataset}`, {num_pairs:,} pairs, for {num_steps:,} steps of {num_samples_per_step:,} \
+pairs. The VQ tokenizer stayed as it was{frozen}. The command:
+
+```
+{command}
+```
+
+With {versions}.
+
+## Figures, licence
+
+Not stated yet. Whoever trained these weights can say here how well they do and under which terms they, and the data,
+may be used.
+"""
+
+
+def compose_training_card(
+    name: str,
+    base_model: str,
+    dataset: str,
+    num_pairs: int,
+    num_steps: int,
+    num_samples_per_step: int,
+    trained_text_encoder: bool,
+    command: Sequence[str],
+) -> str:
+    """Compose the card of a trained pipeline: that of any pipeline, and what its training is known by.
+
+    Args:
+        name (`str`): Folder or Hub id the pipeline loads under.
+        base_model (`str`): Folder or Hub id of the pipeline the training started from.
+        dataset (`str`): What it was trained on: Hub id, folder or pattern of files.
+        num_pairs (`int`): Rows of the data set.
+        num_steps (`int`): Optimiser steps since `base_model`, those of earlier launches included.
+        num_samples_per_step (`int`): Pairs per step, of all processes and accumulated batches.
+        trained_text_encoder (`bool`): Whether the text encoder was trained along.
+        command (`Sequence[str]`): The words of the command, as in `sys.argv`.
+    """
+    versions = [f"{package} {version(package)}" for package in PACKAGES]
+    section = TRAINING_SECTION.format(
+        base_model=base_model,
+        dataset=dataset,
+        num_pairs=num_pairs,
+        num_steps=num_steps,
+        num_samples_per_step=num_samples_per_step,
+        frozen="; the text encoder was trained along" if trained_text_encoder else ", and so did the text encoder",
+        command=shlex.join(command),
+        versions=f"Python {platform.python_version()}, {', '.join(versions)}",
+    )
+    card = ModelCard(compose_pipeline_card(name).partition(OPEN_SECTION)[0] + section)
+    # The Hub refuses a card whose ids are folders of somebody's machine.
+    if is_hub_id(dataset):
+        card.data.datasets = [dataset]
+    if is_hub_id(base_model):
+        card.data.base_model = base_model
+    return str(card)
+
+
+def is_hub_id(path: str) -> bool:
+    """Tell an id such as `user/name` from a folder or a pattern of files."""
+    return not Path(path).exists() and not any(sign in path for sign in "*?[") and path.count("/") <= 1

@@ -1,0 +1,537 @@
+"""The scripts in `examples/`, run as command lines at tiny size: what they write, and what they refuse."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
+from hub_server import HubServer, Repository
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import NUM_CODES, STRIDE, build_pipeline, redraw_weights
+from transformers import Dinov2Config, Dinov2Model
+
+from editar_hf import EditARForConditionalGeneration, EditARPipeline, EditARVQConfig, EditARVQModel
+from editar_hf.processing_editar import apply_task_prefix
+from editar_hf.training.distillation import DistillationTeacher
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import make_sticker_edits as stickers  # noqa: E402
+
+
+# Pairs for the editor of `tiny` are encoded at half its side: 2×2 tokens.
+TOKEN_RESOLUTION, NUM_TOKENS = 8, 4
+NUM_TRAIN = 12
+TEACHER_WIDTH = 12
+
+
+def list_words(options: dict) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+
+
+def run_script(name: str, *words: str, environment: dict | None = None, **options) -> str:
+    """Run a script in a fresh interpreter and return what it printed."""
+    command = [sys.executable, "-W", "ignore", EXAMPLES / name, *list_words(options), *words]
+    environment = {**(environment or os.environ), "ACCELERATE_USE_CPU": "true"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Run a script in this interpreter, as if from its command line: quicker, and its errors can be caught."""
+
+    def run(name: str, *words: str, **options):
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *list_words(options), *words])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def read_figures(printed: str) -> dict[int, dict[str, str]]:
+    """Read the lines `step 3: loss 1.2, …` of a training run: step → name → figure, speeds left out."""
+    steps: dict[int, dict[str, str]] = {}
+    for step, line in re.findall(r"^step (\d+): (.*)$", printed, re.MULTILINE):
+        figures = dict(part.rsplit(" ", 1) for part in line.split(", "))
+        figures.pop("samples_per_second", None)
+        steps.setdefault(int(step), {}).update(figures)
+    return steps
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.name}.{name}": t
+        for file in folder.glob("*/*.safetensors")
+        for name, t in load_file(file).items()
+    }
+
+
+def name_changed(before: Path, after: Path) -> set[str]:
+    """Name the components of two pipeline folders that differ in any bit of their weights."""
+    before, after = load_weights(before), load_weights(after)
+    assert before.keys() == after.keys()
+    return {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+# What the scripts work on
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A small "stickers" data set of 64×64 pixels: every operation twice in `test`, and some held-out ones."""
+    folder = tmp_path_factory.mktemp("stickers")
+    plan = stickers.plan_split("test", 5)
+    jobs = {"train": [None] * NUM_TRAIN, "validation": [None] * 5, "test": plan[:16] + plan[40:42] + plan[-2:]}
+    for split, split_jobs in jobs.items():
+        stickers.write_shard(folder / f"{split}-00000-of-00001.parquet", 3, split, 0, split_jobs, 64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory) -> Path:
+    """The pipeline of `tiny`, with a distillation head and with the dropouts of the published training."""
+    pipeline = build_pipeline()
+    config = pipeline.transformer.config
+    config.distillation_hidden_size = TEACHER_WIDTH
+    pipeline.register_modules(transformer=redraw_weights(EditARForConditionalGeneration(config), scale=0.3))
+    folder = tmp_path_factory.mktemp("pipelines") / "editor"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calm_editor(editor) -> Path:
+    """The same without dropout: what it computes in training can be computed again."""
+    folder = editor.with_name("calm-editor")
+    shutil.copytree(editor, folder)
+    for name, dropouts in {
+        "transformer": ("text_dropout", "residual_dropout", "mlp_dropout"),
+        "text_encoder": ("dropout_rate",),
+    }.items():
+        file = folder / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict.fromkeys(dropouts, 0.0)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(pictures, editor, tmp_path_factory) -> Path:
+    """The pictures to train on as tokens, in shards of five."""
+    folder = tmp_path_factory.mktemp("tokens")
+    options = {"vq_model": editor / "vq_model", "resolution": TOKEN_RESOLUTION, "batch_size": 3, "shard_size": 5}
+    run_script("precompute_tokens.py", dataset=pictures, output_dir=folder, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight_run(editor, tokens, pictures, tmp_path_factory) -> tuple[Path, str]:
+    """Four steps of two batches each, one and a half steps to an epoch; the folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    return folder, train_on_tokens(editor, tokens, pictures, folder)
+
+
+def train_on_tokens(editor, tokens, pictures, folder, *words: str) -> str:
+    return run_script(
+        "train_editar.py",
+        "--train_text_encoder",
+        *words,
+        model=editor,
+        dataset=tokens,
+        validation_dataset=pictures,
+        output_dir=folder,
+        resolution=TOKEN_RESOLUTION,
+        edit_region_weight=4,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        max_train_steps=4,
+        learning_rate=1e-2,
+        lr_warmup_steps=3,
+        checkpointing_steps=2,
+        validation_steps=2,
+        num_validation_pictures=3,
+        logging_steps=1,
+    )
+
+
+# precompute_tokens.py
+
+
+def test_precomputed_tokens_are_those_of_the_tokenizer(tokens, pictures, editor):
+    files = sorted(tokens.iterdir())
+    assert [file.name for file in files] == [f"train-{index:05d}-of-00003.parquet" for index in range(3)]
+    rows = datasets.Dataset.from_parquet(list(map(str, files)))
+    truth = datasets.Dataset.from_parquet(str(pictures / "train-00000-of-00001.parquet"))
+    assert rows["prompt"][:] == truth["prompt"][:]
+    assert rows["task"][:] == truth["task"][:]
+
+    vq_model = EditARVQModel.from_pretrained(editor / "vq_model")
+    for row, true_row in zip(rows, truth, strict=True):
+        small = {
+            name: np.asarray(true_row[name].convert("RGB").resize((TOKEN_RESOLUTION,) * 2, Image.Resampling.LANCZOS))
+            for name in ("source_image", "target_image", "mask")
+        }
+        for name in ("source_image", "target_image"):
+            pixel_values = torch.from_numpy(small[name]).permute(2, 0, 1)[None] / 127.5 - 1
+            assert row[f"{name}_tokens"] == vq_model.encode(pixel_values).image_tokens[0].tolist()
+        cells = small["mask"].mean(-1).reshape(2, STRIDE, 2, STRIDE)
+        assert row["edit_mask"] == (cells > 127.5).any(axis=(1, 3)).ravel().tolist()
+    assert {any(mask) for mask in rows["edit_mask"]} | {all(mask) for mask in rows["edit_mask"]} == {True, False}
+
+
+def test_precomputing_again_makes_only_the_missing_shards(tokens, pictures, editor, tmp_path, run_here):
+    folder = tmp_path / "tokens"
+    shutil.copytree(tokens, folder)
+    first, second, _ = sorted(folder.iterdir())
+    content, kept = second.read_bytes(), first.stat().st_mtime_ns
+    second.unlink()
+    options = {"vq_model": editor / "vq_model", "resolution": TOKEN_RESOLUTION, "batch_size": 3, "shard_size": 5}
+    run_here("precompute_tokens.py", dataset=pictures, output_dir=folder, **options)
+    assert second.read_bytes() == content
+    assert first.stat().st_mtime_ns == kept
+    assert len(list(folder.iterdir())) == 3
+
+
+# create_sticker_editor.py and evaluate_sticker_editor.py
+
+
+@pytest.fixture(scope="module")
+def sticker_editor(pictures, tmp_path_factory) -> Path:
+    """What create_sticker_editor.py makes, with a random tokenizer of stride 8."""
+    folder = tmp_path_factory.mktemp("sticker-editor")
+    torch.manual_seed(0)
+    config = EditARVQConfig(
+        num_embeddings=32,
+        base_channels=8,
+        latent_channels=8,
+        channel_multipliers=(1,) * 4,
+        num_res_blocks=1,
+        norm_num_groups=4,
+    )
+    EditARVQModel(config).save_pretrained(folder / "tokenizer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text_sizes = {"text_hidden_size": 64, "text_num_layers": 1, "num_text_tokens": 40}
+    paths = {"dataset": pictures, "vq_model": folder / "tokenizer", "output_dir": folder / "editor"}
+    run_script("create_sticker_editor.py", **paths, **sizes, **text_sizes, seed=5)
+    return folder / "editor"
+
+
+def test_created_editor_has_the_sizes_asked_for_and_reads_every_prompt(sticker_editor, pictures):
+    pipeline = EditARPipeline.from_pretrained(sticker_editor)
+    config = pipeline.transformer.config
+    assert (config.hidden_size, config.num_hidden_layers, config.grid_size, config.vocab_size) == (32, 1, 8, 32)
+    assert (pipeline.text_encoder.config.d_model, pipeline.text_encoder.config.num_layers) == (64, 1)
+    assert pipeline.processor.num_text_tokens == config.num_text_tokens == 40
+    tokenizer = EditARVQModel.from_pretrained(sticker_editor.with_name("tokenizer")).state_dict()
+    assert all(torch.equal(tensor, tokenizer[name]) for name, tensor in pipeline.vq_model.state_dict().items())
+
+    rows = datasets.Dataset.from_parquet(str(pictures / "train-00000-of-00001.parquet"))
+    for prompt in apply_task_prefix(rows["prompt"][:], rows["task"][:]):
+        token_ids = pipeline.processor.tokenizer(prompt).input_ids
+        assert pipeline.processor.tokenizer.unk_token_id not in token_ids
+        assert pipeline.processor.tokenizer.decode(token_ids, skip_special_tokens=True) == prompt
+
+
+def test_text_width_that_no_head_divides_is_refused(pictures, sticker_editor, tmp_path, run_here):
+    paths = {"dataset": pictures, "vq_model": sticker_editor.with_name("tokenizer"), "output_dir": tmp_path / "editor"}
+    with pytest.raises(ValueError, match="`text_hidden_size` is 96; give a multiple of 64"):
+        run_here("create_sticker_editor.py", **paths, text_hidden_size=96)
+    assert not (tmp_path / "editor").exists()
+
+
+def test_evaluation_writes_the_settings_beside_the_ceiling_and_the_controls(sticker_editor, pictures, tmp_path):
+    output = tmp_path / "new" / "results.json"
+    options = {"settings": ["sampled-2", "greedy-1"], "batch_size": 7}
+    run_script("evaluate_sticker_editor.py", model=sticker_editor, dataset=pictures, output=output, **options)
+    results = json.loads(output.read_text())
+    controls = {"ceiling", "untouched source", "another instruction"}
+    assert set(results) == controls | {"sampled-2", "greedy-1"}
+    assert [path.name for path in output.parent.iterdir()] == ["results.json"]
+
+    for summary in results.values():
+        assert {operation: means["n"] for operation, means in summary["seen"].items()} == dict.fromkeys(
+            (*stickers.OPERATIONS, *stickers.TRANSLATIONS), 2
+        )
+        assert sum(means["n"] for part in ("held_out", "unseen_pairs") for means in summary[part].values()) == 4
+        assert not summary["photographs"].keys() - set(stickers.PHOTOGRAPHS)
+    untouched = results["untouched source"]["seen"]
+    # Outside the mask the source is the target; inside, nothing has been done to it.
+    assert all(untouched[operation]["outside_psnr"] > 100 for operation in stickers.OPERATIONS)
+    assert all(untouched[operation]["done"] == 0 for operation in ("recolour", "add", "remove"))
+    # The ceiling's pictures are the yardstick outside the mask.
+    ceiling = results["ceiling"]["seen"]["add"]
+    assert ceiling["outside_psnr"] == ceiling["outside_psnr_ceiling"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": ["gready-3"]}, "`settings` holds 'gready-3'"),
+        ({"settings": ["greedy"]}, "`settings` holds 'greedy'"),
+        ({"split": "holdout"}, "no parquet file whose name starts with 'holdout'"),
+        ({"max_samples": 1}, "`dataset` has one prompt of operation"),
+        ({"model": "editor"}, r"`dataset` has pictures of \(64, 64\) pixels; the model makes 16 × 16"),
+    ],
+)
+def test_evaluation_refuses(options, message, sticker_editor, editor, pictures, tmp_path, run_here):
+    models = {"editor": editor}
+    options = options | {"model": models.get(options.get("model"), sticker_editor)}
+    with pytest.raises(ValueError, match=message):
+        run_here("evaluate_sticker_editor.py", dataset=pictures, output=tmp_path / "results.json", **options)
+    assert not (tmp_path / "results.json").exists()
+
+
+# train_editar.py
+
+
+def test_training_writes_checkpoints_pictures_and_a_pipeline(straight_run, editor):
+    folder, printed = straight_run
+    assert {path.name for path in folder.iterdir()} >= {"checkpoint-2", "checkpoint-4", "validation", "pipeline"}
+    assert not list(folder.glob("unfinished-*"))
+    assert name_changed(editor, folder / "pipeline") == {"transformer", "text_encoder"}
+    # Nobody asked for distillation.
+    heads = [load_weights(path)["transformer.distillation_head.weight"] for path in (editor, folder / "pipeline")]
+    assert torch.equal(*heads)
+
+    pipeline = EditARPipeline.from_pretrained(folder / "pipeline")
+    assert pipeline("make it blue", image=Image.new("RGB", (16, 16))).images[0].size == (16, 16)
+    assert "attn_implementation" not in (folder / "pipeline" / "transformer" / "config.json").read_text()
+
+    figures = read_figures(printed)
+    assert list(figures) == [1, 2, 3, 4]
+    assert [figures[step]["learning_rate"] for step in figures] == ["0.003333", "0.006667", "0.01", "0.01"]
+    assert ["validation_loss" in figures[step] for step in figures] == [False, True, False, True]
+
+
+def test_validation_pictures_show_source_edit_and_target_in_rows(straight_run, pictures, editor):
+    folder, _ = straight_run
+    files = sorted((folder / "validation").iterdir())
+    assert [file.name for file in files] == ["step-0000002.png", "step-0000004.png"]
+    with Image.open(files[0]) as sheet:
+        # Three pictures of 8 pixels a row, three rows, gaps of 4.
+        assert sheet.size == (40, 40)
+        corner = np.asarray(sheet.crop((4, 4, 12, 12)))
+    pipeline = EditARPipeline.from_pretrained(editor)
+    row = datasets.Dataset.from_parquet(str(pictures / "validation-00000-of-00001.parquet"))[0]
+    source = pipeline.encode_image(row["source_image"], height=8, width=8)
+    assert np.array_equal(corner, np.asarray(pipeline.decode_image_tokens(source, height=8, width=8)[0]))
+
+
+def test_card_says_what_the_pipeline_was_trained_on_and_how(straight_run, tokens, editor):
+    card = (straight_run[0] / "pipeline" / "README.md").read_text()
+    assert f"Trained from `{editor}` on `{tokens}`, 12 pairs, for 4 steps of 8 pairs." in card
+    assert "the text encoder was trained along" in card
+    assert f"train_editar.py --model {editor} --dataset {tokens} " in card.replace("\n", " ")
+    assert f"torch {torch.__version__}" in card
+    assert f'from_pretrained("{straight_run[0] / "pipeline"}")' in card
+
+
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(straight_run, editor, tokens, pictures, tmp_path):
+    """From the middle of an epoch, with dropout, after a validation, and beside what a kill has left."""
+    folder, printed = straight_run
+    run = tmp_path / "run"
+    shutil.copytree(folder / "checkpoint-2", run / "checkpoint-2")
+    (run / "unfinished-checkpoint-4").mkdir()
+    (run / "unfinished-checkpoint-4" / "model.safetensors").write_bytes(b"half a file")
+    resumed = train_on_tokens(editor, tokens, pictures, run, "--resume_from_checkpoint", "latest")
+    straight_figures, figures = read_figures(printed), read_figures(resumed)
+    assert figures == {step: straight_figures[step] for step in (3, 4)}
+    assert not name_changed(folder / "pipeline", run / "pipeline")
+    assert not list(run.glob("unfinished-*"))
+    moments = [torch.load(path / "checkpoint-4" / "optimizer.bin", weights_only=True) for path in (folder, run)]
+    for index, state in moments[0]["state"].items():
+        assert all(torch.equal(tensor, moments[1]["state"][index][name]) for name, tensor in state.items())
+
+
+def test_four_accumulated_batches_are_one_of_four_times_the_size(calm_editor, tokens, tmp_path, run_here, capsys):
+    options = {"model": calm_editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "edit_region_weight": 3}
+    options |= {"max_train_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
+    changes, printed = [], []
+    for batch_size, accumulated in ((4, 1), (1, 4)):
+        folder = tmp_path / f"{batch_size}"
+        sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+        run_here("train_editar.py", "--no_conditioning_dropout", output_dir=folder, **options, **sizes)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        before, after = load_weights(calm_editor), load_weights(folder / "pipeline")
+        changes.append(torch.cat([(after[name] - before[name]).flatten() for name in sorted(before)]))
+        printed.append(read_figures(capsys.readouterr().out))
+    assert changes[0].norm() > 0
+    assert (changes[1] - changes[0]).norm() < 1e-3 * changes[0].norm()
+    for step in (1, 2, 3):
+        assert float(printed[1][step]["loss"]) == pytest.approx(float(printed[0][step]["loss"]), rel=1e-3)
+
+
+def test_frozen_text_encoder_stays_without_dropout(editor):
+    script = runpy.run_path(str(EXAMPLES / "train_editar.py"))
+    pipeline = EditARPipeline.from_pretrained(editor)
+    paths = {"model": str(editor), "dataset": "", "output_dir": ""}
+    for train_text_encoder in (False, True):
+        args = script["Arguments"](**paths, train_text_encoder=train_text_encoder)
+        step = script["TrainingStep"](args, pipeline, script["build_collator"](args, pipeline))
+        step.eval().train()
+        assert pipeline.transformer.training
+        assert pipeline.text_encoder.training == train_text_encoder
+
+
+@pytest.fixture(scope="module")
+def distilling_run(calm_editor, tmp_path_factory):
+    """One step on all pairs of a Hub data set under its own column names, validated on an image folder.
+
+    The folder, what was printed, the pairs and the teacher.
+    """
+    folder = tmp_path_factory.mktemp("distilling")
+    rng = np.random.default_rng(0)
+    names = {"source_image": "before", "target_image": "after", "prompt": "instruction"}
+    rows = {
+        name: [Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+        for name in ("before", "after", "unrelated")
+    }
+    rows["instruction"] = ["make the red circle blue", "remove the green square", "make it blue", "remove it"]
+    images = {name: datasets.Image() for name in ("before", "after", "unrelated")}
+    features = datasets.Features({**images, "instruction": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "pairs.parquet")
+
+    (folder / "held-out").mkdir()
+    lines = []
+    for index in range(2):
+        for name in ("before", "after"):
+            rows[name][index].save(folder / "held-out" / f"{name}-{index}.png")
+        line = {f"{name}_file_name": f"{name}-{index}.png" for name in ("before", "after")}
+        lines.append(json.dumps({**line, "instruction": rows["instruction"][index]}))
+    (folder / "held-out" / "metadata.jsonl").write_text("\n".join(lines))
+
+    config = Dinov2Config(
+        hidden_size=TEACHER_WIDTH, num_hidden_layers=1, num_attention_heads=2, patch_size=56, image_size=224
+    )
+    redraw_weights(Dinov2Model(config), scale=0.3).save_pretrained(folder / "teacher")
+    with HubServer() as hub:
+        repository = hub.repositories["datasets/tester/pairs"] = Repository()
+        repository.commit({"data/train-00000-of-00001.parquet": (folder / "pairs.parquet").read_bytes()})
+        printed = run_script(
+            "train_editar.py",
+            "--no_conditioning_dropout",
+            environment=hub.get_environment(folder / "home"),
+            **{f"{ours}_column": theirs for ours, theirs in names.items()},
+            model=calm_editor,
+            dataset="tester/pairs",
+            validation_dataset=folder / "held-out",
+            distillation_model=folder / "teacher",
+            distillation_loss_weight=0.25,
+            output_dir=folder / "run",
+            batch_size=4,
+            max_train_steps=1,
+            validation_steps=1,
+            logging_steps=1,
+        )
+    return folder, printed, rows
+
+
+def test_distilling_run_trains_the_decoder_alone(distilling_run, calm_editor):
+    folder, _, _ = distilling_run
+    assert name_changed(calm_editor, folder / "run" / "pipeline") == {"transformer"}
+    heads = [
+        load_weights(path)["transformer.distillation_head.weight"]
+        for path in (calm_editor, folder / "run" / "pipeline")
+    ]
+    assert not torch.equal(*heads)
+
+
+@torch.no_grad()
+def test_losses_of_a_step_are_cross_entropy_and_distance_to_the_teacher(distilling_run, calm_editor):
+    folder, printed, rows = distilling_run
+    pipeline = EditARPipeline.from_pretrained(calm_editor)
+    source, target = (pipeline.encode_image(rows[name]) for name in ("before", "after"))
+    output = pipeline.transformer(
+        source, pipeline.encode_prompt(rows["instruction"]), labels=target, output_distillation_features=True
+    )
+    target_pixel_values = pipeline.processor(images=rows["after"]).source_pixel_values
+    seen = DistillationTeacher(str(folder / "teacher"))(target_pixel_values).view(4, 4, 4, TEACHER_WIDTH)
+    # Four cells meet where bilinear resizing from 4×4 to 2×2 looks.
+    seen = seen.unflatten(1, (2, 2)).unflatten(3, (2, 2)).mean((2, 4)).flatten(1, 2)
+    distillation_loss = (output.distillation_features - seen).square().mean()
+    figures = {name: float(figure) for name, figure in read_figures(printed)[1].items()}
+    assert figures["token_loss"] == pytest.approx(output.loss.item(), rel=1e-3)
+    assert figures["distillation_loss"] == pytest.approx(distillation_loss.item(), rel=1e-3)
+    assert figures["loss"] == pytest.approx((output.loss + 0.25 * distillation_loss).item(), rel=1e-3)
+
+
+@torch.no_grad()
+def test_validation_loss_is_that_of_the_held_out_pairs(distilling_run):
+    folder, printed, rows = distilling_run
+    pipeline = EditARPipeline.from_pretrained(folder / "run" / "pipeline")
+    source, target = (pipeline.encode_image(rows[name][:2]) for name in ("before", "after"))
+    logits = pipeline.transformer(source, pipeline.encode_prompt(rows["instruction"][:2]), labels=target).logits
+    expected = F.nll_loss(logits.log_softmax(-1).flatten(0, 1), target.flatten()).item()
+    assert float(read_figures(printed)[1]["validation_loss"]) == pytest.approx(expected, rel=1e-3)
+    with Image.open(folder / "run" / "validation" / "step-0000001.png") as sheet:
+        assert sheet.size == (3 * 20 + 4, 2 * 20 + 4)
+
+
+def test_card_names_the_data_set_of_the_hub(distilling_run):
+    card = (distilling_run[0] / "run" / "pipeline" / "README.md").read_text()
+    header = card.split("---")[1]
+    assert "tester/pairs" in header
+    assert "base_model" not in header  # it is a folder
+    assert "and so did the text encoder" in card
+
+
+@pytest.fixture(scope="module")
+def foreign_tokens(tmp_path_factory) -> Path:
+    """Tokens of a tokenizer with more codes than the editor knows."""
+    path = tmp_path_factory.mktemp("foreign") / "train.parquet"
+    ids = [[0, 1, 2, NUM_CODES]] * 4
+    rows = {"source_image_tokens": ids, "target_image_tokens": ids, "prompt": ["make it blue"] * 4}
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_column": "caption"}, r"lacks caption; it has .*source_image.*prompt"),
+        ({"validation_dataset": "nowhere/at-all"}, "`dataset` is 'nowhere/at-all'"),
+        ({"validation_dataset": "{foreign_tokens}"}, f"`source_image_tokens` runs from 0 to {NUM_CODES}"),
+        ({"dataset": "{tokens}"}, "`[a-z_]+` holds 4 to 4 tokens a row; the model's grid of 4 × 4 has 16"),
+        ({"dataset": "{foreign_tokens}"}, f"codes 0 to {NUM_CODES - 1}"),
+        ({"resolution": 10}, "`resolution` is 10: .*multiple of 4"),
+        ({"resolution": 20}, "`resolution` is 20: .*16, which this model covers"),
+        ({"batch_size": 13}, "`batch_size` is 13 for 1 processes; `dataset` has 12 rows"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "`resume_from_checkpoint` is 'checkpoint-7'"),
+        ({"distillation_model": "{editor}/text_encoder"}, "is of type 't5'"),
+        ({"dataset": "{tokens}", "distillation_model": "unread"}, "`distillation_model` looks at pictures"),
+        ({"model": "{sticker_editor}", "distillation_model": "unread"}, "needs a model with a distillation head"),
+        ({"model": "{editor}/vq_model"}, "model_index.json"),
+    ],
+)
+def test_training_refuses(options, message, request, editor, pictures, tmp_path, run_here):
+    names = ("tokens", "foreign_tokens", "sticker_editor", "editor")
+    needed = {name for name in names if any(f"{{{name}}}" in str(value) for value in options.values())}
+    folders = {name: request.getfixturevalue(name) for name in needed}
+    options = {name: value.format(**folders) if isinstance(value, str) else value for name, value in options.items()}
+    tokens_fit = {"resolution": TOKEN_RESOLUTION} if "foreign_tokens" in needed or "unread" in options.values() else {}
+    defaults = {"model": editor, "dataset": pictures, "output_dir": tmp_path / "run", "batch_size": 4, **tokens_fit}
+    with pytest.raises(ValueError, match=message):
+        run_here("train_editar.py", **(defaults | options))
+    assert not list(tmp_path.glob("run/*checkpoint-*"))
+    assert not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_training_does_not_begin_over_the_checkpoints_of_another_run(straight_run, editor, pictures, run_here):
+    with pytest.raises(ValueError, match="holds checkpoint-4; pass `--resume_from_checkpoint latest`"):
+        run_here("train_editar.py", model=editor, dataset=pictures, output_dir=straight_run[0])
