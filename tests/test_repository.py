@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "pipeline_loading": set(),
     "pipeline_editar": {*PIPELINE, "model_card", "pipeline_inputs", "pipeline_loading"},
     "self_check": PIPELINE,
-    "conversion": {*PIPELINE, "model_card", "self_check"},
+    "conversion": {*PIPELINE, "model_card", "pipeline_loading", "self_check"},
     "training": {*PIPELINE, "model_card", "condition_maps", "__init__"},
     "evaluation": {*PIPELINE, "condition_maps", "__init__"},
     "__init__": PIPELINE,

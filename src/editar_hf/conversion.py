@@ -22,9 +22,11 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedConfig, T5Config, T5EncoderModel, T5Tokenizer
 
 from .configuration_editar import EditARConfig, EditARVQConfig
+from .model_card import SNIPPET
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
 from .pipeline_editar import EditARPipeline
+from .pipeline_loading import describe_key_problems, list_keys
 from .processing_editar import EditARImageProcessor, EditARProcessor
 
 
@@ -50,18 +52,7 @@ Edits images by instruction, one token after the other. These are published weig
 ([LlamaGen, arXiv 2406.06525](https://arxiv.org/abs/2406.06525)) and its text encoder, converted with
 `editar-hf convert`; nothing was trained on the way.
 
-```python
-import torch
-from PIL import Image, ImageDraw
-from editar_hf import EditARPipeline
-
-pipe = EditARPipeline.from_pretrained("{name}")
-
-image = Image.new("RGB", (512, 512), "lightgrey")  # or your own: Image.open("photo.png")
-ImageDraw.Draw(image).ellipse((150, 150, 350, 350), fill="red")
-edited = pipe("make the red circle blue", image=image, generator=torch.Generator().manual_seed(0)).images[0]
-edited.save("edited.png")
-```
+{snippet}
 
 ## Sources
 
@@ -321,23 +312,9 @@ def check_size_keys(weights: dict[str, torch.Tensor], keys: Iterable[str], kind:
 
 def check_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
     """Refuse weights whose names and shapes are not exactly the expected ones."""
-    wrong_shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected.keys() & weights.keys()
-        if weights[name].shape != expected[name].shape
-    ]
-    problems = [
-        list_keys("missing", expected.keys() - weights.keys()),
-        list_keys("unexpected", weights.keys() - expected.keys()),
-        list_keys("wrongly shaped", wrong_shapes),
-    ]
-    if any(problems):
-        raise ValueError(f"The file's keys do not fit its sizes: {'; '.join(filter(None, problems))}.")
-
-
-def list_keys(kind: str, keys: Iterable[str]) -> str:
-    """Say which keys are at fault, or nothing."""
-    return f"{len(keys)} {kind} ({', '.join(sorted(keys))})" if keys else ""
+    found, wanted = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights, expected))
+    if problems := describe_key_problems(found, wanted):
+        raise ValueError(f"The file's keys do not fit its sizes: {problems}.")
 
 
 def check_format_constants(config: PreTrainedConfig, names: tuple[str, ...]):
@@ -470,7 +447,7 @@ def compose_card(name: str, sources: dict[str, str], self_check: str, license: s
     )
     return CARD.format(
         license_line="" if license is None else f"license: {license}\n",
-        name=name,
+        snippet=SNIPPET.format(name=name),
         sources="\n".join(f"* {part}: {source}" for part, source in sources.items()),
         self_check=self_check,
         license_text=license_text,

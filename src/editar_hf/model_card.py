@@ -9,6 +9,19 @@ from pathlib import Path
 
 CARD_FILE = "README.md"
 # The picture is drawn, so that the snippet runs as it stands, anywhere.
+SNIPPET = """\
+```python
+import torch
+from PIL import Image, ImageDraw
+from editar_hf import EditARPipeline
+
+pipe = EditARPipeline.from_pretrained("{name}")
+
+image = Image.new("RGB", (512, 512), "lightgrey")  # or your own: Image.open("photo.png")
+ImageDraw.Draw(image).ellipse((150, 150, 350, 350), fill="red")
+edited = pipe("make the red circle blue", image=image, generator=torch.Generator().manual_seed(0)).images[0]
+edited.save("edited.png")
+```"""
 PIPELINE_CARD = """\
 ---
 library_name: editar-hf
@@ -22,18 +35,7 @@ Edits images by instruction, one token after the other: an EditAR model
 ([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)) with its VQ tokenizer and text encoder, for the Python package
 `editar-hf`.
 
-```python
-import torch
-from PIL import Image, ImageDraw
-from editar_hf import EditARPipeline
-
-pipe = EditARPipeline.from_pretrained("{name}")
-
-image = Image.new("RGB", (512, 512), "lightgrey")  # or your own: Image.open("photo.png")
-ImageDraw.Draw(image).ellipse((150, 150, 350, 350), fill="red")
-edited = pipe("make the red circle blue", image=image, generator=torch.Generator().manual_seed(0)).images[0]
-edited.save("edited.png")
-```
+{snippet}
 
 Guidance and sampling default to the settings in `transformer/generation_config.json`.
 
@@ -46,7 +48,7 @@ terms they may be used.
 
 def compose_pipeline_card(name: str) -> str:
     """Compose the card of a pipeline that loads under `name`, a Hub id or a folder."""
-    return PIPELINE_CARD.format(title=name.rpartition("/")[2], name=name)
+    return PIPELINE_CARD.format(title=name.rpartition("/")[2], snippet=SNIPPET.format(name=name))
 
 
 def write_pipeline_card(folder: str | Path, name: str):

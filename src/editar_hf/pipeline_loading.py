@@ -6,7 +6,7 @@ with random ones; both are settled here, from file names and tensor headers alon
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -92,21 +92,31 @@ def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: list[
     tied = model.all_tied_weights_keys
     expected = {tied.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {tied.get(name, name): shape for path in paths for name, shape in read_shapes(path).items()}
+    if problems := describe_key_problems(found, expected):
+        raise ValueError(
+            f"The weights in `{folder}` do not fit its configuration: {problems}. Save or download it again."
+        )
+
+
+def describe_key_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """List what is missing, unexpected and wrongly shaped among named shapes; an empty string if nothing is."""
     wrong_shapes = [
-        f"{name} {found[name]} instead of {expected[name]}"
+        f"{name} {tuple(found[name])} instead of {tuple(expected[name])}"
         for name in expected.keys() & found.keys()
         if found[name] != expected[name]
     ]
-    problems = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": found.keys() - expected.keys(),
-        "wrongly shaped": wrong_shapes,
-    }
-    listed = [f"{len(keys)} {kind} ({', '.join(sorted(keys))})" for kind, keys in problems.items() if keys]
-    if listed:
-        raise ValueError(
-            f"The weights in `{folder}` do not fit its configuration: {'; '.join(listed)}. Save or download it again."
-        )
+    problems = (
+        list_keys("missing", expected.keys() - found.keys()),
+        list_keys("unexpected", found.keys() - expected.keys()),
+        list_keys("wrongly shaped", wrong_shapes),
+    )
+    return "; ".join(filter(None, problems))
+
+
+def list_keys(kind: str, keys: Iterable[str]) -> str:
+    """Say which keys are at fault, or nothing."""
+    keys = sorted(keys)
+    return f"{len(keys)} {kind} ({', '.join(keys)})" if keys else ""
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
