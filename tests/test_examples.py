@@ -507,7 +507,7 @@ def foreign_tokens(tmp_path_factory) -> Path:
     ("options", "message"),
     [
         ({"prompt_column": "caption"}, r"lacks caption; it has .*source_image.*prompt"),
-        ({"validation_dataset": "nowhere/at-all"}, "`dataset` is 'nowhere/at-all'"),
+        ({"validation_dataset": "nowhere/at-all"}, "`dataset` 'nowhere/at-all' does not load"),
         ({"validation_dataset": "{foreign_tokens}"}, f"`source_image_tokens` runs from 0 to {NUM_CODES}"),
         ({"dataset": "{tokens}"}, "`[a-z_]+` holds 4 to 4 tokens a row; the model's grid of 4 × 4 has 16"),
         ({"dataset": "{foreign_tokens}"}, f"codes 0 to {NUM_CODES - 1}"),

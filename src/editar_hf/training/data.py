@@ -46,33 +46,32 @@ def load_edit_dataset(path: str, split: str = "train", columns: Mapping[str, str
             f"`dataset` {path!r} lacks {', '.join(missing)}; it has {', '.join(dataset.column_names)}. Name the "
             "columns that hold source image, target image and prompt."
         )
-    if len(dataset) == 0:
-        raise ValueError(f"`dataset` {path!r} has no rows in its split {split!r}; give one that has.")
     dataset = dataset.select_columns(list(dict.fromkeys(present.values())))
     return dataset.rename_columns({name: ours for ours, name in present.items()})
 
 
 def load_split(path: str, split: str) -> datasets.Dataset:
     """Load a split with the columns it has; a `ValueError` says where nothing was found."""
-    if parquet_files := find_parquet_files(path, split):
-        return datasets.load_dataset("parquet", data_files={split: parquet_files}, split=split)
-    folder = Path(path)
-    if "*" in path or path.endswith(".parquet"):
+    folder, parquet_files = Path(path), find_parquet_files(path, split)
+    if not parquet_files and ("*" in path or path.endswith(".parquet")):
         raise ValueError(f"`dataset` is {path!r}; no parquet file matches it.")
-    if others := sorted(file.name for file in folder.glob("*.parquet")):
+    others = sorted(file.name for file in folder.glob("*.parquet"))
+    if others and not parquet_files:
         raise ValueError(
             f"`dataset` {path!r} has no parquet file whose name starts with {split!r}; it has {', '.join(others[:5])}. "
             "Rename the files, or give a pattern such as `folder/*.parquet`."
         )
     try:
+        if parquet_files:
+            return datasets.load_dataset("parquet", data_files={split: parquet_files}, split=split)
         if not folder.is_dir():
             return datasets.load_dataset(path, split=split)
         pictures = folder / split if (folder / split).is_dir() else folder
         return datasets.load_dataset("imagefolder", data_files={split: f"{pictures}/**"}, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise ValueError(
-            f"`dataset` is {path!r}; no such pictures or parquet files are here, and the Hub gives no data set of that "
-            f"name: {error}"
+            f"`dataset` {path!r} does not load: {error} Give a Hub id, a folder of parquet files or pictures, or a "
+            f"pattern of parquet files, that has the split {split!r}."
         ) from error
 
 

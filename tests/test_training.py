@@ -1,0 +1,562 @@
+"""What the training scripts share: dropped conditions, losses, data sets, the teacher, checkpoints, logs, pictures."""
+
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from tiny import NUM_CODES, NUM_TEXT_TOKENS, STRIDE, build_pipeline, build_vq_model, redraw_weights
+from torch import nn
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, T5Config
+
+from editar_hf.processing_editar import TASK_PREFIXES
+from editar_hf.training.batch import compute_token_loss, draw_conditioning_dropout, encode_image_tokens
+from editar_hf.training.card import compose_training_card
+from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from editar_hf.training.data import (
+    EditCollator,
+    check_image_tokens,
+    compute_edit_mask,
+    find_parquet_files,
+    load_edit_dataset,
+)
+from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
+from editar_hf.training.logs import LossLog
+from editar_hf.training.optimization import build_optimizer
+from editar_hf.training.validation import build_contact_sheet, save_validation_pictures
+
+
+def draw_image(seed, width=16, height=16):
+    pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return build_pipeline()
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield Accelerator()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+# Dropped conditions
+
+
+def test_one_uniform_draw_decides_what_is_dropped_as_published():
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    drop_source, drop_prompt = draw_conditioning_dropout(100_000, generators[0])
+    draw = torch.rand(100_000, generator=generators[1])
+    assert torch.equal(drop_source, draw < 0.10)
+    assert torch.equal(drop_prompt, (draw < 0.05) | (draw > 0.95))
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+def test_batches_seeded_by_their_place_drop_as_often_as_published():
+    """As `train_editar.py` draws: batches of 64, each from a generator of its own with the next seed."""
+    draws = [draw_conditioning_dropout(64, torch.Generator().manual_seed(place)) for place in range(2000)]
+    drop_source, drop_prompt = (torch.cat(drops) for drops in zip(*draws, strict=True))
+    expected = {(True, True): 0.05, (True, False): 0.05, (False, True): 0.05, (False, False): 0.85}
+    for (source, prompt), probability in expected.items():
+        count = ((drop_source == source) & (drop_prompt == prompt)).sum().item()
+        deviation = math.sqrt(len(drop_source) * probability * (1 - probability))
+        assert abs(count - len(drop_source) * probability) < 4 * deviation
+
+
+def test_other_dropout_probabilities_are_kept():
+    drops = draw_conditioning_dropout(50_000, torch.Generator().manual_seed(0), 0.2, 0.1, 0.3)
+    drop_source, drop_prompt = (drop.float() for drop in drops)
+    frequencies = [(drop_source * drop_prompt).mean(), drop_source.mean(), drop_prompt.mean()]
+    assert torch.stack(frequencies).tolist() == pytest.approx([0.3, 0.4, 0.5], abs=0.01)
+
+
+# Batches and losses
+
+
+def test_pictures_of_a_batch_become_the_tokens_of_each():
+    vq_model = build_vq_model()
+    generator = torch.Generator().manual_seed(0)
+    source, target = (torch.rand(2, 3, 8, 12, generator=generator) * 2 - 1 for _ in range(2))
+    batch = {"source_pixel_values": source, "target_pixel_values": target, "input_ids": "kept"}
+    encoded = encode_image_tokens(batch, vq_model)
+    assert set(encoded) == {"source_image_tokens", "target_image_tokens", "input_ids"}
+    assert set(batch) == {"source_pixel_values", "target_pixel_values", "input_ids"}
+    assert torch.equal(encoded["source_image_tokens"], vq_model.encode(source).image_tokens)
+    assert torch.equal(encoded["target_image_tokens"], vq_model.encode(target).image_tokens)
+    assert encode_image_tokens(encoded, vq_model) is encoded
+
+
+def test_token_loss_weighs_the_edit_within_a_sample_and_samples_alike():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator)
+    tokens = torch.randint(7, (3, 5), generator=generator)
+    edit_mask = torch.tensor([[True, False, False, False, False], [True] * 5, [False] * 5])
+    surprises = [
+        [-math.log(math.exp(row[token]) / sum(map(math.exp, row))) for row, token in zip(*sample, strict=True)]
+        for sample in zip(logits.tolist(), tokens.tolist(), strict=True)
+    ]
+    assert compute_token_loss(logits, tokens).item() == pytest.approx(np.mean(surprises), rel=1e-5)
+    edited = (6 * surprises[0][0] + sum(surprises[0][1:])) / 10
+    expected = (edited + np.mean(surprises[1]) + np.mean(surprises[2])) / 3
+    assert compute_token_loss(logits, tokens, edit_mask, 6.0).item() == pytest.approx(expected, rel=1e-5)
+    assert compute_token_loss(logits.bfloat16(), tokens).dtype == torch.float32
+
+
+# Data sets
+
+
+def write_pairs(path, names=("source_image", "target_image", "prompt"), num_rows=3, **more):
+    """Write a parquet file of pairs under the given column names; pair k of any file is the same."""
+    source, target, prompt = names
+    rows = {
+        source: [draw_image(k) for k in range(num_rows)],
+        target: [draw_image(100 + k) for k in range(num_rows)],
+        prompt: [f"prompt {k}" for k in range(num_rows)],
+        **more,
+    }
+    images = {name: datasets.Image() for name in rows if isinstance(rows[name][:1], list) and name in (source, target)}
+    features = datasets.Features({name: images.get(name, datasets.Value("string")) for name in rows})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def assert_pairs(dataset, num_rows=3):
+    """Check that a data set holds the pairs of `write_pairs`, and nothing else, under our names."""
+    assert set(dataset.column_names) == {"source_image", "target_image", "prompt"}
+    assert len(dataset) == num_rows
+    for k, row in enumerate(sorted(dataset, key=lambda row: row["prompt"])):
+        assert row["prompt"] == f"prompt {k}"
+        assert np.array_equal(np.asarray(row["source_image"].convert("RGB")), np.asarray(draw_image(k)))
+        assert np.array_equal(np.asarray(row["target_image"].convert("RGB")), np.asarray(draw_image(100 + k)))
+
+
+THEIR_NAMES = ("before", "after", "caption")
+THEIR_COLUMNS = dict(zip(("source_image", "target_image", "prompt"), THEIR_NAMES, strict=True))
+
+
+def test_parquet_with_other_column_names_loads_under_ours(tmp_path):
+    write_pairs(tmp_path / "train-0.parquet", THEIR_NAMES, unrelated=["x"] * 3)
+    assert_pairs(load_edit_dataset(str(tmp_path), columns=THEIR_COLUMNS))
+    assert_pairs(load_edit_dataset(str(tmp_path / "*.parquet"), "validation", THEIR_COLUMNS))
+
+
+def test_columns_under_each_others_names_are_swapped(tmp_path):
+    write_pairs(tmp_path / "train.parquet", ("target_image", "source_image", "prompt"))
+    columns = {"source_image": "target_image", "target_image": "source_image"}
+    assert_pairs(load_edit_dataset(str(tmp_path), columns=columns))
+
+
+@pytest.mark.parametrize("folder", ["", "validation"])
+def test_image_folder_with_metadata_loads(tmp_path, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    lines = []
+    for k in range(3):
+        draw_image(k).save(tmp_path / folder / f"source-{k}.png")
+        draw_image(100 + k).save(tmp_path / folder / f"target-{k}.png")
+        names = {"source_file_name": f"source-{k}.png", "target_file_name": f"target-{k}.png"}
+        lines.append(json.dumps({**names, "prompt": f"prompt {k}"}))
+    (tmp_path / folder / "metadata.jsonl").write_text("\n".join(lines))
+    columns = {"source_image": "source", "target_image": "target"}
+    assert_pairs(load_edit_dataset(str(tmp_path), "validation", columns))
+
+
+def test_folder_gives_the_files_of_a_split_in_order(tmp_path):
+    for name in ("train-1.parquet", "train-0.parquet", "validation-0.parquet", "train-0.json"):
+        (tmp_path / name).touch()
+    files = [str(tmp_path / name) for name in ("train-0.parquet", "train-1.parquet")]
+    assert find_parquet_files(str(tmp_path), "train") == files
+    assert find_parquet_files(f"{tmp_path}/train-*", "validation") == files
+    assert find_parquet_files(f"{tmp_path}/*-1.parquet", "validation") == files[1:]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "lacks source_image, target_image, prompt; it has before, after, caption"),
+        ({**THEIR_COLUMNS, "prompt": "text"}, "lacks text; it has before, after, caption"),
+        ({**THEIR_COLUMNS, "mask": "region"}, "lacks region; it has before, after, caption"),
+    ],
+)
+def test_missing_columns_are_listed_beside_those_there_are(tmp_path, columns, message):
+    write_pairs(tmp_path / "train.parquet", THEIR_NAMES)
+    with pytest.raises(ValueError, match=message):
+        load_edit_dataset(str(tmp_path), columns=columns)
+
+
+def test_data_sets_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`dataset` '.*nowhere' does not load"):
+        load_edit_dataset(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no parquet file matches"):
+        load_edit_dataset(str(tmp_path / "train-*.parquet"))
+    with pytest.raises(ValueError, match=r"`dataset` '.*' does not load: .* that has the split 'train'"):
+        load_edit_dataset(str(tmp_path))
+    write_pairs(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"name starts with 'validation'; it has train\.parquet"):
+        load_edit_dataset(str(tmp_path), "validation")
+    write_pairs(tmp_path / "empty.parquet", num_rows=0)
+    with pytest.raises(ValueError, match=r"empty\.parquet' does not load"):
+        load_edit_dataset(str(tmp_path / "empty.parquet"))
+
+
+def build_token_dataset(**columns):
+    ids = [[0, 1, NUM_CODES - 1, 3, 4, 5]] * 2
+    rows = {"source_image_tokens": ids, "target_image_tokens": ids, "edit_mask": [[True] * 6] * 2, "prompt": ["a"] * 2}
+    return datasets.Dataset.from_dict(rows | columns)
+
+
+def test_tokens_must_fill_the_grid_and_be_codes_of_the_model():
+    check_image_tokens(build_token_dataset(), NUM_CODES, 2, 3)
+    check_image_tokens(build_token_dataset().remove_columns("edit_mask"), NUM_CODES, 3, 2)
+    check_image_tokens(datasets.Dataset.from_dict({"prompt": ["pictures have no tokens"]}), NUM_CODES, 2, 3)
+    with pytest.raises(ValueError, match=r"`source_image_tokens` holds 6 to 6 tokens a row; .* 2 × 2 has 4"):
+        check_image_tokens(build_token_dataset(), NUM_CODES, 2, 2)
+    with pytest.raises(ValueError, match=f"runs from 0 to {NUM_CODES - 1}; the model has codes 0 to {NUM_CODES - 2}"):
+        check_image_tokens(build_token_dataset(), NUM_CODES - 1, 2, 3)
+    ragged = build_token_dataset(target_image_tokens=[[0] * 6, [0] * 5])
+    with pytest.raises(ValueError, match="`target_image_tokens` holds 5 to 6 tokens"):
+        check_image_tokens(ragged, NUM_CODES, 2, 3)
+    with pytest.raises(ValueError, match="`target_image_tokens` runs from -1 to 0"):
+        check_image_tokens(build_token_dataset(target_image_tokens=[[0] * 6, [-1] * 6]), NUM_CODES, 2, 3)
+    with pytest.raises(ValueError, match="`edit_mask` holds 4 to 4"):
+        check_image_tokens(build_token_dataset(edit_mask=[[True] * 4] * 2), NUM_CODES, 2, 3)
+
+
+def test_token_may_change_if_any_of_its_pixels_is_white():
+    mask = -torch.ones(2, 3, 8, 12)
+    mask[0, :, 3, 4] = 1
+    mask[1, :, 4:, 8:] = 1
+    upper, lower = [False, True, False], [False, False, True]
+    assert compute_edit_mask(mask, 4).tolist() == [[*upper, False, False, False], [False, False, False, *lower]]
+
+
+# Rows to batches
+
+
+def build_collator(pipe, height=16, width=16, resize_mode="stretch"):
+    return EditCollator(pipe.processor, height, width, resize_mode, STRIDE)
+
+
+def test_rows_of_pictures_become_what_the_processor_makes_of_each(pipe):
+    mask = Image.new("L", (12, 8))
+    mask.paste(255, (0, 0, 6, 4))
+    rows = [
+        {"source_image": draw_image(k, 20, 10), "target_image": draw_image(k + 9), "prompt": "a circle", "mask": mask}
+        for k in range(2)
+    ]
+    batch = build_collator(pipe, 8, 12)(rows)
+    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+    text = (2, NUM_TEXT_TOKENS)
+    pixels = (2, 3, 8, 12)
+    assert shapes == {
+        "source_pixel_values": pixels,
+        "target_pixel_values": pixels,
+        "input_ids": text,
+        "attention_mask": text,
+        "edit_mask": (2, 6),
+    }
+    assert batch["edit_mask"].tolist() == [[True, True, False, False, False, False]] * 2
+    for k, row in enumerate(rows):
+        for name in ("source", "target"):
+            alone = row[f"{name}_image"].resize((12, 8), Image.Resampling.LANCZOS)
+            expected = np.asarray(alone).transpose(2, 0, 1) / 127.5 - 1
+            assert np.allclose(batch[f"{name}_pixel_values"][k], expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:A prompt is longer")
+def test_rows_of_tokens_become_tensors_and_tasks_their_prefixes(pipe):
+    rows = [
+        {
+            "source_image_tokens": [k] * 4,
+            "target_image_tokens": [k, 1, 2, 3],
+            "edit_mask": [True, False] * 2,
+            "prompt": "a circle",
+            "task": task,
+        }
+        for k, task in enumerate(("edit", "canny"))
+    ]
+    batch = build_collator(pipe)(rows)
+    assert batch["source_image_tokens"].tolist() == [[0] * 4, [1] * 4]
+    assert batch["target_image_tokens"].tolist() == [[0, 1, 2, 3], [1, 1, 2, 3]]
+    assert batch["edit_mask"].tolist() == [[True, False] * 2] * 2
+    texts = ["a circle", TASK_PREFIXES["canny"] + "a circle"]
+    expected = pipe.processor.tokenizer(texts, padding="max_length", truncation=True, max_length=NUM_TEXT_TOKENS)
+    assert batch["input_ids"].tolist() == expected.input_ids
+    assert batch["attention_mask"].tolist() == expected.attention_mask
+    without_task = build_collator(pipe)([{name: row[name] for name in row if name != "task"} for row in rows])
+    assert torch.equal(without_task["input_ids"][1], batch["input_ids"][0])
+    assert not torch.equal(batch["input_ids"][1], batch["input_ids"][0])
+
+
+# The teacher
+
+
+TEACHERS = {
+    "dinov2": (Dinov2Config, Dinov2Model, {}),
+    "registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, {"num_register_tokens": 3}),
+}
+
+
+@pytest.fixture(scope="module", params=TEACHERS)
+def teacher(request, tmp_path_factory):
+    config_class, model_class, more = TEACHERS[request.param]
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 56, "image_size": 224}
+    folder = tmp_path_factory.mktemp("teacher")
+    redraw_weights(model_class(config_class(**sizes, **more)), scale=0.3).save_pretrained(folder)
+    return DistillationTeacher(str(folder))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (64, 64), (300, 400)])
+def test_teacher_sees_the_picture_as_dinov2s_own_preprocessing_shows_it(teacher, width, height):
+    smooth = draw_image(0, 4, 4).resize((width, height), Image.Resampling.BICUBIC)
+    pixel_values = torch.from_numpy(np.array(smooth)).permute(2, 0, 1)[None] / 127.5 - 1
+    seen = []
+    hook = teacher.backbone.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(inputs["pixel_values"]), with_kwargs=True
+    )
+    features = teacher(pixel_values)
+    hook.remove()
+
+    scale = 256 / min(width, height)
+    resized = smooth.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    left, top = (resized.width - 224) // 2, (resized.height - 224) // 2
+    pixels = np.asarray(resized.crop((left, top, left + 224, top + 224))) / 255
+    pixels = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    # PIL rounds to 8 bits on the way, once per direction.
+    torch.testing.assert_close(seen[0], torch.from_numpy(pixels).permute(2, 0, 1)[None].float(), rtol=0, atol=0.03)
+    # The class token comes first, then any registers.
+    states = teacher.backbone(seen[0]).last_hidden_state
+    num_others = 4 if isinstance(teacher.backbone, Dinov2WithRegistersModel) else 1
+    assert features.shape == (1, 16, 8)
+    assert torch.equal(features, states[:, num_others:])
+
+
+def test_teacher_sees_the_centre_alone_and_is_frozen(teacher):
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1
+    framed = pixel_values.clone().requires_grad_()
+    with torch.no_grad():
+        framed[:, :, :16] = framed[:, :, -16:] = framed[:, :, :, :16] = framed[:, :, :, -16:] = 1
+    features = teacher(framed)
+    torch.testing.assert_close(features, teacher(pixel_values))
+    assert not features.requires_grad
+    assert not teacher.backbone.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_teacher_that_is_no_dinov2_is_refused(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is of type 't5'; give a DINOv2"):
+        DistillationTeacher(str(tmp_path))
+
+
+def test_distillation_loss_is_the_mean_squared_error_of_equal_grids():
+    generator = torch.Generator().manual_seed(0)
+    features, seen = (torch.randn(2, 9, 5, generator=generator) for _ in range(2))
+    expected = ((features.numpy() - seen.numpy()) ** 2).mean()
+    assert compute_distillation_loss(features, seen, 3, 3).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_distillation_loss_resizes_what_the_teacher_sees_to_another_grid():
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.randn(2, 4, 4, 5, generator=generator)
+    # Halved bilinearly, each cell is the mean of those it covers.
+    halves = seen.unflatten(1, (2, 2)).unflatten(3, (2, 2)).mean((2, 4))
+    seen = seen.flatten(1, 2)
+    assert compute_distillation_loss(halves.flatten(1, 2), seen, 2, 2).item() == pytest.approx(0, abs=1e-10)
+    rows = torch.arange(4.0)[:, None].expand(4, 4).reshape(1, 16, 1)
+    upright = torch.tensor([[0.5, 0.5, 0.5, 0.5], [2.5, 2.5, 2.5, 2.5]]).reshape(1, 8, 1)
+    assert compute_distillation_loss(upright, rows, 2, 4).item() == pytest.approx(0, abs=1e-10)
+
+
+# The optimiser
+
+
+def test_optimizer_is_the_published_one_and_spares_vectors():
+    layer, frozen = nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False)
+    optimizer = build_optimizer([*layer.parameters(), *frozen.parameters()])
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [[p.shape for p in group["params"]] for group in optimizer.param_groups] == [[(2, 3)], [(2,)]]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"]) == (1e-4, (0.9, 0.95))
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight, before[0] * (1 - 1e-4 * 0.05), rtol=1e-7, atol=0)
+    assert torch.equal(layer.bias, before[1])
+
+
+# Checkpoints
+
+
+class Counter:
+    """Something to checkpoint, whose saving can fail half way, as a kill would."""
+
+    def __init__(self, value: int = 0, is_broken: bool = False):
+        self.value, self.is_broken = value, is_broken
+
+    def state_dict(self):
+        if self.is_broken:
+            raise KeyboardInterrupt
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+@pytest.fixture
+def run(accelerator):
+    """An accelerator with a layer and a counter to save, and the two."""
+    layer, counter = nn.Linear(2, 2), Counter()
+    accelerator.register_for_checkpointing(counter)
+    return accelerator, accelerator.prepare(layer), counter
+
+
+def test_checkpoints_are_listed_by_step_and_the_oldest_go(run, tmp_path):
+    accelerator, _, _ = run
+    for step in (5, 100, 20):
+        save_checkpoint(accelerator, tmp_path, step, total_limit=3)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]
+    save_checkpoint(accelerator, tmp_path, 120, total_limit=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-120"]
+
+
+def test_loading_restores_the_latest_or_the_named_checkpoint(run, tmp_path):
+    accelerator, layer, counter = run
+    assert load_checkpoint(accelerator, tmp_path, "latest") == 0
+    weights = {}
+    for step in (3, 12):
+        with torch.no_grad():
+            layer.weight.fill_(step)
+        counter.value, weights[step] = step, layer.weight.detach().clone()
+        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
+    for name, step in (("checkpoint-3", 3), ("latest", 12)):
+        assert load_checkpoint(accelerator, tmp_path, name) == step
+        assert counter.value == step
+        assert torch.equal(layer.weight, weights[step])
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is 'checkpoint-4'.*: checkpoint-3, checkpoint-12"):
+        load_checkpoint(accelerator, tmp_path, "checkpoint-4")
+
+
+def test_kill_while_saving_leaves_the_previous_checkpoint_and_is_overwritten_by_the_next(run, tmp_path):
+    accelerator, _, counter = run
+    counter.value = 1
+    save_checkpoint(accelerator, tmp_path, 1, total_limit=1)
+    counter.value, counter.is_broken = 2, True
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(accelerator, tmp_path, 2, total_limit=1)
+    assert (tmp_path / "unfinished-checkpoint-2").is_dir()
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert load_checkpoint(accelerator, tmp_path, "latest") == 1
+    assert counter.value == 1
+    counter.value, counter.is_broken = 2, False
+    save_checkpoint(accelerator, tmp_path, 2, total_limit=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    counter.value = 0
+    assert load_checkpoint(accelerator, tmp_path, "latest") == 2
+    assert counter.value == 2
+
+
+# Logs and pictures
+
+
+def test_log_prints_means_since_the_last_line(accelerator, capsys):
+    log = LossLog(accelerator)
+    for losses, step in (((1.0, 2.0), 1), ((4.0,), 2)):
+        for loss in losses:
+            log.add({"loss": torch.tensor(loss, requires_grad=True)}, batch_size=8)
+        log.flush(step, learning_rate=0.25)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(",")[0] for line in lines] == [
+        "step 1: loss 1.5, learning_rate 0.25",
+        "step 2: loss 4, learning_rate 0.25",
+    ]
+    assert all(float(line.rpartition("samples_per_second ")[2]) > 0 for line in lines)
+
+
+def test_contact_sheet_lays_pictures_out_in_rows():
+    colours = [["red", "green", "blue"], ["black", "white", "yellow"]]
+    sheet = build_contact_sheet([[Image.new("RGB", (6, 5), colour) for colour in row] for row in colours], gap=2)
+    assert sheet.size == (3 * 8 + 2, 2 * 7 + 2)
+    for row, names in enumerate(colours):
+        for column, name in enumerate(names):
+            left, top = 2 + 8 * column, 2 + 7 * row
+            expected = np.asarray(Image.new("RGB", (6, 5), name))
+            assert np.array_equal(np.asarray(sheet.crop((left, top, left + 6, top + 5))), expected)
+    assert sheet.getpixel((0, 0)) == sheet.getpixel((8, 7)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("height", "width"), [(None, None), (8, 12)])
+def test_validation_pictures_are_source_edit_and_target(pipe, tmp_path, height, width):
+    tall, wide = height or 16, width or 16
+    pictures = [draw_image(k, wide, tall) for k in range(4)]
+    size = {"height": height, "width": width}
+    batch = {
+        "source_image_tokens": pipe.encode_image(pictures[:2], **size),
+        "target_image_tokens": pipe.encode_image(pictures[2:], **size),
+        **pipe.processor(text=["make it blue", "remove it"]),
+    }
+    paths = [save_validation_pictures(pipe, batch, 5, tmp_path, step, **size) for step in (3, 40)]
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+        "validation/step-0000003.png",
+        "validation/step-0000040.png",
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    edited = pipe(
+        ["make it blue", "remove it"],
+        source_image_tokens=batch["source_image_tokens"],
+        generator=[torch.Generator().manual_seed(seed) for seed in range(2)],
+        **size,
+    ).images
+    sides = [pipe.decode_image_tokens(batch[f"{name}_image_tokens"], **size) for name in ("source", "target")]
+    with Image.open(paths[0]) as sheet:
+        assert sheet.size == (3 * (wide + 4) + 4, 2 * (tall + 4) + 4)
+        for column, column_pictures in enumerate((sides[0], edited, sides[1])):
+            for row, picture in enumerate(column_pictures):
+                left, top = 4 + column * (wide + 4), 4 + row * (tall + 4)
+                shown = sheet.crop((left, top, left + wide, top + tall))
+                assert np.array_equal(np.asarray(shown), np.asarray(picture))
+
+
+# The card
+
+
+def compose(**changes):
+    facts = {
+        "name": "runs/mine/pipeline",
+        "base_model": "somebody/editor",
+        "dataset": "somebody/pairs",
+        "num_pairs": 12345,
+        "num_steps": 40000,
+        "num_samples_per_step": 64,
+        "trained_text_encoder": False,
+        "command": ["train_editar.py", "--dataset", "two words"],
+    }
+    return compose_training_card(**(facts | changes))
+
+
+def test_card_holds_the_training_and_leaves_figures_and_licence_open():
+    card = compose()
+    assert "12,345 pairs, for 40,000 steps of 64 pairs" in card
+    assert "train_editar.py --dataset 'two words'\n" in card
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert headings == ["# pipeline", "## Training", "## Figures, licence"]
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["datasets"] == ["somebody/pairs"]
+    assert header["base_model"] == "somebody/editor"
+    assert header["library_name"] == "editar-hf"
+
+
+def test_card_keeps_folders_out_of_the_fields_for_ids(tmp_path):
+    header = compose(base_model=str(tmp_path), dataset="data/train-*.parquet").split("---")[1]
+    assert not {"datasets", "base_model"} & set(yaml.safe_load(header))
