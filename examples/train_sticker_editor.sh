@@ -43,17 +43,17 @@ editor() {
     python examples/train_editar.py --model "$RUNS/untrained" --dataset "$RUNS/tokens" \
         --validation_dataset "$RUNS/tokens" --output_dir "$RUNS/editor" --train_text_encoder \
         --edit_region_weight 6 --batch_size 64 --learning_rate 1e-3 --lr_warmup_steps 100 --lr_scheduler cosine \
-        --max_train_steps 1500 --mixed_precision bf16 --compile --attn_implementation eager \
+        --max_train_steps 1000 --mixed_precision bf16 --compile --attn_implementation eager \
         --checkpointing_steps 500 --validation_steps 500 --resume_from_checkpoint latest
 }
 
 ship() {
-    python examples/ship_sticker_editor.py --model "$RUNS/editor/pipeline" --output_dir examples/sticker-editor
+    python examples/ship_sticker_editor.py --model "$RUNS/editor/pipeline" --output_dir examples/sticker-editor --do_sample False
 }
 
 figures() {
     python examples/evaluate_sticker_editor.py --model examples/sticker-editor --dataset "$RUNS/stickers" \
-        --settings greedy-3 sampled-3 greedy-1 greedy-7.5 --output "$RUNS/figures.json"
+        --settings greedy-3 sampled-3 --max_samples 480 --output "$RUNS/figures.json"
 }
 
 for stage in ${*:-data tokenizer tokens editor ship figures}; do
