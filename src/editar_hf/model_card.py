@@ -39,6 +39,8 @@ Edits images by instruction, one token after the other: an EditAR model
 
 Guidance and sampling default to the settings in `transformer/generation_config.json`.
 
+{closing}"""
+OPEN_CLOSING = """\
 ## Data, figures, licence
 
 Not stated yet. Whoever trained these weights can say here what they were trained on, how well they do and under which
@@ -46,9 +48,9 @@ terms they may be used.
 """
 
 
-def compose_pipeline_card(name: str) -> str:
-    """Compose the card of a pipeline that loads under `name`, a Hub id or a folder."""
-    return PIPELINE_CARD.format(title=name.rpartition("/")[2], snippet=SNIPPET.format(name=name))
+def compose_pipeline_card(name: str, closing: str = OPEN_CLOSING) -> str:
+    """Compose the card of a pipeline that loads under `name`, a Hub id or a folder; `closing` is its last part."""
+    return PIPELINE_CARD.format(title=name.rpartition("/")[2], snippet=SNIPPET.format(name=name), closing=closing)
 
 
 def write_pipeline_card(folder: str | Path, name: str):

@@ -11,8 +11,6 @@ from huggingface_hub import ModelCard
 from ..model_card import compose_pipeline_card
 
 
-# What the card of any pipeline leaves open, and what stays open here.
-OPEN_SECTION = "## Data, figures, licence"
 PACKAGES = ("editar-hf", "torch", "transformers", "diffusers", "accelerate", "datasets")
 TRAINING_SECTION = """\
 ## Training
@@ -66,7 +64,7 @@ def compose_training_card(
         command=shlex.join(command),
         versions=f"Python {platform.python_version()}, {', '.join(versions)}",
     )
-    card = ModelCard(compose_pipeline_card(name).partition(OPEN_SECTION)[0] + section)
+    card = ModelCard(compose_pipeline_card(name, closing=section))
     # The Hub refuses a card whose ids are folders of somebody's machine.
     if is_hub_id(dataset):
         card.data.datasets = [dataset]
