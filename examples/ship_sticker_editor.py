@@ -19,7 +19,7 @@ class Arguments:
     guidance_scale: float = 3.0
     do_sample: bool = True
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int = 1000
     top_p: float = 1.0
 
 

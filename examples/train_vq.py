@@ -48,6 +48,12 @@ class Arguments:
     validation_rows: int = field(default=256, metadata={"help": "most rows measured on"})
     resolution: int = field(default=256, metadata={"help": "pixels per side"})
 
+    model: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of a tokenizer to go on from; the sizes below do not apply"}
+    )
+    freeze_codes: bool = field(
+        default=False, metadata={"help": "train the decoding half alone, so that tokens computed before stay valid"}
+    )
     num_embeddings: int = 16384
     embedding_dim: int = 8
     latent_channels: int = 256
@@ -98,6 +104,20 @@ def load_pixels(args: Arguments):
     return tuple(decode_pictures(part, args.resolution, args.output_dir) for part in (training, validation))
 
 
+def build_tokenizer(args: Arguments) -> EditARVQModel:
+    """Load the tokenizer to go on from, or build a new one of the sizes asked for."""
+    if args.model is not None:
+        model = EditARVQModel.from_pretrained(args.model, dtype=torch.float32)
+    else:
+        names = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels", "channel_multipliers")
+        names += ("num_res_blocks", "norm_num_groups", "commitment_loss_weight")
+        model = EditARVQModel(EditARVQConfig(**{name: getattr(args, name) for name in names}))
+    if args.freeze_codes:
+        for part in (model.encoder, model.quant_conv, model.quantize):
+            part.requires_grad_(False)
+    return model
+
+
 def save_tokenizer(model: EditARVQModel, output_dir: Path):
     """Save the tokenizer to a temporary folder, then move its files into place."""
     temporary = output_dir / "tokenizer.tmp"
@@ -143,8 +163,9 @@ def train(accelerator: Accelerator, args: Arguments, model, optimizer, pixels, v
         optimizer.zero_grad()
         step += 1
         sums += torch.stack([outputs[name].detach() for name in LOSSES])
-        tokens, latents = accelerator.gather((outputs.image_tokens, outputs.latents.detach().flatten(0, 1)))
-        num_revived += reviver.step(tokens, latents, optimizer, torch.Generator().manual_seed(args.seed + step))
+        if not args.freeze_codes:
+            tokens, latents = accelerator.gather((outputs.image_tokens, outputs.latents.detach().flatten(0, 1)))
+            num_revived += reviver.step(tokens, latents, optimizer, torch.Generator().manual_seed(args.seed + step))
 
         if step % args.logging_steps == 0:
             seconds, logged = time.monotonic() - logged, time.monotonic()
@@ -183,14 +204,10 @@ def main():
         )
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
-    names = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels", "channel_multipliers")
-    names += ("num_res_blocks", "norm_num_groups", "commitment_loss_weight")
-    config = EditARVQConfig(**{name: getattr(args, name) for name in names})
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    model = build_tokenizer(args).to(accelerator.device, memory_format=torch.channels_last)
     pixels, validation_pixels = load_pixels(args)
-
-    model = EditARVQModel(config).to(accelerator.device, memory_format=torch.channels_last)
-    if not checkpoints:
+    if not checkpoints and args.model is None:
         batches = draw_batches(len(pixels), args.batch_size, args.seed)
         with accelerator.autocast():
             init_codebook(model, pixels, batches, torch.Generator().manual_seed(args.seed))

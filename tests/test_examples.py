@@ -371,6 +371,16 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(straight_run, editor, 
         assert all(torch.equal(tensor, moments[1]["state"][index][name]) for name, tensor in state.items())
 
 
+def test_run_with_muon_resumes_bit_for_bit_too(editor, tokens, pictures, tmp_path):
+    words = ("--optimizer", "muon", "--muon_learning_rate", "0.01")
+    printed = train_on_tokens(editor, tokens, pictures, tmp_path / "straight", *words)
+    shutil.copytree(tmp_path / "straight" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    words += ("--resume_from_checkpoint", "latest")
+    resumed = train_on_tokens(editor, tokens, pictures, tmp_path / "resumed", *words)
+    assert read_figures(resumed) == {step: read_figures(printed)[step] for step in (3, 4)}
+    assert not name_changed(tmp_path / "straight" / "pipeline", tmp_path / "resumed" / "pipeline")
+
+
 def test_every_epoch_has_each_pair_once_in_an_order_of_its_own_and_can_be_entered_anywhere(on_cpu):
     script = runpy.run_path(str(EXAMPLES / "train_editar.py"))
     args = script["Arguments"](model="", dataset="", output_dir="", batch_size=4)

@@ -137,6 +137,17 @@ def test_interrupted_run_resumes_to_the_same_tokenizer(straight_run, parquet_fil
         torch.testing.assert_close(tensor, straight[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_frozen_codes_stay_while_the_decoding_half_learns(straight_run, parquet_file, tmp_path):
+    """From a trained tokenizer, whose sizes hold: those on the command line are others."""
+    run, start = tmp_path / "run", EditARVQModel.from_pretrained(straight_run)
+    arguments = ("--model", str(straight_run), "--freeze_codes", "--max_steps", "5", "--base_channels", "16")
+    result = run_script(parquet_file, run, tmp_path / "cache", *arguments)
+    assert result.returncode == 0, result.stderr
+    tuned = EditARVQModel.from_pretrained(run).state_dict()
+    changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, tuned[name])}
+    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
+
+
 def test_script_does_not_train_over_checkpoints(straight_run, monkeypatch):
     arguments = ["train_vq.py", "--dataset", "unused", "--output_dir", str(straight_run)]
     monkeypatch.setattr(sys, "argv", arguments)

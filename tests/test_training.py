@@ -28,7 +28,7 @@ from editar_hf.training.data import (
 )
 from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
 from editar_hf.training.logs import LossLog
-from editar_hf.training.optimization import build_optimizer
+from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
 from editar_hf.training.validation import build_contact_sheet, save_validation_pictures
 
 
@@ -396,6 +396,38 @@ def test_optimizer_is_the_published_one_and_spares_vectors():
     assert torch.equal(layer.bias, before[1])
 
 
+def test_muon_gets_the_matrices_of_hidden_layers_and_nothing_else(pipe):
+    module = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    matrices, others = ([names[id(p)] for p in part] for part in split_hidden_matrices(module))
+    assert sorted(matrices + others) == sorted(names.values())
+    assert {name.split(".")[-2] for name in matrices} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2"),
+        *("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+    }
+    kept = ("embed_tokens", "lm_head", "shared", "relative_attention_bias", "norm", "distillation_head")
+    assert all(any(part in name for part in kept) for name in others)
+
+
+def test_frozen_parameters_are_nobodys():
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False))
+    matrices, others = split_hidden_matrices(module)
+    assert [tuple(p.shape) for p in matrices + others] == [(2, 3), (2,)]
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix_as_far_as_adamw_would():
+    """By the singular vectors: every direction of the gradient moves alike, however strong it is."""
+    weight = nn.Parameter(torch.zeros(48, 24))
+    gradient = torch.randn(48, 24, generator=torch.Generator().manual_seed(0))
+    weight.grad = gradient.clone()
+    build_muon([weight], learning_rate=1e-2, weight_decay=0.0).step()
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    moved = torch.diagonal(left.T @ weight.detach() @ right.T)
+    assert ((-moved > 0.6 * 0.2 * 1e-2 * 48**0.5) & (-moved < 1.3 * 0.2 * 1e-2 * 48**0.5)).all()
+    # The size of AdamW's steps: root mean square 0.2 of the learning rate (arXiv 2502.16982, section 2.2).
+    assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.2 * 1e-2, rel=0.2)
+
+
 # Checkpoints
 
 
@@ -429,6 +461,20 @@ def test_checkpoints_are_listed_by_step_and_the_oldest_go(run, tmp_path):
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]
     save_checkpoint(accelerator, tmp_path, 120, total_limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-120"]
+
+
+def test_folders_of_the_users_own_are_no_checkpoints_and_stay(run, tmp_path):
+    for name in ("checkpoint-5-copy", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(run[0], tmp_path, 7, total_limit=1)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-7"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5-copy", "checkpoint-7", "checkpoint-best"]
+
+
+def test_the_next_checkpoint_removes_what_a_kill_left_at_another_step(run, tmp_path):
+    (tmp_path / "unfinished-checkpoint-6").mkdir()
+    save_checkpoint(run[0], tmp_path, 7, total_limit=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
 def test_loading_restores_the_latest_or_the_named_checkpoint(run, tmp_path):

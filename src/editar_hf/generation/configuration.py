@@ -43,9 +43,21 @@ class EditARGenerationConfig(GenerationConfig):
         """Return the published settings: the network's configuration holds none."""
         return cls()
 
+    def to_diff_dict(self) -> dict:
+        """Return the settings as they are saved.
+
+        Greedy ones leave out the published settings of sampling: transformers warns of each when it loads them.
+        """
+        settings = super().to_diff_dict()
+        if not self.do_sample:
+            for name in ("temperature", "top_k", "top_p"):
+                if settings.get(name) == PUBLISHED_SETTINGS[name]:
+                    del settings[name]
+        return settings
+
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None):
         """Check ranges; every finding is an error, so the two arguments of transformers' signature change nothing."""
-        if self.do_sample and not self.temperature > 0:
+        if not self.temperature >= 0 or (self.do_sample and self.temperature == 0):
             raise ValueError(
                 f"`temperature` is {self.temperature}; sampling needs a positive one. For the likeliest tokens pass "
                 "`do_sample=False`."

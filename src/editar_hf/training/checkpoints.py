@@ -10,8 +10,15 @@ PREFIX = "checkpoint-"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """List the complete checkpoints of a run, oldest first."""
-    return sorted(Path(output_dir).glob(f"{PREFIX}[0-9]*"), key=lambda folder: int(folder.name.removeprefix(PREFIX)))
+    """List the complete checkpoints of a run, oldest first; a folder such as `checkpoint-5-copy` is none of them."""
+    folders = [folder for folder in Path(output_dir).glob(f"{PREFIX}*") if read_step(folder) is not None]
+    return sorted(folders, key=read_step)
+
+
+def read_step(folder: Path) -> int | None:
+    """Read the step from a checkpoint's name; None if it is not one."""
+    step = folder.name.removeprefix(PREFIX)
+    return int(step) if step.isdecimal() and folder.is_dir() else None
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, total_limit: int) -> Path:
@@ -23,7 +30,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int,
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        for old in list_checkpoints(output_dir)[:-total_limit]:
+        # What a kill left of a checkpoint that the resumed run did not reach again.
+        leftovers = Path(output_dir).glob(f"unfinished-{PREFIX}*")
+        for old in (*leftovers, *list_checkpoints(output_dir)[:-total_limit]):
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
@@ -46,4 +55,4 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | Path, name: str)
             names = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
             raise ValueError(f"`resume_from_checkpoint` is {name!r}; the checkpoints in {output_dir} are: {names}.")
     accelerator.load_state(folder)
-    return int(folder.name.removeprefix(PREFIX))
+    return read_step(folder)

@@ -1,9 +1,10 @@
-"""The published optimiser: AdamW whose weight decay spares vectors."""
+"""Optimisers: the published one, AdamW whose weight decay spares vectors, and Muon for training from scratch."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def build_optimizer(
@@ -22,3 +23,23 @@ def build_optimizer(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def split_hidden_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Part trained parameters into the matrices of hidden layers, which Muon is for, and all others.
+
+    Embeddings, the output head and vectors are no matter for Muon. Source: Jordan et al., "Muon" (2024).
+    """
+    heads = [part.get_output_embeddings() for part in module.modules() if isinstance(part, PreTrainedModel)]
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear) and part not in heads]
+    matrices = [linear.weight for linear in linears if linear.weight.requires_grad]
+    ids = {id(matrix) for matrix in matrices}
+    return matrices, [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
+
+
+def build_muon(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Muon:
+    """Build Muon, its steps scaled to the size of AdamW's, so that learning rates mean the same.
+
+    Source: Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2.
+    """
+    return torch.optim.Muon(parameters, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
