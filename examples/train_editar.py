@@ -27,7 +27,12 @@ from transformers import HfArgumentParser, get_scheduler, set_seed
 
 from editar_hf import EditARPipeline
 from editar_hf.model_card import CARD_FILE
-from editar_hf.training.batch import compute_token_loss, draw_conditioning_dropout, encode_image_tokens
+from editar_hf.training.batch import (
+    compute_token_loss,
+    draw_conditioning_dropout,
+    drop_target_tokens,
+    encode_image_tokens,
+)
 from editar_hf.training.card import compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.data import EditCollator, check_image_tokens, load_edit_dataset
@@ -54,6 +59,9 @@ class Arguments:
     train_text_encoder: bool = False
     edit_region_weight: float = field(default=1.0, metadata={"help": "weight in the loss of tokens inside the mask"})
     conditioning_dropout: bool = field(default=True, metadata={"help": "drop image or text, 5 %% each and 5 %% both"})
+    target_token_dropout: float = field(
+        default=0.0, metadata={"help": "share of pairs whose target so far is shown in part as the source's"}
+    )
     distillation_model: str | None = field(default=None, metadata={"help": "folder or Hub id of a DINOv2"})
     distillation_loss_weight: float = 0.5
 
@@ -165,7 +173,7 @@ class TrainingStep(torch.nn.Module):
         output = self.transformer(
             source_image_tokens=batch["source_image_tokens"],
             prompt_embeds=prompt_embeds,
-            target_image_tokens=batch["target_image_tokens"],
+            target_image_tokens=batch.get("shown_image_tokens", batch["target_image_tokens"]),
             drop_source=drop_source,
             drop_prompt=drop_prompt,
             grid_height=self.grid[0],
@@ -250,16 +258,20 @@ def iterate_batches(accelerator: Accelerator, dataloader, first_batch: int):
 
 
 def prepare_inputs(args, accelerator, pipeline, teacher, index: int, batch: dict) -> dict:
-    """Encode a batch's pictures, draw its dropped conditions, and ask the teacher what it sees."""
+    """Encode a batch's pictures, draw what is dropped of it, and ask the teacher what it sees."""
     inputs = {"teacher_features": None if teacher is None else teacher(batch["target_pixel_values"])}
     inputs["batch"] = encode_image_tokens(batch, pipeline.vq_model)
+    # Seeded by the batch's place in the run, so that a resumed run draws what an uninterrupted one would. The generator
+    # knows the seed's low 32 bits alone; the prime keeps two seeds apart for a million batches.
+    place = index * accelerator.num_processes + accelerator.process_index
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + place)
     if args.conditioning_dropout:
-        # Seeded by the batch's place in the run, so that a resumed run draws what an uninterrupted one would. The
-        # generator knows the seed's low 32 bits alone; the prime keeps two seeds apart for a million batches.
-        place = index * accelerator.num_processes + accelerator.process_index
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + place)
         drops = draw_conditioning_dropout(len(batch["input_ids"]), generator)
         inputs["drop_source"], inputs["drop_prompt"] = (drop.to(accelerator.device) for drop in drops)
+    if args.target_token_dropout:
+        tokens = (inputs["batch"][f"{name}_image_tokens"] for name in ("target", "source"))
+        shown = drop_target_tokens(*tokens, args.target_token_dropout, generator)
+        inputs["batch"] = {**inputs["batch"], "shown_image_tokens": shown}
     return inputs
 
 

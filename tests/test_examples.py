@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import HubServer, Repository
 from PIL import Image
@@ -429,6 +430,30 @@ def test_frozen_text_encoder_stays_without_dropout(editor):
         step.eval().train()
         assert pipeline.transformer.training
         assert pipeline.text_encoder.training == train_text_encoder
+
+
+@torch.no_grad()
+def test_dropped_target_tokens_are_shown_as_the_sources_and_asked_for_all_the_same(editor, tokens, on_cpu):
+    script = runpy.run_path(str(EXAMPLES / "train_editar.py"))
+    pipeline = EditARPipeline.from_pretrained(editor)
+    args = script["Arguments"](
+        str(editor), "", "", resolution=TOKEN_RESOLUTION, conditioning_dropout=False, target_token_dropout=1.0
+    )
+    collator = script["build_collator"](args, pipeline)
+    rows = datasets.Dataset.from_parquet(str(tokens / "train-00000-of-00003.parquet"))
+    batch = collator([rows[index] for index in range(len(rows))])
+    inputs = script["prepare_inputs"](args, Accelerator(), pipeline, None, 0, batch)
+    source, target = (batch[f"{name}_image_tokens"] for name in ("source", "target"))
+    shown = inputs["batch"]["shown_image_tokens"]
+    assert (shown != target).any()
+    assert ((shown == source) | (shown == target)).all()
+
+    losses = script["TrainingStep"](args, pipeline, collator).eval()(**inputs)
+    prompt_embeds = pipeline.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    grid = {"grid_height": 2, "grid_width": 2}
+    logits = pipeline.transformer(source, prompt_embeds, target_image_tokens=shown, **grid).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,12 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, T5Config
 
 from editar_hf.processing_editar import TASK_PREFIXES
-from editar_hf.training.batch import compute_token_loss, draw_conditioning_dropout, encode_image_tokens
+from editar_hf.training.batch import (
+    compute_token_loss,
+    draw_conditioning_dropout,
+    drop_target_tokens,
+    encode_image_tokens,
+)
 from editar_hf.training.card import compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.data import (
@@ -94,6 +99,21 @@ def test_pictures_of_a_batch_become_the_tokens_of_each():
     assert torch.equal(encoded["source_image_tokens"], vq_model.encode(source).image_tokens)
     assert torch.equal(encoded["target_image_tokens"], vq_model.encode(target).image_tokens)
     assert encode_image_tokens(encoded, vq_model) is encoded
+
+
+def test_a_share_of_the_targets_is_shown_with_tokens_of_the_source():
+    generator = torch.Generator().manual_seed(0)
+    target, source = torch.zeros(20_000, 16, dtype=torch.long), torch.arange(1, 17).expand(20_000, 16)
+    shown = drop_target_tokens(target, source, 0.3, generator)
+    dropped = shown != target
+    assert torch.equal(shown[dropped], source[dropped])
+    # Each of 0 … 16 dropped tokens is as likely as any other, when the rate is uniform.
+    counts = torch.bincount(dropped.sum(dim=1), minlength=17) / len(target)
+    expected = torch.full((17,), 0.3 / 17)
+    expected[0] += 0.7
+    torch.testing.assert_close(counts, expected, atol=0.005, rtol=0)
+    assert dropped.float().mean(dim=0).tolist() == pytest.approx([0.15] * 16, abs=0.01)
+    assert torch.equal(drop_target_tokens(target, source, 0.0, generator), target)
 
 
 def test_token_loss_weighs_the_edit_within_a_sample_and_samples_alike():

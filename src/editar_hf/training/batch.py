@@ -37,6 +37,25 @@ def encode_image_tokens(batch: dict[str, torch.Tensor], vq_model: EditARVQModel)
     return batch
 
 
+def drop_target_tokens(
+    target_image_tokens: torch.LongTensor,
+    source_image_tokens: torch.LongTensor,
+    probability: float,
+    generator: torch.Generator,
+) -> torch.LongTensor:
+    """Draw what the decoder is shown of the target, `(batch_size, N)`: in some samples, source tokens here and there.
+
+    The target so far gives most of its continuation away: once an edit has begun, the prompt is hardly needed. In a
+    share `probability` of the samples, tokens are replaced at a rate drawn uniformly from [0, 1].
+
+    Source: word dropout (arXiv 1511.06349, section 3.1), with the source's token in place of an unknown word.
+    """
+    draw, rate = torch.rand(2, len(target_image_tokens), 1, generator=generator)
+    places = torch.rand(target_image_tokens.shape, generator=generator)
+    is_dropped = (draw < probability) & (places < rate)
+    return torch.where(is_dropped.to(target_image_tokens.device), source_image_tokens, target_image_tokens)
+
+
 def compute_token_loss(
     logits: torch.Tensor,
     target_image_tokens: torch.LongTensor,
