@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "model_card": set(),
     "pipeline_inputs": {"configuration_editar", "generation", "processing_editar"},
     "pipeline_loading": set(),
-    "pipeline_editar": {*PIPELINE, "model_card", "pipeline_inputs", "pipeline_loading"},
+    "pipeline_lora": set(),
+    "pipeline_editar": {*PIPELINE, "model_card", "pipeline_inputs", "pipeline_loading", "pipeline_lora"},
     "self_check": PIPELINE,
     "conversion": {*PIPELINE, "model_card", "pipeline_loading", "self_check"},
     "training": {*PIPELINE, "model_card", "condition_maps", "__init__"},
@@ -52,7 +53,10 @@ MAY_IMPORT = {
 MAY_IMPORT_AT_THE_TOP = {
     "accelerate": {"training"},
     "datasets": {"training", "evaluation"},
-    "diffusers": {"generation", "modeling_editar", "modeling_editar_vq", "pipeline_editar", "pipeline_loading"},
+    "diffusers": {
+        *("generation", "modeling_editar", "modeling_editar_vq"),
+        *("pipeline_editar", "pipeline_loading", "pipeline_lora"),
+    },
     "evaluate": {"evaluation"},
     "peft": {"training"},
 }

@@ -34,6 +34,7 @@ from .pipeline_inputs import (
     compute_batch_size,
 )
 from .pipeline_loading import INDEX_FILE, check_pipeline_folder, select_pipeline_files
+from .pipeline_lora import EditARLoraMixin
 from .processing_editar import EditARProcessor, list_pictures
 
 
@@ -74,7 +75,7 @@ class StepReporter(StoppingCriteria):
         return torch.full((len(input_ids),), self.pipeline._interrupt, device=input_ids.device)
 
 
-class EditARPipeline(DiffusionPipeline):
+class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
     """Edit images by instruction, or make them from text or from condition maps.
 
     Args:
@@ -193,7 +194,15 @@ class EditARPipeline(DiffusionPipeline):
             save_directory (`str` or `Path`): The folder; made if it is not there.
             variant (`str`, *optional*): Marks the weight files, as in `model.fp16.safetensors`.
             max_shard_size (`int` or `str`, *optional*): Largest weight file, in bytes or as in `"5GB"`.
+
+        Raises:
+            ValueError: If the decoder has LoRA adapters: only they would be saved.
         """
+        if names := self.list_adapters():
+            raise ValueError(
+                f"The pipeline has the adapters {', '.join(names)}. `save_lora_weights` saves one of them; to save a "
+                "pipeline, call `unload_lora_weights` first, and before it `fuse_lora` to keep what they have learnt."
+            )
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         write_pipeline_card(save_directory, Path(save_directory).resolve().name)
 
