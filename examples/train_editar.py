@@ -38,6 +38,7 @@ from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, sa
 from editar_hf.training.data import EditCollator, check_image_tokens, load_edit_dataset
 from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
 from editar_hf.training.logs import LossLog, log_figures
+from editar_hf.training.lora import TARGET_MODULES, add_lora
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
 from editar_hf.training.validation import save_validation_pictures
 
@@ -46,7 +47,9 @@ from editar_hf.training.validation import save_validation_pictures
 class Arguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id to start from"})
     dataset: str = field(metadata={"help": "Hub id, folder or pattern of files"})
-    output_dir: str = field(metadata={"help": "for checkpoints, `validation/` pictures and the trained `pipeline/`"})
+    output_dir: str = field(
+        metadata={"help": "for checkpoints, `validation/` pictures and the trained `pipeline/` or `adapter/`"}
+    )
     validation_dataset: str | None = field(default=None, metadata={"help": "like --dataset; its split is `validation`"})
     source_image_column: str = "source_image"
     target_image_column: str = "target_image"
@@ -61,6 +64,17 @@ class Arguments:
     conditioning_dropout: bool = field(default=True, metadata={"help": "drop image or text, 5 %% each and 5 %% both"})
     target_token_dropout: float = field(
         default=0.0, metadata={"help": "share of pairs whose target so far is shown in part as the source's"}
+    )
+    lora_rank: int | None = field(default=None, metadata={"help": "train a LoRA adapter of this rank, nothing else"})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "the adapter counts alpha / rank times; default 1"}
+    )
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: list(TARGET_MODULES), metadata={"help": "names of the linear layers to adapt"}
+    )
+    lora_modules_to_save: list[str] = field(
+        default_factory=list, metadata={"help": "modules to train as a whole, such as text_projection"}
     )
     distillation_model: str | None = field(default=None, metadata={"help": "folder or Hub id of a DINOv2"})
     distillation_loss_weight: float = 0.5
@@ -200,6 +214,16 @@ def prepare_pipeline(args: Arguments) -> EditARPipeline:
     pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipeline.vq_model.requires_grad_(False).eval()
     pipeline.text_encoder.requires_grad_(args.train_text_encoder)
+    if args.lora_rank is not None:
+        add_lora(
+            pipeline.transformer,
+            args.model,
+            args.lora_rank,
+            args.lora_alpha,
+            args.lora_dropout,
+            args.lora_target_modules,
+            args.lora_modules_to_save,
+        )
     pipeline.transformer.set_attn_implementation(args.attn_implementation)
     if args.distillation_model is None and pipeline.transformer.distillation_head is not None:
         # Distributed runs stop at parameters that get no gradient.
@@ -333,11 +357,12 @@ def validate(args, accelerator, pipeline, module, validation, step):
     module.train()
 
 
-def save_pipeline(args, accelerator, pipeline, num_pairs: int, step: int):
-    """Save the trained pipeline and its card beside their place, then put both there."""
-    folder = Path(args.output_dir) / "pipeline"
-    unfinished = folder.with_name("unfinished-pipeline")
-    pipeline.save_pretrained(unfinished)
+def save_result(args, accelerator, pipeline, num_pairs: int, step: int):
+    """Save the trained pipeline, or the adapter, and its card beside their place, then put both there."""
+    is_adapter = args.lora_rank is not None
+    folder = Path(args.output_dir) / ("adapter" if is_adapter else "pipeline")
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    (pipeline.save_lora_weights if is_adapter else pipeline.save_pretrained)(unfinished)
     card = compose_training_card(
         name=str(folder),
         base_model=args.model,
@@ -347,6 +372,7 @@ def save_pipeline(args, accelerator, pipeline, num_pairs: int, step: int):
         num_samples_per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
         trained_text_encoder=args.train_text_encoder,
         command=("accelerate", "launch", *sys.argv),
+        is_adapter=is_adapter,
     )
     (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -362,6 +388,8 @@ def main():
             "go on from it, or another folder."
         )
     pairs = load_pairs(args)
+    if args.lora_rank is not None and args.train_text_encoder:
+        raise ValueError("`train_text_encoder` and `lora_rank`: an adapter holds the decoder's part alone; drop one.")
     accelerator = build_accelerator(args)
     set_seed(args.seed)
     pipeline = prepare_pipeline(args)
@@ -388,7 +416,7 @@ def main():
         step = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
     step = train(args, accelerator, pipeline, module, teacher, optimizers, schedulers, dataloader, validation, step)
     if accelerator.is_main_process:
-        save_pipeline(args, accelerator, pipeline, len(pairs["train"]), step)
+        save_result(args, accelerator, pipeline, len(pairs["train"]), step)
     accelerator.end_training()
 
 

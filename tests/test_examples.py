@@ -160,10 +160,10 @@ def straight_run(editor, tokens, pictures, tmp_path_factory) -> tuple[Path, str]
     return folder, train_on_tokens(editor, tokens, pictures, folder)
 
 
-def train_on_tokens(editor, tokens, pictures, folder, *words: str) -> str:
+def train_on_tokens(editor, tokens, pictures, folder, *words: str, train_text_encoder: bool = True) -> str:
     return run_script(
         "train_editar.py",
-        "--train_text_encoder",
+        *(["--train_text_encoder"] if train_text_encoder else []),
         *words,
         model=editor,
         dataset=tokens,
@@ -432,6 +432,57 @@ def test_frozen_text_encoder_stays_without_dropout(editor):
         assert pipeline.text_encoder.training == train_text_encoder
 
 
+LORA = ("--lora_rank", "3", "--lora_alpha", "6", "--lora_modules_to_save", "text_projection")
+
+
+@pytest.fixture(scope="module")
+def lora_run(editor, tokens, pictures, tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    return folder, train_on_tokens(editor, tokens, pictures, folder, *LORA, train_text_encoder=False)
+
+
+def test_lora_run_writes_an_adapter_that_makes_the_base_the_trained_model(lora_run, editor):
+    folder, _ = lora_run
+    assert not (folder / "pipeline").exists()
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md")
+    }
+    pipeline = EditARPipeline.from_pretrained(editor)
+    before = pipeline.transformer.state_dict()
+    pipeline.load_lora_weights(folder / "adapter")
+    trained = {n: t for n, t in load_file(folder / "checkpoint-4" / "model.safetensors").items() if "lora_" in n}
+    loaded = pipeline.transformer.state_dict()
+    assert len(trained) == 2 * 7 * pipeline.transformer.config.num_hidden_layers
+    for name, tensor in trained.items():
+        assert torch.equal(loaded[name.removeprefix("transformer.").replace(".default.", ".default_0.")], tensor)
+    assert all(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
+    # What is adapted, and what is replaced, stays beside its successor as it was.
+    base = {name.replace(".base_layer.", ".").replace(".original_module.", "."): t for name, t in loaded.items()}
+    assert all(torch.equal(base[name], tensor) for name, tensor in before.items())
+
+
+def test_lora_run_resumes_bit_for_bit(lora_run, editor, tokens, pictures, tmp_path):
+    folder, printed = lora_run
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    words = (*LORA, "--resume_from_checkpoint", "latest")
+    resumed = train_on_tokens(editor, tokens, pictures, tmp_path / "run", *words, train_text_encoder=False)
+    assert read_figures(resumed) == {step: read_figures(printed)[step] for step in (3, 4)}
+    weights = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, tmp_path / "run")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_card_of_an_adapter_loads_it_into_its_base(lora_run, editor):
+    folder, _ = lora_run
+    card = (folder / "adapter" / "README.md").read_text()
+    assert f'from_pretrained("{editor}")\npipe.load_lora_weights("{folder / "adapter"}")' in card
+    assert f"for the decoder of `{editor}`" in card
+    assert "12 pairs, for 4 steps of 8 pairs" in card
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(editor)
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
+
+
 @torch.no_grad()
 def test_dropped_target_tokens_are_shown_as_the_sources_and_asked_for_all_the_same(editor, tokens, on_cpu):
     script = runpy.run_path(str(EXAMPLES / "train_editar.py"))
@@ -584,6 +635,10 @@ def foreign_tokens(tmp_path_factory) -> Path:
         ({"dataset": "{tokens}", "distillation_model": "unread"}, "`distillation_model` looks at pictures"),
         ({"model": "{sticker_editor}", "distillation_model": "unread"}, "needs a model with a distillation head"),
         ({"model": "{editor}/vq_model"}, "model_index.json"),
+        ({"lora_rank": 0}, "`rank` is 0"),
+        ({"lora_rank": 4, "lora_target_modules": "query"}, "`target_modules` names query; the decoder has .*q_proj"),
+        ({"lora_rank": 4, "lora_modules_to_save": "head"}, "`modules_to_save` names head; the decoder has .*lm_head"),
+        ({"lora_rank": 4, "train_text_encoder": True}, "`train_text_encoder` and `lora_rank`"),
     ],
 )
 def test_training_refuses(options, message, request, editor, pictures, tmp_path, run_here):

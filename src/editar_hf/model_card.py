@@ -1,4 +1,4 @@
-"""The model card that a pipeline folder gets when it has none.
+"""The model card that a folder with a pipeline, or with a LoRA adapter for one, gets when it has none.
 
 It says what can be known without asking: how to run the model, under its own name. What only its maker knows (data,
 figures, licence) is left to them; `model_cards/` in the repository has a template for that.
@@ -15,14 +15,16 @@ import torch
 from PIL import Image, ImageDraw
 from editar_hf import EditARPipeline
 
-pipe = EditARPipeline.from_pretrained("{name}")
+{load}
 
 image = Image.new("RGB", (512, 512), "lightgrey")  # or your own: Image.open("photo.png")
 ImageDraw.Draw(image).ellipse((150, 150, 350, 350), fill="red")
 edited = pipe("make the red circle blue", image=image, generator=torch.Generator().manual_seed(0)).images[0]
 edited.save("edited.png")
 ```"""
-PIPELINE_CARD = """\
+LOAD_PIPELINE = 'pipe = EditARPipeline.from_pretrained("{name}")'
+LOAD_ADAPTER = 'pipe = EditARPipeline.from_pretrained("{base_model}")\npipe.load_lora_weights("{name}")'
+CARD = """\
 ---
 library_name: editar-hf
 pipeline_tag: image-to-image
@@ -31,15 +33,19 @@ tags: [editar, image-editing]
 
 # {title}
 
-Edits images by instruction, one token after the other: an EditAR model
-([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)) with its VQ tokenizer and text encoder, for the Python package
-`editar-hf`.
+{description}
 
 {snippet}
 
-Guidance and sampling default to the settings in `transformer/generation_config.json`.
-
 {closing}"""
+PIPELINE_DESCRIPTION = """\
+Edits images by instruction, one token after the other: an EditAR model
+([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)) with its VQ tokenizer and text encoder, for the Python package
+`editar-hf`. Guidance and sampling default to the settings in `transformer/generation_config.json`."""
+ADAPTER_DESCRIPTION = """\
+A LoRA adapter, in PEFT's format, for the decoder of `{base_model}`: an EditAR model
+([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)), which edits images by instruction. For the Python package
+`editar-hf`."""
 OPEN_CLOSING = """\
 ## Data, figures, licence
 
@@ -50,7 +56,18 @@ terms they may be used.
 
 def compose_pipeline_card(name: str, closing: str = OPEN_CLOSING) -> str:
     """Compose the card of a pipeline that loads under `name`, a Hub id or a folder; `closing` is its last part."""
-    return PIPELINE_CARD.format(title=name.rpartition("/")[2], snippet=SNIPPET.format(name=name), closing=closing)
+    return compose_card(name, PIPELINE_DESCRIPTION, LOAD_PIPELINE.format(name=name), closing)
+
+
+def compose_adapter_card(name: str, base_model: str, closing: str = OPEN_CLOSING) -> str:
+    """Compose the card of a LoRA adapter `name` for the pipeline `base_model`; `closing` is its last part."""
+    load = LOAD_ADAPTER.format(name=name, base_model=base_model)
+    return compose_card(name, ADAPTER_DESCRIPTION.format(base_model=base_model), load, closing)
+
+
+def compose_card(name: str, description: str, load: str, closing: str) -> str:
+    title, snippet = name.rpartition("/")[2], SNIPPET.format(load=load)
+    return CARD.format(title=title, description=description, snippet=snippet, closing=closing)
 
 
 def write_pipeline_card(folder: str | Path, name: str):

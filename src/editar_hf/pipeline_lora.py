@@ -94,7 +94,7 @@ class EditARLoraMixin(LoraBaseMixin):
         # transformers' own saving, enabling and deleting of adapters ask for it.
         self.transformer._hf_peft_config_loaded = True
         weights = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in weights.items()}
-        expected = get_peft_model_state_dict(self.transformer, adapter_name=adapter_name)
+        expected = get_peft_model_state_dict(self.transformer, adapter_name=adapter_name, save_embedding_layers=False)
         if differences := describe_differences(expected, weights):
             self.delete_adapters(adapter_name)
             raise ValueError(f"`{pretrained_model_name_or_path}` is no adapter of this decoder. {differences}.")
@@ -118,7 +118,7 @@ class EditARLoraMixin(LoraBaseMixin):
             (adapter_name,) = names
         if adapter_name not in names:
             raise ValueError(f"`adapter_name` is {adapter_name!r}; there are {', '.join(names) or 'no adapters'}.")
-        weights = get_peft_model_state_dict(self.transformer, adapter_name=adapter_name)
+        weights = get_peft_model_state_dict(self.transformer, adapter_name=adapter_name, save_embedding_layers=False)
         weights = {f"{KEY_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory) as temporary:

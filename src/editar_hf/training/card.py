@@ -1,4 +1,4 @@
-"""The card of a pipeline that `examples/train_editar.py` trained: how to run it, and how it was made."""
+"""The card of what `examples/train_editar.py` trained, a pipeline or a LoRA adapter: how to run it, how it was made."""
 
 import platform
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ..model_card import compose_pipeline_card
+from ..model_card import compose_adapter_card, compose_pipeline_card
 
 
 PACKAGES = ("editar-hf", "torch", "transformers", "diffusers", "accelerate", "datasets")
@@ -40,11 +40,12 @@ def compose_training_card(
     num_samples_per_step: int,
     trained_text_encoder: bool,
     command: Sequence[str],
+    is_adapter: bool = False,
 ) -> str:
-    """Compose the card of a trained pipeline: that of any pipeline, and what its training is known by.
+    """Compose the card of a trained pipeline or adapter: that of any such, and what its training is known by.
 
     Args:
-        name (`str`): Folder or Hub id the pipeline loads under.
+        name (`str`): Folder or Hub id it loads under.
         base_model (`str`): Folder or Hub id of the pipeline the training started from.
         dataset (`str`): What it was trained on: Hub id, folder or pattern of files.
         num_pairs (`int`): Rows of the data set.
@@ -52,6 +53,7 @@ def compose_training_card(
         num_samples_per_step (`int`): Pairs per step, of all processes and accumulated batches.
         trained_text_encoder (`bool`): Whether the text encoder was trained along.
         command (`Sequence[str]`): The words of the command, as in `sys.argv`.
+        is_adapter (`bool`): Whether a LoRA adapter for `base_model` was trained.
     """
     versions = [f"{package} {version(package)}" for package in PACKAGES]
     section = TRAINING_SECTION.format(
@@ -64,7 +66,8 @@ def compose_training_card(
         command=shlex.join(command),
         versions=f"Python {platform.python_version()}, {', '.join(versions)}",
     )
-    card = ModelCard(compose_pipeline_card(name, closing=section))
+    card = compose_adapter_card(name, base_model, section) if is_adapter else compose_pipeline_card(name, section)
+    card = ModelCard(card)
     # The Hub refuses a card whose ids are folders of somebody's machine.
     if is_hub_id(dataset):
         card.data.datasets = [dataset]

@@ -1,0 +1,62 @@
+"""A LoRA adapter to train: the decoder frozen, with small matrices beside its own."""
+
+from collections.abc import Sequence
+
+from peft import LoraConfig, inject_adapter_in_model
+
+from ..modeling_editar import EditARForConditionalGeneration
+
+
+ADAPTER_NAME = "default"
+# Every matrix of a layer: fine-tuning on few pairs gains from the feed-forward ones too.
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(
+    transformer: EditARForConditionalGeneration,
+    base_model: str,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = TARGET_MODULES,
+    modules_to_save: Sequence[str] | None = None,
+):
+    """Freeze a decoder and give it an adapter that changes nothing yet.
+
+    Args:
+        transformer (`EditARForConditionalGeneration`): The decoder.
+        base_model (`str`): What the adapter will be loaded into: folder or Hub id, for its configuration.
+        rank (`int`): Rank of the updates.
+        alpha (`float`, *optional*): The updates count `alpha / rank` times; default once.
+        dropout (`float`): Probability of dropping an input of an update.
+        target_modules (sequence of `str`): Names of the linear layers to adapt.
+        modules_to_save (sequence of `str`, *optional*): Names of modules to train as a whole, `"text_projection"` say.
+
+    Raises:
+        ValueError: If the rank is not positive, or the decoder has no module of such a name.
+
+    Source: LoRA (arXiv 2106.09685), section 4.1.
+    """
+    if rank < 1:
+        raise ValueError(f"`rank` is {rank}; the rank of a LoRA is a positive number, such as 8.")
+    check_names(transformer, "target_modules", target_modules)
+    check_names(transformer, "modules_to_save", modules_to_save or ())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        modules_to_save=list(modules_to_save) if modules_to_save else None,
+        base_model_name_or_path=base_model,
+    )
+    transformer.requires_grad_(False)
+    inject_adapter_in_model(config, transformer, ADAPTER_NAME)
+    transformer._hf_peft_config_loaded = True
+
+
+def check_names(transformer: EditARForConditionalGeneration, argument: str, names: Sequence[str]):
+    """Refuse a name that no module ends in."""
+    known = {path.rpartition(".")[2] for path, _ in transformer.named_modules()}
+    if unknown := [name for name in names if name not in known]:
+        known = sorted(name for name in known if name and not name.isdecimal())
+        raise ValueError(f"`{argument}` names {', '.join(unknown)}; the decoder has {', '.join(known)}.")
