@@ -61,6 +61,16 @@ def encode_shard(dataset: datasets.Dataset, args: Arguments, vq_model: EditARVQM
     unfinished.rename(path)
 
 
+def check_shards(output_dir: Path, split: str, num_shards: int):
+    """Refuse a folder whose shards are of another division: pairs would be in it twice."""
+    paths = sorted(output_dir.glob(f"{split}-*-of-*.parquet"))
+    if others := [path.name for path in paths if not path.stem.endswith(f"-of-{num_shards:05d}")]:
+        raise ValueError(
+            f"`output_dir` {output_dir} holds {others[0]}, and this data set makes {num_shards} shards of `shard_size`. "
+            "Give another folder, or the data set and the size those shards were made with."
+        )
+
+
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     dataset = load_edit_dataset(args.dataset, args.split)
@@ -69,6 +79,7 @@ def main():
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), args.shard_size)
+    check_shards(output_dir, args.split, len(starts))
     for index, start in enumerate(tqdm(starts, desc="shards")):
         path = output_dir / f"{args.split}-{index:05d}-of-{len(starts):05d}.parquet"
         if not path.exists():

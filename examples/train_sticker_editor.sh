@@ -29,22 +29,41 @@ tokenizer() {
     train_tokenizer --max_steps 6000 --squared_error_weight 20
 }
 
+# The decoding half alone goes on: the tokens stay what they are.
+decoding() {
+    python examples/train_vq.py --model "$RUNS/tokenizer" --freeze_codes --dataset "$RUNS/stickers" \
+        --split "train[:50000]" --validation_split validation --image_columns source_image,target_image \
+        --resolution 64 --output_dir "$RUNS/tokenizer-decoding" --batch_size 32 --learning_rate 5e-4 \
+        --warmup_steps 50 --weight_decay 0.01 --squared_error_weight 50 --mixed_precision bf16 --max_steps 1500 \
+        --evaluation_steps 250 --checkpointing_steps 500 --resume_from_checkpoint latest
+}
+
 tokens() {
     for split in validation train; do
-        # The first ten shards of 5,000 pairs, and all of the validation split.
-        python examples/precompute_tokens.py --dataset "$RUNS/stickers/$split-0000*.parquet" --split $split \
+        python examples/precompute_tokens.py --dataset "$RUNS/stickers" --split $split \
             --vq_model "$RUNS/tokenizer" --output_dir "$RUNS/tokens" --resolution 64 --dtype bfloat16
     done
 }
 
+train_editor() {
+    python examples/train_editar.py --dataset "$RUNS/tokens" --validation_dataset "$RUNS/tokens" \
+        --train_text_encoder --edit_region_weight 6 --optimizer muon --muon_learning_rate 3e-3 --learning_rate 1e-3 \
+        --lr_warmup_steps 50 --mixed_precision bf16 --compile --attn_implementation eager \
+        --num_validation_batches 8 --resume_from_checkpoint latest "$@"
+}
+
+# Small batches first; then, from their result, larger ones, of which a share shows the decoder an unedited target so
+# far; the learning rate falls from step 1,500 on.
 editor() {
-    [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$RUNS/tokenizer" \
+    [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$RUNS/tokenizer-decoding" \
         --dataset "$RUNS/stickers/train-00000*.parquet" --output_dir "$RUNS/untrained"
-    python examples/train_editar.py --model "$RUNS/untrained" --dataset "$RUNS/tokens" \
-        --validation_dataset "$RUNS/tokens" --output_dir "$RUNS/editor" --train_text_encoder \
-        --edit_region_weight 6 --batch_size 64 --learning_rate 1e-3 --lr_warmup_steps 100 --lr_scheduler cosine \
-        --max_train_steps 1000 --mixed_precision bf16 --compile --attn_implementation eager \
-        --checkpointing_steps 500 --validation_steps 500 --resume_from_checkpoint latest
+    train_editor --model "$RUNS/untrained" --output_dir "$RUNS/editor-small-batches" --batch_size 32 \
+        --max_train_steps 2000 --checkpointing_steps 1000 --validation_steps 2000
+    large_batches=(--model "$RUNS/editor-small-batches/pipeline" --output_dir "$RUNS/editor" --batch_size 64
+        --checkpointing_steps 500 --validation_steps 1000)
+    train_editor "${large_batches[@]}" --max_train_steps 500
+    train_editor "${large_batches[@]}" --max_train_steps 1500 --target_token_dropout 0.3
+    train_editor "${large_batches[@]}" --max_train_steps 4200 --target_token_dropout 0.3 --lr_scheduler linear
 }
 
 ship() {
@@ -56,6 +75,6 @@ figures() {
         --settings greedy-3 sampled-3 --max_samples 480 --output "$RUNS/figures.json"
 }
 
-for stage in ${*:-data tokenizer tokens editor ship figures}; do
+for stage in ${*:-data tokenizer decoding tokens editor ship figures}; do
     "$stage"
 done
