@@ -66,8 +66,8 @@ def check_shards(output_dir: Path, split: str, num_shards: int):
     paths = sorted(output_dir.glob(f"{split}-*-of-*.parquet"))
     if others := [path.name for path in paths if not path.stem.endswith(f"-of-{num_shards:05d}")]:
         raise ValueError(
-            f"`output_dir` {output_dir} holds {others[0]}, and this data set makes {num_shards} shards of `shard_size`. "
-            "Give another folder, or the data set and the size those shards were made with."
+            f"`output_dir` {output_dir} holds {others[0]}, and this data set makes {num_shards} shards of "
+            "`shard_size`. Give another folder, or the data set and the size those shards were made with."
         )
 
 
