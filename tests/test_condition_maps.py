@@ -1,0 +1,126 @@
+"""Condition maps from photographs: against kornia, against the models' own outputs, and on pictures one can reckon."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from kornia.filters import canny
+from PIL import Image, ImageDraw
+from skimage import data
+from tiny import build_pipeline, redraw_weights
+from transformers import (
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessor,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+)
+
+from editar_hf.condition_maps import compute_palette, make_canny_map, make_depth_map, make_segmentation_map
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    return Image.fromarray(data.astronaut()).resize((96, 64))
+
+
+@pytest.fixture(scope="module")
+def depth_model():
+    config = DPTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        is_hybrid=False,
+    )
+    torch.manual_seed(0)
+    return DPTForDepthEstimation(config).eval(), DPTImageProcessor(size={"height": 32, "width": 32})
+
+
+@pytest.fixture(scope="module")
+def segmentation_model():
+    config = SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=8
+    )
+    config.num_labels = 7
+    model = redraw_weights(SegformerForSemanticSegmentation(config), scale=0.5)
+    return model, SegformerImageProcessor(size={"height": 64, "width": 64})
+
+
+def test_edges_are_those_of_the_published_detector(photograph):
+    pixels = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)[None] / 255
+    expected = canny(pixels, 0.1, 0.2)[1][0, 0].numpy() * 255
+    edges = np.asarray(make_canny_map(photograph))
+    assert edges.shape == (64, 96, 3)
+    assert all(np.array_equal(edges[..., channel], expected) for channel in range(3))
+    assert 0.02 < (expected == 255).mean() < 0.5
+
+
+def test_edges_of_a_square_are_its_outline_alone():
+    image = Image.new("RGB", (40, 40), "black")
+    ImageDraw.Draw(image).rectangle((10, 10, 29, 29), fill="white")
+    rows, columns = np.nonzero(np.asarray(make_canny_map(image))[..., 0])
+    distances = np.maximum(np.abs(rows - 19.5), np.abs(columns - 19.5))
+    assert ((distances > 8) & (distances < 12)).all()
+    assert len(rows) > 60
+
+
+def test_transparency_is_white_for_the_detector_too():
+    assert not np.asarray(make_canny_map(Image.new("RGBA", (16, 16), (0, 0, 0, 0)))).any()
+
+
+@torch.no_grad()
+def test_depth_runs_from_the_farthest_black_to_the_nearest_white(photograph, depth_model):
+    model, processor = depth_model
+    depth = model(**processor(images=photograph, return_tensors="pt")).predicted_depth
+    # transformers resizes depth by bicubic interpolation.
+    depth = F.interpolate(depth[None], (64, 96), mode="bicubic", align_corners=False)[0, 0]
+    expected = ((depth - depth.min()) / (depth.max() - depth.min()) * 255).numpy()
+    grey = np.asarray(make_depth_map(photograph, model, processor)).astype(float)
+    assert grey.shape == (64, 96, 3)
+    assert np.abs(grey - expected[..., None]).max() <= 0.51
+    assert (grey.min(), grey.max()) == (0, 255)
+    distance = np.asarray(make_depth_map(photograph, model, processor, is_distance=True)).astype(float)
+    assert np.abs(grey + distance - 255).max() <= 1
+
+
+@torch.no_grad()
+def test_every_pixel_has_the_colour_of_its_likeliest_class(photograph, segmentation_model):
+    model, processor = segmentation_model
+    logits = model(**processor(images=photograph, return_tensors="pt")).logits
+    labels = F.interpolate(logits, (64, 96), mode="bilinear", align_corners=False)[0].argmax(0).numpy()
+    assert len(np.unique(labels)) > 1
+    palette = np.arange(21).reshape(7, 3) * 10
+    coloured = np.asarray(make_segmentation_map(photograph, model, processor, palette))
+    assert np.array_equal(coloured, palette[labels])
+    default = np.asarray(make_segmentation_map(photograph, model, processor))
+    assert np.array_equal(default, compute_palette(7)[labels])
+
+
+def test_palette_is_that_of_pascal_voc():
+    expected = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128)]
+    assert compute_palette(7).tolist() == list(map(list, expected))
+    assert compute_palette(256)[[8, 20, 255]].tolist() == [[64, 0, 0], [0, 64, 128], [224, 224, 192]]
+    assert len({tuple(colour) for colour in compute_palette(256).tolist()}) == 256
+
+
+@pytest.mark.filterwarnings("ignore:A prompt is longer")
+def test_map_goes_straight_into_the_pipeline(photograph):
+    edges = make_canny_map(photograph.crop((0, 0, 64, 64)))
+    assert build_pipeline()("a man", image=edges, task="canny").images[0].size == (16, 16)
+
+
+def test_thresholds_out_of_order_are_refused(photograph):
+    with pytest.raises(ValueError, match=r"`low_threshold` is 0\.3 and `high_threshold` 0\.2"):
+        make_canny_map(photograph, 0.3, 0.2)
+
+
+def test_palette_of_another_shape_is_refused(photograph, segmentation_model):
+    with pytest.raises(ValueError, match=r"`palette` has shape \(6, 3\); the model has 7 classes"):
+        make_segmentation_map(photograph, *segmentation_model, palette=np.zeros((6, 3)))
