@@ -31,8 +31,13 @@ class Arguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id"})
     dataset: str = field(metadata={"help": "folder that make_sticker_edits.py wrote"})
     output: str = field(metadata={"help": "JSON file for the figures"})
+    lora: str | None = field(default=None, metadata={"help": "folder or Hub id of an adapter to edit with"})
     split: str = "test"
     settings: list[str] = field(default_factory=lambda: ["greedy-3"], metadata={"help": "such as greedy-3, sampled-1"})
+    controls: list[str] = field(
+        default_factory=lambda: list(CONTROLS),
+        metadata={"help": "which of ceiling, untouched source, another instruction"},
+    )
     max_samples: int | None = field(default=None, metadata={"help": "evenly spaced samples; default: all"})
     batch_size: int = 64
     seed: int = 0
@@ -134,11 +139,15 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     for setting in args.settings:
         parse_setting(setting)
+    if unknown := set(args.controls) - set(CONTROLS):
+        raise ValueError(f"`controls` holds {', '.join(unknown)}; there are {', '.join(CONTROLS)}.")
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     samples = load_samples(args)
-    others = pick_other_prompts(samples)
+    others = pick_other_prompts(samples) if "another instruction" in args.controls else None
     pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
+    if args.lora is not None:
+        pipeline.load_lora_weights(args.lora)
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.processor.image_processor.size
     if samples[0]["source_image"].size != (size.width, size.height):
@@ -150,7 +159,7 @@ def main():
     pictures = {"ceiling": through_tokenizer, "untouched source": [sample["source_image"] for sample in samples]}
     prompts = [sample["prompt"] for sample in samples]
     results = {}
-    for setting in (*CONTROLS, *args.settings):
+    for setting in (*args.controls, *args.settings):
         if setting == "another instruction":
             pictures[setting] = edit_samples(args, pipeline, samples, others, args.settings[0])
         elif setting not in pictures:

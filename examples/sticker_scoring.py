@@ -115,6 +115,13 @@ def score_sticker(picture, surroundings, sticker, other_colours):
     }
 
 
+def list_removed(details):
+    """List the stickers that an edit takes from their places."""
+    if details["operation"] == "clear":
+        return details["stickers"]
+    return [details["old"]] if details["operation"] in ("remove", "move") else []
+
+
 def is_gone(picture, source, target, sticker):
     """Tell whether a sticker of the source has made way for what the target shows in its place.
 
@@ -151,8 +158,8 @@ def score_edit(picture, source, target, target_through_tokenizer, mask, details,
     if details["new"] is not None:
         ring = target[draw_ring(details["new"], len(target))]
         score |= score_sticker(picture, ring, details["new"], {"background": rgb2lab(ring).mean(0)})
-    if details["operation"] in ("remove", "move"):
-        score["gone"] = is_gone(picture, source, target, details["old"])
+    if removed := list_removed(details):
+        score["gone"] = all(is_gone(picture, source, target, sticker) for sticker in removed)
     inside = all(score.values())
     kept = ~isotropic_dilation(np.asarray(mask) > 127, token_size)
     psnr, ceiling = (compute_psnr(image, target, kept) for image in (picture, target_through_tokenizer))

@@ -302,6 +302,7 @@ def test_evaluation_writes_the_settings_beside_the_ceiling_and_the_controls(stic
         ({"settings": ["greedy"]}, "`settings` holds 'greedy'"),
         ({"split": "holdout"}, "no parquet file whose name starts with 'holdout'"),
         ({"max_samples": 1}, "`dataset` has one prompt of operation"),
+        ({"controls": ["floor"]}, "`controls` holds floor; there are ceiling, untouched source, another instruction"),
         ({"model": "editor"}, r"`dataset` has pictures of \(64, 64\) pixels; the model makes 16 × 16"),
     ],
 )
@@ -311,6 +312,33 @@ def test_evaluation_refuses(options, message, sticker_editor, editor, pictures, 
     with pytest.raises(ValueError, match=message):
         run_here("evaluate_sticker_editor.py", dataset=pictures, output=tmp_path / "results.json", **options)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_an_adapter_learns_a_new_operation_and_is_measured_with_its_base(sticker_editor, tmp_path, run_here):
+    """The whole way at tiny size: pairs, training with `--lora_rank`, evaluation with and without."""
+    run_here("make_clear_edits.py", output_dir=tmp_path / "clear", resolution=64, num_train=4, num_test=3)
+    reset_accelerate()
+    run_here(
+        "train_editar.py",
+        "--no_conditioning_dropout",
+        model=sticker_editor,
+        dataset=tmp_path / "clear",
+        output_dir=tmp_path / "run",
+        lora_rank=2,
+        batch_size=4,
+        max_train_steps=3,
+        learning_rate=0.3,
+    )
+    reset_accelerate()
+    options = {"dataset": tmp_path / "clear", "settings": "greedy-1", "controls": "ceiling"}
+    for name, more in (("base", {}), ("adapted", {"lora": tmp_path / "run" / "adapter"})):
+        output = tmp_path / f"{name}.json"
+        run_here("evaluate_sticker_editor.py", model=sticker_editor, output=output, **options, **more)
+    base, adapted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("base", "adapted"))
+    assert set(base) == {"ceiling", "greedy-1"}
+    assert base["ceiling"] == adapted["ceiling"]
+    assert base["greedy-1"]["seen"]["clear"]["n"] == 3
+    assert base["greedy-1"] != adapted["greedy-1"]
 
 
 # train_editar.py

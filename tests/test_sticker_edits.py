@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import make_clear_edits as clearing
 import make_sticker_edits as stickers
 import sticker_scoring as scoring
 
@@ -322,3 +323,40 @@ def test_scores_are_averaged_per_group_and_serialise():
     assert set(rates) == set(ALL_TASKS)
     assert all(rate["n"] == 2 and rate["done"] == 0.5 for rate in rates.values())
     assert scoring.aggregate_scores(scores, by=("part", "operation"))["seen", "move"]["n"] == 2
+
+
+# The operation that an adapter learns
+
+
+@pytest.fixture(scope="module")
+def clearings():
+    rows = [clearing.make_clearing(3, "test", index, RESOLUTION) for index in range(30)]
+    return [row | {"details": json.loads(row["details"])} for row in rows]
+
+
+def test_clearing_leaves_the_photograph_and_is_done_when_every_sticker_is_gone(clearings):
+    for sample in clearings:
+        source, target = (np.asarray(sample[f"{name}_image"]).astype(int) for name in ("source", "target"))
+        changed = (source != target).any(axis=-1)
+        assert changed.any()
+        assert not (changed & (np.asarray(sample["mask"]) == 0)).any()
+        assert score(sample, sample["target_image"])["done"]
+        assert not score(sample, sample["source_image"])["done"]
+        for sticker in sample["details"]["stickers"]:
+            left_over = stickers.draw_stickers(
+                sample["target_image"], [stickers.Sticker(**sticker | {"rgb": tuple(sticker["rgb"])})]
+            )
+            assert not score(sample, left_over)["gone"]
+
+
+def test_clearing_is_asked_for_in_words_no_other_operation_uses(clearings, train_samples):
+    assert {sample["prompt"] for sample in clearings} == set(clearing.PROMPTS)
+    assert not set(clearing.PROMPTS) & {sample["prompt"] for sample in train_samples}
+    assert not {"clear", "wipe", "leave"} & {word for sample in train_samples for word in sample["prompt"].split()}
+
+
+def test_clear_pairs_of_one_seed_are_the_same_and_train_and_test_differ(clearings):
+    again = clearing.make_clearing(3, "test", 0, RESOLUTION)
+    assert again["source_image"].tobytes() == clearings[0]["source_image"].tobytes()
+    other = clearing.make_clearing(3, "train", 0, RESOLUTION)
+    assert other["source_image"].tobytes() != clearings[0]["source_image"].tobytes()
