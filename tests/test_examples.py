@@ -314,6 +314,20 @@ def test_evaluation_refuses(options, message, sticker_editor, editor, pictures, 
     assert not (tmp_path / "results.json").exists()
 
 
+def test_the_sheet_shows_the_first_test_samples_of_every_task(sticker_editor, tmp_path, run_here):
+    output = tmp_path / "new" / "sheet.png"
+    run_here("show_sticker_edits.py", model=sticker_editor, output=output, num_per_task=1)
+    with Image.open(output) as sheet:
+        sheet = np.asarray(sheet)
+    order = (*stickers.OPERATIONS, *stickers.TRANSLATIONS)
+    height = len(sheet) // len(order)
+    for index, operation in enumerate(order):
+        sample = stickers.make_sample(0, "test", index, 64, (operation, "seen", None))
+        for left, name in ((0, "source_image"), (2 * 132, "target_image")):
+            shown = sheet[index * height :][:128, left : left + 128]
+            assert np.array_equal(shown[::2, ::2], np.asarray(sample[name]))
+
+
 def test_an_adapter_learns_a_new_operation_and_is_measured_with_its_base(sticker_editor, tmp_path, run_here):
     """The whole way at tiny size: pairs, training with `--lora_rank`, evaluation with and without."""
     run_here("make_clear_edits.py", output_dir=tmp_path / "clear", resolution=64, num_train=4, num_test=3)
