@@ -15,11 +15,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import check, convert, env
+from . import check, convert, edit, env
 
 
 # In the order of `editar-hf --help`.
-COMMANDS = (convert, check, env)
+COMMANDS = (edit, convert, check, env)
 
 
 def build_parser() -> argparse.ArgumentParser:
