@@ -213,18 +213,32 @@ def test_name_that_is_taken_is_refused(tmp_path):
 
 @pytest.mark.parametrize("change", ["rank", "fewer targets"])
 def test_adapter_whose_weights_do_not_fit_is_refused_and_leaves_no_trace(tmp_path, change):
+    first = tmp_path / "first"
+    write_adapter(first, seed=1)
     write_adapter(tmp_path)
     file = tmp_path / "adapter_config.json"
     changes = {"rank": {"r": 5}, "fewer targets": {"target_modules": ["q_proj"]}}
     file.write_text(json.dumps(json.loads(file.read_text()) | changes[change]))
     pipe = build_pipeline()
-    base = compute_logits(pipe.transformer)
+    pipe.load_lora_weights(first)
+    adapted = compute_logits(pipe.transformer)
     problem = {"rank": "wrongly shaped: model.layers.0", "fewer targets": "unexpected: model.layers.0"}[change]
     with pytest.raises(ValueError, match=f"no adapter of this decoder. {problem}"):
         pipe.load_lora_weights(tmp_path)
-    assert pipe.list_adapters() == []
-    assert torch.equal(compute_logits(pipe.transformer), base)
-    pipe.save_pretrained(tmp_path / "pipeline")
+    assert pipe.list_adapters() == pipe.get_active_adapters() == ["default_0"]
+    assert torch.equal(compute_logits(pipe.transformer), adapted)
+
+
+def test_adapters_that_replace_the_same_module_are_not_active_together(tmp_path):
+    pipe = build_pipeline()
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(tmp_path / name, seed, modules_to_save=["text_projection"])
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+    adapted = compute_logits(pipe.transformer)
+    with pytest.raises(ValueError, match=r"one and two both replace `model\.text_projection`"):
+        pipe.set_adapters(["one", "two"])
+    assert pipe.get_active_adapters() == ["two"]
+    assert torch.equal(compute_logits(pipe.transformer), adapted)
 
 
 def test_saving_needs_to_know_which_adapter(tmp_path):

@@ -4,6 +4,7 @@ diffusers' `LoraBaseMixin` does the work on LoRA layers. Here are the files, and
 a whole (PEFT's `modules_to_save`), which that class does not know.
 """
 
+import copy
 import os
 import tempfile
 import warnings
@@ -14,6 +15,7 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -36,14 +38,25 @@ def find_adapter_folder(name: str | Path, **kwargs) -> Path:
     return folder
 
 
-def describe_differences(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
-    """Describe how an adapter's weights differ from those its configuration asks for; empty if they do not."""
-    parts = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": found.keys() - expected.keys(),
-        "wrongly shaped": {n for n in expected.keys() & found.keys() if expected[n].shape != found[n].shape},
+def check_weights(weights: dict[str, torch.Tensor], config, transformer: PreTrainedModel):
+    """Refuse weights that are not those an adapter's `PeftConfig` asks for; tried on a decoder without memory.
+
+    Raises:
+        ValueError: If weights are missing, unexpected or wrongly shaped; they are listed.
+    """
+    from peft import get_peft_model_state_dict, inject_adapter_in_model
+
+    with torch.device("meta"):
+        skeleton = type(transformer)(transformer.config)
+    inject_adapter_in_model(copy.deepcopy(config), skeleton)
+    expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
+    problems = {
+        "missing": expected.keys() - weights.keys(),
+        "unexpected": weights.keys() - expected.keys(),
+        "wrongly shaped": {n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape},
     }
-    return "; ".join(f"{problem}: {', '.join(sorted(names))}" for problem, names in parts.items() if names)
+    if listed := "; ".join(f"{problem}: {', '.join(sorted(names))}" for problem, names in problems.items() if names):
+        raise ValueError(f"The weights are no adapter of this decoder. {listed}.")
 
 
 class EditARLoraMixin(LoraBaseMixin):
@@ -73,31 +86,23 @@ class EditARLoraMixin(LoraBaseMixin):
         Raises:
             ValueError: If there is no adapter, the name is taken, or the weights are not those of this decoder.
         """
-        from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+        from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
         names = self.list_adapters()
         adapter_name = f"default_{len(names)}" if adapter_name is None else adapter_name
         if adapter_name in names:
             raise ValueError(f"`adapter_name` is {adapter_name!r}, which is taken; there are {', '.join(names)}.")
-        folder = find_adapter_folder(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        weights = load_file(folder / WEIGHTS_FILE)
+        where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        folder = find_adapter_folder(pretrained_model_name_or_path, **where)
+        config, weights = PeftConfig.from_pretrained(folder), load_file(folder / WEIGHTS_FILE)
+        weights = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in weights.items()}
+        check_weights(weights, config, self.transformer)
         with warnings.catch_warnings():
             # Several adapters in one model are what is wanted.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            inject_adapter_in_model(PeftConfig.from_pretrained(folder), self.transformer, adapter_name)
+            inject_adapter_in_model(config, self.transformer, adapter_name)
         # transformers' own saving, enabling and deleting of adapters ask for it.
         self.transformer._hf_peft_config_loaded = True
-        weights = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in weights.items()}
-        expected = get_peft_model_state_dict(self.transformer, adapter_name=adapter_name, save_embedding_layers=False)
-        if differences := describe_differences(expected, weights):
-            self.delete_adapters(adapter_name)
-            raise ValueError(f"`{pretrained_model_name_or_path}` is no adapter of this decoder. {differences}.")
         set_peft_model_state_dict(self.transformer, weights, adapter_name=adapter_name)
         self.set_adapters(adapter_name)
 
@@ -143,6 +148,10 @@ class EditARLoraMixin(LoraBaseMixin):
         """
         from peft.functional import set_adapter
 
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for path, module in self._list_replaced_modules():
+            if len(both := [name for name in names if name in module.modules_to_save]) > 1:
+                raise ValueError(f"`adapter_names`: {' and '.join(both)} both replace `{path}`; choose one of them.")
         super().set_adapters(adapter_names, adapter_weights)
         set_adapter(self.transformer, adapter_names, inference_mode=True)
 
@@ -182,20 +191,20 @@ class EditARLoraMixin(LoraBaseMixin):
 
     def unload_lora_weights(self):
         """Remove all adapters; what was fused stays in the weights."""
-        from peft.utils import ModulesToSaveWrapper
-
-        for name, module in list(self.transformer.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper):
-                is_fused = set(module.active_adapters) & self.fused_loras
-                kept = module.modules_to_save[module.active_adapter] if is_fused else module.original_module
-                self.transformer.set_submodule(name, kept)
+        for path, module in self._list_replaced_modules():
+            is_fused = set(module.active_adapters) & self.fused_loras
+            kept = module.modules_to_save[module.active_adapter] if is_fused else module.original_module
+            self.transformer.set_submodule(path, kept)
         super().unload_lora_weights()
         self.transformer._hf_peft_config_loaded = False
         self._merged_adapters = set()
 
     def _enable_replaced_modules(self, enabled: bool):
+        for _, module in self._list_replaced_modules():
+            module.enable_adapters(enabled)
+
+    def _list_replaced_modules(self) -> list[tuple[str, torch.nn.Module]]:
+        """List the modules of which an adapter has a copy of its own, with their paths."""
         from peft.utils import ModulesToSaveWrapper
 
-        for module in self.transformer.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                module.enable_adapters(enabled)
+        return [(path, m) for path, m in self.transformer.named_modules() if isinstance(m, ModulesToSaveWrapper)]
