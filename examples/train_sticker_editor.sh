@@ -66,13 +66,16 @@ editor() {
     train_editor "${large_batches[@]}" --max_train_steps 4200 --target_token_dropout 0.3 --lr_scheduler linear
 }
 
+# The guidance scale is the one with the most edits done on validation samples.
 ship() {
-    python examples/ship_sticker_editor.py --model "$RUNS/editor/pipeline" --output_dir examples/sticker-editor --do_sample False
+    python examples/ship_sticker_editor.py --model "$RUNS/editor/pipeline" --output_dir examples/sticker-editor \
+        --guidance_scale 1.5 --do_sample False
+    python examples/show_sticker_edits.py --model examples/sticker-editor --output docs/sticker-editor.png
 }
 
 figures() {
     python examples/evaluate_sticker_editor.py --model examples/sticker-editor --dataset "$RUNS/stickers" \
-        --settings greedy-3 sampled-3 --max_samples 480 --output "$RUNS/figures.json"
+        --settings greedy-1.5 sampled-1.5 greedy-1 greedy-3 greedy-7.5 --output "$RUNS/figures.json"
 }
 
 for stage in ${*:-data tokenizer decoding tokens editor ship figures}; do
