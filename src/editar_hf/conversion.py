@@ -22,7 +22,7 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedConfig, T5Config, T5EncoderModel, T5Tokenizer
 
 from .configuration_editar import EditARConfig, EditARVQConfig
-from .model_card import SNIPPET
+from .model_card import compose_snippet
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
 from .pipeline_editar import EditARPipeline
@@ -447,7 +447,7 @@ def compose_card(name: str, sources: dict[str, str], self_check: str, license: s
     )
     return CARD.format(
         license_line="" if license is None else f"license: {license}\n",
-        snippet=SNIPPET.format(name=name),
+        snippet=compose_snippet(name),
         sources="\n".join(f"* {part}: {source}" for part, source in sources.items()),
         self_check=self_check,
         license_text=license_text,

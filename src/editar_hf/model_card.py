@@ -54,20 +54,24 @@ terms they may be used.
 """
 
 
+def compose_snippet(name: str) -> str:
+    """Compose the code that loads the pipeline `name` and edits a picture with it."""
+    return SNIPPET.format(load=LOAD_PIPELINE.format(name=name))
+
+
 def compose_pipeline_card(name: str, closing: str = OPEN_CLOSING) -> str:
     """Compose the card of a pipeline that loads under `name`, a Hub id or a folder; `closing` is its last part."""
-    return compose_card(name, PIPELINE_DESCRIPTION, LOAD_PIPELINE.format(name=name), closing)
+    return compose_card(name, PIPELINE_DESCRIPTION, compose_snippet(name), closing)
 
 
 def compose_adapter_card(name: str, base_model: str, closing: str = OPEN_CLOSING) -> str:
     """Compose the card of a LoRA adapter `name` for the pipeline `base_model`; `closing` is its last part."""
-    load = LOAD_ADAPTER.format(name=name, base_model=base_model)
-    return compose_card(name, ADAPTER_DESCRIPTION.format(base_model=base_model), load, closing)
+    snippet = SNIPPET.format(load=LOAD_ADAPTER.format(name=name, base_model=base_model))
+    return compose_card(name, ADAPTER_DESCRIPTION.format(base_model=base_model), snippet, closing)
 
 
-def compose_card(name: str, description: str, load: str, closing: str) -> str:
-    title, snippet = name.rpartition("/")[2], SNIPPET.format(load=load)
-    return CARD.format(title=title, description=description, snippet=snippet, closing=closing)
+def compose_card(name: str, description: str, snippet: str, closing: str) -> str:
+    return CARD.format(title=name.rpartition("/")[2], description=description, snippet=snippet, closing=closing)
 
 
 def write_pipeline_card(folder: str | Path, name: str):
