@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from make_sticker_edits import OPERATIONS, TRANSLATIONS, make_sample, plan_split
+from make_sticker_edits import OPERATIONS, TRANSLATIONS, make_sample
 from PIL import Image, ImageDraw, ImageFont
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
 
 
+TASKS = (*OPERATIONS, *TRANSLATIONS)
 # In pixels: pictures, the space between them, a line of text, and the space between columns.
 SIDE, GAP, LINE, MARGIN = 128, 4, 18, 20
 
@@ -30,10 +31,12 @@ class Arguments:
 
 def make_samples(num_per_task: int, resolution: int) -> list[dict]:
     """Make the first test samples of each task, task after task."""
-    jobs = plan_split("test", num_per_task)[: num_per_task * len((*OPERATIONS, *TRANSLATIONS))]
-    samples = [make_sample(0, "test", index, resolution, job) for index, job in enumerate(jobs)]
-    order = (*OPERATIONS, *TRANSLATIONS)
-    return sorted(samples, key=lambda sample: order.index(sample["details"]["operation"]))
+    # The test split goes through the tasks again and again.
+    return [
+        make_sample(0, "test", start + turn * len(TASKS), resolution, (task, "seen", None))
+        for start, task in enumerate(TASKS)
+        for turn in range(num_per_task)
+    ]
 
 
 def edit_samples(pipeline: EditARPipeline, samples: list[dict], seed: int) -> list[Image.Image]:

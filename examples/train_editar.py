@@ -387,9 +387,9 @@ def main():
             f"`output_dir` {args.output_dir} holds {checkpoints[-1].name}; pass `--resume_from_checkpoint latest` to "
             "go on from it, or another folder."
         )
-    pairs = load_pairs(args)
     if args.lora_rank is not None and args.train_text_encoder:
         raise ValueError("`train_text_encoder` and `lora_rank`: an adapter holds the decoder's part alone; drop one.")
+    pairs = load_pairs(args)
     accelerator = build_accelerator(args)
     set_seed(args.seed)
     pipeline = prepare_pipeline(args)

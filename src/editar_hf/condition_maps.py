@@ -1,6 +1,10 @@
 """Photographs to condition maps: canny edges, depth and segmentation, each a picture that goes straight into `task=`.
 
+```python
 pipe("a red barn", image=make_canny_map(photo), task="canny")
+```
+
+Edges need kornia, the extra `maps`.
 """
 
 import numpy as np

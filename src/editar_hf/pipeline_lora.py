@@ -17,6 +17,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from .pipeline_loading import describe_key_problems
+
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # PEFT names weights as its wrapper around a model sees them.
@@ -50,13 +52,21 @@ def check_weights(weights: dict[str, torch.Tensor], config, transformer: PreTrai
         skeleton = type(transformer)(transformer.config)
     inject_adapter_in_model(copy.deepcopy(config), skeleton)
     expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
-    problems = {
-        "missing": expected.keys() - weights.keys(),
-        "unexpected": weights.keys() - expected.keys(),
-        "wrongly shaped": {n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape},
-    }
-    if listed := "; ".join(f"{problem}: {', '.join(sorted(names))}" for problem, names in problems.items() if names):
-        raise ValueError(f"The weights are no adapter of this decoder. {listed}.")
+    shapes = ({name: tuple(tensor.shape) for name, tensor in found.items()} for found in (weights, expected))
+    if problems := describe_key_problems(*shapes):
+        raise ValueError(f"The weights are no adapter of this decoder: {problems}.")
+
+
+def attach_adapter(transformer: PreTrainedModel, config, adapter_name: str):
+    """Give a decoder the adapter that a `PeftConfig` describes, beside those it has."""
+    from peft import inject_adapter_in_model
+
+    with warnings.catch_warnings():
+        # Several adapters in one model are what is wanted.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, transformer, adapter_name)
+    # transformers' own saving, enabling and deleting of adapters ask for it.
+    transformer._hf_peft_config_loaded = True
 
 
 class EditARLoraMixin(LoraBaseMixin):
@@ -86,7 +96,7 @@ class EditARLoraMixin(LoraBaseMixin):
         Raises:
             ValueError: If there is no adapter, the name is taken, or the weights are not those of this decoder.
         """
-        from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+        from peft import PeftConfig, set_peft_model_state_dict
 
         names = self.list_adapters()
         adapter_name = f"default_{len(names)}" if adapter_name is None else adapter_name
@@ -97,12 +107,7 @@ class EditARLoraMixin(LoraBaseMixin):
         config, weights = PeftConfig.from_pretrained(folder), load_file(folder / WEIGHTS_FILE)
         weights = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in weights.items()}
         check_weights(weights, config, self.transformer)
-        with warnings.catch_warnings():
-            # Several adapters in one model are what is wanted.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            inject_adapter_in_model(config, self.transformer, adapter_name)
-        # transformers' own saving, enabling and deleting of adapters ask for it.
-        self.transformer._hf_peft_config_loaded = True
+        attach_adapter(self.transformer, config, adapter_name)
         set_peft_model_state_dict(self.transformer, weights, adapter_name=adapter_name)
         self.set_adapters(adapter_name)
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 
 from ..modeling_editar import EditARForConditionalGeneration
+from ..pipeline_lora import attach_adapter
 
 
 ADAPTER_NAME = "default"
@@ -50,8 +51,7 @@ def add_lora(
         base_model_name_or_path=base_model,
     )
     transformer.requires_grad_(False)
-    inject_adapter_in_model(config, transformer, ADAPTER_NAME)
-    transformer._hf_peft_config_loaded = True
+    attach_adapter(transformer, config, ADAPTER_NAME)
 
 
 def check_names(transformer: EditARForConditionalGeneration, argument: str, names: Sequence[str]):
