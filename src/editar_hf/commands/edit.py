@@ -92,7 +92,9 @@ def read_job(args: argparse.Namespace, line: str, place: str) -> Job:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"`--prompts` {place} is no JSON: {error}.") from error
-    if not isinstance(entry, dict) or not {"image", "prompt"} <= entry.keys() <= {*Job.__dataclass_fields__}:
+    kinds = {"image": str, "prompt": str, "output": str, "task": str, "seed": int}
+    is_sound = isinstance(entry, dict) and {"image", "prompt"} <= entry.keys() <= kinds.keys()
+    if not is_sound or not all(isinstance(value, kinds[name]) for name, value in entry.items()):
         raise ValueError(
             f"`--prompts` {place} is {line.strip()!r}; give an object with `image` and `prompt`, and where wanted "
             "`output`, `task`, `seed`."
@@ -108,7 +110,7 @@ def check_output(path: Path) -> None:
     """Refuse a file name that says no picture format, before any work."""
     from PIL import Image
 
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"`--output` is {path}; end it in a picture format such as .png.")
 
 
