@@ -21,7 +21,7 @@ from editar_hf import (
     EditARVQModel,
 )
 from editar_hf.processing_editar import apply_task_prefix
-from editar_hf.training.data import load_edit_dataset
+from editar_hf.training.sources import DataSource, open_source
 from editar_hf.training.tokenizer import train_tokenizer
 
 
@@ -101,7 +101,7 @@ def start_from_codes(transformer: EditARForConditionalGeneration, vq_model: Edit
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     set_seed(args.seed)
-    dataset = load_edit_dataset(args.dataset)
+    dataset = open_source(DataSource(args.dataset, streaming=False))
     tasks = dataset["task"][:] if "task" in dataset.column_names else "edit"
     tokenizer = train_tokenizer(apply_task_prefix(dataset["prompt"][:], tasks), args.text_vocab_size)
     vq_model = EditARVQModel.from_pretrained(args.vq_model)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
-from editar_hf.training.data import find_parquet_files
+from editar_hf.training.sources import find_files
 
 
 CONTROLS = ("ceiling", "untouched source", "another instruction")
@@ -56,7 +56,7 @@ def parse_setting(setting: str) -> dict:
 
 def load_samples(args: Arguments) -> list[dict]:
     """Load samples with their pictures and with their details parsed."""
-    files = find_parquet_files(args.dataset, args.split)
+    files = find_files(args.dataset, args.split)
     if not files:
         raise ValueError(f"`dataset` {args.dataset!r} has no parquet file whose name starts with {args.split!r}.")
     dataset = load_dataset("parquet", data_files=files, split="train")

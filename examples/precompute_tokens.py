@@ -3,62 +3,132 @@
     python examples/precompute_tokens.py --dataset stickers --split train --vq_model sticker-tokenizer \
         --output_dir stickers-tokens --resolution 64
 
-`examples/train_editar.py --dataset stickers-tokens` then trains without the tokenizer in its loop. Shards that exist
-are kept: a second run goes on where the first stopped.
+`examples/train_editar.py --dataset stickers-tokens` then trains without the tokenizer in its loop. With `--pipeline` in
+place of `--vq_model` the shards hold the text states of its text encoder too, for trainings in which that is frozen;
+FLAN-T5-XL's take 0.5 MB a pair in bfloat16. Shards that exist
+are kept: a second run goes on where the first stopped. Started by `torchrun` or `accelerate launch` in several
+processes, each makes every so-many-th shard. Of a recipe, one source is encoded at a time: `--recipe
+examples/recipes/editar.yaml --source pipe-add`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from editar_hf import EditARImageProcessor, EditARVQModel
-from editar_hf.training.data import compute_edit_mask, load_edit_dataset
+from editar_hf import EditARImageProcessor, EditARPipeline, EditARVQModel
+from editar_hf.training.data import compute_edit_mask, pack_states
+from editar_hf.training.rows import BadRowCount, RowReader, UnusableRow
+from editar_hf.training.sources import DataSource, load_recipe, open_source
 
 
 @dataclass
 class Arguments:
-    dataset: str = field(metadata={"help": "Hub id, folder or pattern of parquet files"})
-    vq_model: str = field(metadata={"help": "folder or Hub id of an EditARVQModel"})
     output_dir: str
     resolution: int = field(metadata={"help": "pixels per side"})
+    vq_model: str | None = field(default=None, metadata={"help": "folder or Hub id of an EditARVQModel"})
+    pipeline: str | None = field(default=None, metadata={"help": "folder or Hub id of a pipeline, for text states too"})
+    dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or pattern of files"})
+    recipe: str | None = field(default=None, metadata={"help": "YAML file of data sets, of which `source` names one"})
+    source: str | None = None
     split: str = "train"
+    source_image_column: str = "source_image"
+    target_image_column: str = "target_image"
+    prompt_column: str = "prompt"
     resize_mode: str = "crop"
+    max_bad_rows_fraction: float = field(default=0.05, metadata={"help": "rows that may be unusable, and are left out"})
     batch_size: int = 64
     shard_size: int = 20000
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     device: str = "cpu"
 
 
-def encode_batch(rows: dict, vq_model: EditARVQModel, image_processor: EditARImageProcessor) -> dict:
-    """Encode the two pictures of each row, and its mask if there is one."""
-    pictures = rows["source_image"] + rows["target_image"]
-    pixel_values = image_processor(pictures).pixel_values.to(vq_model.device, vq_model.dtype)
-    image_tokens = vq_model.encode(pixel_values.contiguous(memory_format=torch.channels_last)).image_tokens
-    source, target = image_tokens.cpu().chunk(2)
-    encoded = {"source_image_tokens": source.tolist(), "target_image_tokens": target.tolist(), "prompt": rows["prompt"]}
-    encoded["task"] = rows.get("task", ["edit"] * len(source))
-    if "mask" in rows:
-        masks = image_processor(rows["mask"]).pixel_values
-        encoded["edit_mask"] = compute_edit_mask(masks, vq_model.config.stride).tolist()
-    return encoded
+def build_source(args: Arguments) -> DataSource:
+    """Name what to encode: a data set, or one source of a recipe; all of it is downloaded first."""
+    if (args.dataset is None) == (args.recipe is None) or (args.recipe is None) != (args.source is None):
+        raise ValueError("Give `dataset`, or `recipe` and `source`.")
+    if args.recipe is None:
+        names = ("source_image", "target_image", "prompt")
+        columns = {name: getattr(args, f"{name}_column") for name in names}
+        return DataSource(args.dataset, args.split, columns=columns, streaming=False)
+    sources = {source.name: source for source in load_recipe(args.recipe)}
+    if args.source not in sources:
+        raise ValueError(f"`source` is {args.source!r}; {args.recipe} has {', '.join(sources)}.")
+    return replace(sources[args.source], streaming=False)
 
 
-@torch.no_grad()
-def encode_shard(dataset: datasets.Dataset, args: Arguments, vq_model: EditARVQModel, path: Path):
-    """Write one shard under a temporary name and rename it."""
-    image_processor = EditARImageProcessor(
-        size=args.resolution, resize_mode=args.resize_mode, stride=vq_model.config.stride
-    )
-    batches = dataset.iter(args.batch_size)
-    encoded = [encode_batch(rows, vq_model, image_processor) for rows in batches]
-    merged = {name: [value for batch in encoded for value in batch[name]] for name in encoded[0]}
-    unfinished = path.with_suffix(".unfinished")
-    datasets.Dataset.from_dict(merged).to_parquet(str(unfinished))
-    unfinished.rename(path)
+@dataclass
+class Encoder:
+    """Encode rows of a source, in batches, into columns of tokens."""
+
+    source: DataSource
+    vq_model: EditARVQModel
+    row_reader: RowReader
+    bad_rows: BadRowCount
+    batch_size: int
+    pipeline: EditARPipeline | None
+
+    def read_rows(self, dataset: datasets.Dataset, start: int) -> Iterator[dict]:
+        """Yield the usable rows of `dataset`, whose first is row `start` of the source."""
+        for position, row in enumerate(dataset, start):
+            self.bad_rows.num_read += 1
+            try:
+                yield self.row_reader.read(row, self.source)
+            except UnusableRow as error:
+                self.bad_rows.add(self.source, position, error)
+
+    def encode_batch(self, rows: list[dict]) -> list[dict]:
+        """Encode the two pictures of each row, and its mask if there is one."""
+        pixel_values = self.prepare([row[name] for name in ("source_image", "target_image") for row in rows])
+        pixel_values = pixel_values.to(self.vq_model.device, self.vq_model.dtype)
+        image_tokens = self.vq_model.encode(pixel_values.contiguous(memory_format=torch.channels_last)).image_tokens
+        source, target = image_tokens.tolist()[: len(rows)], image_tokens.tolist()[len(rows) :]
+        encoded = [
+            {"source_image_tokens": s, "target_image_tokens": t, "prompt": row["prompt"], "task": row["task"]}
+            for row, s, t in zip(rows, source, target, strict=True)
+        ]
+        if "mask" in rows[0]:
+            masks = compute_edit_mask(self.prepare([row["mask"] for row in rows]), self.vq_model.config.stride)
+            encoded = [{**row, "edit_mask": mask} for row, mask in zip(encoded, masks.tolist(), strict=True)]
+        if self.pipeline is not None:
+            states = self.pipeline.encode_prompt([row["prompt"] for row in rows], [row["task"] for row in rows]).cpu()
+            encoded = [{**row, "prompt_embeds": pack_states(s)} for row, s in zip(encoded, states, strict=True)]
+        return encoded
+
+    def prepare(self, pictures: list) -> torch.Tensor:
+        reader = self.row_reader
+        size = {"height": reader.height, "width": reader.width}
+        return reader.image_processor(pictures, size=size, resize_mode=reader.resize_mode).pixel_values
+
+    @torch.no_grad()
+    def encode_shard(self, dataset: datasets.Dataset, start: int, path: Path):
+        """Write one shard under a temporary name and rename it."""
+        rows, encoded = self.read_rows(dataset, start), []
+        while batch := list(islice(rows, self.batch_size)):
+            encoded += self.encode_batch(batch)
+        self.bad_rows.judge()
+        unfinished = path.with_suffix(".unfinished")
+        datasets.Dataset.from_list(encoded).to_parquet(str(unfinished))
+        unfinished.rename(path)
+
+
+def load_networks(args: Arguments) -> tuple[EditARVQModel, EditARPipeline | None]:
+    """Load the tokenizer, alone or with the pipeline it belongs to."""
+    if (args.vq_model is None) == (args.pipeline is None):
+        raise ValueError("Give `vq_model` or `pipeline`: one of them, and not both.")
+    dtype = getattr(torch, args.dtype)
+    if args.pipeline is None:
+        pipeline, vq_model = None, EditARVQModel.from_pretrained(args.vq_model, dtype=dtype).to(args.device).eval()
+    else:
+        pipeline = EditARPipeline.from_pretrained(args.pipeline, dtype=dtype).to(args.device)
+        vq_model = pipeline.vq_model
+    return vq_model.to(memory_format=torch.channels_last), pipeline
 
 
 def check_shards(output_dir: Path, split: str, num_shards: int):
@@ -73,18 +143,24 @@ def check_shards(output_dir: Path, split: str, num_shards: int):
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    dataset = load_edit_dataset(args.dataset, args.split)
-    vq_model = EditARVQModel.from_pretrained(args.vq_model, dtype=args.dtype).to(args.device).eval()
-    vq_model.to(memory_format=torch.channels_last)
+    source, process = build_source(args), PartialState()
+    dataset = open_source(source)
+    vq_model, pipeline = load_networks(args)
+    size = args.resolution, args.resolution
+    image_processor = EditARImageProcessor(size=args.resolution, stride=vq_model.config.stride)
+    row_reader = RowReader(image_processor, *size, args.resize_mode)
+    bad_rows = BadRowCount(args.max_bad_rows_fraction)
+    encoder = Encoder(source, vq_model, row_reader, bad_rows, args.batch_size, pipeline)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), args.shard_size)
     check_shards(output_dir, args.split, len(starts))
-    for index, start in enumerate(tqdm(starts, desc="shards")):
+    own = range(process.process_index, len(starts), process.num_processes)
+    for index in tqdm(own, desc="shards", disable=not process.is_main_process):
         path = output_dir / f"{args.split}-{index:05d}-of-{len(starts):05d}.parquet"
         if not path.exists():
-            rows = range(start, min(start + args.shard_size, len(dataset)))
-            encode_shard(dataset.select(rows), args, vq_model, path)
+            rows = range(starts[index], min(starts[index] + args.shard_size, len(dataset)))
+            encoder.encode_shard(dataset.select(rows), rows.start, path)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     accelerate launch examples/train_editar.py --model editar --dataset my-pairs --output_dir runs/my-editor
 
-`--model` is a pipeline folder or Hub id. `--dataset` is a Hub id, a folder of parquet files or an image folder, with
-the columns `source_image, target_image, prompt` and, where there are any, `mask` and `task` (other names by flags); or
-what `examples/precompute_tokens.py` made of it. The tokenizer stays frozen, the text encoder too unless
-`--train_text_encoder` is given. The optimiser's defaults are those of the published training
+`--model` is a pipeline folder or Hub id. `--dataset` is a Hub id (streamed), a folder or pattern of parquet files or of
+webdataset tars, or an image folder, with the columns `source_image, target_image, prompt` and, where there are any,
+`mask` and `task` (other names by flags); or what `examples/precompute_tokens.py` made of it. `--recipe` names a file
+that mixes several such sources, such as `examples/recipes/editar.yaml`. The tokenizer stays frozen, and so does the
+text encoder without `--train_text_encoder`. The optimiser's defaults are those of the published training
 (arXiv 2501.04699, section 4.1): AdamW, 1e-4, betas 0.9 and 0.95, weight decay 0.05, gradient norm 1, 40,000 steps of
 64 pairs.
 """
@@ -21,35 +22,41 @@ from typing import Literal
 
 import datasets
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, send_to_device
+from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import HfArgumentParser, get_scheduler, set_seed
 
 from editar_hf import EditARPipeline
+from editar_hf.hub import try_to_upload_folder
 from editar_hf.model_card import CARD_FILE
-from editar_hf.training.batch import (
-    compute_token_loss,
-    draw_conditioning_dropout,
-    drop_target_tokens,
-    encode_image_tokens,
-)
-from editar_hf.training.card import compose_training_card
+from editar_hf.training.batch import encode_image_tokens
+from editar_hf.training.card import PICTURE_FILE, compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from editar_hf.training.data import EditCollator, check_image_tokens, load_edit_dataset
-from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
+from editar_hf.training.data import EditCollator, check_image_tokens
+from editar_hf.training.distillation import DistillationTeacher
 from editar_hf.training.logs import LossLog, log_figures
 from editar_hf.training.lora import TARGET_MODULES, add_lora
+from editar_hf.training.nonfinite import NonFiniteGuard
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
+from editar_hf.training.rows import RowReader
+from editar_hf.training.sources import DataSource, load_recipe, open_source
+from editar_hf.training.step import TrainingStep, draw_dropout
+from editar_hf.training.streams import MixedRows, build_dataloader, collate_first_rows
 from editar_hf.training.validation import save_validation_pictures
 
 
 @dataclass
 class Arguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id to start from"})
-    dataset: str = field(metadata={"help": "Hub id, folder or pattern of files"})
     output_dir: str = field(
         metadata={"help": "for checkpoints, `validation/` pictures and the trained `pipeline/` or `adapter/`"}
     )
+    dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or pattern of files"})
+    recipe: str | None = field(default=None, metadata={"help": "YAML file that mixes several data sets"})
+    streaming: bool = field(default=True, metadata={"help": "read a data set of the Hub while it is downloaded"})
     validation_dataset: str | None = field(default=None, metadata={"help": "like --dataset; its split is `validation`"})
     source_image_column: str = "source_image"
     target_image_column: str = "target_image"
@@ -58,6 +65,7 @@ class Arguments:
     task_column: str = "task"
     resolution: int | None = field(default=None, metadata={"help": "pixels per side; default: the model's"})
     resize_mode: str = "crop"
+    max_bad_rows_fraction: float = field(default=0.05, metadata={"help": "rows that may be unusable, and are skipped"})
 
     train_text_encoder: bool = False
     edit_region_weight: float = field(default=1.0, metadata={"help": "weight in the loss of tokens inside the mask"})
@@ -95,11 +103,15 @@ class Arguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
+    max_nonfinite_steps: int = field(default=10, metadata={"help": "steps without a finite loss before the run stops"})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "also average the weights, by this factor a step, and save `pipeline-ema/`"}
+    )
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
     gradient_checkpointing: bool = False
     compile: bool = False
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager is faster on CPUs, with --compile"})
-    num_workers: int = 0
+    num_workers: int = field(default=0, metadata={"help": "processes that read and decode, per training process"})
     seed: int = 0
 
     checkpointing_steps: int = 1000
@@ -109,18 +121,27 @@ class Arguments:
     num_validation_batches: int = 4
     num_validation_pictures: int = 6
     logging_steps: int = 20
+    push_to_hub: str | None = field(default=None, metadata={"help": "id of the repository to upload the result to"})
+    push_steps: int | None = field(
+        default=None, metadata={"help": "upload every so many steps, and not at the end only"}
+    )
+    license: str | None = field(default=None, metadata={"help": "identifier of the weights' licence, for the card"})
     log_with: str | None = field(default=None, metadata={"help": "tensorboard, wandb, ..."})
 
 
-def load_pairs(args: Arguments) -> dict[str, datasets.Dataset]:
-    """Load the data to train on as `"train"`, and what is held out, if anything, as `"validation"`."""
+def build_sources(args: Arguments) -> list[DataSource]:
+    """Name what to train on: the sources of a recipe, or one data set with its columns."""
+    if (args.dataset is None) == (args.recipe is None):
+        raise ValueError("Give `dataset` or `recipe`: one of them, and not both.")
+    if args.recipe is not None:
+        return load_recipe(args.recipe)
+    return [DataSource(args.dataset, columns=name_columns(args), streaming=args.streaming)]
+
+
+def name_columns(args: Arguments) -> dict[str, str]:
     names = ("source_image", "target_image", "prompt", "mask", "task")
     columns = {name: getattr(args, f"{name}_column") for name in names}
-    columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
-    pairs = {"train": load_edit_dataset(args.dataset, "train", columns)}
-    if args.validation_dataset is not None:
-        pairs["validation"] = load_edit_dataset(args.validation_dataset, "validation", columns)
-    return pairs
+    return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
 
 
 def build_collator(args: Arguments, pipeline: EditARPipeline) -> EditCollator:
@@ -128,21 +149,29 @@ def build_collator(args: Arguments, pipeline: EditARPipeline) -> EditCollator:
         height, width = pipeline.resolve_size(args.resolution, args.resolution)
     except ValueError as error:
         raise ValueError(f"`resolution` is {args.resolution}: {error}") from error
-    return EditCollator(pipeline.processor, height, width, args.resize_mode, pipeline.vq_model.config.stride)
+    stride, text_hidden_size = pipeline.vq_model.config.stride, pipeline.transformer.config.text_hidden_size
+    return EditCollator(pipeline.processor, height, width, args.resize_mode, stride, text_hidden_size)
 
 
-def check_inputs(args: Arguments, pipeline: EditARPipeline, collator: EditCollator, pairs, num_processes: int):
-    """Refuse, before the first step, what does not fit together."""
-    vocab_size, stride = pipeline.transformer.config.vocab_size, collator.stride
-    for dataset in pairs.values():
-        check_image_tokens(dataset, vocab_size, collator.height // stride, collator.width // stride)
-    if len(pairs["train"]) < args.batch_size * num_processes:
+def open_checked(source: DataSource, pipeline: EditARPipeline, collator: EditCollator):
+    """Open a source, and refuse tokens made in advance that do not fit the model."""
+    opened = open_source(source)
+    if isinstance(opened, datasets.Dataset):
+        check_image_tokens(opened, pipeline.transformer.config.vocab_size, *collator.grid)
+    return opened
+
+
+def check_data(args: Arguments, pipeline: EditARPipeline, opened: list):
+    """Refuse, before the first step, data that does not fit the arguments."""
+    has_tokens = ["source_image_tokens" in dataset.column_names for dataset in opened]
+    if any(has_tokens) and not all(has_tokens):
+        raise ValueError("`recipe` mixes pictures with tokens made in advance; make tokens of all, or of none.")
+    if args.train_text_encoder and any("prompt_embeds" in dataset.column_names for dataset in opened):
         raise ValueError(
-            f"`batch_size` is {args.batch_size} for {num_processes} processes; `dataset` has {len(pairs['train'])} "
-            "rows. Make the batch smaller."
+            "`train_text_encoder`: `dataset` holds text states of the encoder as it was; make tokens alone."
         )
     if args.distillation_model is not None:
-        if "source_image_tokens" in pairs["train"].column_names:
+        if any(has_tokens):
             raise ValueError("`distillation_model` looks at pictures, and `dataset` holds tokens; give the pictures.")
         if pipeline.transformer.config.distillation_hidden_size is None:
             raise ValueError(
@@ -151,62 +180,24 @@ def check_inputs(args: Arguments, pipeline: EditARPipeline, collator: EditCollat
             )
 
 
-def build_dataloader(dataset, args, collator: EditCollator, is_training: bool) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_size=args.batch_size,
-        shuffle=is_training,
-        drop_last=is_training,
-        collate_fn=collator,
-        num_workers=args.num_workers,
-        # A data loader draws a number whenever it starts. Were it from the generator that dropout draws from, a run
-        # that is resumed in the middle of an epoch would not be the uninterrupted one.
-        generator=torch.Generator().manual_seed(args.seed),
-    )
-
-
-class TrainingStep(torch.nn.Module):
-    """One batch to its losses; both trained networks inside, so that one wrapper serves distributed runs."""
-
-    def __init__(self, args: Arguments, pipeline: EditARPipeline, collator: EditCollator):
-        super().__init__()
-        self.args = args
-        self.transformer = pipeline.transformer
-        self.text_encoder = pipeline.text_encoder
-        self.grid = (collator.height // collator.stride, collator.width // collator.stride)
-
-    def train(self, mode: bool = True):
-        """Switch to training; a text encoder that is not trained along stays without dropout."""
-        super().train(mode)
-        self.text_encoder.train(mode and self.args.train_text_encoder)
-        return self
-
-    def forward(self, batch: dict[str, torch.Tensor], drop_source=None, drop_prompt=None, teacher_features=None):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.train_text_encoder):
-            prompt_embeds = self.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-        output = self.transformer(
-            source_image_tokens=batch["source_image_tokens"],
-            prompt_embeds=prompt_embeds,
-            target_image_tokens=batch.get("shown_image_tokens", batch["target_image_tokens"]),
-            drop_source=drop_source,
-            drop_prompt=drop_prompt,
-            grid_height=self.grid[0],
-            grid_width=self.grid[1],
-            output_distillation_features=teacher_features is not None,
-        )
-        losses = {
-            "token_loss": compute_token_loss(
-                output.logits, batch["target_image_tokens"], batch.get("edit_mask"), self.args.edit_region_weight
-            )
-        }
-        losses["loss"] = losses["token_loss"]
-        if teacher_features is not None:
-            cells = (self.grid[0] // 2, self.grid[1] // 2)
-            losses["distillation_loss"] = compute_distillation_loss(
-                output.distillation_features, teacher_features, *cells
-            )
-            losses["loss"] = losses["loss"] + self.args.distillation_loss_weight * losses["distillation_loss"]
-        return losses
+def build_data(
+    args: Arguments, accelerator: Accelerator, pipeline: EditARPipeline
+) -> tuple[StatefulDataLoader, list[dict], int | None]:
+    """Open the data; return the endless loader, the batches held out, and the number of pairs where it is known."""
+    sources, collator = build_sources(args), build_collator(args, pipeline)
+    opened = [open_checked(source, pipeline, collator) for source in sources]
+    check_data(args, pipeline, opened)
+    reader = RowReader(pipeline.processor.image_processor, collator.height, collator.width, args.resize_mode)
+    processes = accelerator.process_index, accelerator.num_processes
+    rows = MixedRows(sources, opened, reader, args.max_bad_rows_fraction, args.seed, *processes)
+    dataloader = build_dataloader(rows, collator, args.batch_size, args.num_workers)
+    held_out = []
+    if args.validation_dataset is not None:
+        source = DataSource(args.validation_dataset, "validation", columns=name_columns(args), streaming=args.streaming)
+        rows = open_checked(source, pipeline, collator)
+        held_out = collate_first_rows(rows, source, reader, collator, args.batch_size, args.num_validation_batches)
+    is_counted = all(isinstance(dataset, datasets.Dataset) for dataset in opened)
+    return dataloader, held_out, sum(map(len, opened)) if is_counted else None
 
 
 def prepare_pipeline(args: Arguments) -> EditARPipeline:
@@ -264,123 +255,176 @@ def build_accelerator(args: Arguments) -> Accelerator:
         ),
         log_with=args.log_with,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     accelerator.init_trackers("editar", config={name: str(value) for name, value in vars(args).items()})
     return accelerator
 
 
-def iterate_batches(accelerator: Accelerator, dataloader, first_batch: int):
-    """Yield (index, batch) for ever, epoch after epoch, going on where `first_batch` batches have been seen."""
-    epoch, skipped = divmod(first_batch, len(dataloader))
-    for index in itertools.count(first_batch):
-        if index == first_batch or index % len(dataloader) == 0:
-            dataloader.set_epoch(epoch)
-            batches = iter(accelerator.skip_first_batches(dataloader, skipped))
-            epoch, skipped = epoch + 1, 0
-        yield index, next(batches)
+@dataclass
+class Run:
+    """What a training run consists of, and the loop over it."""
 
+    args: Arguments
+    accelerator: Accelerator
+    pipeline: EditARPipeline
+    module: TrainingStep
+    teacher: DistillationTeacher | None
+    optimizers: list
+    schedulers: list
+    dataloader: StatefulDataLoader
+    held_out: list[dict]
+    ema: EMAModel | None
+    guard: NonFiniteGuard
+    num_pairs: int | None
+    step: int = 0
+    validation_loss: float | None = None
 
-def prepare_inputs(args, accelerator, pipeline, teacher, index: int, batch: dict) -> dict:
-    """Encode a batch's pictures, draw what is dropped of it, and ask the teacher what it sees."""
-    inputs = {"teacher_features": None if teacher is None else teacher(batch["target_pixel_values"])}
-    inputs["batch"] = encode_image_tokens(batch, pipeline.vq_model)
-    # Seeded by the batch's place in the run, so that a resumed run draws what an uninterrupted one would. The generator
-    # knows the seed's low 32 bits alone; the prime keeps two seeds apart for a million batches.
-    place = index * accelerator.num_processes + accelerator.process_index
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + place)
-    if args.conditioning_dropout:
-        drops = draw_conditioning_dropout(len(batch["input_ids"]), generator)
-        inputs["drop_source"], inputs["drop_prompt"] = (drop.to(accelerator.device) for drop in drops)
-    if args.target_token_dropout:
-        tokens = (inputs["batch"][f"{name}_image_tokens"] for name in ("target", "source"))
-        shown = drop_target_tokens(*tokens, args.target_token_dropout, generator)
-        inputs["batch"] = {**inputs["batch"], "shown_image_tokens": shown}
-    return inputs
+    def train(self):
+        """Run optimiser steps until the last one or the end of the time allowed, and leave a checkpoint."""
+        args, start_time = self.args, time.monotonic()
+        log = LossLog(self.accelerator, self.count_positions(), args.max_train_steps, self.step)
+        batches = enumerate(self.dataloader, start=self.step * args.gradient_accumulation_steps)
+        is_last = self.step >= args.max_train_steps
+        self.module.train()
+        while not is_last:
+            self.take_step(list(itertools.islice(batches, args.gradient_accumulation_steps)), log)
+            is_last = self.is_out_of_time(start_time) or self.step >= args.max_train_steps
+            if self.step % args.logging_steps == 0:
+                skipped = {"nonfinite_steps": self.guard.num_skipped} if self.guard.num_skipped else {}
+                log.flush(self.step, self.schedulers[0].get_last_lr()[0], **skipped)
+            if self.step % args.checkpointing_steps == 0 or is_last:
+                save_checkpoint(
+                    self.accelerator, args.output_dir, self.step, args.checkpoints_total_limit, self.dataloader
+                )
+            if self.held_out and self.step % args.validation_steps == 0:
+                self.validate()
+            if args.push_steps is not None and self.step % args.push_steps == 0 and not is_last:
+                self.save_result()
 
-
-def is_out_of_time(args, accelerator: Accelerator, start_time: float) -> bool:
-    """Ask whether the time of any process is up, so that all of them stop at the same step."""
-    if math.isinf(args.max_train_minutes):
-        return False
-    if time.monotonic() - start_time > 60 * args.max_train_minutes:
-        accelerator.set_trigger()
-    return accelerator.check_trigger()
-
-
-def train(args, accelerator, pipeline, module, teacher, optimizers, schedulers, dataloader, validation, step) -> int:
-    """Run optimiser steps until the last one or the end of the time allowed, leave a checkpoint, return the step."""
-    start_time, log = time.monotonic(), LossLog(accelerator)
-    batches = iterate_batches(accelerator, dataloader, step * args.gradient_accumulation_steps)
-    is_last = step >= args.max_train_steps
-    module.train()
-    while not is_last:
-        for index, batch in itertools.islice(batches, args.gradient_accumulation_steps):
-            with accelerator.accumulate(module):
-                losses = module(**prepare_inputs(args, accelerator, pipeline, teacher, index, batch))
-                accelerator.backward(losses["loss"])
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            log.add(losses, args.batch_size)
-        for scheduler in schedulers:
+    def take_step(self, batches: list[tuple[int, dict]], log: LossLog):
+        """Step the weights once, on the gradients of all batches."""
+        total, inputs = 0.0, []
+        for index, batch in batches:
+            groups = batch.pop("groups")
+            inputs.append(self.prepare_inputs(index, batch))
+            with self.accelerator.accumulate(self.module):
+                losses = self.module(**inputs[-1])
+                self.accelerator.backward(losses["loss"])
+            log.add(losses, self.args.batch_size, **groups)
+            total = total + losses["loss"].detach()
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.args.max_grad_norm)
+        self.step += 1
+        is_usable = self.guard.admits(total, norm)
+        if not is_usable:
+            self.guard.skip(self.step, inputs)
+        for optimizer in self.optimizers:
+            # In fp16 the loss scaler has to see every step; one that is not usable it skips by itself.
+            if is_usable or self.accelerator.scaler is not None:
+                optimizer.step()
+            optimizer.zero_grad()
+        if is_usable and self.ema is not None:
+            self.ema.step(list_trained(self.module))
+        for scheduler in self.schedulers:
             scheduler.step()
-        step += 1
-        is_last = is_out_of_time(args, accelerator, start_time) or step >= args.max_train_steps
-        if step % args.logging_steps == 0:
-            log.flush(step, schedulers[0].get_last_lr()[0])
-        if step % args.checkpointing_steps == 0 or is_last:
-            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
-        if validation is not None and step % args.validation_steps == 0:
-            validate(args, accelerator, pipeline, module, validation, step)
-    return step
+        log.progress_bar.update()
+
+    def prepare_inputs(self, index: int, batch: dict) -> dict:
+        """Encode a batch's pictures, ask the teacher what it sees, and draw what is dropped."""
+        batch = send_to_device(batch, self.accelerator.device)
+        features = None if self.teacher is None else self.teacher(batch["target_pixel_values"])
+        batch = encode_image_tokens(batch, self.pipeline.vq_model)
+        place = index * self.accelerator.num_processes + self.accelerator.process_index
+        inputs = draw_dropout(
+            batch, self.args.seed, place, self.args.conditioning_dropout, self.args.target_token_dropout
+        )
+        return {**inputs, "teacher_features": features}
+
+    def count_positions(self) -> int:
+        """Count the positions the decoder sees of a pair."""
+        collator = self.dataloader.collate_fn
+        return 2 * math.prod(collator.grid) + self.pipeline.transformer.config.num_text_tokens
+
+    def is_out_of_time(self, start_time: float) -> bool:
+        """Ask whether the time of any process is up, so that all of them stop at the same step."""
+        if math.isinf(self.args.max_train_minutes):
+            return False
+        if time.monotonic() - start_time > 60 * self.args.max_train_minutes:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    def validate(self):
+        """Log the loss on held-out pairs and save a few of them as source | edited | target."""
+        self.module.eval()
+        batches = [send_to_device(batch, self.accelerator.device) for batch in self.held_out]
+        batches = [encode_image_tokens(batch, self.pipeline.vq_model) for batch in batches]
+        with torch.no_grad(), self.accelerator.autocast():
+            losses = torch.cat([self.module(batch)["token_losses"] for batch in batches])
+        self.validation_loss = losses.mean().item()
+        log_figures(self.accelerator, {"validation_loss": self.validation_loss}, self.step)
+        if self.accelerator.is_main_process:
+            collator, folder = self.dataloader.collate_fn, Path(self.args.output_dir)
+            size = collator.height, collator.width
+            with self.accelerator.autocast():
+                save_validation_pictures(
+                    self.pipeline, batches[0], self.args.num_validation_pictures, folder, self.step, *size
+                )
+        self.module.train()
+
+    def save_result(self):
+        """Save the trained pipeline or adapter; and once more with the averaged weights, if there are any."""
+        if self.accelerator.is_main_process:
+            kind = "pipeline" if self.args.lora_rank is None else "adapter"
+            self.save_weights(kind)
+            if self.ema is not None:
+                trained = list_trained(self.module)
+                self.ema.store(trained)
+                self.ema.copy_to(trained)
+                self.save_weights(kind, "-ema")
+                self.ema.restore(trained)
+        self.accelerator.wait_for_everyone()
+
+    def save_weights(self, kind: str, suffix: str = ""):
+        """Save the weights and their card beside their place, put both there, and upload them if that was asked for."""
+        args = self.args
+        folder, repo_id = Path(args.output_dir) / f"{kind}{suffix}", args.push_to_hub and f"{args.push_to_hub}{suffix}"
+        unfinished = folder.with_name(f"unfinished-{folder.name}")
+        (self.pipeline.save_lora_weights if kind == "adapter" else self.pipeline.save_pretrained)(unfinished)
+        card = self.compose_card(repo_id or str(folder), is_adapter=kind == "adapter")
+        (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
+        if self.validation_loss is not None:
+            picture = max((Path(args.output_dir) / "validation").glob("*.png"))
+            shutil.copyfile(picture, unfinished / PICTURE_FILE)
+        previous = folder / CARD_FILE
+        previous_card = previous.read_text(encoding="utf-8") if previous.exists() else None
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        if repo_id is not None:
+            try_to_upload_folder(folder, repo_id, previous_card)
+
+    def compose_card(self, name: str, is_adapter: bool) -> str:
+        args = self.args
+        num_batches = args.gradient_accumulation_steps * self.accelerator.num_processes
+        return compose_training_card(
+            name=name,
+            base_model=args.model,
+            dataset=args.dataset or args.recipe,
+            num_pairs=self.num_pairs,
+            num_steps=self.step,
+            num_samples_per_step=args.batch_size * num_batches,
+            trained_text_encoder=args.train_text_encoder,
+            command=("accelerate", "launch", *sys.argv),
+            is_adapter=is_adapter,
+            validation_loss=self.validation_loss,
+            license=args.license,
+        )
 
 
-def validate(args, accelerator, pipeline, module, validation, step):
-    """Log the loss on held-out pairs and save a few of them as source | edited | target."""
-    module.eval()
-    batches = [
-        send_to_device(batch, accelerator.device) for batch in itertools.islice(validation, args.num_validation_batches)
-    ]
-    batches = [encode_image_tokens(batch, pipeline.vq_model) for batch in batches]
-    with torch.no_grad(), accelerator.autocast():
-        losses = [module(batch)["token_loss"].item() for batch in batches]
-    log_figures(accelerator, {"validation_loss": sum(losses) / len(losses)}, step)
-    if accelerator.is_main_process:
-        with accelerator.autocast():
-            size = validation.collate_fn.height, validation.collate_fn.width
-            save_validation_pictures(
-                pipeline, batches[0], args.num_validation_pictures, Path(args.output_dir), step, *size
-            )
-    module.train()
+def list_trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def save_result(args, accelerator, pipeline, num_pairs: int, step: int):
-    """Save the trained pipeline, or the adapter, and its card beside their place, then put both there."""
-    is_adapter = args.lora_rank is not None
-    folder = Path(args.output_dir) / ("adapter" if is_adapter else "pipeline")
-    unfinished = folder.with_name(f"unfinished-{folder.name}")
-    (pipeline.save_lora_weights if is_adapter else pipeline.save_pretrained)(unfinished)
-    card = compose_training_card(
-        name=str(folder),
-        base_model=args.model,
-        dataset=args.dataset,
-        num_pairs=num_pairs,
-        num_steps=step,
-        num_samples_per_step=args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-        trained_text_encoder=args.train_text_encoder,
-        command=("accelerate", "launch", *sys.argv),
-        is_adapter=is_adapter,
-    )
-    (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-
-
-def main():
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+def check_arguments(args: Arguments):
+    """Refuse, before anything is loaded, what cannot be."""
     checkpoints = list_checkpoints(args.output_dir)
     if checkpoints and args.resume_from_checkpoint is None:
         raise ValueError(
@@ -389,15 +433,27 @@ def main():
         )
     if args.lora_rank is not None and args.train_text_encoder:
         raise ValueError("`train_text_encoder` and `lora_rank`: an adapter holds the decoder's part alone; drop one.")
-    pairs = load_pairs(args)
-    accelerator = build_accelerator(args)
-    set_seed(args.seed)
+    if args.push_steps is not None and args.push_to_hub is None:
+        raise ValueError("`push_steps` goes with `push_to_hub`, the id of the repository to upload to.")
+    if args.push_to_hub is not None and args.push_to_hub.count("/") != 1:
+        raise ValueError(f"`push_to_hub` is {args.push_to_hub!r}; give a full id, owner and name, for the card to say.")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise ValueError(f"`ema_decay` is {args.ema_decay}; it must be between 0 and 1.")
+
+
+def build_run(args: Arguments, accelerator: Accelerator) -> Run:
+    """Load, check and prepare everything."""
     pipeline = prepare_pipeline(args)
-    collator = build_collator(args, pipeline)
-    check_inputs(args, pipeline, collator, pairs, accelerator.num_processes)
+    dataloader, held_out, num_pairs = build_data(args, accelerator, pipeline)
     pipeline.vq_model.to(accelerator.device)
     teacher = build_teacher(args, pipeline, accelerator.device)
-    module = TrainingStep(args, pipeline, collator)
+    module = TrainingStep(
+        pipeline.transformer,
+        pipeline.text_encoder,
+        dataloader.collate_fn.grid,
+        args.edit_region_weight,
+        args.distillation_loss_weight,
+    )
     if args.compile:
         module.compile()
     optimizers = build_optimizers(args, module)
@@ -405,18 +461,30 @@ def main():
         get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
         for optimizer in optimizers
     ]
-    dataloader = build_dataloader(pairs["train"], args, collator, is_training=True)
-    validation = None
-    if "validation" in pairs:
-        validation = build_dataloader(pairs["validation"], args, collator, is_training=False)
-    module, dataloader, *optimizers = accelerator.prepare(module, dataloader, *optimizers)
+    module, *optimizers = accelerator.prepare(module, *optimizers)
     accelerator.register_for_checkpointing(*schedulers)
-    step = 0
+    ema = None
+    if args.ema_decay is not None:
+        ema = EMAModel(list_trained(module), decay=args.ema_decay)
+        accelerator.register_for_checkpointing(ema)
+    guard = NonFiniteGuard(accelerator, Path(args.output_dir), args.max_nonfinite_steps)
+    parts = (module, teacher, optimizers, schedulers, dataloader, held_out, ema, guard, num_pairs)
+    return Run(args, accelerator, pipeline, *parts)
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    check_arguments(args)
+    accelerator = build_accelerator(args)
+    if args.push_to_hub is not None and accelerator.is_main_process:
+        # A token that is missing shows now, and not after the training.
+        create_repo(args.push_to_hub, exist_ok=True)
+    set_seed(args.seed)
+    run = build_run(args, accelerator)
     if args.resume_from_checkpoint is not None:
-        step = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
-    step = train(args, accelerator, pipeline, module, teacher, optimizers, schedulers, dataloader, validation, step)
-    if accelerator.is_main_process:
-        save_result(args, accelerator, pipeline, len(pairs["train"]), step)
+        run.step = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint, run.dataloader)
+    run.train()
+    run.save_result()
     accelerator.end_training()
 
 

@@ -17,7 +17,7 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from editar_hf import EditARPipeline
 from editar_hf.commands import main
-from editar_hf.conversion import load_published_weights, read_transformer_config, read_vq_config
+from editar_hf.conversion import convert_transformer, load_published_weights, read_transformer_config, read_vq_config
 from editar_hf.training.tokenizer import train_tokenizer
 
 
@@ -316,16 +316,51 @@ def change(weights, **replaced):
     return {name: tensor for name, tensor in {**weights, **replaced}.items() if tensor is not None}
 
 
+TEXT_TO_IMAGE = {"img_uncond_embedding": None, "alignment__weight": None, "alignment__bias": None}
+
+
+def test_text_to_image_decoder_becomes_a_start_for_training(published, tmp_path, capsys):
+    weights = published.editar.state_dict()
+    torch.save({"model": change(weights, **TEXT_TO_IMAGE)}, tmp_path / "t2i.pt")
+    options = ("--grid-size", str(GRID_SIZE))
+    assert published.convert(tmp_path / "start", *options, transformer=tmp_path / "t2i.pt") == 0
+    printed = capsys.readouterr()
+    assert "New, and drawn at random: the null image embedding and the distillation head." in printed.out
+    assert "SELF-CHECK FAILED" not in printed.err
+    card = (tmp_path / "start" / "README.md").read_text()
+    assert "A start for training EditAR" in card
+    assert "cannot edit yet" in card
+
+    start = EditARPipeline.from_pretrained(tmp_path / "start")
+    assert start.transformer.config.grid_size == GRID_SIZE
+    own = start.transformer.state_dict()
+    whole = convert_transformer(weights, 2).state_dict()
+    new = {"model.null_image_embeds", "distillation_head.weight", "distillation_head.bias"}
+    assert own.keys() == whole.keys()
+    assert {name for name, tensor in own.items() if not torch.equal(tensor, whole[name])} >= new - {
+        "distillation_head.bias"
+    }
+    assert all(torch.equal(own[name], whole[name]) for name in own.keys() - new)
+    # As in a new model: null images of the published scale.
+    assert own["model.null_image_embeds"].std().item() == pytest.approx(WIDTH**-0.5, rel=0.2)
+    assert own["distillation_head.weight"].shape[0] == start.transformer.config.distillation_hidden_size == 768
+    assert own["distillation_head.weight"].std() > 0
+
+
+def test_grid_size_that_the_file_says_itself_is_refused(published, tmp_path, capsys):
+    assert published.convert(tmp_path / "pipeline", "--grid-size", "4") == 2
+    assert "`grid_size` goes with a LlamaGen text-to-image decoder" in capsys.readouterr().err
+    assert main(["convert", "--grid-size", "4", "--output-dir", str(tmp_path / "pipeline")]) == 2
+    assert "`--grid-size` goes with `--transformer`" in capsys.readouterr().err
+
+
 BAD_DECODERS = {
     "missing": ({"layers__1__attention__wo__weight": None}, "1 missing (layers.1.attention.wo.weight)"),
     "two missing": ({"norm__weight": None, "alignment__bias": None}, "2 missing (alignment.bias, norm.weight)"),
     "unexpected": ({"layers__0__extra": torch.ones(1)}, "1 unexpected (layers.0.extra)"),
     "wrong shape": ({"output__weight": torch.ones(60, 32)}, "1 wrongly shaped (output.weight (60, 32) instead of (64"),
     "missing sizes": ({"tok_embeddings__weight": None}, "1 missing (tok_embeddings.weight)"),
-    "text-to-image": (
-        {"img_uncond_embedding": None, "alignment__weight": None, "alignment__bias": None},
-        "LlamaGen text-to-image decoder",
-    ),
+    "text-to-image": (TEXT_TO_IMAGE, "LlamaGen text-to-image decoder, which cannot edit. To start"),
     "no square": ({"img_uncond_embedding": torch.ones(15, 32)}, "`img_uncond_embedding` has 15 rows"),
 }
 
@@ -430,11 +465,12 @@ def test_convert_warns_loudly_where_the_self_check_fails_and_still_writes_the_fo
 PUSH = """
 import sys
 from huggingface_hub import create_repo, upload_file
-from editar_hf.commands import convert, main
+from editar_hf.commands import main
+from editar_hf.hub import upload_folder
 create_repo("tester/mine")
 upload_file(path_or_fileobj=b"my card", path_in_repo="README.md", repo_id="tester/mine")
 assert main(["convert", *sys.argv[2:], "--output-dir", sys.argv[1]]) == 0
-convert.upload(sys.argv[1], "tester/mine")
+upload_folder(sys.argv[1], "tester/mine")
 """
 
 

@@ -1,21 +1,23 @@
 """The scripts in `examples/`, run as command lines at tiny size: what they write, and what they refuse."""
 
-import itertools
 import json
 import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import HubServer, Repository
 from PIL import Image
@@ -84,7 +86,8 @@ def read_figures(printed: str) -> dict[int, dict[str, str]]:
     steps: dict[int, dict[str, str]] = {}
     for step, line in re.findall(r"^step (\d+): (.*)$", printed, re.MULTILINE):
         figures = dict(part.rsplit(" ", 1) for part in line.split(", "))
-        figures.pop("samples_per_second", None)
+        for name in ("samples_per_second", "tokens_per_second", "memory_gib"):
+            figures.pop(name, None)
         steps.setdefault(int(step), {}).update(figures)
     return steps
 
@@ -427,24 +430,110 @@ def test_run_with_muon_resumes_bit_for_bit_too(editor, tokens, pictures, tmp_pat
     assert not name_changed(tmp_path / "straight" / "pipeline", tmp_path / "resumed" / "pipeline")
 
 
-def test_every_epoch_has_each_pair_once_in_an_order_of_its_own_and_can_be_entered_anywhere(on_cpu):
-    script = runpy.run_path(str(EXAMPLES / "train_editar.py"))
-    args = script["Arguments"](model="", dataset="", output_dir="", batch_size=4)
-    accelerator = script["build_accelerator"](args)
-    dataloader = script["build_dataloader"](list(range(12)), args, torch.tensor, is_training=True)
-    dataloader = accelerator.prepare(dataloader)
+@pytest.fixture(scope="module")
+def recipe(pictures, tmp_path_factory) -> Path:
+    """Two sources: the pairs at hand, and as many again streamed from the shards of a Hub data set.
 
-    def list_batches(first_batch, last_batch):
-        batches = script["iterate_batches"](accelerator, dataloader, first_batch)
-        return [(index, batch.tolist()) for index, batch in itertools.islice(batches, last_batch - first_batch)]
+    The pairs that are streamed come from the repository `tester/streamed`, of which the fixture is the folder.
+    """
+    folder = tmp_path_factory.mktemp("mixed")
+    pairs = datasets.Dataset.from_parquet(str(pictures / "train-00000-of-00001.parquet"))
+    for index in range(4):
+        pairs.shard(4, index).to_parquet(folder / f"train-{index:05d}-of-00004.parquet")
+    sources = [
+        {"dataset": str(pictures), "name": "at hand"},
+        {"dataset": "tester/streamed", "name": "streamed", "probability": 2.0},
+    ]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    return folder
 
-    batches = list_batches(0, 9)
-    assert [index for index, _ in batches] == list(range(9))
-    epochs = [[pair for _, batch in batches[start : start + 3] for pair in batch] for start in (0, 3, 6)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    for first_batch in (1, 3, 5):
-        assert list_batches(first_batch, 9) == batches[first_batch:]
+
+def find_free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def train_on_recipe(editor, recipe, folder, hub, *words: str, kill_at: str | None = None) -> str:
+    """Train in two processes, by the configuration for GPUs, with two workers each.
+
+    With `kill_at`, they are killed by SIGKILL as soon as that checkpoint is there.
+    """
+    options = {"model": editor, "recipe": recipe / "recipe.yaml", "output_dir": folder, "resolution": TOKEN_RESOLUTION}
+    options |= {"batch_size": 2, "num_workers": 2, "max_train_steps": 6, "checkpointing_steps": 3, "logging_steps": 1}
+    launch = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launch += ["--config_file", EXAMPLES / "accelerate_configs" / "ddp.yaml", "--main_process_port", find_free_port()]
+    command = [*map(str, launch), EXAMPLES / "train_editar.py", "--ema_decay", "0.9", *list_words(options), *words]
+    environment = {**hub.get_environment(recipe / "home"), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while kill_at is not None and not (folder / kill_at).exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        if kill_at is not None:
+            # The launcher's processes are in sessions of their own.
+            for part in [*psutil.Process(process.pid).children(recursive=True), process]:
+                part.kill()
+        printed, errors = process.communicate()
+    assert kill_at is not None or process.returncode == 0, errors
+    return printed
+
+
+def test_killed_run_of_two_processes_on_mixed_streams_goes_on_bit_for_bit(editor, recipe, tmp_path):
+    with HubServer() as hub:
+        repository = hub.repositories["datasets/tester/streamed"] = Repository()
+        repository.commit({file.name: file.read_bytes() for file in recipe.glob("*.parquet")})
+        printed = train_on_recipe(editor, recipe, tmp_path / "straight", hub)
+        train_on_recipe(editor, recipe, tmp_path / "killed", hub, kill_at="checkpoint-3")
+        assert not (tmp_path / "killed" / "pipeline").exists()
+        words = ("--resume_from_checkpoint", "checkpoint-3")
+        resumed = train_on_recipe(editor, recipe, tmp_path / "killed", hub, *words)
+    straight = read_figures(printed)
+    assert list(straight) == [1, 2, 3, 4, 5, 6]
+    assert any("token_loss/source/streamed" in figures for figures in straight.values())
+    assert read_figures(resumed) == {step: straight[step] for step in (4, 5, 6)}
+    for name in ("pipeline", "pipeline-ema"):
+        assert not name_changed(tmp_path / "straight" / name, tmp_path / "killed" / name)
+    assert name_changed(tmp_path / "straight" / "pipeline", tmp_path / "straight" / "pipeline-ema") == {"transformer"}
+
+
+def test_another_number_of_workers_cannot_resume(straight_run, editor, tokens, tmp_path, run_here):
+    shutil.copytree(straight_run[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    options = {"model": editor, "dataset": tokens, "output_dir": tmp_path, "resolution": TOKEN_RESOLUTION}
+    options |= {"resume_from_checkpoint": "latest", "num_workers": 2}
+    with pytest.raises(ValueError, match=r"`num_workers` is 2; .*checkpoint-2 was written with 0"):
+        run_here("train_editar.py", "--train_text_encoder", **options)
+
+
+def test_tokens_and_text_states_made_in_advance_train_as_the_pictures_do(
+    calm_editor, pictures, tokens, tmp_path, run_here, capsys
+):
+    options = {"dataset": pictures, "pipeline": calm_editor, "resolution": TOKEN_RESOLUTION}
+    run_here("precompute_tokens.py", output_dir=tmp_path / "states", **options)
+    options = {"model": calm_editor, "resolution": TOKEN_RESOLUTION, "batch_size": 4, "edit_region_weight": 3}
+    options |= {"max_train_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    printed = []
+    for name, dataset in (("pictures", pictures), ("tokens", tokens), ("text states", tmp_path / "states")):
+        run_here("train_editar.py", dataset=dataset, output_dir=tmp_path / name, **options)
+        reset_accelerate()
+        printed.append(read_figures(capsys.readouterr().out))
+    assert list(printed[0]) == [1, 2, 3, 4]
+    assert printed[0] == printed[1] == printed[2]
+    assert not name_changed(tmp_path / "pictures" / "pipeline", tmp_path / "tokens" / "pipeline")
+    # In other batches the text encoder rounds otherwise.
+    before, after = (load_weights(tmp_path / name / "pipeline") for name in ("pictures", "text states"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
+
+
+def test_text_states_made_in_advance_refuse_a_text_encoder_that_learns(calm_editor, pictures, tmp_path, run_here):
+    options = {"dataset": pictures, "pipeline": calm_editor, "resolution": TOKEN_RESOLUTION}
+    run_here("precompute_tokens.py", output_dir=tmp_path / "states", **options)
+    options = {"model": calm_editor, "dataset": tmp_path / "states", "resolution": TOKEN_RESOLUTION}
+    reset_accelerate()
+    with pytest.raises(ValueError, match="`train_text_encoder`: `dataset` holds text states"):
+        run_here("train_editar.py", "--train_text_encoder", output_dir=tmp_path / "run", **options)
+    with pytest.raises(ValueError, match="Give `vq_model` or `pipeline`"):
+        run_here("precompute_tokens.py", dataset=pictures, output_dir=tmp_path, resolution=8)
 
 
 def test_four_accumulated_batches_are_one_of_four_times_the_size(calm_editor, tokens, tmp_path, run_here, capsys):
@@ -465,18 +554,6 @@ def test_four_accumulated_batches_are_one_of_four_times_the_size(calm_editor, to
         assert float(printed[1][step]["loss"]) == pytest.approx(float(printed[0][step]["loss"]), rel=1e-3)
 
 
-def test_frozen_text_encoder_stays_without_dropout(editor):
-    script = runpy.run_path(str(EXAMPLES / "train_editar.py"))
-    pipeline = EditARPipeline.from_pretrained(editor)
-    paths = {"model": str(editor), "dataset": "", "output_dir": ""}
-    for train_text_encoder in (False, True):
-        args = script["Arguments"](**paths, train_text_encoder=train_text_encoder)
-        step = script["TrainingStep"](args, pipeline, script["build_collator"](args, pipeline))
-        step.eval().train()
-        assert pipeline.transformer.training
-        assert pipeline.text_encoder.training == train_text_encoder
-
-
 LORA = ("--lora_rank", "3", "--lora_alpha", "6", "--lora_modules_to_save", "text_projection")
 
 
@@ -490,7 +567,7 @@ def test_lora_run_writes_an_adapter_that_makes_the_base_the_trained_model(lora_r
     folder, _ = lora_run
     assert not (folder / "pipeline").exists()
     assert {path.name for path in (folder / "adapter").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "README.md")
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "validation.png")
     }
     pipeline = EditARPipeline.from_pretrained(editor)
     before = pipeline.transformer.state_dict()
@@ -526,30 +603,6 @@ def test_card_of_an_adapter_loads_it_into_its_base(lora_run, editor):
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(editor)
     assert (config["r"], config["lora_alpha"]) == (3, 6)
-
-
-@torch.no_grad()
-def test_dropped_target_tokens_are_shown_as_the_sources_and_asked_for_all_the_same(editor, tokens, on_cpu):
-    script = runpy.run_path(str(EXAMPLES / "train_editar.py"))
-    pipeline = EditARPipeline.from_pretrained(editor)
-    args = script["Arguments"](
-        str(editor), "", "", resolution=TOKEN_RESOLUTION, conditioning_dropout=False, target_token_dropout=1.0
-    )
-    collator = script["build_collator"](args, pipeline)
-    rows = datasets.Dataset.from_parquet(str(tokens / "train-00000-of-00003.parquet"))
-    batch = collator([rows[index] for index in range(len(rows))])
-    inputs = script["prepare_inputs"](args, Accelerator(), pipeline, None, 0, batch)
-    source, target = (batch[f"{name}_image_tokens"] for name in ("source", "target"))
-    shown = inputs["batch"]["shown_image_tokens"]
-    assert (shown != target).any()
-    assert ((shown == source) | (shown == target)).all()
-
-    losses = script["TrainingStep"](args, pipeline, collator).eval()(**inputs)
-    prompt_embeds = pipeline.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-    grid = {"grid_height": 2, "grid_width": 2}
-    logits = pipeline.transformer(source, prompt_embeds, target_image_tokens=shown, **grid).logits
-    expected = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -674,7 +727,9 @@ def foreign_tokens(tmp_path_factory) -> Path:
         ({"dataset": "{foreign_tokens}"}, f"codes 0 to {NUM_CODES - 1}"),
         ({"resolution": 10}, "`resolution` is 10: .*multiple of 4"),
         ({"resolution": 20}, "`resolution` is 20: .*16, which this model covers"),
-        ({"batch_size": 13}, "`batch_size` is 13 for 1 processes; `dataset` has 12 rows"),
+        ({"num_workers": 13}, r"`dataset` '.*' has 12 rows for 13 readers"),
+        ({"recipe": "recipe.yaml"}, "Give `dataset` or `recipe`: one of them"),
+        ({"ema_decay": 1}, r"`ema_decay` is 1\.0"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "`resume_from_checkpoint` is 'checkpoint-7'"),
         ({"distillation_model": "{editor}/text_encoder"}, "is of type 't5'"),
         ({"dataset": "{tokens}", "distillation_model": "unread"}, "`distillation_model` looks at pictures"),

@@ -108,6 +108,8 @@ def test_without_its_adapters_the_pipeline_is_the_one_before(tmp_path, modules_t
     pipe = build_pipeline()
     before = copy.deepcopy(pipe.transformer.state_dict())
     pipe.load_lora_weights(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="`adapter_names` names nobody; there are default_0"):
+        pipe.delete_adapters("nobody")
     pipe.unload_lora_weights() if leave == "unload_lora_weights" else pipe.delete_adapters("default_0")
     after = pipe.transformer.state_dict()
     assert after.keys() == before.keys()

@@ -38,16 +38,17 @@ MAY_IMPORT = {
     "processing_editar": {"configuration_editar"},
     "condition_maps": {"processing_editar"},
     "model_card": set(),
+    "hub": {"model_card"},
     "pipeline_inputs": {"configuration_editar", "generation", "processing_editar"},
     "pipeline_loading": set(),
     "pipeline_lora": {"pipeline_loading"},
     "pipeline_editar": {*PIPELINE, "model_card", "pipeline_inputs", "pipeline_loading", "pipeline_lora"},
     "self_check": PIPELINE,
     "conversion": {*PIPELINE, "model_card", "pipeline_loading", "self_check"},
-    "training": {*PIPELINE, "model_card", "pipeline_lora", "condition_maps", "__init__"},
+    "training": {*PIPELINE, "hub", "model_card", "pipeline_lora", "condition_maps", "__init__"},
     "evaluation": {*PIPELINE, "condition_maps", "__init__"},
     "__init__": PIPELINE,
-    "commands": {*PIPELINE, "condition_maps", "conversion", "self_check", "training", "evaluation", "__init__"},
+    "commands": {*PIPELINE, "condition_maps", "conversion", "hub", "self_check", "training", "evaluation", "__init__"},
 }
 # The only modules that may import these when they are themselves imported; elsewhere the import sits in a function.
 MAY_IMPORT_AT_THE_TOP = {

@@ -1,45 +1,33 @@
-"""What the training scripts share: dropped conditions, losses, data sets, the teacher, checkpoints, logs, pictures."""
+"""What the training scripts share: dropped conditions, losses, steps, the teacher, checkpoints, logs, pictures."""
 
-import json
 import math
 
-import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from tiny import NUM_CODES, NUM_TEXT_TOKENS, STRIDE, build_pipeline, build_vq_model, redraw_weights
+from tiny import NUM_CODES, build_pipeline, build_vq_model, draw_image, redraw_weights
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, T5Config
 
-from editar_hf.processing_editar import TASK_PREFIXES
 from editar_hf.training.batch import (
-    compute_token_loss,
+    compute_token_losses,
     draw_conditioning_dropout,
     drop_target_tokens,
     encode_image_tokens,
 )
 from editar_hf.training.card import compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from editar_hf.training.data import (
-    EditCollator,
-    check_image_tokens,
-    compute_edit_mask,
-    find_parquet_files,
-    load_edit_dataset,
-)
 from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
 from editar_hf.training.logs import LossLog
+from editar_hf.training.nonfinite import NonFiniteGuard
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
+from editar_hf.training.step import TrainingStep, draw_dropout
 from editar_hf.training.validation import build_contact_sheet, save_validation_pictures
-
-
-def draw_image(seed, width=16, height=16):
-    pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +104,7 @@ def test_a_share_of_the_targets_is_shown_with_tokens_of_the_source():
     assert torch.equal(drop_target_tokens(target, source, 0.0, generator), target)
 
 
-def test_token_loss_weighs_the_edit_within_a_sample_and_samples_alike():
+def test_token_losses_weigh_the_edit_within_a_sample():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 7, generator=generator)
     tokens = torch.randint(7, (3, 5), generator=generator)
@@ -125,195 +113,76 @@ def test_token_loss_weighs_the_edit_within_a_sample_and_samples_alike():
         [-math.log(math.exp(row[token]) / sum(map(math.exp, row))) for row, token in zip(*sample, strict=True)]
         for sample in zip(logits.tolist(), tokens.tolist(), strict=True)
     ]
-    assert compute_token_loss(logits, tokens).item() == pytest.approx(np.mean(surprises), rel=1e-5)
+    means = [np.mean(sample) for sample in surprises]
+    assert compute_token_losses(logits, tokens).tolist() == pytest.approx(means, rel=1e-5)
     edited = (6 * surprises[0][0] + sum(surprises[0][1:])) / 10
-    expected = (edited + np.mean(surprises[1]) + np.mean(surprises[2])) / 3
-    assert compute_token_loss(logits, tokens, edit_mask, 6.0).item() == pytest.approx(expected, rel=1e-5)
-    assert compute_token_loss(logits.bfloat16(), tokens).dtype == torch.float32
+    expected = [edited, *means[1:]]
+    assert compute_token_losses(logits, tokens, edit_mask, 6.0).tolist() == pytest.approx(expected, rel=1e-5)
+    assert compute_token_losses(logits.bfloat16(), tokens).dtype == torch.float32
 
 
-# Data sets
+# A step
 
 
-def write_pairs(path, names=("source_image", "target_image", "prompt"), num_rows=3, **more):
-    """Write a parquet file of pairs under the given column names; pair k of any file is the same."""
-    source, target, prompt = names
-    rows = {
-        source: [draw_image(k) for k in range(num_rows)],
-        target: [draw_image(100 + k) for k in range(num_rows)],
-        prompt: [f"prompt {k}" for k in range(num_rows)],
-        **more,
-    }
-    images = {name: datasets.Image() for name in rows if isinstance(rows[name][:1], list) and name in (source, target)}
-    features = datasets.Features({name: images.get(name, datasets.Value("string")) for name in rows})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+def build_token_batch(pipe, size=3):
+    generator = torch.Generator().manual_seed(0)
+    source, target = torch.randint(NUM_CODES, (2, size, 16), generator=generator)
+    text = pipe.processor(text=["make the red circle blue"] * size)
+    return {"source_image_tokens": source, "target_image_tokens": target, **text}
 
 
-def assert_pairs(dataset, num_rows=3):
-    """Check that a data set holds the pairs of `write_pairs`, and nothing else, under our names."""
-    assert set(dataset.column_names) == {"source_image", "target_image", "prompt"}
-    assert len(dataset) == num_rows
-    for k, row in enumerate(sorted(dataset, key=lambda row: row["prompt"])):
-        assert row["prompt"] == f"prompt {k}"
-        assert np.array_equal(np.asarray(row["source_image"].convert("RGB")), np.asarray(draw_image(k)))
-        assert np.array_equal(np.asarray(row["target_image"].convert("RGB")), np.asarray(draw_image(100 + k)))
+def test_frozen_text_encoder_stays_without_dropout():
+    for trains_text_encoder in (False, True):
+        pipe = build_pipeline()
+        pipe.text_encoder.requires_grad_(trains_text_encoder)
+        step = TrainingStep(pipe.transformer, pipe.text_encoder, (4, 4))
+        step.eval().train()
+        assert pipe.transformer.training
+        assert pipe.text_encoder.training == trains_text_encoder
 
 
-THEIR_NAMES = ("before", "after", "caption")
-THEIR_COLUMNS = dict(zip(("source_image", "target_image", "prompt"), THEIR_NAMES, strict=True))
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:A prompt is longer")
+def test_dropped_target_tokens_are_shown_as_the_sources_and_asked_for_all_the_same(pipe):
+    batch = build_token_batch(pipe)
+    inputs = draw_dropout(batch, seed=0, place=0, drops_conditioning=False, target_token_dropout=1.0)
+    source, target = (batch[f"{name}_image_tokens"] for name in ("source", "target"))
+    shown = inputs["batch"]["shown_image_tokens"]
+    assert (shown != target).any()
+    assert ((shown == source) | (shown == target)).all()
 
-
-def test_parquet_with_other_column_names_loads_under_ours(tmp_path):
-    write_pairs(tmp_path / "train-0.parquet", THEIR_NAMES, unrelated=["x"] * 3)
-    assert_pairs(load_edit_dataset(str(tmp_path), columns=THEIR_COLUMNS))
-    assert_pairs(load_edit_dataset(str(tmp_path / "*.parquet"), "validation", THEIR_COLUMNS))
-
-
-def test_columns_under_each_others_names_are_swapped(tmp_path):
-    write_pairs(tmp_path / "train.parquet", ("target_image", "source_image", "prompt"))
-    columns = {"source_image": "target_image", "target_image": "source_image"}
-    assert_pairs(load_edit_dataset(str(tmp_path), columns=columns))
-
-
-@pytest.mark.parametrize("folder", ["", "validation"])
-def test_image_folder_with_metadata_loads(tmp_path, folder):
-    (tmp_path / folder).mkdir(exist_ok=True)
-    lines = []
-    for k in range(3):
-        draw_image(k).save(tmp_path / folder / f"source-{k}.png")
-        draw_image(100 + k).save(tmp_path / folder / f"target-{k}.png")
-        names = {"source_file_name": f"source-{k}.png", "target_file_name": f"target-{k}.png"}
-        lines.append(json.dumps({**names, "prompt": f"prompt {k}"}))
-    (tmp_path / folder / "metadata.jsonl").write_text("\n".join(lines))
-    columns = {"source_image": "source", "target_image": "target"}
-    assert_pairs(load_edit_dataset(str(tmp_path), "validation", columns))
-
-
-def test_folder_gives_the_files_of_a_split_in_order(tmp_path):
-    for name in ("train-1.parquet", "train-0.parquet", "validation-0.parquet", "train-0.json"):
-        (tmp_path / name).touch()
-    files = [str(tmp_path / name) for name in ("train-0.parquet", "train-1.parquet")]
-    assert find_parquet_files(str(tmp_path), "train") == files
-    assert find_parquet_files(f"{tmp_path}/train-*", "validation") == files
-    assert find_parquet_files(f"{tmp_path}/*-1.parquet", "validation") == files[1:]
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({}, "lacks source_image, target_image, prompt; it has before, after, caption"),
-        ({**THEIR_COLUMNS, "prompt": "text"}, "lacks text; it has before, after, caption"),
-        ({**THEIR_COLUMNS, "mask": "region"}, "lacks region; it has before, after, caption"),
-    ],
-)
-def test_missing_columns_are_listed_beside_those_there_are(tmp_path, columns, message):
-    write_pairs(tmp_path / "train.parquet", THEIR_NAMES)
-    with pytest.raises(ValueError, match=message):
-        load_edit_dataset(str(tmp_path), columns=columns)
-
-
-def test_data_sets_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`dataset` '.*nowhere' does not load"):
-        load_edit_dataset(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="no parquet file matches"):
-        load_edit_dataset(str(tmp_path / "train-*.parquet"))
-    with pytest.raises(ValueError, match=r"`dataset` '.*' does not load: .* that has the split 'train'"):
-        load_edit_dataset(str(tmp_path))
-    write_pairs(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"name starts with 'validation'; it has train\.parquet"):
-        load_edit_dataset(str(tmp_path), "validation")
-    write_pairs(tmp_path / "empty.parquet", num_rows=0)
-    with pytest.raises(ValueError, match=r"empty\.parquet' does not load"):
-        load_edit_dataset(str(tmp_path / "empty.parquet"))
-
-
-def build_token_dataset(**columns):
-    ids = [[0, 1, NUM_CODES - 1, 3, 4, 5]] * 2
-    rows = {"source_image_tokens": ids, "target_image_tokens": ids, "edit_mask": [[True] * 6] * 2, "prompt": ["a"] * 2}
-    return datasets.Dataset.from_dict(rows | columns)
-
-
-def test_tokens_must_fill_the_grid_and_be_codes_of_the_model():
-    check_image_tokens(build_token_dataset(), NUM_CODES, 2, 3)
-    check_image_tokens(build_token_dataset().remove_columns("edit_mask"), NUM_CODES, 3, 2)
-    check_image_tokens(datasets.Dataset.from_dict({"prompt": ["pictures have no tokens"]}), NUM_CODES, 2, 3)
-    with pytest.raises(ValueError, match=r"`source_image_tokens` holds 6 to 6 tokens a row; .* 2 × 2 has 4"):
-        check_image_tokens(build_token_dataset(), NUM_CODES, 2, 2)
-    with pytest.raises(ValueError, match=f"runs from 0 to {NUM_CODES - 1}; the model has codes 0 to {NUM_CODES - 2}"):
-        check_image_tokens(build_token_dataset(), NUM_CODES - 1, 2, 3)
-    ragged = build_token_dataset(target_image_tokens=[[0] * 6, [0] * 5])
-    with pytest.raises(ValueError, match="`target_image_tokens` holds 5 to 6 tokens"):
-        check_image_tokens(ragged, NUM_CODES, 2, 3)
-    with pytest.raises(ValueError, match="`target_image_tokens` runs from -1 to 0"):
-        check_image_tokens(build_token_dataset(target_image_tokens=[[0] * 6, [-1] * 6]), NUM_CODES, 2, 3)
-    with pytest.raises(ValueError, match="`edit_mask` holds 4 to 4"):
-        check_image_tokens(build_token_dataset(edit_mask=[[True] * 4] * 2), NUM_CODES, 2, 3)
-
-
-def test_token_may_change_if_any_of_its_pixels_is_white():
-    mask = -torch.ones(2, 3, 8, 12)
-    mask[0, :, 3, 4] = 1
-    mask[1, :, 4:, 8:] = 1
-    upper, lower = [False, True, False], [False, False, True]
-    assert compute_edit_mask(mask, 4).tolist() == [[*upper, False, False, False], [False, False, False, *lower]]
-
-
-# Rows to batches
-
-
-def build_collator(pipe, height=16, width=16, resize_mode="stretch"):
-    return EditCollator(pipe.processor, height, width, resize_mode, STRIDE)
-
-
-def test_rows_of_pictures_become_what_the_processor_makes_of_each(pipe):
-    mask = Image.new("L", (12, 8))
-    mask.paste(255, (0, 0, 6, 4))
-    rows = [
-        {"source_image": draw_image(k, 20, 10), "target_image": draw_image(k + 9), "prompt": "a circle", "mask": mask}
-        for k in range(2)
-    ]
-    batch = build_collator(pipe, 8, 12)(rows)
-    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
-    text = (2, NUM_TEXT_TOKENS)
-    pixels = (2, 3, 8, 12)
-    assert shapes == {
-        "source_pixel_values": pixels,
-        "target_pixel_values": pixels,
-        "input_ids": text,
-        "attention_mask": text,
-        "edit_mask": (2, 6),
-    }
-    assert batch["edit_mask"].tolist() == [[True, True, False, False, False, False]] * 2
-    for k, row in enumerate(rows):
-        for name in ("source", "target"):
-            alone = row[f"{name}_image"].resize((12, 8), Image.Resampling.LANCZOS)
-            expected = np.asarray(alone).transpose(2, 0, 1) / 127.5 - 1
-            assert np.allclose(batch[f"{name}_pixel_values"][k], expected, atol=1e-6)
+    losses = TrainingStep(pipe.transformer, pipe.text_encoder, (4, 4)).eval()(**inputs)
+    prompt_embeds = pipe.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    logits = pipe.transformer(source, prompt_embeds, target_image_tokens=shown).logits
+    expected = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(dim=1)
+    torch.testing.assert_close(losses["token_losses"], expected)
+    torch.testing.assert_close(losses["loss"], expected.mean())
 
 
 @pytest.mark.filterwarnings("ignore:A prompt is longer")
-def test_rows_of_tokens_become_tensors_and_tasks_their_prefixes(pipe):
-    rows = [
-        {
-            "source_image_tokens": [k] * 4,
-            "target_image_tokens": [k, 1, 2, 3],
-            "edit_mask": [True, False] * 2,
-            "prompt": "a circle",
-            "task": task,
-        }
-        for k, task in enumerate(("edit", "canny"))
-    ]
-    batch = build_collator(pipe)(rows)
-    assert batch["source_image_tokens"].tolist() == [[0] * 4, [1] * 4]
-    assert batch["target_image_tokens"].tolist() == [[0, 1, 2, 3], [1, 1, 2, 3]]
-    assert batch["edit_mask"].tolist() == [[True, False] * 2] * 2
-    texts = ["a circle", TASK_PREFIXES["canny"] + "a circle"]
-    expected = pipe.processor.tokenizer(texts, padding="max_length", truncation=True, max_length=NUM_TEXT_TOKENS)
-    assert batch["input_ids"].tolist() == expected.input_ids
-    assert batch["attention_mask"].tolist() == expected.attention_mask
-    without_task = build_collator(pipe)([{name: row[name] for name in row if name != "task"} for row in rows])
-    assert torch.equal(without_task["input_ids"][1], batch["input_ids"][0])
-    assert not torch.equal(batch["input_ids"][1], batch["input_ids"][0])
+def test_draws_depend_on_the_seed_and_the_place_in_the_run_alone(pipe):
+    batch = build_token_batch(pipe, size=64)
+    draws = {}
+    for seed, place in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        drawn = draw_dropout(batch, seed, place)
+        assert drawn["batch"] is batch
+        drops = torch.stack([drawn["drop_source"], drawn["drop_prompt"]])
+        assert torch.equal(draws.setdefault((seed, place), drops), drops)
+    assert len({tuple(drops.flatten().tolist()) for drops in draws.values()}) == 3
+
+
+def test_steps_without_finite_loss_are_skipped_until_they_are_many(accelerator, tmp_path, capsys):
+    guard = NonFiniteGuard(accelerator, tmp_path, max_steps=1)
+    one, nan = torch.tensor(1.0), torch.tensor(math.nan)
+    assert guard.admits(one, one)
+    assert not guard.admits(nan, one)
+    assert not guard.admits(one, torch.tensor(math.inf))
+    guard.skip(3, [{"batch": {"input_ids": one}}])
+    assert "step 3: skipped, no finite loss" in capsys.readouterr().out
+    with pytest.raises(FloatingPointError, match=r"2 steps .* `max_nonfinite_steps` 1 .*step-7-process-0\.pt"):
+        guard.skip(7, [{"batch": {"input_ids": one}}])
+    (saved,) = torch.load(tmp_path / "nonfinite-step-7-process-0.pt", weights_only=True)
+    assert torch.equal(saved["batch"]["input_ids"], one)
 
 
 # The teacher
@@ -536,18 +405,39 @@ def test_kill_while_saving_leaves_the_previous_checkpoint_and_is_overwritten_by_
 # Logs and pictures
 
 
+def build_losses(*token_losses):
+    token_losses = torch.tensor(token_losses)
+    return {"token_losses": token_losses, "loss": token_losses.mean().requires_grad_()}
+
+
 def test_log_prints_means_since_the_last_line(accelerator, capsys):
-    log = LossLog(accelerator)
+    log = LossLog(accelerator, tokens_per_sample=9, num_steps=2)
     for losses, step in (((1.0, 2.0), 1), ((4.0,), 2)):
         for loss in losses:
-            log.add({"loss": torch.tensor(loss, requires_grad=True)}, batch_size=8)
-        log.flush(step, learning_rate=0.25)
+            log.add(build_losses(loss), batch_size=8, task=["edit"])
+        log.flush(step, learning_rate=0.25, nonfinite_steps=step)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.rpartition(",")[0] for line in lines] == [
-        "step 1: loss 1.5, learning_rate 0.25",
-        "step 2: loss 4, learning_rate 0.25",
+    assert [line.partition(", samples")[0] for line in lines] == [
+        "step 1: loss 1.5, learning_rate 0.25, nonfinite_steps 1",
+        "step 2: loss 4, learning_rate 0.25, nonfinite_steps 2",
     ]
-    assert all(float(line.rpartition("samples_per_second ")[2]) > 0 for line in lines)
+    for line in lines:
+        figures = {name: float(figure) for name, figure in (part.split() for part in line.split(": ")[1].split(", "))}
+        assert figures["tokens_per_second"] == pytest.approx(9 * figures["samples_per_second"], rel=1e-3)
+        assert 0.01 < figures["memory_gib"] < 100
+
+
+def test_log_tells_tasks_and_sources_apart(accelerator, capsys):
+    log = LossLog(accelerator, tokens_per_sample=9, num_steps=2)
+    log.add(build_losses(1.0, 2.0, 6.0), 3, task=["edit", "depth", "depth"], source=["a", "a", "b"])
+    log.add(build_losses(3.0, 4.0, 5.0), 3, task=["edit", "edit", "edit"], source=["a", "b", "b"])
+    log.flush(1, learning_rate=0.25)
+    line = capsys.readouterr().out
+    assert "token_loss/task/depth 4, token_loss/task/edit 3.25" in line
+    assert "token_loss/source/a 2, token_loss/source/b 5" in line
+    log.add(build_losses(1.0), 1, task=["edit"], source=["a"])
+    log.flush(2, learning_rate=0.25)
+    assert "token_loss/" not in capsys.readouterr().out
 
 
 def test_contact_sheet_lays_pictures_out_in_rows():
@@ -616,7 +506,7 @@ def test_card_holds_the_training_and_leaves_figures_and_licence_open():
     assert "12,345 pairs, for 40,000 steps of 64 pairs" in card
     assert "train_editar.py --dataset 'two words'\n" in card
     headings = [line for line in card.splitlines() if line.startswith("#")]
-    assert headings == ["# pipeline", "## Training", "## Figures, licence"]
+    assert headings == ["# pipeline", "## Training", "## Figures", "## Licence"]
     header = yaml.safe_load(card.split("---")[1])
     assert header["datasets"] == ["somebody/pairs"]
     assert header["base_model"] == "somebody/editor"

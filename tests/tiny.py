@@ -1,6 +1,8 @@
 """Tiny components with random weights, whose tokens and pictures still depend on every input."""
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
 from editar_hf import (
@@ -16,6 +18,12 @@ from editar_hf.training.tokenizer import train_tokenizer
 
 
 NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, STRIDE = 40, 10, 16, 4
+
+
+def draw_image(seed, width=16, height=16):
+    """Draw a picture of noise, the same for the same seed."""
+    pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def redraw_weights(model, scale, seed=0):

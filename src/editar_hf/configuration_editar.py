@@ -63,7 +63,7 @@ class EditARConfig(PreTrainedConfig):
     """
 
     model_type = "editar"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache",)
 
     vocab_size: int = 16384
     hidden_size: int = 1280

@@ -47,10 +47,7 @@ tags: [editar, image-editing]
 
 # EditAR
 
-Edits images by instruction, one token after the other. These are published weights of EditAR
-([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)), its VQ tokenizer
-([LlamaGen, arXiv 2406.06525](https://arxiv.org/abs/2406.06525)) and its text encoder, converted with
-`editar-hf convert`; nothing was trained on the way.
+{introduction}
 
 {snippet}
 
@@ -69,6 +66,16 @@ A public-domain photograph through the tokenizer, and the likelihood of its own 
 {license_text}
 """
 
+INTRODUCTION = """\
+Edits images by instruction, one token after the other. These are published weights of EditAR
+([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)), its VQ tokenizer
+([LlamaGen, arXiv 2406.06525](https://arxiv.org/abs/2406.06525)) and its text encoder, converted with
+`editar-hf convert`; nothing was trained on the way."""
+START_INTRODUCTION = """\
+A start for training EditAR ([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)), which cannot edit yet: the
+text-to-image decoder of [LlamaGen (arXiv 2406.06525)](https://arxiv.org/abs/2406.06525), its VQ tokenizer and its text
+encoder, converted with `editar-hf convert`. New, and drawn at random, are {new_parts}."""
+
 # What converting back writes.
 REVERTED_TRANSFORMER, REVERTED_VQ_MODEL = "editar.pt", "vq.pt"
 
@@ -86,6 +93,12 @@ TRANSFORMER_NAMES = {
     "output.weight": "lm_head.weight",
     "alignment.weight": "distillation_head.weight",
     "alignment.bias": "distillation_head.bias",
+}
+# What a LlamaGen text-to-image decoder lacks, and what that is: the training of EditAR begins with these drawn anew.
+NEW_PARTS = {
+    "img_uncond_embedding": "the null image embedding",
+    "alignment.weight": "the distillation head",
+    "alignment.bias": "the distillation head",
 }
 # Published name → ours, inside `layers.{i}.` and `model.layers.{i}.`.
 LAYER_NAMES = {
@@ -140,31 +153,35 @@ def load_published_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return dict(found[0])
 
 
-def read_transformer_config(weights: dict[str, torch.Tensor], num_attention_heads: int | None = None) -> EditARConfig:
+def read_transformer_config(
+    weights: dict[str, torch.Tensor], num_attention_heads: int | None = None, grid_size: int | None = None
+) -> EditARConfig:
     """Read the decoder's sizes off its published tensors.
 
     Args:
         weights (`dict[str, torch.Tensor]`): Published names and tensors.
         num_attention_heads (`int`, *optional*): The one size that no tensor shows; by default heads are 64 wide, and
             100 in a decoder of width 3200.
+        grid_size (`int`, *optional*): Tokens a side of a LlamaGen text-to-image decoder, which none of its tensors
+            shows; an EditAR decoder's do.
 
     Raises:
-        ValueError: If the tensors are not an EditAR decoder's, or the heads do not fit.
+        ValueError: If the tensors are not a decoder's, the heads do not fit, or the grid is unknown or known twice.
 
     Source: LlamaGen (arXiv 2406.06525), table 1, for the width of heads.
     """
     check_size_keys(weights, TRANSFORMER_SIZE_KEYS, "an EditAR decoder")
-    if "img_uncond_embedding" not in weights:
-        raise ValueError(
-            "`img_uncond_embedding` is missing: this is a LlamaGen text-to-image decoder, which EditAR's training "
-            "starts from and which cannot edit; give an EditAR file."
-        )
     vocab_size, hidden_size = weights["tok_embeddings.weight"].shape
-    num_image_tokens = weights["img_uncond_embedding"].shape[0]
     num_text_tokens, text_hidden_size = weights["cls_embedding.uncond_embedding"].shape
-    grid_size = math.isqrt(num_image_tokens)
-    if grid_size**2 != num_image_tokens:
-        raise ValueError(f"`img_uncond_embedding` has {num_image_tokens} rows; a square grid was expected.")
+    if "img_uncond_embedding" in weights:
+        if grid_size is not None:
+            raise ValueError("`grid_size` goes with a LlamaGen text-to-image decoder; this EditAR file says its own.")
+        grid_size = read_grid_size(weights["img_uncond_embedding"])
+    elif grid_size is None:
+        raise ValueError(
+            "`img_uncond_embedding` is missing: this is a LlamaGen text-to-image decoder, which cannot edit. To start "
+            "EditAR's training from it, say how many tokens a side it was trained for: --grid-size 32 for 512 pixels."
+        )
     if num_attention_heads is None:
         head_dim = 100 if hidden_size == 3200 else 64
         if hidden_size % head_dim:
@@ -178,7 +195,10 @@ def read_transformer_config(weights: dict[str, torch.Tensor], num_attention_head
             f"`num_attention_heads` is {num_attention_heads}; heads must split a width of {hidden_size} into multiples "
             "of 4."
         )
-    alignment = weights.get("alignment.weight")
+    features = {}
+    if "img_uncond_embedding" in weights:
+        alignment = weights.get("alignment.weight")
+        features["distillation_hidden_size"] = None if alignment is None else alignment.shape[0]
     return EditARConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -188,8 +208,16 @@ def read_transformer_config(weights: dict[str, torch.Tensor], num_attention_head
         grid_size=grid_size,
         num_text_tokens=num_text_tokens,
         text_hidden_size=text_hidden_size,
-        distillation_hidden_size=None if alignment is None else alignment.shape[0],
+        **features,
     )
+
+
+def read_grid_size(null_image_embedding: torch.Tensor) -> int:
+    """Read the tokens a side off the null image, which has a row for each token."""
+    grid_size = math.isqrt(len(null_image_embedding))
+    if grid_size**2 != len(null_image_embedding):
+        raise ValueError(f"`img_uncond_embedding` has {len(null_image_embedding)} rows; a square grid was expected.")
+    return grid_size
 
 
 def read_vq_config(weights: dict[str, torch.Tensor]) -> EditARVQConfig:
@@ -215,26 +243,45 @@ def read_vq_config(weights: dict[str, torch.Tensor]) -> EditARVQConfig:
 
 
 def convert_transformer(
-    weights: dict[str, torch.Tensor], num_attention_heads: int | None = None, dtype: torch.dtype | None = None
+    weights: dict[str, torch.Tensor],
+    num_attention_heads: int | None = None,
+    dtype: torch.dtype | None = None,
+    grid_size: int | None = None,
 ) -> EditARForConditionalGeneration:
     """Build the decoder that published weights describe, on their memory where nothing changes.
 
     Args:
-        weights (`dict[str, torch.Tensor]`): Published names and tensors.
-        num_attention_heads (`int`, *optional*): See `read_transformer_config`.
+        weights (`dict[str, torch.Tensor]`): Published names and tensors, of EditAR or of LlamaGen's text-to-image
+            decoder; what this one lacks is drawn anew.
+        num_attention_heads, grid_size (`int`, *optional*): See `read_transformer_config`.
         dtype (`torch.dtype`, *optional*): Default: as in the file.
 
     Raises:
         ValueError: If keys are missing, unexpected or wrongly shaped; the message lists them.
     """
     with torch.device("meta"):
-        model = EditARForConditionalGeneration(read_transformer_config(weights, num_attention_heads))
-    check_weights(weights, revert_transformer_weights(model))
+        model = EditARForConditionalGeneration(read_transformer_config(weights, num_attention_heads, grid_size))
+    is_start = "img_uncond_embedding" not in weights
+    expected = revert_transformer_weights(model)
+    check_weights(weights, {name: t for name, t in expected.items() if not (is_start and name in NEW_PARTS)})
     converted = {}
     for name, weight in weights.items():
         converted.update(convert_transformer_weight(name, weight.to(dtype), model.config.head_dim))
-    model.load_state_dict(converted, assign=True)
+    model.load_state_dict(converted, assign=True, strict=not is_start)
+    if is_start:
+        draw_new_parts(model)
     return model.eval()
+
+
+def draw_new_parts(model: EditARForConditionalGeneration):
+    """Draw what a LlamaGen text-to-image decoder lacks, as in a new model; what is there stays."""
+    dtype = model.lm_head.weight.dtype
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = tensor.device.type != "meta"
+    null_image_embeds = model.model.null_image_embeds
+    model.model.null_image_embeds = torch.empty_like(null_image_embeds, device="cpu", dtype=dtype)
+    model.distillation_head.to_empty(device="cpu").to(dtype)
+    model.initialize_weights()
 
 
 def convert_transformer_weight(name: str, weight: torch.Tensor, head_dim: int) -> dict[str, torch.Tensor]:
@@ -347,6 +394,7 @@ def convert_pipeline(
     text_encoder: str | Path | None = None,
     num_attention_heads: int | None = None,
     dtype: torch.dtype | None = None,
+    grid_size: int | None = None,
 ) -> EditARPipeline:
     """Build a pipeline from published files; what is left out is downloaded from the Hub.
 
@@ -354,14 +402,14 @@ def convert_pipeline(
         transformer (`str` or `Path`, *optional*): File of the EditAR decoder.
         vq_model (`str` or `Path`, *optional*): File of the VQ tokenizer.
         text_encoder (`str` or `Path`, *optional*): Hub id or folder of a T5; only its encoder is kept.
-        num_attention_heads (`int`, *optional*): See `read_transformer_config`.
+        num_attention_heads, grid_size (`int`, *optional*): See `read_transformer_config`.
         dtype (`torch.dtype`, *optional*): Default: as in the files.
 
     Raises:
         ValueError: If a file is not what it should be, or the three do not fit together.
     """
     transformer = transformer or hf_hub_download(**PUBLISHED_TRANSFORMER)
-    decoder = convert_transformer(load_published_weights(transformer), num_attention_heads, dtype)
+    decoder = convert_transformer(load_published_weights(transformer), num_attention_heads, dtype, grid_size)
     vq_model = vq_model or hf_hub_download(**PUBLISHED_VQ_MODEL)
     image_tokenizer = convert_vq_model(load_published_weights(vq_model), dtype)
     text_encoder = text_encoder or PUBLISHED_TEXT_ENCODER
@@ -430,7 +478,14 @@ def describe_sources(
     return {**described, "text encoder": Path(text_encoder).name if is_folder else text_encoder}
 
 
-def compose_card(name: str, sources: dict[str, str], self_check: str, license: str | None) -> str:
+def describe_new_parts() -> str:
+    """Name what a start for training has that no file did."""
+    return " and ".join(dict.fromkeys(NEW_PARTS.values()))
+
+
+def compose_card(
+    name: str, sources: dict[str, str], self_check: str, license: str | None, is_start: bool = False
+) -> str:
     """Write the model card of converted weights, whose licence is what the caller states and nothing else.
 
     Args:
@@ -438,6 +493,7 @@ def compose_card(name: str, sources: dict[str, str], self_check: str, license: s
         sources (`dict[str, str]`): What each part was converted from.
         self_check (`str`): The figures, as Markdown.
         license (`str`, *optional*): Identifier of the weights' licence; without it the card names none.
+        is_start (`bool`): Whether the decoder is LlamaGen's and training has yet to begin.
     """
     license_text = (
         "Whoever converted these weights stated no licence. The terms of the original files apply: find them with "
@@ -447,6 +503,7 @@ def compose_card(name: str, sources: dict[str, str], self_check: str, license: s
     )
     return CARD.format(
         license_line="" if license is None else f"license: {license}\n",
+        introduction=START_INTRODUCTION.format(new_parts=describe_new_parts()) if is_start else INTRODUCTION,
         snippet=compose_snippet(name),
         sources="\n".join(f"* {part}: {source}" for part, source in sources.items()),
         self_check=self_check,

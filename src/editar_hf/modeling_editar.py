@@ -22,7 +22,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
 from transformers.utils import ModelOutput
@@ -32,15 +31,39 @@ from .configuration_editar import EditARConfig
 from .generation import EditARGenerationMixin
 
 
+class OutputWithCache(ModelOutput):
+    """Outputs whose cache has both of transformers' names for it: `cache`, since 5.24, and `past_key_values`."""
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        return self.cache
+
+
 @dataclass
-class EditAROutput(ModelOutput):
+class EditARModelOutput(OutputWithCache):
+    """What `EditARModel.forward` returns.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, positions, hidden_size)`): States after the final norm.
+        cache (`Cache`, *optional*): Keys and values of all slots so far; `past_key_values` is the same.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): Per layer, on request.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class EditAROutput(OutputWithCache):
     """What `EditARForConditionalGeneration.forward` returns.
 
     Args:
         loss (`torch.Tensor`, *optional*): Mean cross-entropy of the target tokens, in nats. Given `labels` only.
         logits (`torch.Tensor` of shape `(batch, positions, vocab_size)`, *optional*): Predictions of target tokens;
             `None` when the call brought nothing but a source image.
-        past_key_values (`Cache`, *optional*): Keys and values of all slots so far.
+        cache (`Cache`, *optional*): Keys and values of all slots so far; `past_key_values` is the same.
         hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): Per layer, on request.
         distillation_features (`torch.Tensor` of shape `(batch, cells, distillation_hidden_size)`, *optional*): What the
             distillation head predicts, in raster order, on request.
@@ -48,7 +71,7 @@ class EditAROutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     distillation_features: torch.Tensor | None = None
@@ -262,7 +285,7 @@ class EditARModel(EditARPreTrainedModel):
         grid_height: int | None = None,
         grid_width: int | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> EditARModelOutput:
         """Compute the final-norm hidden states of the given segments; arguments as of the model with a head."""
         grid_height, grid_width = self.resolve_grid(grid_height, grid_width)
         segments = self.embed_segments(
@@ -284,7 +307,7 @@ class EditARModel(EditARPreTrainedModel):
         position_embeddings = cos[:, None], sin[:, None]
         for layer in self.layers:
             hidden_states = layer(hidden_states, causal_mask, position_embeddings, past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return EditARModelOutput(last_hidden_state=self.norm(hidden_states), cache=past_key_values)
 
     def resolve_grid(self, grid_height: int | None, grid_width: int | None) -> tuple[int, int]:
         """Fill in the model's own grid for a side left out, and refuse a grid that the rotary table does not cover."""
@@ -444,7 +467,7 @@ class EditARForConditionalGeneration(EditARPreTrainedModel, EditARGenerationMixi
         return EditAROutput(
             loss=None if labels is None else self.compute_loss(logits, labels),
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             distillation_features=(

@@ -176,7 +176,17 @@ class EditARLoraMixin(LoraBaseMixin):
         Raises:
             ValueError: If an adapter is not there.
         """
-        self.transformer.delete_adapter(adapter_names)
+        from peft.functional import delete_adapter
+
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if missing := [name for name in names if name not in self.list_adapters()]:
+            raise ValueError(
+                f"`adapter_names` names {', '.join(missing)}; there are {', '.join(self.list_adapters()) or 'none'}."
+            )
+        for name in names:
+            # Not transformers' own method: its releases may ask for a peft that is not out yet.
+            prefix = f"{self.transformer.peft_config.pop(name).peft_type.value.lower()}_"
+            delete_adapter(self.transformer, name, prefix)
         if not self.list_adapters():
             self.unload_lora_weights()
 

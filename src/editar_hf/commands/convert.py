@@ -16,6 +16,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--num-attention-heads", metavar="N", type=int, help="default: heads of 64, or of 100 at width 3200"
     )
+    parser.add_argument(
+        "--grid-size", metavar="N", type=int, help="tokens a side, where --transformer is LlamaGen's text-to-image one"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the files")
     parser.add_argument("--push-to-hub", metavar="ID", help="also upload it there; needs --license")
     parser.add_argument("--reverse", action="store_true", help="write editar.pt and vq.pt from a pipeline instead")
@@ -37,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse arguments of the other direction, and an upload without a licence."""
-    forward_only = ("transformer", "vq_model", "text_encoder", "license", "num_attention_heads", "dtype", "push_to_hub")
+    forward_only = ("transformer", "vq_model", "text_encoder", "license")
+    forward_only += ("num_attention_heads", "grid_size", "dtype", "push_to_hub")
     for name in forward_only if args.reverse else ("model",):
         if getattr(args, name) is not None:
             option = "--" + name.replace("_", "-")
@@ -45,6 +49,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"`{option}` is {getattr(args, name)}; {advice} `--reverse`.")
     if args.reverse and args.model is None:
         raise ValueError("`--model` is missing; name the pipeline that `--reverse` is to convert.")
+    if args.grid_size is not None and args.transformer is None:
+        raise ValueError("`--grid-size` goes with `--transformer`, the file of a LlamaGen text-to-image decoder.")
     if args.push_to_hub is not None and args.license is None:
         raise ValueError("`--license` is missing; say under which licence the weights may be shared on the Hub.")
     if args.push_to_hub is not None and args.push_to_hub.count("/") != 1:
@@ -58,43 +64,39 @@ def convert(args: argparse.Namespace) -> int:
     import torch
 
     from .. import conversion
+    from ..hub import upload_folder
     from ..self_check import check_pipeline
 
     output_dir = Path(args.output_dir)
     conversion.check_output_dir(output_dir)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     sources = {part: getattr(args, part) for part in ("transformer", "vq_model", "text_encoder")}
-    pipeline = conversion.convert_pipeline(**sources, num_attention_heads=args.num_attention_heads, dtype=dtype)
+    pipeline = conversion.convert_pipeline(
+        **sources, num_attention_heads=args.num_attention_heads, dtype=dtype, grid_size=args.grid_size
+    )
     report = check_pipeline(pipeline)
-    name = args.push_to_hub or output_dir.name
-    card = conversion.compose_card(name, conversion.describe_sources(**sources), report.to_markdown(), args.license)
+    name, is_start = args.push_to_hub or output_dir.name, args.grid_size is not None
+    described = conversion.describe_sources(**sources)
+    card = conversion.compose_card(name, described, report.to_markdown(), args.license, is_start)
     conversion.save_pipeline(pipeline, output_dir, card)
-    print_outcome(output_dir, report, args.license)
+    print_outcome(output_dir, report, args.license, is_start)
     if args.push_to_hub is not None:
-        upload(output_dir, args.push_to_hub)
+        print(f"Uploaded {upload_folder(output_dir, args.push_to_hub)}")
     return 0
 
 
-def print_outcome(output_dir, report, license: str | None) -> None:
+def print_outcome(output_dir, report, license: str | None, is_start: bool) -> None:
     """Say what was written, what the self-check found and what the card leaves open."""
     print(f"{report.to_markdown()}\n\nWrote {output_dir}")
     if license is None:
         print("The card names no licence: none was given with --license.")
-    if not report.passed:
+    if is_start:
+        from ..conversion import describe_new_parts
+
+        print(f"A start for training, which cannot edit yet. New, and drawn at random: {describe_new_parts()}.")
+    elif not report.passed:
         print(
             "\nWARNING: THE SELF-CHECK FAILED. The files were converted, but do not behave like trained weights:\n"
             "training may be unfinished, the parts may not belong together, or --num-attention-heads may be wrong.",
             file=sys.stderr,
         )
-
-
-def upload(output_dir, repo_id: str) -> None:
-    """Upload the folder to a repository of the Hub, made if it is not there; a card already there stays."""
-    from huggingface_hub import create_repo, file_exists, upload_folder
-
-    create_repo(repo_id, exist_ok=True)
-    kept = ["README.md"] if file_exists(repo_id, "README.md") else None
-    commit = upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=kept)
-    print(f"Uploaded {commit.commit_url}")
-    if kept:
-        print(f"The repository had a card, which stays; the new one is in {output_dir}.")

@@ -169,7 +169,7 @@ class EditARGenerationMixin(GenerationMixin):
         else:
             tokens, num_images = source_image_tokens, batch_size
         is_null = torch.arange(len(tokens), device=device) >= num_images
-        cache = self(source_image_tokens=tokens, drop_source=is_null, use_cache=True, **grid).past_key_values
+        cache = self(source_image_tokens=tokens, drop_source=is_null, use_cache=True, **grid).cache
 
         image_rows = torch.arange(batch_size, device=device)
         null_rows = torch.full_like(image_rows, num_images)

@@ -56,19 +56,19 @@ def drop_target_tokens(
     return torch.where(is_dropped.to(target_image_tokens.device), source_image_tokens, target_image_tokens)
 
 
-def compute_token_loss(
+def compute_token_losses(
     logits: torch.Tensor,
     target_image_tokens: torch.LongTensor,
     edit_mask: torch.BoolTensor | None = None,
     edit_region_weight: float = 1.0,
 ) -> torch.Tensor:
-    """Compute the mean cross-entropy in nats over target tokens; every sample counts the same.
+    """Compute each sample's mean cross-entropy over its target tokens, in nats, `(batch_size,)`.
 
-    Within a sample, tokens in `edit_mask` count `edit_region_weight` times: most of an edit is copying, and what is to
-    change would be a small part of its loss.
+    Tokens in `edit_mask` count `edit_region_weight` times: most of an edit is copying, and what is to change would be a
+    small part of its loss.
     """
     losses = F.cross_entropy(logits.transpose(1, 2).float(), target_image_tokens, reduction="none")
     if edit_mask is None:
-        return losses.mean()
+        return losses.mean(dim=1)
     weights = torch.where(edit_mask, edit_region_weight, 1.0)
-    return ((losses * weights).sum(dim=1) / weights.sum(dim=1)).mean()
+    return (losses * weights).sum(dim=1) / weights.sum(dim=1)

@@ -3,7 +3,9 @@
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 PREFIX = "checkpoint-"
@@ -21,11 +23,23 @@ def read_step(folder: Path) -> int | None:
     return int(step) if step.isdecimal() and folder.is_dir() else None
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, total_limit: int) -> Path:
-    """Save the state of a run as `checkpoint-<step>`; a kill meanwhile leaves the previous checkpoint usable."""
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    step: int,
+    total_limit: int,
+    dataloader: StatefulDataLoader | None = None,
+) -> Path:
+    """Save the state of a run as `checkpoint-<step>`; a kill meanwhile leaves the previous checkpoint usable.
+
+    Of a data loader every process saves the place it is at.
+    """
     folder = Path(output_dir) / f"{PREFIX}{step}"
     unfinished = folder.with_name(f"unfinished-{folder.name}")
     accelerator.save_state(unfinished)
+    if dataloader is not None:
+        place = {"num_workers": dataloader.num_workers, "state": dataloader.state_dict()}
+        torch.save(place, unfinished / name_place_file(accelerator))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -38,11 +52,18 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int,
     return folder
 
 
-def load_checkpoint(accelerator: Accelerator, output_dir: str | Path, name: str) -> int:
+def name_place_file(accelerator: Accelerator) -> str:
+    return f"dataloader-{accelerator.process_index}-of-{accelerator.num_processes}.pt"
+
+
+def load_checkpoint(
+    accelerator: Accelerator, output_dir: str | Path, name: str, dataloader: StatefulDataLoader | None = None
+) -> int:
     """Restore a run from `"latest"` or a named checkpoint and return its step; 0 if `"latest"` finds none.
 
     Raises:
-        ValueError: If the named checkpoint is not there.
+        ValueError: If the named checkpoint is not there; or if a data loader is to go on from it and another number of
+            processes or workers read for it.
     """
     checkpoints = list_checkpoints(output_dir)
     if name == "latest":
@@ -54,5 +75,24 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | Path, name: str)
         if folder not in checkpoints:
             names = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
             raise ValueError(f"`resume_from_checkpoint` is {name!r}; the checkpoints in {output_dir} are: {names}.")
+    if dataloader is not None:
+        load_place(accelerator, folder, dataloader)
     accelerator.load_state(folder)
     return read_step(folder)
+
+
+def load_place(accelerator: Accelerator, folder: Path, dataloader: StatefulDataLoader):
+    """Let a data loader go on from where the one of the checkpoint was."""
+    file = folder / name_place_file(accelerator)
+    if not file.exists():
+        raise ValueError(
+            f"{folder} has no {file.name}: not {accelerator.num_processes} processes wrote it. Resume with as many as "
+            "did, or begin a new run from its weights."
+        )
+    place = torch.load(file, weights_only=True)
+    if place["num_workers"] != dataloader.num_workers:
+        raise ValueError(
+            f"`num_workers` is {dataloader.num_workers}; {folder} was written with {place['num_workers']}. Resume with "
+            "as many."
+        )
+    dataloader.load_state_dict(place["state"])

@@ -1,85 +1,15 @@
-"""Pairs of pictures, or of their tokens, as a data set whose columns have our names; and rows collated into batches."""
+"""Rows of pairs, as pictures or as tokens made in advance, collated into batches; and the checks of such tokens."""
 
-import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ..processing_editar import EditARProcessor
-
-
-PIXEL_COLUMNS = ("source_image", "target_image", "prompt")
-TOKEN_COLUMNS = ("source_image_tokens", "target_image_tokens", "prompt")
-# A mask says where the edit is, as a picture or per token; a task says which prefix the prompt gets.
-OPTIONAL_COLUMNS = ("mask", "edit_mask", "task")
-
-
-def load_edit_dataset(path: str, split: str = "train", columns: Mapping[str, str] | None = None) -> datasets.Dataset:
-    """Load pairs by Hub id, by a folder or pattern of parquet files, or from an image folder with `metadata.jsonl`.
-
-    Args:
-        path (`str`): Hub id; a folder; or a glob of parquet files such as `"stickers/train-*.parquet"`. In a folder,
-            parquet files whose names start with `split` are taken; an image folder may have a folder per split.
-        split (`str`): Split of the data set.
-        columns (`Mapping[str, str]`, *optional*): Where our names differ from those of the data set, ours → theirs.
-
-    Returns:
-        The data set with the columns that training reads, under our names.
-
-    Raises:
-        ValueError: If nothing is found, or a column is missing; the columns there are, are listed.
-    """
-    dataset = load_split(path, split)
-    columns = dict(columns or {})
-    wanted = TOKEN_COLUMNS if "source_image_tokens" in dataset.column_names else PIXEL_COLUMNS
-    theirs = {ours: columns.get(ours, ours) for ours in (*wanted, *OPTIONAL_COLUMNS)}
-    present = {ours: name for ours, name in theirs.items() if name in dataset.column_names}
-    # A mask and a task are optional, unless their columns were named.
-    absent = theirs.keys() - present.keys()
-    if missing := [theirs[ours] for ours in dict.fromkeys((*wanted, *columns)) if ours in absent]:
-        raise ValueError(
-            f"`dataset` {path!r} lacks {', '.join(missing)}; it has {', '.join(dataset.column_names)}. Name the "
-            "columns that hold source image, target image and prompt."
-        )
-    dataset = dataset.select_columns(list(dict.fromkeys(present.values())))
-    return dataset.rename_columns({name: ours for ours, name in present.items()})
-
-
-def load_split(path: str, split: str) -> datasets.Dataset:
-    """Load a split with the columns it has; a `ValueError` says where nothing was found."""
-    folder, parquet_files = Path(path), find_parquet_files(path, split)
-    if not parquet_files and ("*" in path or path.endswith(".parquet")):
-        raise ValueError(f"`dataset` is {path!r}; no parquet file matches it.")
-    others = sorted(file.name for file in folder.glob("*.parquet"))
-    if others and not parquet_files:
-        raise ValueError(
-            f"`dataset` {path!r} has no parquet file whose name starts with {split!r}; it has {', '.join(others[:5])}. "
-            "Rename the files, or give a pattern such as `folder/*.parquet`."
-        )
-    try:
-        if parquet_files:
-            return datasets.load_dataset("parquet", data_files={split: parquet_files}, split=split)
-        if not folder.is_dir():
-            return datasets.load_dataset(path, split=split)
-        pictures = folder / split if (folder / split).is_dir() else folder
-        return datasets.load_dataset("imagefolder", data_files={split: f"{pictures}/**"}, split=split)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise ValueError(
-            f"`dataset` {path!r} does not load: {error} Give a Hub id, a folder of parquet files or pictures, or a "
-            f"pattern of parquet files, that has the split {split!r}."
-        ) from error
-
-
-def find_parquet_files(path: str, split: str) -> list[str]:
-    """Find the parquet files that `path` stands for: itself, a pattern, or a folder's files of this split."""
-    folder = Path(path)
-    pattern = f"{glob.escape(str(folder))}/{split}*.parquet" if folder.is_dir() else path
-    return sorted(file for file in glob.glob(pattern) if file.endswith(".parquet"))
 
 
 def check_image_tokens(dataset: datasets.Dataset, vocab_size: int, grid_height: int, grid_width: int):
@@ -106,6 +36,27 @@ def check_image_tokens(dataset: datasets.Dataset, vocab_size: int, grid_height: 
             )
 
 
+def pack_states(states: torch.Tensor) -> bytes:
+    """Pack the text states of a prompt, `(num_text_tokens, text_hidden_size)` in float32 or bfloat16, as bytes."""
+    return states.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def unpack_states(packed: bytes, num_text_tokens: int, text_hidden_size: int) -> torch.Tensor:
+    """Undo `pack_states`; the length tells the two types apart.
+
+    Raises:
+        ValueError: If the length is that of neither.
+    """
+    size = num_text_tokens * text_hidden_size
+    dtype = {4 * size: torch.float32, 2 * size: torch.bfloat16}.get(len(packed))
+    if dtype is None:
+        raise ValueError(
+            f"`prompt_embeds` holds {len(packed)} bytes a row; the model reads {num_text_tokens} states of width "
+            f"{text_hidden_size}. Make them with the model's own text encoder."
+        )
+    return torch.frombuffer(bytearray(packed), dtype=dtype).view(num_text_tokens, text_hidden_size)
+
+
 def compute_edit_mask(mask_pixel_values: torch.Tensor, stride: int) -> torch.BoolTensor:
     """Compute which tokens may change, `(batch, N)`, from masks as pixels in [−1, 1], `(batch, 3, height, width)`.
 
@@ -117,15 +68,15 @@ def compute_edit_mask(mask_pixel_values: torch.Tensor, stride: int) -> torch.Boo
 
 @dataclass
 class EditCollator:
-    """Collate rows of pictures, or of tokens made in advance, into one batch of tensors.
+    """Collate rows that `RowReader` made ready, of pictures or of tokens, into one batch.
 
-    Two rows of 16×16 pictures and a tokenizer of stride 8, as pictures and as tokens:
+    Two rows of 16×16 pictures and a tokenizer of stride 8, as pictures and as tokens; `groups` is for logs:
 
     ```python
     {"source_pixel_values": (2, 3, 16, 16), "target_pixel_values": (2, 3, 16, 16), "input_ids": (2, L),
-     "attention_mask": (2, L)}
+     "attention_mask": (2, L), "groups": {"task": ["edit", "canny"], "source": ["my-pairs", "my-pairs"]}}
     {"source_image_tokens": [[5, 0, 3, 1], [2, 2, 7, 4]], "target_image_tokens": [[5, 0, 3, 6], [2, 1, 7, 4]],
-     "edit_mask": [[False, False, False, True], [False, True, False, False]], "input_ids": ..., "attention_mask": ...}
+     "edit_mask": [[False, False, False, True], [False, True, False, False]], "input_ids": ..., ...}
     ```
 
     Args:
@@ -133,6 +84,7 @@ class EditCollator:
         height, width (`int`): Pixels the pictures are brought to.
         resize_mode (`str`): `"crop"` or `"stretch"`.
         stride (`int`): Pixels per token and side, for masks.
+        text_hidden_size (`int`): Width of text states that were made in advance.
     """
 
     processor: EditARProcessor
@@ -140,24 +92,36 @@ class EditCollator:
     width: int
     resize_mode: str
     stride: int
+    text_hidden_size: int
 
-    def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        prompts = [row["prompt"] for row in rows]
-        tasks = [row.get("task", "edit") for row in rows]
-        if "source_image_tokens" in rows[0]:
-            return {**self.processor(text=prompts, task=tasks), **self.collate_tokens(rows)}
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        return self.height // self.stride, self.width // self.stride
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict:
+        tasks = [row["task"] for row in rows]
+        text = self.processor(text=[row["prompt"] for row in rows], task=tasks)
+        groups = {"task": tasks, "source": [row["source"] for row in rows]}
+        images = self.collate_tokens(rows) if "source_image_tokens" in rows[0] else self.collate_pictures(rows)
+        if "prompt_embeds" in rows[0]:
+            size = self.processor.num_text_tokens, self.text_hidden_size
+            text["prompt_embeds"] = torch.stack([unpack_states(row["prompt_embeds"], *size) for row in rows])
+        return {**text, **images, "groups": groups}
+
+    def collate_pictures(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         geometry = {"height": self.height, "width": self.width, "resize_mode": self.resize_mode}
-        batch = self.processor(
-            images=[row["source_image"] for row in rows],
-            target_images=[row["target_image"] for row in rows],
-            text=prompts,
-            task=tasks,
-            **geometry,
-        )
-        if "mask" in rows[0]:
-            masks = self.processor(images=[row["mask"] for row in rows], **geometry).source_pixel_values
+        pictures = {
+            name: [row[column] for row in rows]
+            for name, column in (("images", "source_image"), ("target_images", "target_image"))
+        }
+        batch = dict(self.processor(**pictures, **geometry))
+        if any("mask" in row for row in rows):
+            # A row without a mask, of a source that has none, may change everywhere.
+            masks = [row.get("mask") or Image.new("L", row["target_image"].size, "white") for row in rows]
+            masks = self.processor(images=masks, **geometry).source_pixel_values
             batch["edit_mask"] = compute_edit_mask(masks, self.stride)
-        return dict(batch)
+        return batch
 
     def collate_tokens(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         names = ("source_image_tokens", "target_image_tokens", "edit_mask")

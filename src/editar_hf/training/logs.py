@@ -1,43 +1,102 @@
-"""What a training run says of itself: a line of figures to the terminal and to the trackers."""
+"""What a training run says of itself: lines of figures to the terminal and to the trackers, and a progress bar."""
 
+import resource
+import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
 
 
 def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int):
     """Print figures with four digits and hand them to the trackers."""
     accelerator.log(figures, step=step)
     line = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    accelerator.print(f"step {step}: {line}", flush=True)
+    if accelerator.is_main_process:
+        # Above a progress bar, if there is one.
+        tqdm.write(f"step {step}: {line}", file=sys.stdout)
+        sys.stdout.flush()
+
+
+def measure_peak_memory(device: torch.device) -> float:
+    """Measure the most memory held so far, in GiB: the GPU's allocations, or all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Kilobytes; on macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class LossLog:
-    """Add up losses on the device, and log their means and the speed now and then: no step waits for a number."""
+    """Add up losses on the device, and log their means and the speed now and then: no step waits for a number.
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        tokens_per_sample (`int`): Positions the decoder sees of a pair.
+        num_steps (`int`): Steps of the whole run, for the progress bar.
+        step (`int`): Those already done.
+    """
+
+    def __init__(self, accelerator: Accelerator, tokens_per_sample: int, num_steps: int, step: int = 0):
+        self.accelerator, self.tokens_per_sample = accelerator, tokens_per_sample
+        # None: no bar where nobody looks, as in a file.
+        disable = None if accelerator.is_main_process else True
+        self.progress_bar = tqdm(total=num_steps, initial=step, desc="steps", disable=disable)
         self.clear()
 
     def clear(self):
         self.sums: dict[str, torch.Tensor] = {}
-        self.num_batches, self.num_samples = 0, 0
+        self.counts: dict[str, int] = {}
+        self.groups: dict[str, list[torch.Tensor]] = {}
+        self.num_samples = 0
         self.start_time = time.monotonic()
 
-    def add(self, losses: dict[str, torch.Tensor], batch_size: int):
-        """Count a batch of `batch_size` samples per process; every batch counts the same."""
+    def add(self, losses: dict[str, torch.Tensor], batch_size: int, **groups: Sequence[str]):
+        """Count a batch of `batch_size` samples per process; every batch counts the same.
+
+        Args:
+            losses (`dict[str, torch.Tensor]`): Scalars by name; and `token_losses`, one for each sample.
+            batch_size (`int`): Samples per process.
+            groups (`Sequence[str]`): What each sample belongs to: `task=("edit", …)` logs `token_loss/task/edit`.
+        """
+        token_losses = losses["token_losses"].float()
         for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
-        self.num_batches += 1
+            if loss.ndim == 0:
+                self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
+                self.counts[name] = self.counts.get(name, 0) + 1
+        for kind, names in groups.items():
+            for name in sorted(set(names)):
+                members = torch.tensor([other == name for other in names]).to(token_losses.device)
+                self.groups.setdefault(f"token_loss/{kind}/{name}", []).append(token_losses[members])
         self.num_samples += batch_size * self.accelerator.num_processes
 
-    def flush(self, step: int, learning_rate: float):
+    def flush(self, step: int, learning_rate: float, **more: float):
         """Log the means over processes and over the batches since the last time, and begin anew."""
         means = {
-            name: self.accelerator.reduce(total / self.num_batches, "mean").item() for name, total in self.sums.items()
+            name: self.accelerator.reduce(total / self.counts[name], "mean").item() for name, total in self.sums.items()
         }
-        seconds = time.monotonic() - self.start_time
-        speed = {"learning_rate": learning_rate, "samples_per_second": self.num_samples / seconds}
-        log_figures(self.accelerator, means | speed, step)
+        samples_per_second = self.num_samples / (time.monotonic() - self.start_time)
+        speed = {
+            "samples_per_second": samples_per_second,
+            "tokens_per_second": samples_per_second * self.tokens_per_sample,
+            "memory_gib": measure_peak_memory(self.accelerator.device),
+        }
+        self.progress_bar.set_postfix({name: f"{value:.4g}" for name, value in speed.items()})
+        groups = self.average_groups()
+        log_figures(self.accelerator, means | groups | {"learning_rate": learning_rate} | more | speed, step)
         self.clear()
+
+    def average_groups(self) -> dict[str, float]:
+        """Average the losses of the samples of each group, over processes; where there is one group, nothing."""
+        sums = {name: (torch.cat(losses).sum().item(), sum(map(len, losses))) for name, losses in self.groups.items()}
+        gathered = gather_object([sums])
+        names = sorted({name for part in gathered for name in part})
+        alone = {kind for kind in ("task", "source") if sum(f"/{kind}/" in name for name in names) == 1}
+        totals = {name: [part[name] for part in gathered if name in part] for name in names}
+        return {
+            name: sum(total for total, _ in parts) / sum(count for _, count in parts)
+            for name, parts in totals.items()
+            if name.split("/")[1] not in alone
+        }

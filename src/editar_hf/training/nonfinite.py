@@ -1,0 +1,48 @@
+"""Steps whose loss is not a finite number are skipped and counted, and stop a run once they are many."""
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+
+class NonFiniteGuard:
+    """Tell usable steps from those to be skipped, alike in every process.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        output_dir (`Path`): Where the last batch is saved when the run is stopped.
+        max_steps (`int`): How many steps may be skipped.
+    """
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, max_steps: int):
+        self.accelerator, self.output_dir, self.max_steps = accelerator, output_dir, max_steps
+        self.num_skipped = 0
+
+    def admits(self, loss: torch.Tensor, gradient_norm: torch.Tensor) -> bool:
+        """Say whether the weights may be stepped. In fp16 infinite gradients are the loss scaler's business."""
+        figures = [loss.detach().float()]
+        if self.accelerator.scaler is None:
+            figures.append(torch.as_tensor(gradient_norm, device=loss.device).float())
+        return math.isfinite(self.accelerator.reduce(torch.stack(figures), "sum").sum().item())
+
+    def skip(self, step: int, batches: list[dict]):
+        """Count a skipped step and say so.
+
+        Raises:
+            FloatingPointError: If these are more than `max_steps`; the step's batches are saved first.
+        """
+        self.num_skipped += 1
+        self.accelerator.print(
+            f"step {step}: skipped, no finite loss or gradient; {self.num_skipped} such steps so far"
+        )
+        if self.num_skipped <= self.max_steps:
+            return
+        path = self.output_dir / f"nonfinite-step-{step}-process-{self.accelerator.process_index}.pt"
+        torch.save(batches, path)
+        raise FloatingPointError(
+            f"{self.num_skipped} steps had no finite loss, more than `max_nonfinite_steps` {self.max_steps} allows. "
+            f"The batches of the last one are in {path}; the last checkpoint is from before. Lower the learning rate, "
+            "or look at the data."
+        )

@@ -1,0 +1,135 @@
+"""Rows of a data set made ready for collation, and an account of those that cannot be used."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from transformers.utils import logging
+
+from ..condition_maps import make_canny_map
+from ..processing_editar import EditARImageProcessor
+from .sources import DataSource
+
+
+logger = logging.get_logger(__name__)
+IMAGES = ("source_image", "target_image", "mask")
+ADDITION = "add "
+# Below as many rows a few bad ones say little about a data set; its end is judged in any case.
+MIN_ROWS_TO_JUDGE = 100
+NUM_OFFENDERS_NAMED = 5
+
+
+class UnusableRow(Exception):
+    """A row that training must leave out; the message says why."""
+
+
+def decode_image(value: Image.Image | Mapping | bytes | str, image_folder: str | None = None) -> Image.Image:
+    """Decode a picture in any of the ways data sets hold one: a picture, `{bytes, path}`, bytes, or a path.
+
+    Raises:
+        UnusableRow: If it is none of these, or does not decode.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    try:
+        if isinstance(value, bytes):
+            value = Image.open(BytesIO(value))
+        elif isinstance(value, str):
+            value = Image.open(Path(image_folder or "") / value)
+        if not isinstance(value, Image.Image):
+            raise UnusableRow(f"is {'empty' if value is None else f'a {type(value).__name__}'}")
+        value.load()
+    except UnidentifiedImageError as error:
+        raise UnusableRow("does not decode: it is in no known format") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnusableRow(f"does not decode: {error}") from error
+    return value
+
+
+@dataclass
+class RowReader:
+    """Make rows ready for collation: images decoded, what a recipe rewrites rewritten, the task and source named.
+
+    Args:
+        image_processor (`EditARImageProcessor`): Brings pictures to the size that edges are found at.
+        height, width (`int`): That size, in pixels.
+        resize_mode (`str`): `"crop"` or `"stretch"`.
+    """
+
+    image_processor: EditARImageProcessor
+    height: int
+    width: int
+    resize_mode: str
+
+    def read(self, row: Mapping, source: DataSource) -> dict:
+        """Return a row of `source` made ready.
+
+        Raises:
+            UnusableRow: If it has no instruction, or a picture that does not decode.
+        """
+        row = {**row, "source": source.name, "task": source.task or row.get("task") or "edit"}
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            raise UnusableRow("`prompt` is empty")
+        for name in IMAGES:
+            if name in row:
+                try:
+                    row[name] = decode_image(row[name], source.image_folder)
+                except UnusableRow as error:
+                    raise UnusableRow(f"`{name}` {error}") from error
+        if source.rewrite == "canny":
+            row["source_image"] = self.find_edges(row["target_image"])
+        elif source.rewrite == "removal":
+            row["prompt"] = ask_for_removal(row["prompt"])
+        return row
+
+    def find_edges(self, picture: Image.Image) -> Image.Image:
+        """Find a picture's edges at the size the model works at: resized edges would be grey."""
+        size = {"height": self.height, "width": self.width}
+        pixel_values = self.image_processor(picture, size=size, resize_mode=self.resize_mode).pixel_values
+        return make_canny_map(self.image_processor.postprocess(pixel_values)[0])
+
+
+def ask_for_removal(instruction: str) -> str:
+    """Turn "add a dog on the left" into "Remove a dog on the left", for a pair read backwards.
+
+    Raises:
+        UnusableRow: If the instruction does not begin with "add ".
+
+    Source: the published training, which cuts off the first four characters of PIPE's instructions, whatever they are.
+    """
+    if not instruction.lower().startswith(ADDITION):
+        raise UnusableRow(f"`prompt` {instruction!r} does not begin with {ADDITION!r}")
+    return "Remove " + instruction[len(ADDITION) :]
+
+
+@dataclass
+class BadRowCount:
+    """Count rows that cannot be used, log each, and stop a run of which they are too many.
+
+    Args:
+        max_fraction (`float`): Of the rows read, the share that may be skipped.
+    """
+
+    max_fraction: float
+    num_read: int = 0
+    num_bad: int = 0
+    offenders: list[str] = field(default_factory=list)
+
+    def add(self, source: DataSource, position: int, error: UnusableRow):
+        """Count and log one, the row at `position` of a source."""
+        self.num_bad += 1
+        offender = f"{source.name}, row {position}: {error}"
+        self.offenders = [*self.offenders, offender][:NUM_OFFENDERS_NAMED]
+        logger.warning(f"Skipped {offender} ({self.num_bad} of {self.num_read} rows so far)")
+        if self.num_read >= MIN_ROWS_TO_JUDGE:
+            self.judge()
+
+    def judge(self):
+        """Raise a `ValueError` if the rows skipped so far are too many."""
+        if self.num_bad > self.max_fraction * self.num_read:
+            raise ValueError(
+                f"{self.num_bad} of {self.num_read} rows cannot be used, more than `max_bad_rows_fraction` "
+                f"{self.max_fraction} allows. The first: {'; '.join(self.offenders)}. Repair the data, or allow more."
+            )

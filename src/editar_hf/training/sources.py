@@ -1,0 +1,188 @@
+"""Where pairs come from: data sets on the Hub or at hand, opened under our column names, alone or mixed by a recipe.
+
+Images stay encoded here, so that one broken file is one bad row and not the end of a run; `rows.py` decodes them.
+"""
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import datasets
+import yaml
+
+from ..processing_editar import TASK_PREFIXES
+
+
+PIXEL_COLUMNS = ("source_image", "target_image", "prompt")
+TOKEN_COLUMNS = ("source_image_tokens", "target_image_tokens", "prompt")
+# A mask says where the edit is, as a picture or per token; a task says which prefix the prompt gets; text states that
+# are made in advance spare a frozen text encoder its work.
+OPTIONAL_COLUMNS = ("mask", "edit_mask", "task", "prompt_embeds")
+# What `rows.py` makes of a row, and the column that it makes.
+REWRITES = {"canny": "source_image", "removal": None}
+# Files that data sets are read from, by the last part of their names, and what `datasets` calls them.
+FILE_KINDS = {"parquet": "parquet", "tar": "webdataset", "jsonl": "json"}
+
+
+@dataclass
+class DataSource:
+    """One data set of pairs, and how to read it.
+
+    The published PIPE pairs, backwards:
+
+    ```python
+    DataSource(
+        "paint-by-inpaint/PIPE",
+        columns={"source_image": "target_img", "target_image": "source_img", "prompt": "Instruction_VLM-LLM"},
+        rewrite="removal",
+        probability=0.125,
+    )
+    ```
+
+    Args:
+        dataset (`str`): Hub id; a folder or a pattern of parquet files or of webdataset tars; a pattern of JSON-lines
+            files; or an image folder with `metadata.jsonl`.
+        split (`str`): Its split. In a folder, files whose names start with it are taken; an image folder may have a
+            folder per split.
+        config_name (`str`, *optional*): The configuration of a data set on the Hub.
+        name (`str`, *optional*): What logs call it; default: `dataset`.
+        probability (`float`): How often it is drawn from, relative to the other sources of a recipe.
+        columns (`Mapping`): Where our names differ from those of the data set, ours → theirs. A list names
+            alternatives, of which the first that is there counts.
+        task (`str`, *optional*): The task of every row; default: the column `task`, or else `"edit"`.
+        rewrite (`str`, *optional*): `"canny"` makes the source image of the target's edges; `"removal"` turns an
+            instruction "add …" into "Remove …".
+        image_folder (`str`, *optional*): Where image columns hold paths, the folder these start from.
+        streaming (`bool`): Whether a data set on the Hub is read while it is downloaded, and not downloaded first.
+
+    Raises:
+        ValueError: If the probability is not positive, or the task or rewrite is unknown.
+    """
+
+    dataset: str
+    split: str = "train"
+    config_name: str | None = None
+    name: str | None = None
+    probability: float = 1.0
+    columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    task: str | None = None
+    rewrite: str | None = None
+    image_folder: str | None = None
+    streaming: bool = True
+
+    def __post_init__(self):
+        self.name = self.name or self.dataset
+        if not self.probability > 0:
+            raise ValueError(f"`probability` of {self.name!r} is {self.probability}; it must be positive.")
+        if self.task is not None and self.task not in TASK_PREFIXES:
+            raise ValueError(f"`task` of {self.name!r} is {self.task!r}; the tasks are {', '.join(TASK_PREFIXES)}.")
+        if self.rewrite is not None and self.rewrite not in REWRITES:
+            raise ValueError(f"`rewrite` of {self.name!r} is {self.rewrite!r}; there are {', '.join(REWRITES)}.")
+
+
+def load_recipe(path: str | Path) -> list[DataSource]:
+    """Read the sources of a recipe: a YAML file with a list `sources`, whose items have the fields of `DataSource`.
+
+    Raises:
+        ValueError: If the file is not such a recipe.
+    """
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`recipe` {str(path)!r} does not load: {error}") from error
+    items = recipe.get("sources") if isinstance(recipe, dict) else None
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"`recipe` {str(path)!r} has no list `sources`, each with `dataset` and what else it needs.")
+    known = [item.name for item in fields(DataSource)]
+    if unknown := sorted({name for item in items for name in item} - set(known)):
+        raise ValueError(f"`recipe` {str(path)!r} names {', '.join(unknown)}; a source has {', '.join(known)}.")
+    if not all("dataset" in item for item in items):
+        raise ValueError(f"`recipe` {str(path)!r} has a source without `dataset`.")
+    return [DataSource(**item) for item in items]
+
+
+def open_source(source: DataSource) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a data set with the columns that training reads, under our names, its images still encoded.
+
+    Returns:
+        A `Dataset` of what is at hand; an `IterableDataset` of what is streamed from the Hub or from tars.
+
+    Raises:
+        ValueError: If nothing is found, or a column is missing; the columns there are, are listed.
+    """
+    dataset = load_split(source)
+    if isinstance(dataset, datasets.IterableDataset) and dataset.column_names is None:
+        dataset = dataset.cast(datasets.Features.from_dict(next(iter(dataset.take(1)))))
+    theirs = find_columns(source, dataset.column_names)
+    dataset = dataset.select_columns(list(dict.fromkeys(theirs.values())))
+    for name in dataset.column_names:
+        if isinstance(dataset.features[name], datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return rename_columns(dataset, {name: ours for ours, name in theirs.items()})
+
+
+def rename_columns(
+    dataset: datasets.Dataset | datasets.IterableDataset, names: Mapping[str, str]
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Rename columns, theirs → ours, also to names that others of them have now; streams refuse that in one step."""
+    names = {theirs: ours for theirs, ours in names.items() if theirs != ours}
+    if not names:
+        return dataset
+    steps = {theirs: f"{theirs} → {ours}" for theirs, ours in names.items()}
+    return dataset.rename_columns(steps).rename_columns({steps[theirs]: ours for theirs, ours in names.items()})
+
+
+def find_columns(source: DataSource, present: Sequence[str]) -> dict[str, str]:
+    """Find which of the columns that are present go by which of our names, ours → theirs."""
+    wanted = TOKEN_COLUMNS if "source_image_tokens" in present else PIXEL_COLUMNS
+    wanted = tuple(name for name in wanted if name != REWRITES.get(source.rewrite))
+    names = {ours: source.columns.get(ours, ours) for ours in (*wanted, *OPTIONAL_COLUMNS)}
+    names = {ours: [theirs] if isinstance(theirs, str) else list(theirs) for ours, theirs in names.items()}
+    found = {ours: next((name for name in theirs if name in present), None) for ours, theirs in names.items()}
+    # A mask and a task are optional, unless their columns were named.
+    missing = [ours for ours in dict.fromkeys((*wanted, *source.columns)) if found.get(ours) is None]
+    if missing:
+        raise ValueError(
+            f"`dataset` {source.dataset!r} lacks {', '.join(' or '.join(names.get(m, [m])) for m in missing)}; it has "
+            f"{', '.join(present)}. Name the columns that hold source image, target image and prompt."
+        )
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
+
+
+def load_split(source: DataSource) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a split with the columns it has; a `ValueError` says where nothing was found."""
+    path, split = source.dataset, source.split
+    folder = Path(path)
+    files = find_files(path, split)
+    if not files and ("*" in path or path.endswith(tuple(f".{kind}" for kind in FILE_KINDS))):
+        raise ValueError(f"`dataset` is {path!r}; no {' or '.join(FILE_KINDS)} file matches it.")
+    others = sorted(file.name for kind in ("parquet", "tar") for file in folder.glob(f"*.{kind}"))
+    if others and not files:
+        raise ValueError(
+            f"`dataset` {path!r} has no file whose name starts with {split!r}; it has {', '.join(others[:5])}. Rename "
+            "the files, or give a pattern such as `folder/*.parquet`."
+        )
+    try:
+        if files:
+            kind = files[0].rpartition(".")[2]
+            streaming = kind == "tar"
+            return datasets.load_dataset(FILE_KINDS[kind], data_files={split: files}, split=split, streaming=streaming)
+        if not folder.is_dir():
+            return datasets.load_dataset(path, source.config_name, split=split, streaming=source.streaming)
+        pictures = folder / split if (folder / split).is_dir() else folder
+        return datasets.load_dataset("imagefolder", data_files={split: f"{pictures}/**"}, split=split)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        raise ValueError(
+            f"`dataset` {path!r} does not load: {error} Give a Hub id, a folder of parquet files or pictures, or a "
+            f"pattern of files, that has the split {split!r}."
+        ) from error
+
+
+def find_files(path: str, split: str) -> list[str]:
+    """Find the files that `path` stands for: itself, a pattern, or a folder's parquet or tar files of this split."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return sorted(file for file in glob.glob(path) if file.rpartition(".")[2] in FILE_KINDS)
+    kinds = (sorted(glob.glob(f"{glob.escape(path)}/{split}*.{kind}")) for kind in ("parquet", "tar"))
+    return next((files for files in kinds if files), [])

@@ -1,0 +1,117 @@
+"""One batch to its losses: what is drawn and encoded for it, and the two networks that are trained, in one module."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..modeling_editar import EditARForConditionalGeneration
+from .batch import compute_token_losses, draw_conditioning_dropout, drop_target_tokens
+from .distillation import compute_distillation_loss
+
+
+class TrainingStep(nn.Module):
+    """One batch to its losses; both trained networks inside, so that one wrapper serves distributed runs.
+
+    Args:
+        transformer (`EditARForConditionalGeneration`): The decoder.
+        text_encoder (`PreTrainedModel`): A T5 encoder, trained along if any of its parameters asks for gradients.
+        grid (`tuple[int, int]`): Rows and columns of image tokens.
+        edit_region_weight (`float`): Weight of tokens inside the mask.
+        distillation_loss_weight (`float`): Weight of the distance to the teacher's features.
+    """
+
+    def __init__(
+        self,
+        transformer: EditARForConditionalGeneration,
+        text_encoder: PreTrainedModel,
+        grid: tuple[int, int],
+        edit_region_weight: float = 1.0,
+        distillation_loss_weight: float = 0.5,
+    ):
+        super().__init__()
+        self.transformer, self.text_encoder, self.grid = transformer, text_encoder, grid
+        self.edit_region_weight, self.distillation_loss_weight = edit_region_weight, distillation_loss_weight
+        self.trains_text_encoder = any(parameter.requires_grad for parameter in text_encoder.parameters())
+
+    def train(self, mode: bool = True):
+        """Switch to training; a text encoder that is not trained along stays without dropout."""
+        super().train(mode)
+        self.text_encoder.train(mode and self.trains_text_encoder)
+        return self
+
+    def forward(
+        self, batch: Mapping[str, torch.Tensor], drop_source=None, drop_prompt=None, teacher_features=None
+    ) -> dict[str, torch.Tensor]:
+        """Return `loss` and `token_loss`, scalars; `token_losses` `(batch,)`; and `distillation_loss` with a teacher.
+
+        Args:
+            batch (`Mapping`): `source_image_tokens`, `target_image_tokens`, `input_ids`, `attention_mask`; optional are
+                `shown_image_tokens`, the target as the decoder is shown it; `edit_mask`; and `prompt_embeds`, text
+                states made in advance.
+            drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): Conditions left out.
+            teacher_features (`torch.Tensor` of shape `(batch, cells, width)`, *optional*): What the teacher sees.
+        """
+        output = self.transformer(
+            source_image_tokens=batch["source_image_tokens"],
+            prompt_embeds=self.encode_prompts(batch),
+            target_image_tokens=batch.get("shown_image_tokens", batch["target_image_tokens"]),
+            drop_source=drop_source,
+            drop_prompt=drop_prompt,
+            grid_height=self.grid[0],
+            grid_width=self.grid[1],
+            output_distillation_features=teacher_features is not None,
+        )
+        token_losses = compute_token_losses(
+            output.logits, batch["target_image_tokens"], batch.get("edit_mask"), self.edit_region_weight
+        )
+        losses = {"token_losses": token_losses.detach(), "token_loss": token_losses.mean()}
+        losses["loss"] = losses["token_loss"]
+        if teacher_features is not None:
+            cells = (self.grid[0] // 2, self.grid[1] // 2)
+            losses["distillation_loss"] = compute_distillation_loss(
+                output.distillation_features, teacher_features, *cells
+            )
+            losses["loss"] = losses["loss"] + self.distillation_loss_weight * losses["distillation_loss"]
+        return losses
+
+    def encode_prompts(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Encode the prompts of a batch as text states, unless that was done in advance."""
+        if "prompt_embeds" in batch:
+            return batch["prompt_embeds"].to(self.transformer.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_text_encoder):
+            return self.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+
+
+def draw_dropout(
+    batch: Mapping[str, torch.Tensor],
+    seed: int,
+    place: int,
+    drops_conditioning: bool = True,
+    target_token_dropout: float = 0.0,
+) -> dict:
+    """Draw what is dropped of a batch of tokens; return the keyword arguments of `TrainingStep`, the batch included.
+
+    The draws are a function of the seed and of the batch's place in the run, so that a resumed run draws what an
+    uninterrupted one would.
+
+    Args:
+        batch (`Mapping`): Tokens and prompts.
+        seed (`int`): The run's.
+        place (`int`): Which of the run's batches this is, those of other processes counted.
+        drops_conditioning (`bool`): Whether source images and prompts are dropped, as published.
+        target_token_dropout (`float`): See `drop_target_tokens`.
+    """
+    # The generator knows the seed's low 32 bits alone; the prime keeps two seeds apart for a million batches.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+    device = batch["input_ids"].device
+    inputs = {"batch": batch}
+    if drops_conditioning:
+        drops = draw_conditioning_dropout(len(batch["input_ids"]), generator)
+        inputs["drop_source"], inputs["drop_prompt"] = (drop.to(device) for drop in drops)
+    if target_token_dropout:
+        tokens = (batch[f"{name}_image_tokens"] for name in ("target", "source"))
+        shown = drop_target_tokens(*tokens, target_token_dropout, generator)
+        inputs["batch"] = {**batch, "shown_image_tokens": shown}
+    return inputs

@@ -1,0 +1,236 @@
+"""Endless streams of rows that resume exactly: data sets at hand are shuffled, those on the Hub read shard by shard.
+
+A reader is one worker of one process. Every reader reads rows of its own, and the state of its stream is a few numbers,
+so a run that is killed and resumed goes on with the very rows it would have read. A shuffle buffer would lose its
+content then; streamed data sets have their shards shuffled instead, anew each epoch, and are mixed as well as their
+shards are.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from .data import EditCollator
+from .rows import BadRowCount, RowReader, UnusableRow
+from .sources import DataSource
+
+
+class Reader(NamedTuple):
+    """Who reads: worker `worker` of `num_workers`, in process `process` of `num_processes`."""
+
+    process: int
+    num_processes: int
+    worker: int
+    num_workers: int
+
+    @property
+    def index(self) -> int:
+        return self.process * self.num_workers + self.worker
+
+    @property
+    def count(self) -> int:
+        return self.num_processes * self.num_workers
+
+
+class ShuffledRows:
+    """Rows of a data set at hand, epoch after epoch, each epoch in an order of its own.
+
+    Args:
+        dataset (`datasets.Dataset`): The rows.
+        seed (`int`): What the orders depend on, beside the epoch.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+        self.epoch, self.num_read = 0, 0
+
+    def check(self, name: str, reader: Reader):
+        """Refuse more readers than there are rows."""
+        if len(self.dataset) < reader.count:
+            raise ValueError(
+                f"`dataset` {name!r} has {len(self.dataset)} rows for {reader.count} readers ({reader.num_processes} "
+                f"processes with {reader.num_workers} workers each). Lower `num_workers`, or add rows."
+            )
+
+    def read_epoch(self, reader: Reader) -> Iterator[tuple[int, dict]]:
+        """Yield what is left of the epoch as (position, row), then begin the next."""
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
+        for position in order[reader.index :: reader.count][self.num_read :].tolist():
+            self.num_read += 1
+            yield position, self.dataset[position]
+        self.epoch, self.num_read = self.epoch + 1, 0
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "num_read": self.num_read}
+
+    def load_state_dict(self, state: Mapping):
+        self.epoch, self.num_read = state["epoch"], state["num_read"]
+
+
+class StreamedRows:
+    """Rows of a data set that is read while it is downloaded, epoch after epoch, its shards shuffled in each.
+
+    Args:
+        dataset (`datasets.IterableDataset`): The rows; each process and worker reads shards of its own.
+        seed (`int`): What the orders depend on, beside the epoch.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+        self.epoch, self.num_read, self.state = 0, 0, None
+
+    def check(self, name: str, reader: Reader):
+        """Refuse more workers than a process has shards."""
+        num_shards = split_dataset_by_node(self.dataset, reader.process, reader.num_processes).num_shards
+        if num_shards < reader.num_workers:
+            raise ValueError(
+                f"`num_workers` is {reader.num_workers}; `dataset` {name!r} has {num_shards} shards for each of "
+                f"{reader.num_processes} processes, and each worker reads shards of its own. Use {num_shards}."
+            )
+
+    def read_epoch(self, reader: Reader) -> Iterator[tuple[int, dict]]:
+        """Yield what is left of the epoch as (position among the reader's rows, row), then begin the next."""
+        dataset = split_dataset_by_node(self.dataset, reader.process, reader.num_processes)
+        # `datasets` shuffles shards by the epoch alone, and epoch 0 not at all.
+        dataset.set_epoch(1 + self.seed * 1_000_003 + self.epoch)
+        if self.state is not None:
+            dataset.load_state_dict(self.state)
+        for row in dataset:
+            self.num_read, self.state = self.num_read + 1, dataset.state_dict()
+            yield self.num_read - 1, row
+        self.epoch, self.num_read, self.state = self.epoch + 1, 0, None
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "num_read": self.num_read, "state": self.state}
+
+    def load_state_dict(self, state: Mapping):
+        self.epoch, self.num_read, self.state = state["epoch"], state["num_read"], state["state"]
+
+
+class MixedRows(torch.utils.data.IterableDataset):
+    """Rows of several sources for ever, made ready for collation; each comes from a source drawn by probability.
+
+    Args:
+        sources (`Sequence[DataSource]`): The sources.
+        opened (`Sequence`): Of each, what `open_source` opened.
+        row_reader (`RowReader`): Makes rows ready.
+        max_bad_rows_fraction (`float`): The share of rows that may be unusable before a `ValueError` stops the run.
+        seed (`int`): What orders and draws depend on.
+        process, num_processes (`int`): Which process this is, of how many.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        opened: Sequence[datasets.Dataset | datasets.IterableDataset],
+        row_reader: RowReader,
+        max_bad_rows_fraction: float,
+        seed: int,
+        process: int = 0,
+        num_processes: int = 1,
+    ):
+        super().__init__()
+        self.sources, self.row_reader, self.seed = sources, row_reader, seed
+        self.process, self.num_processes = process, num_processes
+        self.streams = [
+            ShuffledRows(dataset, seed) if isinstance(dataset, datasets.Dataset) else StreamedRows(dataset, seed)
+            for dataset in opened
+        ]
+        probabilities = np.array([source.probability for source in sources])
+        self.probabilities = probabilities / probabilities.sum()
+        self.bad_rows = BadRowCount(max_bad_rows_fraction)
+        self.num_draws = 0
+
+    def check(self, num_workers: int):
+        """Refuse, before a run begins, more readers than a source can serve."""
+        reader = Reader(self.process, self.num_processes, 0, max(1, num_workers))
+        for source, stream in zip(self.sources, self.streams, strict=True):
+            stream.check(source.name, reader)
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        reader = Reader(self.process, self.num_processes, *((worker.id, worker.num_workers) if worker else (0, 1)))
+        rows = [self.read_for_ever(index, reader) for index in range(len(self.streams))]
+        while True:
+            index = self.draw_source(reader)
+            position, row = next(rows[index])
+            self.bad_rows.num_read += 1
+            try:
+                row = self.row_reader.read(row, self.sources[index])
+            except UnusableRow as error:
+                self.bad_rows.add(self.sources[index], position, error)
+            else:
+                yield row
+
+    def draw_source(self, reader: Reader) -> int:
+        """Draw a source; the n-th draw of a reader is the same in every run."""
+        self.num_draws += 1
+        if len(self.sources) == 1:
+            return 0
+        generator = np.random.default_rng((self.seed, reader.index, self.num_draws))
+        return int(generator.choice(len(self.sources), p=self.probabilities))
+
+    def read_for_ever(self, index: int, reader: Reader) -> Iterator[tuple[int, dict]]:
+        while True:
+            yield from self.streams[index].read_epoch(reader)
+            self.bad_rows.judge()
+
+    def state_dict(self) -> dict:
+        return {
+            "num_draws": self.num_draws,
+            "streams": [stream.state_dict() for stream in self.streams],
+            "num_read": self.bad_rows.num_read,
+            "num_bad": self.bad_rows.num_bad,
+        }
+
+    def load_state_dict(self, state: Mapping):
+        self.num_draws = state["num_draws"]
+        for stream, stream_state in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(stream_state)
+        self.bad_rows.num_read, self.bad_rows.num_bad = state["num_read"], state["num_bad"]
+
+
+def build_dataloader(rows: MixedRows, collator: EditCollator, batch_size: int, num_workers: int) -> StatefulDataLoader:
+    """Build the endless loader of a run's batches, whose `state_dict` says where in its rows it is.
+
+    Raises:
+        ValueError: If there are more workers than a source can serve.
+    """
+    rows.check(num_workers)
+    # A data loader draws a number when it starts. Were it from the generator that dropout draws from, a run that is
+    # resumed would not be the uninterrupted one.
+    generator = torch.Generator().manual_seed(rows.seed)
+    return StatefulDataLoader(
+        rows, batch_size=batch_size, collate_fn=collator, num_workers=num_workers, generator=generator
+    )
+
+
+def collate_first_rows(
+    opened: Iterable[Mapping],
+    source: DataSource,
+    row_reader: RowReader,
+    collator: EditCollator,
+    batch_size: int,
+    num_batches: int,
+) -> list[dict]:
+    """Collate the first usable rows of an opened source, in their order: what a run is validated on.
+
+    Raises:
+        ValueError: If there is no usable row.
+    """
+    rows = []
+    for row in opened:
+        with contextlib.suppress(UnusableRow):
+            rows.append(row_reader.read(row, source))
+        if len(rows) == batch_size * num_batches:
+            break
+    if not rows:
+        raise ValueError(f"`validation_dataset` {source.dataset!r} has no usable row.")
+    batches = [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    return [{name: value for name, value in batch.items() if name != "groups"} for batch in batches]

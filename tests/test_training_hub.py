@@ -1,0 +1,161 @@
+"""Training that uploads what it made: pipelines and adapters, loaded by id in a fresh process, against a played Hub."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from hub_server import TOKEN, HubServer, Repository
+from PIL import Image
+from tiny import build_pipeline
+
+from editar_hf import EditARPipeline
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EDITOR, ADAPTER = "tester/editor", "tester/adapter"
+CARDS = {EDITOR: "editor/pipeline", ADAPTER: "adapter/adapter"}
+EDIT = """
+import json, os, sys
+from pathlib import Path
+import torch
+from PIL import Image
+from editar_hf import EditARPipeline
+
+def edit(pipe):
+    image = Image.new("RGB", (16, 16), "red")
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe("make the red circle blue", image=image, generator=generator, output_type="tokens").images[0].tolist()
+
+local = Path(sys.argv[1])
+seen = {}
+seen["pushed"] = edit(EditARPipeline.from_pretrained("tester/editor"))
+seen["at hand"] = edit(EditARPipeline.from_pretrained(local / "editor" / "pipeline"))
+for name, source in (("pushed adapter", "tester/adapter"), ("adapter at hand", local / "adapter" / "adapter")):
+    pipe = EditARPipeline.from_pretrained("tester/editor")
+    pipe.load_lora_weights(source)
+    seen[name] = edit(pipe)
+os.chdir(os.environ["HF_HOME"])
+for name in ("EDITOR_SNIPPET", "ADAPTER_SNIPPET"):
+    exec(os.environ[name])
+    seen[name] = Image.open("edited.png").size
+    os.remove("edited.png")
+print(json.dumps(seen))
+"""
+FAIL = """
+import sys
+from editar_hf.hub import try_to_upload_folder
+print(try_to_upload_folder(sys.argv[1], "tester/editor"))
+"""
+
+
+def write_pairs(path, num_rows, seed):
+    rng = np.random.default_rng(seed)
+    names = ("source_image", "target_image")
+    rows = {
+        name: [Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)) for _ in range(num_rows)]
+        for name in names
+    }
+    features = datasets.Features({**dict.fromkeys(names, datasets.Image()), "prompt": datasets.Value("string")})
+    datasets.Dataset.from_dict({**rows, "prompt": ["make it blue"] * num_rows}, features=features).to_parquet(path)
+
+
+def run(words, environment):
+    command = [sys.executable, "-W", "ignore", *map(str, words)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def read_snippet(card):
+    return card.partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """Train a pipeline and push it on the way too; an adapter for it by its id; load both elsewhere."""
+    home = tmp_path_factory.mktemp("hub")
+    build_pipeline().save_pretrained(home / "start")
+    (home / "pairs").mkdir()
+    for split, num_rows, seed in (("train", 4, 0), ("validation", 2, 1)):
+        write_pairs(home / "pairs" / f"{split}.parquet", num_rows, seed)
+    options = ["--dataset", home / "pairs", "--batch_size", 2, "--learning_rate", 0.1, "--max_train_steps", 2]
+    options += ["--validation_dataset", home / "pairs", "--validation_steps", 1, "--log_with", "tensorboard"]
+    script = EXAMPLES / "train_editar.py"
+    with HubServer() as hub:
+        environment = {**hub.get_environment(home / "maker"), "ACCELERATE_USE_CPU": "true"}
+        where = ["--output_dir", home / "editor", "--push_to_hub", EDITOR, "--push_steps", 1]
+        run([script, "--model", home / "start", *where, "--license", "mit", *options], environment)
+        hub.repositories[f"models/{ADAPTER}"] = repository = Repository()
+        repository.commit({"README.md": b"what the user says"})
+        where = ["--output_dir", home / "adapter", "--push_to_hub", ADAPTER]
+        run([script, "--model", EDITOR, *where, "--lora_rank", 2, *options], environment)
+        cards = {name: (home / part / "README.md").read_text() for name, part in CARDS.items()}
+        snippets = {"EDITOR_SNIPPET": read_snippet(cards[EDITOR]), "ADAPTER_SNIPPET": read_snippet(cards[ADAPTER])}
+        seen = json.loads(run(["-c", EDIT, home], {**hub.get_environment(home / "user"), **snippets}).stdout)
+    return {"hub": hub, "home": home, "cards": cards, "seen": seen, "environment": environment}
+
+
+def test_what_was_pushed_edits_as_what_is_at_hand(story):
+    seen = story["seen"]
+    assert seen["pushed"] == seen["at hand"]
+    assert seen["pushed adapter"] == seen["adapter at hand"]
+    assert seen["pushed adapter"] != seen["pushed"]
+
+
+def test_snippets_of_the_cards_run_as_pasted(story):
+    assert story["seen"]["EDITOR_SNIPPET"] == [16, 16]
+    assert story["seen"]["ADAPTER_SNIPPET"] == [16, 16]
+
+
+def test_pushed_folders_are_complete(story):
+    editor, adapter = (set(story["hub"].read_files(name)) for name in (EDITOR, ADAPTER))
+    assert {"model_index.json", "transformer/model.safetensors", "validation.png", "README.md"} <= editor
+    assert {"adapter_config.json", "adapter_model.safetensors", "validation.png", "README.md"} <= adapter
+
+
+def test_cards_say_what_was_trained_on_what_how_well_and_under_which_terms(story):
+    editor, adapter = (story["cards"][name] for name in (EDITOR, ADAPTER))
+    header = yaml.safe_load(editor.split("---")[1])
+    assert header["license"] == "mit"
+    assert "`mit`." in editor
+    assert yaml.safe_load(adapter.split("---")[1])["base_model"] == EDITOR
+    assert "Not stated yet" in adapter.partition("## Licence")[2]
+    for card in (editor, adapter):
+        assert "4 pairs, for " in card
+        assert "train_editar.py --model" in card
+        assert "Loss on pairs held out: " in card
+        assert "![source, edited, target](validation.png)" in card
+
+
+def test_the_last_upload_replaces_the_card_of_the_first_and_no_other(story):
+    assert "for 2 steps" in story["cards"][EDITOR]
+    assert story["hub"].read_files(EDITOR)["README.md"].decode() == story["cards"][EDITOR]
+    assert story["hub"].read_files(ADAPTER)["README.md"] == b"what the user says"
+
+
+def test_losses_are_in_the_tensorboard_log(story):
+    files = list((story["home"] / "editor" / "logs").rglob("events.out.tfevents*"))
+    assert files
+    assert any(b"validation_loss" in file.read_bytes() for file in files)
+
+
+def test_failed_upload_leaves_the_folder_and_says_how_to_try_again(story):
+    folder = story["home"] / "editor" / "pipeline"
+    finished = run(["-c", FAIL, folder], {**story["environment"], "HF_ENDPOINT": "http://localhost:9"})
+    assert finished.stdout.strip() == "None"
+    assert f"hf upload tester/editor {folder}" in finished.stderr
+    assert EditARPipeline.from_pretrained(folder).transformer is not None
+
+
+def test_token_is_written_nowhere(story):
+    for path in story["home"].rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+    for repository in story["hub"].repositories.values():
+        for files in repository.commits.values():
+            assert not [name for name, content in files.items() if TOKEN.encode() in content]
