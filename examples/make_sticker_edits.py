@@ -480,12 +480,12 @@ def make_translation(rng, task, split, resolution):
     }
 
 
-def make_sample(seed, split, index, resolution, job=None):
+def make_sample(seed, split, index, resolution, job=None, edit_share=EDIT_SHARE):
     """Make sample `index` of a split; `job` = (operation, part, photograph) is drawn at random where None."""
     rng = random.Random(f"{seed} {split} {index}")
     if job is None:
         kind = rng.choices(list(OPERATIONS), list(OPERATIONS.values()))[0]
-        operation, part, photograph = kind if rng.random() < EDIT_SHARE else rng.choice(TRANSLATIONS), "seen", None
+        operation, part, photograph = kind if rng.random() < edit_share else rng.choice(TRANSLATIONS), "seen", None
     else:
         operation, part, photograph = job
     if operation in TRANSLATIONS:
@@ -520,11 +520,11 @@ def encode_png(image):
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def write_shard(path, seed, split, start, jobs, resolution):
+def write_shard(path, seed, split, start, jobs, resolution, edit_share=EDIT_SHARE):
     """Write the samples `start` ... `start + len(jobs) - 1` of a split; returns how many."""
     rows = []
     for index, job in enumerate(jobs, start):
-        sample = make_sample(seed, split, index, resolution, job)
+        sample = make_sample(seed, split, index, resolution, job, edit_share)
         images = {name: encode_png(sample[name]) for name in ("source_image", "target_image", "mask")}
         rows.append(sample | images | {"details": json.dumps(sample["details"])})
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -547,7 +547,9 @@ def list_missing_shards(arguments):
             start = shard * arguments.shard_size
             if not path.exists():
                 chosen = jobs[start : start + arguments.shard_size]
-                missing.append((path, arguments.seed, split, start, chosen, arguments.resolution))
+                missing.append(
+                    (path, arguments.seed, split, start, chosen, arguments.resolution, arguments.edit_share)
+                )
     return missing
 
 
@@ -558,6 +560,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--num_validation", type=int, default=1600, help="in all, in equal parts for the eight tasks")
     parser.add_argument("--num_test", type=int, default=500, help="per task")
     parser.add_argument("--resolution", type=int, default=128, help="pixels per side")
+    parser.add_argument("--edit_share", type=float, default=EDIT_SHARE, help="of training pairs; the rest translate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--shard_size", type=int, default=5000, help="pairs per file")
