@@ -77,9 +77,10 @@ SEGMENTATION_PALETTE = {
 SHAPES = ("circle", "square", "triangle", "star")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
-OPERATIONS = {"recolour": 0.25, "reshape": 0.2, "remove": 0.15, "add": 0.2, "move": 0.2}
+OPERATIONS = ("recolour", "reshape", "remove", "add", "move")
 TRANSLATIONS = ("canny", "depth", "segmentation")
-EDIT_SHARE = 0.65
+# Of the training pairs, in the order of the operations; the rest are translations.
+SHARES = (0.1625, 0.13, 0.0975, 0.13, 0.13)
 
 # Never the subject or the result of an edit in training and validation; they do occur as bystanders.
 UNSEEN_PAIRS = {("red", "triangle"), ("yellow", "circle"), ("blue", "star"), ("white", "square")}
@@ -480,12 +481,12 @@ def make_translation(rng, task, split, resolution):
     }
 
 
-def make_sample(seed, split, index, resolution, job=None, edit_share=EDIT_SHARE):
-    """Make sample `index` of a split; `job` = (operation, part, photograph) is drawn at random where None."""
+def make_sample(seed, split, index, resolution, job=None, shares=SHARES):
+    """Make sample `index` of a split; `job` = (operation, part, photograph) is drawn from `shares` where None."""
     rng = random.Random(f"{seed} {split} {index}")
     if job is None:
-        kind = rng.choices(list(OPERATIONS), list(OPERATIONS.values()))[0]
-        operation, part, photograph = kind if rng.random() < edit_share else rng.choice(TRANSLATIONS), "seen", None
+        kind = rng.choices(list(OPERATIONS), shares)[0]
+        operation, part, photograph = kind if rng.random() < sum(shares) else rng.choice(TRANSLATIONS), "seen", None
     else:
         operation, part, photograph = job
     if operation in TRANSLATIONS:
@@ -520,11 +521,11 @@ def encode_png(image):
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def write_shard(path, seed, split, start, jobs, resolution, edit_share=EDIT_SHARE):
+def write_shard(path, seed, split, start, jobs, resolution, shares=SHARES):
     """Write the samples `start` ... `start + len(jobs) - 1` of a split; returns how many."""
     rows = []
     for index, job in enumerate(jobs, start):
-        sample = make_sample(seed, split, index, resolution, job, edit_share)
+        sample = make_sample(seed, split, index, resolution, job, shares)
         images = {name: encode_png(sample[name]) for name in ("source_image", "target_image", "mask")}
         rows.append(sample | images | {"details": json.dumps(sample["details"])})
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -547,9 +548,7 @@ def list_missing_shards(arguments):
             start = shard * arguments.shard_size
             if not path.exists():
                 chosen = jobs[start : start + arguments.shard_size]
-                missing.append(
-                    (path, arguments.seed, split, start, chosen, arguments.resolution, arguments.edit_share)
-                )
+                missing.append((path, arguments.seed, split, start, chosen, arguments.resolution, arguments.shares))
     return missing
 
 
@@ -560,7 +559,14 @@ def parse_arguments(arguments=None):
     parser.add_argument("--num_validation", type=int, default=1600, help="in all, in equal parts for the eight tasks")
     parser.add_argument("--num_test", type=int, default=500, help="per task")
     parser.add_argument("--resolution", type=int, default=128, help="pixels per side")
-    parser.add_argument("--edit_share", type=float, default=EDIT_SHARE, help="of training pairs; the rest translate")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=len(OPERATIONS),
+        metavar="SHARE",
+        default=SHARES,
+        help=f"of the training pairs: {', '.join(OPERATIONS)}; the rest are translations",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--shard_size", type=int, default=5000, help="pairs per file")

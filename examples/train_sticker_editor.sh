@@ -12,6 +12,8 @@ export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 data() {
     python examples/make_sticker_edits.py --output_dir "$RUNS/stickers" --resolution 64 --seed 0 \
         --num_train 160000 --num_validation 1600 --num_test 500 --num_workers 2
+    python examples/make_sticker_edits.py --output_dir "$RUNS/more-stickers" --resolution 64 --seed 1 \
+        --num_train 100000 --num_validation 0 --num_test 0 --edit_share 0.9 --num_workers 2
 }
 
 train_tokenizer() {
@@ -38,37 +40,45 @@ decoding() {
         --evaluation_steps 250 --checkpointing_steps 500 --resume_from_checkpoint latest
 }
 
+encode() {
+    python examples/precompute_tokens.py --dataset "$1" --split "$2" --vq_model "$RUNS/tokenizer" --output_dir "$3" \
+        --resolution 64 --dtype bfloat16
+}
+
 tokens() {
-    for split in validation train; do
-        python examples/precompute_tokens.py --dataset "$RUNS/stickers" --split $split \
-            --vq_model "$RUNS/tokenizer" --output_dir "$RUNS/tokens" --resolution 64 --dtype bfloat16
-    done
+    encode "$RUNS/stickers" validation "$RUNS/tokens"
+    encode "$RUNS/stickers" train "$RUNS/tokens"
+    encode "$RUNS/more-stickers" train "$RUNS/more-tokens"
 }
 
 train_editor() {
-    python examples/train_editar.py --dataset "$RUNS/tokens" --validation_dataset "$RUNS/tokens" \
+    python examples/train_editar.py --validation_dataset "$RUNS/tokens" \
         --train_text_encoder --edit_region_weight 6 --optimizer muon --muon_learning_rate 3e-3 --learning_rate 1e-3 \
         --lr_warmup_steps 50 --mixed_precision bf16 --compile --attn_implementation eager \
         --num_validation_batches 8 --resume_from_checkpoint latest "$@"
 }
 
 # Small batches first; then, from their result, larger ones, of which a share shows the decoder an unedited target so
-# far; the learning rate falls from step 1,500 on. From that result, in bfloat16 as it was shipped, once more: a learning
-# rate two thirds as high that falls from the start.
+# far; the learning rate falls from step 1,500 on. From that result, rounded to bfloat16, once more: a learning rate two
+# thirds as high that falls from the start. And again, half as high, on new pairs with fewer translations.
 editor() {
     [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$RUNS/tokenizer-decoding" \
         --dataset "$RUNS/stickers/train-00000*.parquet" --output_dir "$RUNS/untrained"
-    train_editor --model "$RUNS/untrained" --output_dir "$RUNS/editor-small-batches" --batch_size 32 \
-        --max_train_steps 2000 --checkpointing_steps 1000 --validation_steps 2000
-    large_batches=(--model "$RUNS/editor-small-batches/pipeline" --output_dir "$RUNS/editor-first" --batch_size 64
-        --checkpointing_steps 500 --validation_steps 1000)
-    train_editor "${large_batches[@]}" --max_train_steps 500
-    train_editor "${large_batches[@]}" --max_train_steps 1500 --target_token_dropout 0.3
-    train_editor "${large_batches[@]}" --max_train_steps 4200 --target_token_dropout 0.3 --lr_scheduler linear
+    train_editor --dataset "$RUNS/tokens" --model "$RUNS/untrained" --output_dir "$RUNS/editor-small-batches" \
+        --batch_size 32 --max_train_steps 2000 --checkpointing_steps 1000 --validation_steps 2000
+    large_batches=(--batch_size 64 --checkpointing_steps 500 --validation_steps 1000)
+    first=("${large_batches[@]}" --dataset "$RUNS/tokens" --model "$RUNS/editor-small-batches/pipeline"
+        --output_dir "$RUNS/editor-first")
+    train_editor "${first[@]}" --max_train_steps 500
+    train_editor "${first[@]}" --max_train_steps 1500 --target_token_dropout 0.3
+    train_editor "${first[@]}" --max_train_steps 4200 --target_token_dropout 0.3 --lr_scheduler linear
+    large_batches+=(--target_token_dropout 0.3 --lr_scheduler linear)
     [ -d "$RUNS/editor-rounded" ] || ship_pipeline "$RUNS/editor-first/pipeline" "$RUNS/editor-rounded"
-    train_editor --model "$RUNS/editor-rounded" --output_dir "$RUNS/editor" --batch_size 64 --checkpointing_steps 500 \
-        --validation_steps 1000 --max_train_steps 5200 --target_token_dropout 0.3 --lr_scheduler linear \
-        --muon_learning_rate 2e-3 --learning_rate 7e-4
+    train_editor "${large_batches[@]}" --dataset "$RUNS/tokens" --model "$RUNS/editor-rounded" \
+        --output_dir "$RUNS/editor-second" --max_train_steps 5200 --muon_learning_rate 2e-3 --learning_rate 7e-4
+    [ -d "$RUNS/editor-rounded-again" ] || ship_pipeline "$RUNS/editor-second/pipeline" "$RUNS/editor-rounded-again"
+    train_editor "${large_batches[@]}" --dataset "$RUNS/more-tokens" --model "$RUNS/editor-rounded-again" \
+        --output_dir "$RUNS/editor" --max_train_steps 3000 --muon_learning_rate 1.5e-3 --learning_rate 5e-4
 }
 
 ship_pipeline() {
