@@ -103,12 +103,12 @@ def check_decoding(
     decoding: str,
     num_draft_tokens: int | None,
     logits_processor: Sequence[LogitsProcessor],
-    source_image_tokens: torch.LongTensor | None,
+    has_source: bool,
 ):
     """Refuse a way of decoding that does not exist, drafts where there are none, and processors of beam search."""
     if decoding not in DECODINGS:
         raise ValueError(f"`decoding` is {decoding!r}; choose one of {', '.join(map(repr, DECODINGS))}.")
-    if decoding == "speculative" and source_image_tokens is None:
+    if decoding == "speculative" and not has_source:
         raise ValueError("`decoding` is 'speculative', which drafts from the source; pass one, or decode 'exact'.")
     if num_draft_tokens is not None and decoding == "exact":
         raise ValueError(f"`num_draft_tokens` is {num_draft_tokens} in exact decoding; pass `decoding='speculative'`.")

@@ -149,8 +149,9 @@ class EditARGenerationMixin(GenerationMixin):
         settings = resolve_generation_config(self.generation_config, generation_config, arguments)
         image_guidance_scale = 1 if image_guidance_scale is None else image_guidance_scale
         grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
-        check_source_cache(source_cache, self.dtype, self.device, grid_height, grid_width)
-        if source_cache is not None:
+        device = self.device if prompt_embeds is None else prompt_embeds.device
+        check_source_cache(source_cache, self.dtype, device, grid_height, grid_width)
+        if source_cache is not None and prompt_embeds is not None:
             source_image_tokens = source_cache.expand_tokens(source_image_tokens, prompt_embeds)
         check_generate_inputs(
             self.config,
@@ -163,9 +164,9 @@ class EditARGenerationMixin(GenerationMixin):
             grid_width,
         )
         check_edit_mask(edit_mask, source_image_tokens)
-        check_decoding(decoding, num_draft_tokens, logits_processor or [], source_image_tokens)
+        check_decoding(decoding, num_draft_tokens, logits_processor or [], source_image_tokens is not None)
         if source_cache is not None:
-            check_fingerprint(source_cache, compute_fingerprint(self))
+            check_fingerprint(source_cache, compute_fingerprint(self, device))
 
         noise_keys = None
         if settings.do_sample:
@@ -176,9 +177,9 @@ class EditARGenerationMixin(GenerationMixin):
         if decoding == "exact":
             num_draft_tokens = 0
         elif num_draft_tokens is None:
-            num_draft_tokens = NUM_DRAFT_TOKENS.get(self.device.type, NUM_DRAFT_TOKENS_ELSEWHERE)
+            num_draft_tokens = NUM_DRAFT_TOKENS.get(device.type, NUM_DRAFT_TOKENS_ELSEWHERE)
         num_images, num_tokens = len(prompt_embeds), grid_height * grid_width
-        plan = plan_target(source_image_tokens, edit_mask, (num_images, num_tokens), num_draft_tokens, self.device)
+        plan = plan_target(source_image_tokens, edit_mask, (num_images, num_tokens), num_draft_tokens, device)
         branches = select_branches(settings.guidance_scale, image_guidance_scale)
         run_pass = PassRunner(
             self, source_image_tokens, source_cache, prompt_embeds, negative_prompt_embeds, branches, grid
@@ -203,7 +204,8 @@ class EditARGenerationMixin(GenerationMixin):
         For one image of the published size in bf16 it holds 180 MiB.
 
         Args:
-            source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Codes of the images in raster order.
+            source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Codes of the images in raster order, on
+                the decoder's device.
             grid_height, grid_width (`int`, *optional*): Tokens per column and row; default `config.grid_size`.
 
         Raises:
@@ -211,8 +213,8 @@ class EditARGenerationMixin(GenerationMixin):
         """
         grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
         check_source_image_tokens(self.config, source_image_tokens, grid_height, grid_width)
-        tokens = source_image_tokens.to(self.device)
+        device = source_image_tokens.device
         grid = {"grid_height": grid_height, "grid_width": grid_width}
-        is_null = torch.zeros(len(tokens), dtype=torch.bool, device=self.device)
-        states = compute_source_states(self, tokens, is_null, grid)
-        return SourceCache(tokens, states.keys, states.values, **grid, fingerprint=compute_fingerprint(self))
+        is_null = torch.zeros(len(source_image_tokens), dtype=torch.bool, device=device)
+        states = compute_source_states(self, source_image_tokens, is_null, grid)
+        return SourceCache(source_image_tokens, *states, **grid, fingerprint=compute_fingerprint(self, device))

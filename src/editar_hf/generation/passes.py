@@ -28,13 +28,13 @@ def compute_source_states(
     return SourceStates([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
 
 
-def compute_fingerprint(model) -> torch.Tensor:
+def compute_fingerprint(model, device: torch.device) -> torch.Tensor:
     """Compute what the decoder makes of two fixed tokens, `(2, hidden_size)`: other weights or adapters change it.
 
     Two, because a lone token attends to itself whatever its query is.
     """
     grid_width = min(2, model.config.grid_size)
-    tokens = torch.arange(grid_width, device=model.device)[None] % model.config.vocab_size
+    tokens = torch.arange(grid_width, device=device)[None] % model.config.vocab_size
     outputs = model(source_image_tokens=tokens, grid_height=1, grid_width=grid_width, output_hidden_states=True)
     return outputs.hidden_states[-1][0]
 
