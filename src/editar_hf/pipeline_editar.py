@@ -98,6 +98,16 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         )
         self._interrupt = False
 
+    # Speed
+
+    def compile(self, **options):
+        """Compile decoding, for many edits of one size; see `EditARForConditionalGeneration.compile_passes`."""
+        self.transformer.compile_passes(**options)
+
+    def free_compiled_caches(self):
+        """Free the caches that compiled decoding keeps between calls."""
+        self.transformer.free_compiled_caches()
+
     # Parts of a call
 
     @torch.no_grad()

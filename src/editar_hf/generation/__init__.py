@@ -2,7 +2,8 @@
 
 `configuration` holds the settings, `inputs` refuses bad arguments, `sampling` has the pure tensor functions that choose
 tokens (guidance, warping, stateless noise), `attention` those that share a source; `cache` keeps keys and values,
-`passes` runs the forwards, `loop` is the one loop and `mixin` puts them together. Nothing here imports the model.
+`passes` runs the forwards, `compilation` compiles them, `loop` is the one loop and `mixin` puts it all together.
+Nothing here imports the model.
 """
 
 from .cache import DecodingCache, SourceCache

@@ -69,10 +69,17 @@ class DecodingCache:
         num_target_slots (`int`): Most target tokens that are fed.
         is_shared (`bool`): Read the prefixes where they are; or copy them to every row, which costs memory and is
             faster where few rows share a source and the device's attention kernel beats plain matrix products.
+        is_static (`bool`): Hold the prefixes in tensors of its own, for `fill_prefixes`, and everything at addresses
+            that stay.
     """
 
     def __init__(
-        self, config: EditARConfig, prefixes: list[list[SharedPrefix]], num_target_slots: int, is_shared: bool = True
+        self,
+        config: EditARConfig,
+        prefixes: list[list[SharedPrefix]],
+        num_target_slots: int,
+        is_shared: bool = True,
+        is_static: bool = False,
     ):
         first = prefixes[0][0].keys
         self.num_text_tokens = config.num_text_tokens
@@ -83,11 +90,14 @@ class DecodingCache:
         self.num_rows = sum(prefix.num_rows for prefix in prefixes[0])
         num_slots = self.num_prefix_slots + self.num_text_slots + num_target_slots
         shape = (len(prefixes), 2, self.num_rows, config.num_attention_heads, num_slots, config.head_dim)
-        self.states = first.new_empty(shape)
+        self.states = first.new_zeros(shape) if is_static else first.new_empty(shape)
         if not is_shared:
             self.copy_prefixes(prefixes)
+        if is_static:
+            self.prefixes = [[copy_static(prefix) for prefix in blocks] for blocks in prefixes]
+            torch._dynamo.mark_static_address(self.states)
         self.is_text_pass = False
-        self.slots: slice = slice(0, 0)
+        self.slots: slice | torch.LongTensor = slice(0, 0)
         self.bias: torch.Tensor | None = None
 
     def copy_prefixes(self, prefixes: list[list[SharedPrefix]]):
@@ -100,6 +110,13 @@ class DecodingCache:
                     own = layer_states[part, rows : rows + prefix.num_rows, :, : self.num_prefix_slots]
                     own.unflatten(0, (-1, len(states), group)).copy_(states[None, :, None])
                 rows += prefix.num_rows
+
+    def fill_prefixes(self, prefixes: list[list[SharedPrefix]]):
+        """Copy other sources of the same shapes in."""
+        for own_blocks, blocks in zip(self.prefixes, prefixes, strict=True):
+            for own, block in zip(own_blocks, blocks, strict=True):
+                own.keys.copy_(block.keys)
+                own.values.copy_(block.values)
 
     def start_text_pass(self, num_forced: int):
         """Announce the text, and the first target tokens where they are known already."""
@@ -118,6 +135,13 @@ class DecodingCache:
             slots = torch.arange(start, start + num_new, device=self.states.device)
             self.bias = self.add_text_weight(build_causal_bias(slots, self.slots.stop))
 
+    def start_static_pass(self, first_position: int, num_new: int):
+        """Announce them for a compiled pass: slots and bias are tensors, whose shapes depend on `num_new` alone."""
+        self.is_text_pass = False
+        start = self.num_prefix_slots + self.num_text_slots + first_position
+        self.slots = torch.arange(start, start + num_new, device=self.states.device)
+        self.bias = self.add_text_weight(build_causal_bias(self.slots, self.states.shape[4]))
+
     def add_text_weight(self, bias: torch.Tensor) -> torch.Tensor:
         """Let the one slot of the text weigh as much as all of its positions: exp(log L) = L equal scores."""
         if self.has_one_text_slot:
@@ -133,6 +157,9 @@ class DecodingCache:
             own_keys = torch.cat([keys[:, :, : self.num_prefix_slots], key], dim=2)
             own_values = torch.cat([values[:, :, : self.num_prefix_slots], value], dim=2)
             self.store_text(keys, values, key, value)
+        elif isinstance(self.slots, torch.Tensor):
+            own_keys = keys.index_copy_(2, self.slots, key)
+            own_values = values.index_copy_(2, self.slots, value)
         else:
             keys[:, :, self.slots], values[:, :, self.slots] = key, value
             own_keys, own_values = keys[:, :, : self.slots.stop], values[:, :, : self.slots.stop]
@@ -146,3 +173,11 @@ class DecodingCache:
             values[:, :, start] = value[:, :, : self.num_text_tokens].float().mean(dim=2).to(value.dtype)
             start, key, value = start + 1, key[:, :, self.num_text_tokens :], value[:, :, self.num_text_tokens :]
         keys[:, :, start : start + key.shape[2]], values[:, :, start : start + key.shape[2]] = key, value
+
+
+def copy_static(prefix: SharedPrefix) -> SharedPrefix:
+    """Copy a prefix to tensors whose addresses compiled code may rely on."""
+    keys, values = prefix.keys.clone(), prefix.values.clone()
+    for states in (keys, values):
+        torch._dynamo.mark_static_address(states)
+    return prefix._replace(keys=keys, values=values)

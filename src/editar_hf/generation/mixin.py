@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .cache import SourceCache
+from .compilation import CompiledPasses
 from .configuration import EditARGenerationConfig, resolve_generation_config
 from .inputs import (
     check_decoding,
@@ -51,6 +52,8 @@ class EditARGenerateOutput(ModelOutput):
 
 class EditARGenerationMixin(GenerationMixin):
     """Give a model with EditAR's `forward` its `generate`."""
+
+    compiled_passes: CompiledPasses | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -185,12 +188,34 @@ class EditARGenerationMixin(GenerationMixin):
             self, source_image_tokens, source_cache, prompt_embeds, negative_prompt_embeds, branches, grid
         )
         reporter = Reporter(streamer, StoppingCriteriaList(stopping_criteria or []))
-        sequences, num_passes = decode_target_tokens(run_pass, select_tokens, plan, reporter)
+        try:
+            sequences, num_passes = decode_target_tokens(run_pass, select_tokens, plan, reporter)
+        finally:
+            run_pass.close()
         if streamer is not None:
             streamer.end()
         if not return_dict_in_generate:
             return sequences
         return EditARGenerateOutput(sequences=sequences, num_passes=max(num_passes - 1, 0))
+
+    def compile_passes(self, **options):
+        """Compile the passes of `generate` after the text, for all later calls; the first ones then take longer.
+
+        A compilation serves all calls with equally many rows of the same grid, whatever their prompts, masks and
+        sources. The caches of such calls stay allocated: one for each shape and thread, until `free_compiled_caches`.
+
+        Args:
+            options: Of `torch.compile`, such as `backend`; on a GPU `mode` is "reduce-overhead" (CUDA graphs) if left
+                out.
+        """
+        if self.device.type == "cuda":
+            options = {"mode": "reduce-overhead", **options}
+        self.compiled_passes = CompiledPasses(self.forward, **options)
+
+    def free_compiled_caches(self):
+        """Free the caches that compiled passes keep between calls."""
+        if self.compiled_passes is not None:
+            self.compiled_passes.free_caches()
 
     @torch.no_grad()
     def prepare_source_cache(

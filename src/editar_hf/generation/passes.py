@@ -4,10 +4,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .attention import SharedPrefix
 from .cache import DecodingCache, SourceCache
+from .compilation import CompiledPasses
 from .sampling import GuidanceBranch
+
+
+# Rows of a source from which on sharing its keys and values pays. Measured: on a CPU in bf16 the attention kernel of
+# PyTorch is two to three times as fast as plain matrix products of few rows (benchmarks/results/generation-pieces.md).
+MIN_SHARING_ROWS = {("cpu", torch.bfloat16): 4}
 
 
 class SourceStates(NamedTuple):
@@ -81,6 +88,7 @@ class PassRunner:
     def __call__(self, tokens: torch.LongTensor, start: int | None, positions: Sequence[int]) -> torch.Tensor:
         """Feed what `decode_target_tokens` asks for; return logits `(branches, batch, positions, vocab_size)`."""
         stop, num_branches = positions[-1], len(self.branches)
+        compiled = self.model.compiled_passes
         if start is None:
             self.cache = self.build_cache()
             self.cache.start_text_pass(stop)
@@ -88,6 +96,8 @@ class PassRunner:
             if stop > 0:
                 inputs["target_image_tokens"] = tokens[:, :stop].repeat(num_branches, 1)
             first_slot, first_predicted = self.num_image_tokens, 0
+        elif compiled is not None and compiled.select_length(stop - start, self.num_image_tokens):
+            return self.run_compiled(compiled, tokens, start, positions)
         else:
             self.cache.start_pass(start, stop - start)
             inputs = {"target_image_tokens": tokens[:, start:stop].repeat(num_branches, 1)}
@@ -106,6 +116,31 @@ class PassRunner:
         ).logits
         return logits.float().unflatten(0, (num_branches, -1))
 
+    def run_compiled(
+        self, compiled: CompiledPasses, tokens: torch.LongTensor, start: int, positions: Sequence[int]
+    ) -> torch.Tensor:
+        """Feed the tokens from `start` on in a compiled pass, padded to its length."""
+        num_new = positions[-1] - start
+        length = compiled.select_length(num_new, self.num_image_tokens)
+        self.cache.start_static_pass(start, length)
+        first_slot = self.num_image_tokens + self.model.config.num_text_tokens + start
+        fed = F.pad(tokens[:, start : positions[-1]], (0, length - num_new)).repeat(len(self.branches), 1)
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = compiled.forward(
+            target_image_tokens=fed,
+            **self.grid,
+            past_key_values=self.cache,
+            position_ids=torch.arange(first_slot, first_slot + length, device=fed.device)[None],
+        ).logits
+        # A copy: the next pass writes its logits over these.
+        logits = logits[:, [position - start - 1 for position in positions]].to(torch.float32, copy=True)
+        return logits.unflatten(0, (len(self.branches), -1))
+
+    def close(self):
+        """Hand a static cache back."""
+        if self.cache is not None and self.model.compiled_passes is not None:
+            self.model.compiled_passes.give_back(self.cache, self.num_image_tokens - 1)
+
     def build_cache(self) -> DecodingCache:
         """Make room for what the passes will bring, behind the sources that the rows read."""
         batch_size = len(self.prompt_embeds)
@@ -122,8 +157,13 @@ class PassRunner:
             ]
             for layer in range(self.model.config.num_hidden_layers)
         ]
-        # The last target token is never fed.
-        return DecodingCache(self.model.config, prefixes, self.num_image_tokens - 1)
+        num_slots = self.num_image_tokens - 1  # the last target token is never fed
+        if self.model.compiled_passes is not None:
+            return self.model.compiled_passes.take_cache(self.model.config, prefixes, num_slots)
+        is_shared = min(num_rows // len(states.keys[0]) for states, num_rows in parts if num_rows) >= (
+            MIN_SHARING_ROWS.get((self.prompt_embeds.device.type, self.model.dtype), 1)
+        )
+        return DecodingCache(self.model.config, prefixes, num_slots, is_shared)
 
     def compute_prefixes(self) -> tuple[SourceStates, SourceStates]:
         """Run every different source, and at most one null image, once, in one forward; return both.
