@@ -31,9 +31,11 @@ class PublishedStyleDecoder:
         self.model, self.grid_size = model, grid_size
         self.num_slots = 2 * grid_size**2 + config.num_text_tokens
         num_rows, heads = 2 * num_images, (config.num_attention_heads, self.num_slots, config.head_dim)
-        self.cache = torch.zeros(config.num_hidden_layers, 2, num_rows, *heads, dtype=model.dtype, device=model.device)
-        self.mask = torch.ones(self.num_slots, self.num_slots, dtype=torch.bool, device=model.device).tril()
-        self.rotations = model.model.rotary_emb(torch.arange(self.num_slots, device=model.device)[None], grid_size, grid_size)
+        device = model.device
+        self.cache = torch.zeros(config.num_hidden_layers, 2, num_rows, *heads, dtype=model.dtype, device=device)
+        self.mask = torch.ones(self.num_slots, self.num_slots, dtype=torch.bool, device=device).tril()
+        slots = torch.arange(self.num_slots, device=device)[None]
+        self.rotations = model.model.rotary_emb(slots, grid_size, grid_size)
 
     def run(self, hidden_states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Run positions through all layers; return float32 logits of each."""

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +34,26 @@ GRID_SIZE, STRIDE = 16, 16
 MASK_SHARES = (0.05, 0.15, 0.3, 0.5, 1.0)
 WINDOWS = (1, 2, 4, 8, 16)
 GUIDANCE_SCALES = (1.0, 3.0)
-ROUNDS = 3
 
 
-def time_alternating(first, second) -> list[tuple[float, float]]:
-    """Time two calls in the order A B B A A B …; return pairs of seconds of processor time."""
-    pairs = []
-    for turn in range(ROUNDS):
-        seconds = {}
-        for call in (first, second) if turn % 2 == 0 else (second, first):
+def time_in_turn(calls: dict[str, Callable], num_rounds: int) -> tuple[dict[str, list[float]], dict]:
+    """Time calls one after the other, then in the opposite order, …; return seconds of processor time, and results."""
+    seconds, results = {name: [] for name in calls}, {}
+    for turn in range(num_rounds):
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
             start = time.process_time()
-            call()
-            seconds[call] = time.process_time() - start
-        pairs.append((seconds[first], seconds[second]))
-    return pairs
+            results[name] = calls[name]()
+            seconds[name].append(time.process_time() - start)
+    return seconds, results
 
 
-def describe_ratio(pairs: list[tuple[float, float]]) -> str:
-    """Describe second / first as median (least – most)."""
-    ratios = [second / first for first, second in pairs]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
+def describe(seconds: dict[str, list[float]], name: str, base: str) -> list[str]:
+    """Give the median, and the ratio to another round by round as median (least – most)."""
+    ratios = [mine / other for mine, other in zip(seconds[name], seconds[base], strict=True)]
+    return [
+        f"{statistics.median(seconds[name]):.2f}",
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})",
+    ]
 
 
 # Random weights
@@ -67,42 +68,41 @@ def draw_square_mask(share: float) -> torch.BoolTensor:
     return mask.flatten(1)
 
 
-def benchmark_masks(model, source, prompt_embeds) -> str:
+def benchmark_masks(model, source, prompt_embeds, num_rounds: int) -> str:
     """Time an edit of each mask against one without."""
-    def edit(edit_mask=None):
-        return model.generate(
-            source, prompt_embeds, do_sample=False, edit_mask=edit_mask, return_dict_in_generate=True
-        )
-
+    masks = {f"{share:.0%}": draw_square_mask(share) for share in MASK_SHARES}
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    calls = {"no mask": lambda: model.generate(source, prompt_embeds, **settings)}
+    for name, mask in masks.items():
+        calls[name] = lambda mask=mask: model.generate(source, prompt_embeds, edit_mask=mask, **settings)
+    seconds, outputs = time_in_turn(calls, num_rounds)
     rows = []
-    for share in MASK_SHARES:
-        edit_mask = draw_square_mask(share)
-        pairs = time_alternating(edit, lambda edit_mask=edit_mask: edit(edit_mask))
-        num_passes = edit(edit_mask).num_passes
-        seconds = statistics.median(second for _, second in pairs)
-        free = f"{edit_mask.sum().item()} ({edit_mask.float().mean():.0%})"
-        rows.append([free, str(num_passes), f"{seconds:.2f}", describe_ratio(pairs)])
+    for name, output in outputs.items():
+        free = masks[name].sum().item() if name in masks else source.shape[1]
+        label = f"{free} ({free / source.shape[1]:.0%})" if name in masks else name
+        rows.append([label, str(output.num_passes), *describe(seconds, name, "no mask")])
     return format_table(["tokens that may change", "passes", "s", "of an edit without mask"], rows)
 
 
-def benchmark_second_edit(model, vq_model, source, prompt_embeds) -> str:
+def benchmark_second_edit(model, vq_model, source, prompt_embeds, num_rounds: int) -> str:
     """Time what comes before the first token: VQ, source and text, with and without a kept source."""
     pixels = torch.zeros(1, 3, GRID_SIZE * STRIDE, GRID_SIZE * STRIDE)
     cache = model.prepare_source_cache(source)
     first_token = torch.zeros_like(source, dtype=torch.bool)
     first_token[:, 0] = True
+    how = {"prompt_embeds": prompt_embeds, "do_sample": False, "edit_mask": first_token}
 
     def prepare_first():
         vq_model.encode(pixels)
-        model.generate(source, prompt_embeds, do_sample=False, edit_mask=first_token)
+        model.generate(source, **how)
 
-    def prepare_second():
-        model.generate(prompt_embeds=prompt_embeds, source_cache=cache, do_sample=False, edit_mask=first_token)
-
-    pairs = time_alternating(prepare_first, prepare_second)
-    seconds = [f"{statistics.median(times):.2f}" for times in zip(*pairs, strict=True)]
-    rows = [["first edit of an image", seconds[0], "1"], ["second, `source_cache`", seconds[1], describe_ratio(pairs)]]
-    return format_table(["prefill and VQ encoder", "s", "of the first"], rows)
+    calls = {
+        "first edit of a picture": prepare_first,
+        "second, with `source_cache`": lambda: model.generate(source_cache=cache, **how),
+    }
+    seconds, _ = time_in_turn(calls, num_rounds)
+    rows = [[name, *describe(seconds, name, "first edit of a picture")] for name in calls]
+    return format_table(["VQ encoder and prefill", "s", "of the first"], rows)
 
 
 class PreviewParts:
@@ -112,24 +112,23 @@ class PreviewParts:
         self.vq_model, self.processor = vq_model, processor
 
 
-def benchmark_previews(model, vq_model, source, prompt_embeds, processor) -> str:
-    """Time an edit, and its previews of every row by themselves."""
+def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_rounds: int) -> str:
+    """Time an edit, its picture included, and its previews of every row by themselves."""
+    side = GRID_SIZE * STRIDE
+
+    def draw_previews(num_rows: int):
+        preview = RowPreview(PreviewParts(vq_model, processor), torch.zeros(1, 3, side, side), GRID_SIZE, 1)
+        for row in range(1, num_rows + 1):
+            preview.draw(source[:, : row * GRID_SIZE])
+
     def edit():
         model.generate(source, prompt_embeds, do_sample=False)
         vq_model.decode(source)
 
-    def draw_previews():
-        side = GRID_SIZE * STRIDE
-        preview = RowPreview(PreviewParts(vq_model, processor), torch.zeros(1, 3, side, side), GRID_SIZE, 1)
-        for row in range(1, GRID_SIZE + 1):
-            preview.draw(source[:, : row * GRID_SIZE])
-
-    draw_previews()  # the first convolutions of a shape set libraries up
-    pairs = time_alternating(edit, draw_previews)
-    return format_table(
-        ["previews of every row", "s", "of an edit"],
-        [[str(GRID_SIZE), f"{statistics.median(second for _, second in pairs):.2f}", describe_ratio(pairs)]],
-    )
+    calls = {"an edit": edit, f"{GRID_SIZE} previews, of every row": lambda: draw_previews(GRID_SIZE)}
+    draw_previews(2)  # the first convolutions of a shape set libraries up
+    seconds, _ = time_in_turn(calls, num_rounds)
+    return format_table(["", "s", "of an edit"], [[name, *describe(seconds, name, "an edit")] for name in calls])
 
 
 # The sticker editor
@@ -225,6 +224,7 @@ def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=24, help="test samples of the sticker editor")
+    parser.add_argument("--rounds", type=int, default=3, help="of the timings on random weights")
     parser.add_argument("--model", default=str(EXAMPLES / "sticker-editor"), help="the sticker editor")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -238,16 +238,16 @@ def main():
     samples = make_samples(args.samples, pipe.processor.image_processor.size.height)
     with torch.no_grad():
         parts = (
-            benchmark_masks(model, source, prompt_embeds),
-            benchmark_second_edit(model, vq_model, source, prompt_embeds),
-            benchmark_previews(model, vq_model, source, prompt_embeds, pipe.processor),
+            benchmark_masks(model, source, prompt_embeds, args.rounds),
+            benchmark_second_edit(model, vq_model, source, prompt_embeds, args.rounds),
+            benchmark_previews(model, vq_model, source, prompt_embeds, pipe.processor, args.rounds),
         )
         drafts, draft_times = benchmark_drafts(pipe, samples)
         edit_map = benchmark_edit_map(pipe, samples)
     report = f"""# Control: masks, kept sources, previews, drafts, the edit map
 
-{machine} One thread; seconds are processor time, ratios are medians (least – most) of {ROUNDS} pairs in
-alternating order. Made by `python benchmarks/bench_control.py`.
+{machine} One thread; seconds are processor time, ratios are medians (least – most) of rounds ({args.rounds})
+in alternating order. Made by `python benchmarks/bench_control.py`.
 
 ## GPT-B at 256×256, VQ-16, random weights, fp32
 
@@ -259,10 +259,10 @@ alternating order. Made by `python benchmarks/bench_control.py`.
 
 ## The sticker editor: drafts
 
-Passes after the first of an edit of {pipe.transformer.config.num_image_tokens} tokens, and in brackets how many tokens
-a pass decides; sampled with the folder's settings, {len(next(iter(samples.values())))} test samples of each kind. Drafts
-are the source's tokens, then what earlier passes chose. How many hold here says nothing about the published weights,
-which have another vocabulary and grid.
+Passes after the first of an edit of {pipe.transformer.config.num_image_tokens} tokens, and in brackets how many
+tokens a pass decides; sampled with the folder's settings, {len(samples["add"])} test samples of each kind. Drafts are
+the source's tokens, then what earlier passes chose. How many hold here says nothing about the published weights, which
+have another vocabulary and grid.
 
 {drafts}
 

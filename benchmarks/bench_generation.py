@@ -7,7 +7,7 @@
     python benchmarks/bench_generation.py --device cuda    # on a GPU: batch 1, 4, 16, compiled and not, and the floor
 
 On a CPU every sample is a process of its own with one thread, timed by the processor time it takes, in the order
-A B C C B A A B C. Weights are random. Results go to `benchmarks/results/`.
+A B C, C B A, A B C. Weights are random. Results go to `benchmarks/results/`.
 """
 
 import argparse
@@ -46,13 +46,14 @@ def decode_with_package(model, source, prompt_embeds, guidance_scale, grid_size,
     num_forced = forced.shape[1]
     assert torch.equal(forced, source[:, :num_forced]), "a mask forces tokens of the source"
     edit_mask = torch.arange(source.shape[1], device=source.device).expand_as(source) >= num_forced
+    stop = num_forced + num_tokens
     target = model.generate(
         source,
         prompt_embeds,
         do_sample=False,
         guidance_scale=guidance_scale,
         edit_mask=edit_mask if num_forced else None,
-        stopping_criteria=[StopAfter(num_forced + num_tokens)],
+        stopping_criteria=None if stop == source.shape[1] else [StopAfter(stop)],
         grid_height=grid_size,
         grid_width=grid_size,
     )
@@ -227,15 +228,15 @@ def benchmark_cpu(args: argparse.Namespace) -> str:
     parts = [
         f"# Decoding: GPT-{args.preset.removeprefix('GPT-')} at {size}×{size}, batch {args.batch_size}, CPU",
         describe_machine(),
-        "Seconds of processor time, one thread, a process per sample, order A B C C B A A B C; medians, and ratios to "
-        "`editar_hf` round by round as median (least – most). An edit is its prefill and the mean time of "
-        f"{args.num_timed} tokens at {len(args.places)} places, for all tokens. Random weights, greedy, guidance "
-        f"{GUIDANCE_SCALE}. Made by `python benchmarks/bench_generation.py{args.words}`.",
+        f"Seconds of processor time, one thread, a process per sample, {args.rounds} rounds, in the order A B C, C B A, "
+        "A B C; medians, and ratios to `editar_hf` round by round as median (least – most). An edit is its prefill and "
+        f"the mean time of {args.num_timed} tokens at {len(args.places)} places, for all tokens. Random weights, greedy, "
+        f"guidance {GUIDANCE_SCALE}. Made by `python benchmarks/bench_generation.py{args.words}`.",
     ]
     for dtype in args.dtypes:
         parity = check_parity(args.preset, args.grid_size, getattr(torch, dtype), args.parity_tokens)
         samples = {system: [] for system in SYSTEMS}
-        for order in (SYSTEMS, SYSTEMS[::-1], SYSTEMS)[: args.rounds]:
+        for order in (SYSTEMS[:: -1 if turn % 2 else 1] for turn in range(args.rounds)):
             for system in order:
                 samples[system].append(run_sample(system, dtype, args))
                 print(dtype, system, {k: v for k, v in samples[system][-1].items() if k != "tokens"}, flush=True)

@@ -131,8 +131,8 @@ def benchmark_pieces(args) -> str:
         [
             "# Decoding: pieces of the engine",
             f"{machine} GPT-B at 256×256, one thread, milliseconds of processor time for a token in the middle of the "
-            f"target (a picture for the VQ tokenizer); medians, and the gain as median (least – most) of {ROUNDS} pairs "
-            "in alternating order. Made by `python benchmarks/bench_generation.py --pieces`.",
+            f"target (a picture for the VQ tokenizer); medians, and the gain as median (least – most) of {ROUNDS} "
+            "pairs in alternating order. Made by `python benchmarks/bench_generation.py --pieces`.",
             format_table(["piece", "without, ms", "with, ms", "gain"], rows),
         ]
     ) + "\n"

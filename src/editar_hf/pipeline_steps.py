@@ -81,4 +81,5 @@ class StepReporter(StoppingCriteria):
             if self.preview is not None and self.preview.is_due(step + 1):
                 shown["preview"] = self.preview.draw(input_ids)
             self.callback(self.pipeline, step, step, shown)
-        return torch.full((len(input_ids),), self.pipeline._interrupt, device=input_ids.device)
+        # On the CPU, so that decoding on another device need not wait for the answer.
+        return torch.full((len(input_ids),), self.pipeline._interrupt)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .sampling import TokenSelector, as_index
@@ -59,10 +59,10 @@ class Reporter:
 
     Args:
         streamer (`BaseStreamer`, *optional*): Gets each token.
-        stopping_criteria (`StoppingCriteriaList`): Asked after each token.
+        stopping_criteria (`list[StoppingCriteria]`): Asked after each token.
     """
 
-    def __init__(self, streamer: BaseStreamer | None, stopping_criteria: StoppingCriteriaList):
+    def __init__(self, streamer: BaseStreamer | None, stopping_criteria: list[StoppingCriteria]):
         self.streamer = streamer
         self.stopping_criteria = stopping_criteria
         self.num_reported = 0
@@ -74,9 +74,17 @@ class Reporter:
             known = tokens[:, : self.num_reported]
             if self.streamer is not None:
                 self.streamer.put(known[:, -1:].cpu())
-            if self.stopping_criteria and self.stopping_criteria(known, None).all():
+            if self.is_to_stop(known):
                 return True
         return False
+
+    def is_to_stop(self, tokens: torch.LongTensor) -> bool:
+        """Ask all criteria; True if each row is stopped by one of them.
+
+        Not through `StoppingCriteriaList`, which waits for the device after every token even where criteria do not.
+        """
+        answers = [torch.as_tensor(criterion(tokens, None)).cpu() for criterion in self.stopping_criteria]
+        return bool(answers) and bool(torch.stack([answer.expand(len(tokens)) for answer in answers]).any(0).all())
 
 
 def decode_target_tokens(

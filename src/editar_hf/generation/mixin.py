@@ -187,7 +187,7 @@ class EditARGenerationMixin(GenerationMixin):
         run_pass = PassRunner(
             self, source_image_tokens, source_cache, prompt_embeds, negative_prompt_embeds, branches, grid
         )
-        reporter = Reporter(streamer, StoppingCriteriaList(stopping_criteria or []))
+        reporter = Reporter(streamer, list(stopping_criteria or []))
         try:
             sequences, num_passes = decode_target_tokens(run_pass, select_tokens, plan, reporter)
         finally:
