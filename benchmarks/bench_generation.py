@@ -228,10 +228,10 @@ def benchmark_cpu(args: argparse.Namespace) -> str:
     parts = [
         f"# Decoding: GPT-{args.preset.removeprefix('GPT-')} at {size}×{size}, batch {args.batch_size}, CPU",
         describe_machine(),
-        f"Seconds of processor time, one thread, a process per sample, {args.rounds} rounds, in the order A B C, C B A, "
-        "A B C; medians, and ratios to `editar_hf` round by round as median (least – most). An edit is its prefill and "
-        f"the mean time of {args.num_timed} tokens at {len(args.places)} places, for all tokens. Random weights, greedy, "
-        f"guidance {GUIDANCE_SCALE}. Made by `python benchmarks/bench_generation.py{args.words}`.",
+        f"Seconds of processor time, one thread, a process per sample, {args.rounds} rounds, in the order A B C, "
+        "C B A, A B C; medians, and ratios to `editar_hf` round by round as median (least – most). An edit is its "
+        f"prefill and the mean time of {args.num_timed} tokens at {len(args.places)} places, for all tokens. Random "
+        f"weights, greedy, guidance {GUIDANCE_SCALE}. Made by `python benchmarks/bench_generation.py{args.words}`.",
     ]
     for dtype in args.dtypes:
         parity = check_parity(args.preset, args.grid_size, getattr(torch, dtype), args.parity_tokens)

@@ -340,8 +340,8 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
                 earlier output, in place of `image`; beside it with `restore_size=True` or `mask_image`.
             source_cache (`SourceCache`, *optional*): From `prepare_source_cache`, in place of `image`: the source costs
                 nothing any more. Beside `image` with `restore_size=True` or `mask_image`.
-            decoding (`str`): `"exact"`, one token per pass; or `"speculative"`, the same tokens in fewer passes where
-                the result keeps to its source.
+            decoding (`str`): `"exact"`, one token per pass; or `"speculative"`, the same tokens (in bf16 up to
+                rounding at near-ties) in fewer passes where the result is easy to foresee.
             callback_on_step_end (`Callable`, *optional*): Called after every token as
                 `callback(pipe, step, step, tensors)`; a step is the index of a token. What it returns is not looked at.
             callback_on_step_end_tensor_inputs (sequence of `str`): What `tensors` holds: `"image_tokens"` (those so

@@ -8,6 +8,7 @@ Source: attention in a shared and a private part, Hydragen (arXiv 2402.05099).
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -80,21 +81,27 @@ def attend_in_one_softmax(query, prefixes, keys, values, bias, scaling) -> torch
     num_queries, prefix_length = query.shape[2], prefixes[0].keys.shape[2]
     query = query * scaling
     rows_of_prefix = [prefix.num_rows for prefix in prefixes]
-    prefix_scores = [
+    prefix_scores = join_rows(
         prefix.scatter(prefix.gather(rows) @ prefix.keys.transpose(2, 3), num_queries)
         for prefix, rows in zip(prefixes, query.split(rows_of_prefix), strict=True)
-    ]
+    )
     own_scores = (query @ keys.transpose(2, 3)).float()
     if bias is not None:
         own_scores = own_scores + bias
-    scores = torch.cat([torch.cat(prefix_scores).float(), own_scores], dim=-1)
+    scores = torch.cat([prefix_scores.float(), own_scores], dim=-1)
     weights = scores.softmax(dim=-1).to(values.dtype)
     prefix_weights, own_weights = weights.split([prefix_length, keys.shape[2]], dim=-1)
-    prefix_output = [
+    prefix_output = join_rows(
         prefix.scatter(prefix.gather(rows) @ prefix.values, num_queries)
         for prefix, rows in zip(prefixes, prefix_weights.split(rows_of_prefix), strict=True)
-    ]
-    return torch.cat(prefix_output) + own_weights @ values
+    )
+    return prefix_output + own_weights @ values
+
+
+def join_rows(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Put blocks of rows one after the other; a single one, the usual case, is not copied."""
+    blocks = list(blocks)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def build_causal_bias(slots: torch.Tensor, num_slots: int) -> torch.Tensor:
