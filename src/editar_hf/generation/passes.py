@@ -13,8 +13,8 @@ from .sampling import GuidanceBranch
 
 
 # Rows of a source from which on sharing its keys and values pays. On a CPU in bf16 the attention kernel of PyTorch is
-# faster than plain matrix products of few rows: a layer of GPT-B took 0.16 ms for 2 rows, and 0.43 with products; from 4 rows on
-# they were even (torch 2.13, one thread; `benchmarks/bench_generation.py --pieces`).
+# faster than plain matrix products of few rows: a layer of GPT-B took 0.16 ms for 2 rows, and 0.43 with products; from
+# 4 rows on they were even (torch 2.13, one thread; `benchmarks/bench_generation.py --pieces`).
 MIN_SHARING_ROWS = {("cpu", torch.bfloat16): 4}
 
 
