@@ -33,10 +33,9 @@ def pictures(tmp_path):
     return folder
 
 
-def edit_directly(picture, prompt, seed, task="edit"):
-    generator = torch.Generator().manual_seed(seed)
-    image = Image.open(picture)
-    return build_pipeline()(prompt, image=image, task=task, restore_size=True, generator=generator).images[0]
+def edit_directly(picture, prompt, seed, task="edit", mask=None):
+    how = {"task": task, "restore_size": True, "generator": torch.Generator().manual_seed(seed)}
+    return build_pipeline()(prompt, image=Image.open(picture), mask_image=mask, **how).images[0]
 
 
 def write_prompts(tmp_path, *lines):
@@ -57,6 +56,21 @@ def test_one_edit_is_the_pipelines_at_the_size_of_the_source(model, pictures, tm
         assert edited.size == (40, 24)
         assert np.array_equal(np.asarray(edited), np.asarray(edit_directly(pictures / "b.png", PROMPT, 5)))
     assert [path.name for path in output.parent.iterdir()] == ["edited.png"]
+
+
+def test_a_mask_keeps_the_rest_of_the_picture(model, pictures, tmp_path):
+    mask, output = Image.new("L", (40, 24)), tmp_path / "edited.png"
+    mask.paste(255, (20, 8, 24, 12))
+    mask.save(pictures / "b-mask.png")
+    words = ["edit", "--model", model, "--image", str(pictures / "b.png"), "--prompt", PROMPT]
+    assert main([*words, "--mask", str(pictures / "b-mask.png"), "--output", str(output)]) == 0
+    expected = edit_directly(pictures / "b.png", PROMPT, 0, mask=mask)
+    lines = write_prompts(tmp_path, {"image": "b.png", "prompt": PROMPT, "mask": "b-mask.png"})
+    assert run_folder(model, pictures, lines, tmp_path / "out") == 0
+    for path in (output, tmp_path / "out" / "b.png"):
+        with Image.open(path) as edited:
+            assert np.array_equal(np.asarray(edited), np.asarray(expected))
+    assert not np.array_equal(np.asarray(expected), np.asarray(edit_directly(pictures / "b.png", PROMPT, 0)))
 
 
 def test_a_folder_is_edited_line_by_line(model, pictures, tmp_path):

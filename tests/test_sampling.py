@@ -163,7 +163,7 @@ def test_sampled_frequencies_are_the_probabilities(temperature, top_k, top_p):
     probabilities = compute_warped_probabilities(logits.double().numpy(), temperature, top_k, top_p)
     settings = EditARGenerationConfig(guidance_scale=1.0, temperature=temperature, top_k=top_k, top_p=top_p)
     selector = TokenSelector(settings, 1, [], compute_noise_keys(torch.arange(num_samples), 1))
-    tokens = selector([logits.expand(num_samples, -1)], torch.empty(num_samples, 0, dtype=torch.long))
+    tokens = selector(logits.expand(1, num_samples, 1, -1), torch.empty(num_samples, 0, dtype=torch.long), [0])[:, 0]
     counts = torch.bincount(tokens, minlength=12).double()
     possible = torch.as_tensor(probabilities > 0)
     assert counts[~possible].sum() == 0

@@ -35,7 +35,7 @@ def redraw_weights(model, scale, seed=0):
     return model.eval()
 
 
-def build_transformer(grid_size=4, num_text_tokens=NUM_TEXT_TOKENS):
+def build_transformer(grid_size=4, num_text_tokens=NUM_TEXT_TOKENS, text_rotary="identity"):
     config = EditARConfig(
         vocab_size=NUM_CODES,
         hidden_size=32,
@@ -45,7 +45,7 @@ def build_transformer(grid_size=4, num_text_tokens=NUM_TEXT_TOKENS):
         grid_size=grid_size,
         num_text_tokens=num_text_tokens,
         text_hidden_size=TEXT_HIDDEN_SIZE,
-        text_rotary="identity",
+        text_rotary=text_rotary,
         distillation_hidden_size=None,
     )
     return redraw_weights(EditARForConditionalGeneration(config), scale=0.3)

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_editar import EditARConfig
-from .generation import EditARGenerationMixin
+from .generation import DecodingCache, EditARGenerationMixin
 
 
 class OutputWithCache(ModelOutput):
@@ -142,6 +142,9 @@ class EditARAttention(nn.Module):
         key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
         query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if isinstance(past_key_values, DecodingCache):
+            output = past_key_values.attend(self.layer_idx, query, key, value, self.scaling)
+            return self.o_proj(output.transpose(1, 2).reshape(*input_shape, -1)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -278,7 +281,7 @@ class EditARModel(EditARPreTrainedModel):
         target_image_tokens: torch.LongTensor | None = None,
         drop_source: torch.BoolTensor | None = None,
         drop_prompt: torch.BoolTensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | DecodingCache | None = None,
         use_cache: bool = False,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
@@ -300,9 +303,11 @@ class EditARModel(EditARPreTrainedModel):
 
         # The mask is built from slots, never from grid coordinates: those start anew with the target image, which
         # transformers would take for a second packed sequence.
-        causal_mask = create_causal_mask(
-            self.config, hidden_states, attention_mask, past_key_values, position_ids=position_ids
-        )
+        causal_mask = None
+        if not isinstance(past_key_values, DecodingCache):  # which knows itself what its passes may see
+            causal_mask = create_causal_mask(
+                self.config, hidden_states, attention_mask, past_key_values, position_ids=position_ids
+            )
         cos, sin = self.rotary_emb(position_ids, grid_height, grid_width)
         position_embeddings = cos[:, None], sin[:, None]
         for layer in self.layers:
@@ -403,13 +408,14 @@ class EditARForConditionalGeneration(EditARPreTrainedModel, EditARGenerationMixi
         target_image_tokens: torch.LongTensor | None = None,
         drop_source: torch.BoolTensor | None = None,
         drop_prompt: torch.BoolTensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | DecodingCache | None = None,
         use_cache: bool = False,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         grid_height: int | None = None,
         grid_width: int | None = None,
         output_distillation_features: bool = False,
+        logits_to_keep: int | torch.LongTensor = 0,
         **kwargs,
     ) -> EditAROutput:
         """Compute logits of the target positions, and the loss where `labels` are given.
@@ -428,7 +434,7 @@ class EditARForConditionalGeneration(EditARPreTrainedModel, EditARGenerationMixi
             target_image_tokens (`torch.LongTensor` of shape `(batch, T)`, *optional*): Target codes known so far.
             drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): Samples whose source image or
                 text is replaced by its null embedding: conditioning dropout in training, guidance at inference.
-            past_key_values (`Cache`, *optional*): What this call continues.
+            past_key_values (`Cache` or `DecodingCache`, *optional*): What this call continues.
             use_cache (`bool`): Return a cache although none was given.
             attention_mask (`torch.Tensor` of shape `(batch, slots)`, *optional*): 1 for slots that may be attended;
                 needed with a static cache, whose unwritten slots are 0.
@@ -436,6 +442,8 @@ class EditARForConditionalGeneration(EditARPreTrainedModel, EditARGenerationMixi
                 default: those that follow the cache.
             grid_height, grid_width (`int`, *optional*): Tokens per column and row; default `config.grid_size`.
             output_distillation_features (`bool`): Also run the distillation head, over all N target positions.
+            logits_to_keep (`int` or `torch.LongTensor`): Of the predictions, compute only the last so many, or those at
+                the given indices; 0 means all.
 
         Raises:
             ValueError: If a shape does not fit the configuration or the grid, or the distillation head is asked for
@@ -463,7 +471,8 @@ class EditARForConditionalGeneration(EditARPreTrainedModel, EditARGenerationMixi
             **kwargs,
         )
         predicting_states = self.select_predicting_states(outputs.last_hidden_state, prompt_embeds, target_image_tokens)
-        logits = self.lm_head(predicting_states) if predicting_states.shape[1] else None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(predicting_states[:, kept]) if predicting_states.shape[1] else None
         return EditAROutput(
             loss=None if labels is None else self.compute_loss(logits, labels),
             logits=logits,

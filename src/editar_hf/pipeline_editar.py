@@ -1,41 +1,41 @@
 """`EditARPipeline`: a picture and an instruction in, the edited picture out.
 
-The pipeline joins the parts (processor, text encoder, VQ tokenizer, decoder) and knows how a folder of them is saved,
-loaded and shared. What is decoded, and how, is `EditARForConditionalGeneration.generate`'s business.
+The pipeline joins the parts: processor, text encoder, VQ tokenizer, decoder. What is decoded, and how, is
+`EditARForConditionalGeneration.generate`'s business; how a folder of parts is saved, loaded and shared stands in
+`pipeline_sharing.py`, adapters in `pipeline_lora.py`, pictures and masks in `pipeline_sources.py`.
 """
 
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from huggingface_hub import create_repo, file_exists, get_cached_repo_tree, hf_hub_download, snapshot_download
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList, T5EncoderModel
+from transformers import StoppingCriteriaList, T5EncoderModel
 from transformers.image_utils import ImageInput
 
+from .generation import SourceCache
 from .generation.configuration import resolve_generation_config
-from .model_card import CARD_FILE, compose_pipeline_card, write_pipeline_card
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
 from .pipeline_inputs import (
+    SourceArguments,
     add_task_prefixes,
-    check_callback_tensors,
+    check_callback,
     check_generator,
     check_output_options,
     check_prompts,
     check_source,
     compute_batch_size,
 )
-from .pipeline_loading import INDEX_FILE, check_pipeline_folder, select_pipeline_files
 from .pipeline_lora import EditARLoraMixin
-from .processing_editar import EditARProcessor, list_pictures
+from .pipeline_sharing import EditARSharingMixin
+from .pipeline_sources import EditARSourcesMixin
+from .pipeline_steps import RowPreview, StepReporter
+from .processing_editar import EditARProcessor
 
 
 @dataclass
@@ -55,27 +55,7 @@ class EditARPipelineOutput(BaseOutput):
     num_passes: int
 
 
-class StepReporter(StoppingCriteria):
-    """After every token: move the progress bar, call the user's callback, and stop a pipeline that is interrupted."""
-
-    def __init__(self, pipeline, progress_bar, callback: Callable | None, tensors: dict[str, torch.Tensor], names):
-        self.pipeline = pipeline
-        self.progress_bar = progress_bar
-        self.callback = callback
-        self.tensors = tensors
-        self.names = names
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        self.progress_bar.update()
-        if self.callback is not None:
-            step = input_ids.shape[1] - 1
-            # A copy: what is decoded next depends on these tokens.
-            tensors = {**self.tensors, "image_tokens": input_ids.clone()}
-            self.callback(self.pipeline, step, step, {name: tensors[name] for name in self.names})
-        return torch.full((len(input_ids),), self.pipeline._interrupt, device=input_ids.device)
-
-
-class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
+class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, DiffusionPipeline):
     """Edit images by instruction, or make them from text or from condition maps.
 
     Args:
@@ -118,124 +98,15 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
         )
         self._interrupt = False
 
-    # Saving, loading, sharing
+    # Speed
 
-    def register_to_config(self, **kwargs):
-        """Record components, ours under the name of the package: the modules they sit in are no published format."""
-        package = __name__.partition(".")[0]
-        for name, value in kwargs.items():
-            if isinstance(value, tuple) and str(value[0]).startswith(f"{package}."):
-                kwargs[name] = (package, value[1])
-        super().register_to_config(**kwargs)
+    def compile(self, **options):
+        """Compile decoding, for many edits of one size; see `EditARForConditionalGeneration.compile_passes`."""
+        self.transformer.compile_passes(**options)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Self:
-        """Load a pipeline from a folder or from the Hub.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`): A folder that `save_pretrained` wrote, or a Hub id.
-            kwargs: As of `DiffusionPipeline.from_pretrained`: `dtype` (one, or a dict per component), `variant`,
-                `revision`, `token`, `cache_dir`, `local_files_only`, `device_map`, `quantization_config`, or components
-                to be used in place of the stored ones.
-
-        Raises:
-            ValueError: If there is no pipeline, or a component's weights have missing, unexpected or wrongly shaped
-                keys; before any weight is read.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.exists():
-            folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
-        components = {name: kind for name, (kind,) in cls._get_signature_types().items() if name not in kwargs}
-        check_pipeline_folder(folder, components, kwargs.get("variant"))
-        pipeline = super().from_pretrained(str(folder), **kwargs)
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipeline
-
-    @classmethod
-    def download(
-        cls,
-        pretrained_model_name: str,
-        revision: str | None = None,
-        variant: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        **kwargs,
-    ) -> str:
-        """Download what the pipeline needs of a Hub repository, and return the cached folder.
-
-        diffusers' own `download` refuses components that are neither its own nor transformers', and leaves
-        `transformer/generation_config.json` behind.
-
-        Args:
-            pretrained_model_name (`str`): The Hub id.
-            revision, cache_dir, token, force_download, local_files_only (*optional*): As of `snapshot_download`.
-            variant (`str`, *optional*): Which weight files to prefer.
-            kwargs: Further arguments of `from_pretrained`; of a component among them, no file is downloaded.
-
-        Raises:
-            ValueError: If the repository holds no pipeline, or nothing of `variant`.
-        """
-        where = {"repo_id": pretrained_model_name, "revision": revision, "cache_dir": cache_dir}
-        how = {"token": token, "force_download": force_download, "local_files_only": local_files_only}
-        # The first call also leaves the list of all files in the cache, for when the Hub is out of reach.
-        snapshot_download(**where, **how, allow_patterns=[INDEX_FILE])
-        filenames = [file.path for file in get_cached_repo_tree(**where)]
-        components = [name for name in cls._get_signature_keys(cls)[0] if name not in kwargs]
-        return snapshot_download(**where, **how, allow_patterns=select_pipeline_files(filenames, components, variant))
-
-    def save_pretrained(
-        self, save_directory: str | Path, variant: str | None = None, max_shard_size: int | str | None = None
-    ):
-        """Write the pipeline as a folder; its model card too, if the folder has none.
-
-        Args:
-            save_directory (`str` or `Path`): The folder; made if it is not there.
-            variant (`str`, *optional*): Marks the weight files, as in `model.fp16.safetensors`.
-            max_shard_size (`int` or `str`, *optional*): Largest weight file, in bytes or as in `"5GB"`.
-
-        Raises:
-            ValueError: If the decoder has LoRA adapters: only they would be saved.
-        """
-        if names := self.list_adapters():
-            raise ValueError(
-                f"The pipeline has the adapters {', '.join(names)}. `save_lora_weights` saves one of them; to save a "
-                "pipeline, call `unload_lora_weights` first, and before it `fuse_lora` to keep what they have learnt."
-            )
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        write_pipeline_card(save_directory, Path(save_directory).resolve().name)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-    ) -> str:
-        """Upload the pipeline to a Hub repository, with a card whose snippet names it; a card already there stays.
-
-        Args:
-            repo_id (`str`): The repository, made if it is not there.
-            commit_message, private, token, create_pr (*optional*): As of huggingface_hub's `create_repo` and
-                `upload_folder`.
-            variant, max_shard_size (*optional*): As of `save_pretrained`.
-
-        Returns:
-            The address of the commit.
-        """
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            card = Path(folder) / CARD_FILE
-            if file_exists(repo_id, CARD_FILE, token=token):
-                shutil.copyfile(hf_hub_download(repo_id, CARD_FILE, token=token), card)
-            else:
-                card.write_text(compose_pipeline_card(repo_id), encoding="utf-8")
-            self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-            return self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+    def free_compiled_caches(self):
+        """Free the caches that compiled decoding keeps between calls."""
+        self.transformer.free_compiled_caches()
 
     # Parts of a call
 
@@ -259,28 +130,6 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
         return states.to(self.transformer.dtype)
 
     @torch.no_grad()
-    def encode_image(
-        self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
-    ) -> torch.LongTensor:
-        """Encode pictures as tokens, `(batch, N)` in raster order: `source_image_tokens` for any number of calls.
-
-        Args:
-            image: A picture, a batch, or a list of either; see `__call__`.
-            height, width (`int`, *optional*): Pixels the model works at; default the model's.
-            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; default the model's.
-
-        Raises:
-            ValueError: If an image is not an image, or the size or the mode does not fit.
-        """
-        height, width = self.resolve_size(height, width)
-        _, pixel_values = self.prepare_pictures(image, height, width, resize_mode)
-        return self.encode_pixel_values(pixel_values)
-
-    def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
-        """Encode prepared pixels `(batch, 3, height, width)` in [−1, 1] as tokens."""
-        return self.vq_model.encode(pixel_values.to(self._execution_device)).image_tokens
-
-    @torch.no_grad()
     def decode_image_tokens(
         self,
         image_tokens: torch.LongTensor,
@@ -302,6 +151,57 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
         pixel_values = self.vq_model.decode(image_tokens.to(self._execution_device), grid_height, grid_width)
         return self.processor.postprocess(pixel_values, output_type)
 
+    @torch.no_grad()
+    def compute_edit_map(
+        self,
+        image: ImageInput,
+        prompt: str | Sequence[str],
+        task: str | Sequence[str] = "edit",
+        height: int | None = None,
+        width: int | None = None,
+        resize_mode: str | None = None,
+    ) -> torch.Tensor:
+        """Compute by how much the instruction lowers the likelihood of every source token: where it wants a change.
+
+        Experimental. Two teacher-forced passes, in which the result is the source itself, once with the instruction and
+        once with the null text. A token is judged after the source's own tokens, so the signal is strongest where an
+        edit begins and may fade in its later rows, which the model takes for decided.
+
+        Args:
+            image: A picture, a batch, or a list of either; see `__call__`.
+            prompt (`str` or sequence of `str`): The instructions; one for all pictures, or one for each.
+            task (`str` or sequence of `str`): Whose prefix goes before them.
+            height, width (`int`, *optional*): Pixels the model works at; default the model's.
+            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; default the model's.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, grid_height, grid_width)`, float32, in nats; above 0 where the instruction
+            speaks against the source's token.
+
+        Raises:
+            ValueError: If the inputs do not fit the model or each other.
+        """
+        grid = self.compute_grid(*self.resolve_size(height, width))
+        pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
+        prompts = add_task_prefixes(prompt, task)
+        batch_size = compute_batch_size(image=pixel_values, prompt=prompts)
+        tokens = self.repeat_rows(self.encode_pixel_values(pixel_values), batch_size, 1)
+        prompt_embeds = self.repeat_rows(self.encode_prompt(prompts), batch_size, 1)
+        losses = []
+        for is_dropped in (False, True):
+            drop_prompt = torch.full((batch_size,), is_dropped, device=tokens.device)
+            logits = self.transformer(
+                tokens,
+                prompt_embeds,
+                target_image_tokens=tokens,
+                drop_prompt=drop_prompt,
+                grid_height=grid[0],
+                grid_width=grid[1],
+            ).logits
+            losses.append(F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none"))
+        self.maybe_free_model_hooks()
+        return (losses[0] - losses[1]).unflatten(1, grid)
+
     def resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Fill in the model's own height and width, in pixels, and refuse what its grid does not cover."""
         default, stride = self.processor.image_processor.size, self.vq_model.config.stride
@@ -321,16 +221,6 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
         stride = self.vq_model.config.stride
         return height // stride, width // stride
 
-    def prepare_pictures(
-        self, image: ImageInput | None, height: int, width: int, resize_mode: str | None
-    ) -> tuple[list | None, torch.Tensor | None]:
-        """List the pictures, and bring them to pixels `(batch, 3, height, width)` in [−1, 1]."""
-        if image is None:
-            return None, None
-        pictures = list_pictures(image)
-        inputs = self.processor(images=pictures, height=height, width=width, resize_mode=resize_mode)
-        return pictures, inputs.source_pixel_values
-
     def repeat_rows(
         self, rows: torch.Tensor | None, batch_size: int, num_images_per_prompt: int
     ) -> torch.Tensor | None:
@@ -341,51 +231,39 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
         rows = rows.to(self._execution_device, dtype).expand(batch_size, *rows.shape[1:])
         return rows.repeat_interleave(num_images_per_prompt, dim=0)
 
-    def restore_images(
-        self, images: list[Image.Image], pictures: list, height: int, width: int, resize_mode: str | None
-    ) -> list[Image.Image]:
-        """Bring edited images back to the sizes of the pictures they were made from; one picture serves all."""
-        image_processor = self.processor.image_processor
-        resize_mode = image_processor.resize_mode if resize_mode is None else resize_mode
-        num_images_per_picture = len(images) // len(pictures)
-        return [
-            image_processor.restore(image, pictures[index // num_images_per_picture], height, width, resize_mode)
-            for index, image in enumerate(images)
-        ]
-
     def generate_image_tokens(
         self,
         rows: dict[str, torch.Tensor | None],
-        sampling: dict,
-        height: int,
-        width: int,
+        settings: dict,
+        grid: tuple[int, int],
         callback: Callable | None,
         callback_tensor_inputs: Sequence[str],
+        preview: RowPreview | None,
     ) -> tuple[torch.LongTensor, int]:
-        """Decode the tokens of all images, and count the passes; with progress bar, callback and interrupt."""
-        grid_height, grid_width = self.compute_grid(height, width)
+        """Decode the tokens of all images, and count the passes; with progress bar, callback, previews, interrupt."""
+        grid_height, grid_width = grid
         with self.progress_bar(total=grid_height * grid_width) as progress_bar:
-            reporter = StepReporter(self, progress_bar, callback, rows, callback_tensor_inputs)
+            reporter = StepReporter(self, progress_bar, callback, rows, callback_tensor_inputs, preview)
             output = self.transformer.generate(
                 **rows,
-                **sampling,
+                **settings,
                 grid_height=grid_height,
                 grid_width=grid_width,
                 stopping_criteria=StoppingCriteriaList([reporter]),
                 return_dict_in_generate=True,
             )
-        image_tokens = self.complete_tokens(output.sequences, rows["source_image_tokens"], height, width)
-        return image_tokens, output.num_passes
+        return self.complete_tokens(output.sequences, rows["source_image_tokens"], grid), output.num_passes
 
     def complete_tokens(
-        self, image_tokens: torch.LongTensor, source_image_tokens: torch.LongTensor | None, height: int, width: int
+        self, image_tokens: torch.LongTensor, source_image_tokens: torch.LongTensor | None, grid: tuple[int, int]
     ) -> torch.LongTensor:
         """Fill the tokens that an interrupted call did not reach: with the source's, or those of a grey picture."""
-        grid_height, grid_width = self.compute_grid(height, width)
+        grid_height, grid_width = grid
         if image_tokens.shape[1] == grid_height * grid_width:
             return image_tokens
         if source_image_tokens is None:
-            blank = self.encode_pixel_values(torch.zeros(1, 3, height, width))
+            stride = self.vq_model.config.stride
+            blank = self.encode_pixel_values(torch.zeros(1, 3, grid_height * stride, grid_width * stride))
             source_image_tokens = blank.expand(len(image_tokens), -1)
         return torch.cat([image_tokens, source_image_tokens[:, image_tokens.shape[1] :]], dim=1)
 
@@ -399,6 +277,9 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
         width: int | None = None,
         resize_mode: str | None = None,
         restore_size: bool = False,
+        mask_image: ImageInput | None = None,
+        mask_blend: bool = True,
+        crop_to_mask: bool = False,
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
@@ -411,16 +292,19 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         source_image_tokens: torch.LongTensor | None = None,
+        source_cache: SourceCache | None = None,
+        decoding: str = "exact",
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
+        preview_every: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> EditARPipelineOutput | tuple:
         """Edit images by instruction.
 
         Prompts and images pair up; one prompt serves many images, one image many prompts. Setting
-        `pipe._interrupt = True`, in a callback or from another thread, stops the call after the token at hand; the
-        tokens that are missing then are the source's, or those of a grey picture where there is no source.
+        `pipe._interrupt = True`, in a callback or from another thread, stops the call within a pass; the tokens that
+        are missing then are the source's, or those of a grey picture where there is no source.
 
         Args:
             prompt (`str` or sequence of `str`): The instructions, or the captions of condition maps.
@@ -433,6 +317,14 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
                 warns when more than 2 % is cut away) or `"stretch"`; default the model's.
             restore_size (`bool`): Return images of the source's size: after a crop, the edited part in its place in the
                 full source; after a stretch, the inverse resize. Needs `image` and `output_type="pil"`.
+            mask_image (*optional*): White where the image may change; one mask, or one per image, each of its image's
+                size (another size is resized with a warning). A token may change if any of its pixels is white; all
+                others keep their source tokens, and a pass is needed only for those that may. A mask without white
+                returns the source, with a warning.
+            mask_blend (`bool`): Lay the result over the source's own pixels, with a feather that ends at most one token
+                beyond those that may change; behind it no pixel differs from the source at the output's size.
+            crop_to_mask (`bool`): Edit a window around the mask, of the proportions of `height` × `width`, at the
+                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`.
             guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance. Default, as of the
                 next four: the setting in `transformer/generation_config.json`.
             image_guidance_scale (`float`, *optional*): Weight of the source image, in guidance with two knobs; 1 is the
@@ -445,11 +337,18 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
                 image depends on its own seed alone, not on its place in the batch.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): From `encode_prompt`, in place of text.
             source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): From `encode_image` or an
-                earlier output, in place of `image`; beside it with `restore_size=True`.
+                earlier output, in place of `image`; beside it with `restore_size=True` or `mask_image`.
+            source_cache (`SourceCache`, *optional*): From `prepare_source_cache`, in place of `image`: the source costs
+                nothing any more. Beside `image` with `restore_size=True` or `mask_image`.
+            decoding (`str`): `"exact"`, one token per pass; or `"speculative"`, the same tokens (in bf16 up to
+                rounding at near-ties) in fewer passes where the result is easy to foresee.
             callback_on_step_end (`Callable`, *optional*): Called after every token as
                 `callback(pipe, step, step, tensors)`; a step is the index of a token. What it returns is not looked at.
             callback_on_step_end_tensor_inputs (sequence of `str`): What `tensors` holds: `"image_tokens"` (those so
                 far), `"source_image_tokens"`, `"prompt_embeds"`.
+            preview_every (`int`, *optional*): After so many rows of tokens `tensors` also holds `"preview"`, a PIL
+                image for each result: what is decoded so far, above the source. Strips are drawn by themselves, so
+                that a preview is cheap and near to the result, not equal.
             output_type (`str`): `"pil"`, `"np"` (batch, height, width, 3) in [0, 1], `"pt"` (batch, 3, height, width)
                 in [0, 1], or `"tokens"`.
             return_dict (`bool`): Return an `EditARPipelineOutput`, or its values as a tuple.
@@ -459,56 +358,46 @@ class EditARPipeline(EditARLoraMixin, DiffusionPipeline):
                 runs.
         """
         # 1. Check inputs
-        height, width = self.resolve_size(height, width)
-        sampling = {
-            "guidance_scale": guidance_scale,
-            "do_sample": do_sample,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
-        resolve_generation_config(self.transformer.generation_config, None, sampling)
-        config, grid = self.transformer.config, self.compute_grid(height, width)
-        check_prompts(config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
-        check_source(config, image, source_image_tokens, image_guidance_scale, restore_size, grid)
-        check_output_options(output_type, restore_size, num_images_per_prompt)
-        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        size = self.resolve_size(height, width)
+        names = ("guidance_scale", "do_sample", "temperature", "top_k", "top_p")
+        settings = dict(zip(names, (guidance_scale, do_sample, temperature, top_k, top_p), strict=True))
+        resolve_generation_config(self.transformer.generation_config, None, settings)
+        check_prompts(self.transformer.config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
+        given = SourceArguments(image, mask_image, crop_to_mask, source_image_tokens, source_cache)
+        device, grid = self._execution_device, self.compute_grid(*size)
+        check_source(self.transformer, device, given, image_guidance_scale, restore_size, decoding, grid)
+        check_output_options(output_type, restore_size, crop_to_mask, num_images_per_prompt)
+        observers = callback_on_step_end, callback_on_step_end_tensor_inputs
+        check_callback(*observers, self._callback_tensor_inputs, preview_every)
         self._interrupt = False
 
-        # 2. Prepare prompts and pictures, and see how many images they ask for
+        # 2. Prepare prompts, pictures and masks, and see how many images they ask for
         prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
-        pictures, pixel_values = self.prepare_pictures(image, height, width, resize_mode)
-        batch_size = compute_batch_size(
-            prompt=prompts or prompt_embeds,
-            negative_prompt=negative_prompts or negative_prompt_embeds,
-            image=pictures,
-            source_image_tokens=source_image_tokens,
-        )
+        sources = self.prepare_sources(given, size, resize_mode)
+        texts = {"prompt": prompts or prompt_embeds, "negative_prompt": negative_prompts or negative_prompt_embeds}
+        batch_size = compute_batch_size(**texts, **sources.count())
         check_generator(generator, batch_size * num_images_per_prompt)
 
         # 3. Encode them, and give every image its row
-        if source_image_tokens is None and image is not None:
-            source_image_tokens = self.encode_pixel_values(pixel_values)
         rows = {
-            "source_image_tokens": source_image_tokens,
+            "source_image_tokens": self.encode_sources(sources),
             "prompt_embeds": self.encode_prompt(prompts) if prompts else prompt_embeds,
-            "negative_prompt_embeds": self.encode_prompt(negative_prompts)
-            if negative_prompts
-            else negative_prompt_embeds,
+            "negative_prompt_embeds": (
+                self.encode_prompt(negative_prompts) if negative_prompts else negative_prompt_embeds
+            ),
         }
         rows = {name: self.repeat_rows(entries, batch_size, num_images_per_prompt) for name, entries in rows.items()}
+        region = self.prepare_region(sources, rows["source_image_tokens"], size, mask_blend)
 
         # 4. Decode the tokens of the edited images
-        sampling |= {"image_guidance_scale": image_guidance_scale, "generator": generator}
-        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-        image_tokens, num_passes = self.generate_image_tokens(rows, sampling, height, width, *callback)
+        settings |= {"image_guidance_scale": image_guidance_scale, "generator": generator}
+        settings |= {"decoding": decoding, "source_cache": source_cache}
+        settings["edit_mask"] = None if region is None else region.edit_mask
+        preview = self.prepare_preview(sources, rows, size, preview_every)
+        image_tokens, num_passes = self.generate_image_tokens(rows, settings, grid, *observers, preview)
 
         # 5. Draw them
-        images = image_tokens
-        if output_type != "tokens":
-            images = self.decode_image_tokens(image_tokens, height, width, output_type)
-        if restore_size:
-            images = self.restore_images(images, pictures, height, width, resize_mode)
+        images = self.draw_images(image_tokens, sources, region, size, restore_size, output_type)
         self.maybe_free_model_hooks()
         output = EditARPipelineOutput(images=images, image_tokens=image_tokens, num_passes=num_passes)
         return output if return_dict else output.to_tuple()

@@ -3,13 +3,15 @@
 Every check comes before the first network runs, and says which argument is wrong, what it is, and what to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers.image_utils import ImageInput
 
 from .configuration_editar import EditARConfig
-from .generation.inputs import check_prompt_embeds, check_source_image_tokens
+from .generation import SourceCache
+from .generation.inputs import check_decoding, check_prompt_embeds, check_source_cache, check_source_image_tokens
 from .processing_editar import OUTPUT_TYPES, apply_task_prefix
 
 
@@ -70,51 +72,97 @@ def check_prompts(
         )
 
 
+class SourceArguments(NamedTuple):
+    """The arguments of a call that say what is edited, and where."""
+
+    image: ImageInput | None
+    mask_image: ImageInput | None
+    crop_to_mask: bool
+    source_image_tokens: torch.LongTensor | None
+    source_cache: SourceCache | None
+
+
 def check_source(
-    config: EditARConfig,
-    image: ImageInput | None,
-    source_image_tokens: torch.LongTensor | None,
+    transformer,
+    device: torch.device,
+    given: SourceArguments,
     image_guidance_scale: float | None,
     restore_size: bool,
+    decoding: str,
     grid: tuple[int, int],
 ):
-    """Refuse a source given twice, tokens that do not fit the grid, and options that need a source without one."""
-    if source_image_tokens is not None:
+    """Refuse a source given twice, one that does not fit the grid or the decoder, and what needs one without one."""
+    tokens, cache = given.source_image_tokens, given.source_cache
+    if tokens is not None:
         num_image_tokens = grid[0] * grid[1]
-        if source_image_tokens.ndim != 2 or source_image_tokens.shape[1] != num_image_tokens:
+        if tokens.ndim != 2 or tokens.shape[1] != num_image_tokens:
             raise ValueError(
-                f"`source_image_tokens` has shape {tuple(source_image_tokens.shape)}; a grid of {grid[0]} × {grid[1]} "
-                f"needs (batch, {num_image_tokens}). Pass the `height` and `width` of the picture they stand for."
+                f"`source_image_tokens` has shape {tuple(tokens.shape)}; a grid of {grid[0]} × {grid[1]} needs (batch, "
+                f"{num_image_tokens}). Pass the `height` and `width` of the picture they stand for."
             )
-        check_source_image_tokens(config, source_image_tokens, *grid)
-        if image is not None and not restore_size:
-            raise ValueError(
-                f"`image` is {type(image).__name__} beside `source_image_tokens`; pass one of them, or "
-                "`restore_size=True` to put the result back into the image."
-            )
-    if restore_size and image is None:
+        check_source_image_tokens(transformer.config, tokens, *grid)
+    check_source_cache(cache, transformer.dtype, device, *grid)
+    if tokens is not None and cache is not None:
+        raise ValueError("`source_image_tokens` is given beside `source_cache`, which holds its own; pass one of them.")
+    known = "source_cache" if tokens is None else "source_image_tokens"
+    has_known = tokens is not None or cache is not None
+    if given.image is not None and has_known and not restore_size and given.mask_image is None:
+        raise ValueError(
+            f"`image` is {type(given.image).__name__} beside `{known}`; pass one of them, or `restore_size=True` to "
+            "put the result back into the image."
+        )
+    if restore_size and given.image is None:
         raise ValueError("`restore_size` is True without an `image`; pass the picture whose size is to be restored.")
-    if image is None and source_image_tokens is None and image_guidance_scale not in (None, 1):
+    has_source = given.image is not None or has_known
+    if not has_source and image_guidance_scale not in (None, 1):
         raise ValueError(f"`image_guidance_scale` is {image_guidance_scale} without an `image`; leave it out.")
+    if not has_source and given.mask_image is not None:
+        raise ValueError("`mask_image` is given without an `image`, of which it keeps a part; pass the image too.")
+    if given.crop_to_mask and (given.image is None or given.mask_image is None or has_known):
+        raise ValueError(
+            "`crop_to_mask` is True; it needs `image` and `mask_image`, and neither `source_image_tokens` nor "
+            "`source_cache`, which stand for the whole image."
+        )
+    check_decoding(decoding, None, (), has_source)
 
 
-def check_output_options(output_type: str, restore_size: bool, num_images_per_prompt: int):
+def check_cached_pictures(source_cache: SourceCache | None, pixel_values: torch.Tensor | None):
+    """Refuse a cache of other pictures than those given beside it."""
+    if source_cache is None or source_cache.pixel_values is None or pixel_values is None:
+        return
+    if not torch.equal(source_cache.pixel_values, pixel_values):
+        raise ValueError(
+            "`source_cache` is of another picture than `image`, or of the same in another `resize_mode`; prepare it of "
+            "this one."
+        )
+
+
+def check_output_options(output_type: str, restore_size: bool, crop_to_mask: bool, num_images_per_prompt: int):
     """Refuse an output that does not exist, or cannot be had at the source's size."""
     known = (*OUTPUT_TYPES, "tokens")
     if output_type not in known:
         raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(map(repr, known))}.")
-    if restore_size and output_type != "pil":
-        raise ValueError(f"`output_type` is {output_type!r} with `restore_size`, which returns pictures; pass 'pil'.")
+    for name, value in (("restore_size", restore_size), ("crop_to_mask", crop_to_mask)):
+        if value and output_type != "pil":
+            raise ValueError(f"`output_type` is {output_type!r} with `{name}`, which returns pictures; pass 'pil'.")
     if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
         raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; pass a positive whole number.")
 
 
-def check_callback_tensors(names: Sequence[str], known: Sequence[str]):
-    """Refuse names of tensors that a callback cannot be given."""
+def check_callback(
+    callback: Callable | None, names: Sequence[str], known: Sequence[str], preview_every: int | None
+):
+    """Refuse names of tensors that a callback cannot be given, and previews for none."""
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(
             f"`callback_on_step_end_tensor_inputs` holds {', '.join(unknown)}; choose among {', '.join(known)}."
         )
+    if preview_every is None:
+        return
+    if not isinstance(preview_every, int) or preview_every < 1:
+        raise ValueError(f"`preview_every` is {preview_every!r}; pass a positive whole number of rows.")
+    if callback is None:
+        raise ValueError(f"`preview_every` is {preview_every} without `callback_on_step_end`, which gets the previews.")
 
 
 def check_generator(generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int):

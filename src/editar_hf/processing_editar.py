@@ -317,6 +317,7 @@ class EditARImageProcessor(PilBackend):
         height: int,
         width: int,
         resize_mode: str,
+        weights: np.ndarray | None = None,
     ) -> Image.Image:
         """Bring an edited picture back to the size of its source.
 
@@ -328,25 +329,51 @@ class EditARImageProcessor(PilBackend):
             source_image: The picture that was edited, as it was passed in.
             height, width (`int`): Pixels the model worked at. The edited picture may have been enlarged since.
             resize_mode (`str`): How the source was brought to that size.
+            weights (`np.ndarray` of shape `(height, width)`, *optional*): How much of the edited picture shows, in
+                [0, 1]; where it is 0 the source's very pixels stand. Default: 1 everywhere.
 
         Raises:
             ValueError: If the size or the mode does not fit, or `source_image` is not a picture.
         """
         self._check_arguments(SizeDict(height=height, width=width), resize_mode)
         source = prepare_rgb_picture(source_image)
-        if resize_mode == "stretch":
-            return edited_image.resize(source.size, Image.Resampling.LANCZOS)
-        crop = compute_crop_geometry(source.height, source.width, height, width)
-        left, top, right, bottom = crop.box
-        # The same box in the edited picture, to a fraction of a pixel: what was edited lands where it was.
-        columns = [(x * crop.resized_width - crop.left * source.width) / source.width for x in (left, right)]
-        rows = [(y * crop.resized_height - crop.top * source.height) / source.height for y in (top, bottom)]
-        columns = [x * edited_image.width / width for x in columns]
-        rows = [y * edited_image.height / height for y in rows]
-        edited_box = (columns[0], rows[0], columns[1], rows[1])
-        edited = edited_image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box=edited_box)
-        source.paste(edited, (left, top))
+        geometry = (source.size, height, width, resize_mode)
+        edited, corner = self._return_to_source(edited_image, *geometry, Image.Resampling.LANCZOS)
+        if weights is None:
+            source.paste(edited, corner)
+            return source
+        # Neither filter reaches further than a pixel of the larger picture: a weight that ends, ends.
+        is_smaller = edited.width < width or edited.height < height
+        resample = Image.Resampling.BOX if is_smaller else Image.Resampling.BILINEAR
+        weights, _ = self._return_to_source(Image.fromarray(weights.astype(np.float32)), *geometry, resample)
+        box = (*corner, corner[0] + edited.width, corner[1] + edited.height)
+        below, above = (np.asarray(picture, np.float32) for picture in (source.crop(box), edited))
+        blended = below + np.asarray(weights)[:, :, None] * (above - below)
+        source.paste(Image.fromarray(np.round(blended).astype(np.uint8)), corner)
         return source
+
+    def _return_to_source(
+        self,
+        picture: Image.Image,
+        source_size: tuple[int, int],
+        height: int,
+        width: int,
+        resize_mode: str,
+        resample: Image.Resampling,
+    ) -> tuple[Image.Image, tuple[int, int]]:
+        """Undo the resize; return the picture and the place of its left upper corner in the source."""
+        if resize_mode == "stretch":
+            return picture.resize(source_size, resample), (0, 0)
+        source_width, source_height = source_size
+        crop = compute_crop_geometry(source_height, source_width, height, width)
+        left, top, right, bottom = crop.box
+        # The same box in the picture, to a fraction of a pixel: what was edited lands where it was.
+        columns = [(x * crop.resized_width - crop.left * source_width) / source_width for x in (left, right)]
+        rows = [(y * crop.resized_height - crop.top * source_height) / source_height for y in (top, bottom)]
+        columns = [x * picture.width / width for x in columns]
+        rows = [y * picture.height / height for y in rows]
+        box = (columns[0], rows[0], columns[1], rows[1])
+        return picture.resize((right - left, bottom - top), resample, box=box), (left, top)
 
 
 class EditARProcessor(ProcessorMixin):

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ class Job:
     output: Path
     task: str
     seed: int
+    mask: Path | None
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,8 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "edit a picture, or a folder of pictures"
     description = (
         f"{summary.capitalize()}. A line of the file of prompts is a JSON object with `image`, a name in the folder, "
-        "and `prompt`, and where wanted `output`, `task` and `seed`. Edits whose output is there are skipped; one that "
-        "fails is reported, the others go on, and the exit status is 1."
+        "and `prompt`, and where wanted `output`, `task`, `seed` and `mask`, again a name in the folder. Edits whose "
+        "output is there are skipped; one that fails is reported, the others go on, and the exit status is 1."
     )
     parser = subparsers.add_parser("edit", help=summary, description=description)
     parser.add_argument("--model", metavar="M", required=True, help="the pipeline, a folder or Hub id")
@@ -33,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     wish = parser.add_mutually_exclusive_group(required=True)
     wish.add_argument("--prompt", metavar="P", help="what to do")
     wish.add_argument("--prompts", metavar="FILE", type=Path, help="JSON lines: what to do with which picture")
+    parser.add_argument("--mask", metavar="FILE", type=Path, help="white where the picture may change")
     parser.add_argument("--task", metavar="T", default="edit", help="edit, canny, depth or segmentation; default: edit")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampling; default: 0")
     parser.add_argument(
@@ -44,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Edit one picture, or all that are not there yet; exit status 1 where one failed."""
     if args.prompts is None:
-        job = Job(args.image, args.prompt, args.output, args.task, args.seed)
+        job = Job(args.image, args.prompt, args.output, args.task, args.seed, args.mask)
         check_output(job.output)
         edit(load_pipeline(args.model), job)
         return 0
@@ -92,18 +95,18 @@ def read_job(args: argparse.Namespace, line: str, place: str) -> Job:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"`--prompts` {place} is no JSON: {error}.") from error
-    kinds = {"image": str, "prompt": str, "output": str, "task": str, "seed": int}
+    kinds = {"image": str, "prompt": str, "output": str, "task": str, "seed": int, "mask": str}
     is_sound = isinstance(entry, dict) and {"image", "prompt"} <= entry.keys() <= kinds.keys()
     if not is_sound or not all(isinstance(value, kinds[name]) for name, value in entry.items()):
         raise ValueError(
             f"`--prompts` {place} is {line.strip()!r}; give an object with `image` and `prompt`, and where wanted "
-            "`output`, `task`, `seed`."
+            "`output`, `task`, `seed`, `mask`."
         )
     output = args.output / entry.get("output", f"{Path(entry['image']).stem}.png")
     check_output(output)
-    return Job(
-        args.image / entry["image"], entry["prompt"], output, entry.get("task", args.task), entry.get("seed", args.seed)
-    )
+    mask = args.image / entry["mask"] if "mask" in entry else args.mask
+    task, seed = entry.get("task", args.task), entry.get("seed", args.seed)
+    return Job(args.image / entry["image"], entry["prompt"], output, task, seed, mask)
 
 
 def check_output(path: Path) -> None:
@@ -130,9 +133,10 @@ def edit(pipeline, job: Job) -> None:
     import torch
     from PIL import Image
 
-    with Image.open(job.image) as image:
+    with Image.open(job.image) as image, nullcontext() if job.mask is None else Image.open(job.mask) as mask:
         generator = torch.Generator().manual_seed(job.seed)
-        edited = pipeline(job.prompt, image=image, task=job.task, restore_size=True, generator=generator).images[0]
+        how = {"task": job.task, "mask_image": mask, "restore_size": True, "generator": generator}
+        edited = pipeline(job.prompt, image=image, **how).images[0]
     job.output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = job.output.with_name(f".unfinished-{job.output.name}")
     edited.save(unfinished)

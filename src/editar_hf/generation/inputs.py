@@ -1,10 +1,16 @@
 """Checks of what `generate` is given, all done before the first forward."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
+from transformers import LogitsProcessor
 
 from ..configuration_editar import EditARConfig
+from .cache import SourceCache
+
+
+DECODINGS = ("exact", "speculative")
 
 
 def check_prompt_embeds(config: EditARConfig, name: str, prompt_embeds: torch.Tensor):
@@ -77,4 +83,72 @@ def check_generate_inputs(
     if isinstance(generator, Sequence) and len(generator) != batch_size:
         raise ValueError(
             f"`generator` is a list of {len(generator)} for {batch_size} images; pass one, or one per image."
+        )
+
+
+def check_edit_mask(edit_mask: torch.BoolTensor | None, source_image_tokens: torch.LongTensor | None):
+    """Refuse a mask without a source, of another shape or of another type."""
+    if edit_mask is None:
+        return
+    if source_image_tokens is None:
+        raise ValueError("`edit_mask` is given without `source_image_tokens`, of which it keeps some; pass them too.")
+    if edit_mask.dtype != torch.bool or edit_mask.shape != source_image_tokens.shape:
+        raise ValueError(
+            f"`edit_mask` is {edit_mask.dtype} of shape {tuple(edit_mask.shape)}; give torch.bool of shape "
+            f"{tuple(source_image_tokens.shape)}, a value for each source token, True where it may change."
+        )
+
+
+def check_decoding(
+    decoding: str,
+    num_draft_tokens: int | None,
+    logits_processor: Sequence[LogitsProcessor],
+    has_source: bool,
+):
+    """Refuse a way of decoding that does not exist, drafts where there are none, and processors of beam search."""
+    if decoding not in DECODINGS:
+        raise ValueError(f"`decoding` is {decoding!r}; choose one of {', '.join(map(repr, DECODINGS))}.")
+    if decoding == "speculative" and not has_source:
+        raise ValueError("`decoding` is 'speculative', which drafts from the source; pass one, or decode 'exact'.")
+    if num_draft_tokens is not None and decoding == "exact":
+        raise ValueError(f"`num_draft_tokens` is {num_draft_tokens} in exact decoding; pass `decoding='speculative'`.")
+    if num_draft_tokens is not None and (not isinstance(num_draft_tokens, int) or num_draft_tokens < 1):
+        raise ValueError(f"`num_draft_tokens` is {num_draft_tokens!r}; pass a positive whole number.")
+    for processor in logits_processor:
+        extra = list(inspect.signature(processor.__call__).parameters)[2:]
+        if extra:
+            raise ValueError(
+                f"`logits_processor` holds {type(processor).__name__}, which asks for {', '.join(extra)}. There are no "
+                "beams here and no tokens after the one to be chosen; leave it out."
+            )
+
+
+def check_source_cache(
+    source_cache: SourceCache | None, dtype: torch.dtype, device: torch.device, grid_height: int, grid_width: int
+):
+    """Refuse a cache of another grid, dtype or device."""
+    if source_cache is None:
+        return
+    own, given = source_cache.fingerprint, (source_cache.grid_height, source_cache.grid_width)
+    if given != (grid_height, grid_width):
+        raise ValueError(
+            f"`source_cache` is of a grid of {given[0]} × {given[1]} tokens, this call of {grid_height} × "
+            f"{grid_width}; prepare one of that size."
+        )
+    if own.dtype != dtype or own.device != device:
+        raise ValueError(
+            f"`source_cache` is {own.dtype} on {own.device} and the decoder {dtype} on {device}; prepare it again with "
+            "the decoder as it is now."
+        )
+
+
+def check_fingerprint(source_cache: SourceCache, fingerprint: torch.Tensor):
+    """Refuse a cache of another decoder, or of this one before its weights or adapters changed."""
+    # The same forward in the same place: equal bits, unless a library chooses another kernel.
+    tolerance = 10 * torch.finfo(fingerprint.dtype).eps
+    if source_cache.fingerprint.shape != fingerprint.shape or not torch.allclose(
+        source_cache.fingerprint, fingerprint, rtol=tolerance, atol=tolerance
+    ):
+        raise ValueError(
+            "`source_cache` is of another decoder, or of this one with other weights or adapters; prepare it again."
         )

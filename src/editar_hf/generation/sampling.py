@@ -142,8 +142,14 @@ def compute_gumbel_noise(keys: torch.LongTensor, vocab_size: int) -> torch.Tenso
     return uniform.log_().neg_().log_().neg_()
 
 
+def as_index(positions: Sequence[int]) -> slice | list[int]:
+    """Index with a slice where positions follow one another: a list would travel to the device first."""
+    is_run = positions[-1] - positions[0] == len(positions) - 1
+    return slice(positions[0], positions[-1] + 1) if is_run else list(positions)
+
+
 class TokenSelector:
-    """Choose one token per image: guidance, logits processors, warpers and noise (when sampling), arg-max.
+    """Choose tokens: guidance, logits processors, warpers and noise (when sampling), arg-max.
 
     Args:
         settings (`EditARGenerationConfig`): Guidance scale and sampling settings.
@@ -151,6 +157,7 @@ class TokenSelector:
         logits_processor (`list`): Called in order with the tokens so far and the guided logits.
         noise_keys (`torch.LongTensor` of shape `(2, batch, N)`, *optional*): From `compute_noise_keys`; None takes the
             likeliest tokens.
+        edit_mask (`torch.BoolTensor` of shape `(batch, N)`, *optional*): False where a token stands as it is.
     """
 
     def __init__(
@@ -159,18 +166,54 @@ class TokenSelector:
         image_guidance_scale: float,
         logits_processor: list[LogitsProcessor],
         noise_keys: torch.LongTensor | None,
+        edit_mask: torch.BoolTensor | None = None,
     ):
         self.guidance_scale = settings.guidance_scale
         self.image_guidance_scale = image_guidance_scale
         self.noise_keys = noise_keys
+        self.edit_mask = edit_mask
         self.processors = LogitsProcessorList(logits_processor)
+        self.warpers = LogitsProcessorList()
         if noise_keys is not None:
-            self.processors += build_logits_warpers(settings.temperature, settings.top_k, settings.top_p)
+            self.warpers = build_logits_warpers(settings.temperature, settings.top_k, settings.top_p)
 
-    def __call__(self, branch_logits: Sequence[torch.Tensor], tokens: torch.LongTensor) -> torch.LongTensor:
-        """Choose what follows `tokens` `(batch, T)`, from logits `(batch, vocab_size)` per branch; shape `(batch,)`."""
+    def __call__(
+        self, branch_logits: torch.Tensor, tokens: torch.LongTensor, positions: Sequence[int]
+    ) -> torch.LongTensor:
+        """Choose tokens for ascending positions, each as if the tokens before it held.
+
+        Logits processors are called in the order of the positions, and only while every row's tokens before a position
+        do hold: they see what they would see one token at a time.
+
+        Args:
+            branch_logits (`torch.Tensor` of shape `(branches, batch, positions, vocab_size)`): float32.
+            tokens (`torch.LongTensor` of shape `(batch, N)`): Tokens so far, and what is proposed after them.
+            positions (sequence of `int`): What the logits are for.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, chosen)`: of all positions, or with processors of those up to the first
+            at which a row's choice is not what was proposed.
+        """
         logits = apply_guidance(branch_logits, self.guidance_scale, self.image_guidance_scale)
-        logits = self.processors(tokens, logits)
+        if not self.processors:
+            return self.choose(logits, tokens, positions)
+        chosen = []
+        for index, position in enumerate(positions):
+            processed = self.processors(tokens[:, :position], logits[:, index])
+            chosen.append(self.choose(processed[:, None], tokens, [position]))
+            is_last = index == len(positions) - 1
+            if not is_last and not torch.equal(chosen[-1][:, 0], tokens[:, position]):
+                break
+        return torch.cat(chosen, dim=1)
+
+    def choose(self, logits: torch.Tensor, tokens: torch.LongTensor, positions: Sequence[int]) -> torch.LongTensor:
+        """Choose from processed logits `(batch, positions, vocab_size)`; tokens outside the edit mask stay."""
+        index = as_index(positions)
+        if self.warpers:
+            logits = self.warpers(tokens, logits.flatten(0, 1)).view_as(logits)
         if self.noise_keys is not None:
-            logits = logits + compute_gumbel_noise(self.noise_keys[:, :, tokens.shape[1]], logits.shape[-1])
-        return logits.argmax(dim=-1)
+            logits = logits + compute_gumbel_noise(self.noise_keys[:, :, index], logits.shape[-1])
+        chosen = logits.argmax(dim=-1)
+        if self.edit_mask is None:
+            return chosen
+        return torch.where(self.edit_mask[:, index], chosen, tokens[:, index])

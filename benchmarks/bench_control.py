@@ -1,0 +1,284 @@
+"""What masks, kept sources, drafts and previews save or cost; and how well the edit map finds the edit.
+
+    python benchmarks/bench_control.py            # GPT-B at 256×256 with random weights, and the shipped sticker editor
+    python benchmarks/bench_control.py --samples 64
+
+Masks, kept sources and previews are timed on random weights. Drafts and the edit map are measured on test samples of
+the sticker editor, drawn on the spot: what they find there says nothing about the published weights. One CPU thread,
+processor time, orders alternate. Results go to `benchmarks/results/control.md`.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_generation import build_inputs, build_model
+from report import describe_machine, format_table, write_result
+
+from editar_hf import EditARPipeline, EditARVQConfig, EditARVQModel
+from editar_hf.pipeline_steps import RowPreview
+from editar_hf.processing_masks import prepare_mask
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
+from make_sticker_edits import OPERATIONS, TRANSLATIONS, make_sample  # noqa: E402
+
+
+GRID_SIZE, STRIDE = 16, 16
+MASK_SHARES = (0.05, 0.15, 0.3, 0.5, 1.0)
+WINDOWS = (1, 2, 4, 8, 16)
+GUIDANCE_SCALES = (1.0, 3.0)
+
+
+def time_in_turn(calls: dict[str, Callable], num_rounds: int) -> tuple[dict[str, list[float]], dict]:
+    """Time calls one after the other, then in the opposite order, …; return seconds of processor time, and results."""
+    seconds, results = {name: [] for name in calls}, {}
+    for turn in range(num_rounds):
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
+            start = time.process_time()
+            results[name] = calls[name]()
+            seconds[name].append(time.process_time() - start)
+    return seconds, results
+
+
+def describe(seconds: dict[str, list[float]], name: str, base: str) -> list[str]:
+    """Give the median, and the ratio to another round by round as median (least – most)."""
+    ratios = [mine / other for mine, other in zip(seconds[name], seconds[base], strict=True)]
+    return [
+        f"{statistics.median(seconds[name]):.2f}",
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})",
+    ]
+
+
+# Random weights
+
+
+def draw_square_mask(share: float) -> torch.BoolTensor:
+    """Free a square in the middle of the grid, of about that share of all tokens."""
+    side = round(GRID_SIZE * share**0.5)
+    first = (GRID_SIZE - side) // 2
+    mask = torch.zeros(1, GRID_SIZE, GRID_SIZE, dtype=torch.bool)
+    mask[:, first : first + side, first : first + side] = True
+    return mask.flatten(1)
+
+
+def benchmark_masks(model, source, prompt_embeds, num_rounds: int) -> str:
+    """Time an edit of each mask against one without."""
+    masks = {f"{share:.0%}": draw_square_mask(share) for share in MASK_SHARES}
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    calls = {"no mask": lambda: model.generate(source, prompt_embeds, **settings)}
+    for name, mask in masks.items():
+        calls[name] = lambda mask=mask: model.generate(source, prompt_embeds, edit_mask=mask, **settings)
+    seconds, outputs = time_in_turn(calls, num_rounds)
+    rows = []
+    for name, output in outputs.items():
+        free = masks[name].sum().item() if name in masks else source.shape[1]
+        label = f"{free} ({free / source.shape[1]:.0%})" if name in masks else name
+        rows.append([label, str(output.num_passes), *describe(seconds, name, "no mask")])
+    return format_table(["tokens that may change", "passes", "s", "of an edit without mask"], rows)
+
+
+def benchmark_second_edit(model, vq_model, source, prompt_embeds, num_rounds: int) -> str:
+    """Time what comes before the first token: VQ, source and text, with and without a kept source."""
+    pixels = torch.zeros(1, 3, GRID_SIZE * STRIDE, GRID_SIZE * STRIDE)
+    cache = model.prepare_source_cache(source)
+    first_token = torch.zeros_like(source, dtype=torch.bool)
+    first_token[:, 0] = True
+    how = {"prompt_embeds": prompt_embeds, "do_sample": False, "edit_mask": first_token}
+
+    def prepare_first():
+        vq_model.encode(pixels)
+        model.generate(source, **how)
+
+    calls = {
+        "first edit of a picture": prepare_first,
+        "second, with `source_cache`": lambda: model.generate(source_cache=cache, **how),
+    }
+    seconds, _ = time_in_turn(calls, num_rounds)
+    rows = [[name, *describe(seconds, name, "first edit of a picture")] for name in calls]
+    return format_table(["VQ encoder and prefill", "s", "of the first"], rows)
+
+
+class PreviewParts:
+    """What `RowPreview` needs of a pipeline."""
+
+    def __init__(self, vq_model, processor):
+        self.vq_model, self.processor = vq_model, processor
+
+
+def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_rounds: int) -> str:
+    """Time an edit, its picture included, and its previews of every row by themselves."""
+    side = GRID_SIZE * STRIDE
+
+    def draw_previews(num_rows: int):
+        preview = RowPreview(PreviewParts(vq_model, processor), torch.zeros(1, 3, side, side), GRID_SIZE, 1)
+        for row in range(1, num_rows + 1):
+            preview.draw(source[:, : row * GRID_SIZE])
+
+    def edit():
+        model.generate(source, prompt_embeds, do_sample=False)
+        vq_model.decode(source)
+
+    calls = {"an edit": edit, f"{GRID_SIZE} previews, of every row": lambda: draw_previews(GRID_SIZE)}
+    draw_previews(2)  # the first convolutions of a shape set libraries up
+    seconds, _ = time_in_turn(calls, num_rounds)
+    return format_table(["", "s", "of an edit"], [[name, *describe(seconds, name, "an edit")] for name in calls])
+
+
+# The sticker editor
+
+
+def make_samples(num_samples: int, resolution: int) -> dict[str, list[dict]]:
+    """Make test samples of each task."""
+    tasks = (*OPERATIONS, *TRANSLATIONS)
+    per_task = max(num_samples // len(tasks), 1)
+    return {
+        task: [
+            make_sample(0, "test", place + turn * len(tasks), resolution, (task, "seen", None))
+            for turn in range(per_task)
+        ]
+        for place, task in enumerate(tasks)
+    }
+
+
+def edit_sample(pipe, sample: dict, tokens, embeds, **how):
+    generator = torch.Generator().manual_seed(0)
+    return pipe.transformer.generate(tokens, embeds, generator=generator, return_dict_in_generate=True, **how)
+
+
+def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
+    """Count passes by kind of edit, window and guidance, and time the windows."""
+    num_tokens = pipe.transformer.config.num_image_tokens
+    rows, seconds, num_different = [], {window: [] for window in (0, *WINDOWS)}, 0
+    for scale in GUIDANCE_SCALES:
+        for task, of_task in samples.items():
+            passes = {window: [] for window in (0, *WINDOWS)}
+            kept = []
+            for index, sample in enumerate(of_task):
+                tokens = pipe.encode_image(sample["source_image"])
+                embeds = pipe.encode_prompt(sample["prompt"], sample["task"])
+                exact = None
+                for window in (0, *WINDOWS) if index % 2 == 0 else (0, *WINDOWS[::-1]):
+                    how = {"decoding": "speculative", "num_draft_tokens": window} if window else {}
+                    start = time.process_time()
+                    output = edit_sample(pipe, sample, tokens, embeds, guidance_scale=scale, **how)
+                    seconds[window].append(time.process_time() - start)
+                    passes[window].append(output.num_passes)
+                    exact = output.sequences if window == 0 else exact
+                    num_different += (output.sequences != exact).any().item()
+                kept.append((exact == tokens).float().mean().item())
+            means = [statistics.mean(passes[window]) for window in WINDOWS]
+            cells = [f"{mean:.1f} ({(num_tokens - 1) / mean:.2f})" for mean in means]
+            rows.append([f"{scale:g}", task, f"{statistics.mean(kept):.0%}", *cells])
+    header = ["guidance", "kind of edit", "source tokens kept", *(f"window {window}" for window in WINDOWS)]
+    times = [
+        [str(window), f"{statistics.median(seconds[window]):.3f}", describe_ratio_of_medians(seconds, window)]
+        for window in (0, *WINDOWS)
+    ]
+    note = f"{num_different} of the speculative results differ from the exact ones in any token."
+    return format_table(header, rows) + "\n\n" + note, format_table(["window", "s", "of exact"], times)
+
+
+def describe_ratio_of_medians(seconds: dict[int, list[float]], window: int) -> str:
+    return f"{statistics.median(seconds[window]) / statistics.median(seconds[0]):.2f}"
+
+
+def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
+    """Compare the edit map with the tokens of the true mask, overall and by row of the edit.
+
+    As many tokens as truly change are taken, those of the highest values: an IoU without a threshold to choose.
+    """
+    grid = pipe.transformer.config.grid_size
+    rows, by_row = [], {}
+    for task in OPERATIONS:
+        ious = []
+        for sample in samples[task]:
+            side = sample["mask"].height // grid
+            is_white = prepare_mask(sample["mask"], sample["source_image"].size)
+            changed = is_white.reshape(grid, side, grid, side).any(axis=(1, 3))
+            edit_map = pipe.compute_edit_map(sample["source_image"], sample["prompt"], sample["task"])[0].numpy()
+            guess = edit_map >= np.sort(edit_map, axis=None)[-changed.sum()]
+            ious.append((guess & changed).sum() / (guess | changed).sum())
+            first = changed.any(axis=1).nonzero()[0][0]
+            for row in changed.any(axis=1).nonzero()[0]:
+                found = (guess & changed)[row].sum(), (guess | changed)[row].sum()
+                by_row.setdefault(int(row - first), []).append(found)
+        rows.append([task, str(len(ious)), f"{np.mean(ious):.2f}"])
+    places = [
+        [str(place + 1), str(len(found)), f"{sum(f for f, _ in found) / sum(u for _, u in found):.2f}"]
+        for place, found in sorted(by_row.items())
+    ]
+    return (
+        format_table(["kind of edit", "samples", "IoU"], rows)
+        + "\n\n"
+        + format_table(["row of the edit", "samples", "IoU"], places)
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=24, help="test samples of the sticker editor")
+    parser.add_argument("--rounds", type=int, default=3, help="of the timings on random weights")
+    parser.add_argument("--model", default=str(EXAMPLES / "sticker-editor"), help="the sticker editor")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    model = build_model("GPT-B", GRID_SIZE, torch.float32, "cpu")
+    source, prompt_embeds = build_inputs(model, 1, "cpu")
+    torch.manual_seed(0)
+    vq_model = EditARVQModel(EditARVQConfig()).eval()
+    # In bf16 near-ties fall otherwise in passes of another length: counts of tokens that differ would say nothing.
+    pipe = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    samples = make_samples(args.samples, pipe.processor.image_processor.size.height)
+    with torch.no_grad():
+        parts = (
+            benchmark_masks(model, source, prompt_embeds, args.rounds),
+            benchmark_second_edit(model, vq_model, source, prompt_embeds, args.rounds),
+            benchmark_previews(model, vq_model, source, prompt_embeds, pipe.processor, args.rounds),
+        )
+        drafts, draft_times = benchmark_drafts(pipe, samples)
+        edit_map = benchmark_edit_map(pipe, samples)
+    report = f"""# Control: masks, kept sources, previews, drafts, the edit map
+
+{machine} One thread; seconds are processor time, ratios are medians (least – most) of rounds ({args.rounds})
+in alternating order. Made by `python benchmarks/bench_control.py`.
+
+## GPT-B at 256×256, VQ-16, random weights, fp32
+
+{parts[0]}
+
+{parts[1]}
+
+{parts[2]}
+
+## The sticker editor, fp32: drafts
+
+Passes after the first of an edit of {pipe.transformer.config.num_image_tokens} tokens, and in brackets how many
+tokens a pass decides; sampled with the folder's settings, {len(samples["add"])} test samples of each kind. Drafts are
+the source's tokens, then what earlier passes chose. How many hold here says nothing about the published weights, which
+have another vocabulary and grid.
+
+{drafts}
+
+Processor time of an edit, all of the above together:
+
+{draft_times}
+
+## The sticker editor, fp32: the edit map
+
+IoU of the true mask's tokens with as many tokens of the highest values.
+
+{edit_map}
+"""
+    write_result("control", report)
+
+
+if __name__ == "__main__":
+    main()

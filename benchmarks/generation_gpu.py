@@ -1,0 +1,111 @@
+"""Decoding on a GPU: floors first, then both baselines and ours, eager and compiled, at batch 1, 4 and 16.
+
+Run by `bench_generation.py --device cuda`. bf16, GPT-XL at 512×512 unless told otherwise, 2 warm-up edits and 5 timed.
+"""
+
+import statistics
+import time
+
+import torch
+from bench_generation import DECODERS, GUIDANCE_SCALE, build_inputs, build_model, check_parity
+from report import describe_machine, format_table
+
+
+BATCH_SIZES = (1, 4, 16)
+NUM_WARM_UP, NUM_TIMED = 2, 5
+
+
+def synchronise(device: str):
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def time_call(call, device: str) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def measure_floors(device: str) -> tuple[float, float]:
+    """Measure copy bandwidth in bytes per second, read and write, and FLOP per second of an 8192³ product."""
+    size = 8192 if device != "cpu" else 512
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    block = torch.empty(size * size * 8, dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+    copies = [time_call(lambda: target.copy_(block), device) for _ in range(10)]
+    products = [time_call(lambda: left @ right, device) for _ in range(10)]
+    return 2 * block.numel() / min(copies), 2 * size**3 / min(products)
+
+
+def compute_decode_floor(model, batch_size: int, bandwidth: float) -> float:
+    """Compute the seconds it takes to read what decoding must read: weights for each token, one source, own slots."""
+    config = model.config
+    num_tokens = config.num_image_tokens
+    weights = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
+    slot = 2 * config.num_hidden_layers * config.hidden_size
+    own = 2 * batch_size * (1 + num_tokens / 2)
+    numbers = weights + slot * (batch_size * num_tokens + own)
+    return (num_tokens - 1) * numbers * model.dtype.itemsize / bandwidth
+
+
+def time_edits(decode, model, source, prompt_embeds, device: str) -> tuple[float, float, float]:
+    """Time whole edits: the first one, the median of those timed, and the peak memory in GiB."""
+    grid_size, num_tokens = model.config.grid_size, source.shape[1]
+
+    def edit():
+        decode(model, source, prompt_embeds, GUIDANCE_SCALE, grid_size, source[:, :0], num_tokens)
+
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    first = time_call(edit, device)
+    for _ in range(NUM_WARM_UP - 1):
+        edit()
+    seconds = statistics.median(time_call(edit, device) for _ in range(NUM_TIMED))
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else float("nan")
+    return first, seconds, memory
+
+
+def benchmark_gpu(args) -> str:
+    """Measure; return the report."""
+    device = args.device
+    bandwidth, rate = measure_floors(device)
+    parity = check_parity(args.preset, args.grid_size, torch.bfloat16, args.parity_tokens, device)
+    model = build_model(args.preset, args.grid_size, torch.bfloat16, device)
+    rows, eager = [], model.forward
+
+    def compile_library():
+        # Its cache grows with every token: compiled for any length.
+        model.forward = torch.compile(eager, dynamic=True)
+
+    for batch_size in BATCH_SIZES:
+        source, prompt_embeds = build_inputs(model, batch_size, device)
+        floor = compute_decode_floor(model, batch_size, bandwidth)
+        systems = {
+            "published style": ("published style", None),
+            "library": ("library", None),
+            "library, compiled": ("library", compile_library),
+            "editar_hf": ("editar_hf", None),
+            "editar_hf, compiled": ("editar_hf", model.compile_passes),
+        }
+        for name, (decoder, prepare) in systems.items():
+            if prepare is not None:
+                prepare()
+            first, seconds, memory = time_edits(DECODERS[decoder], model, source, prompt_embeds, device)
+            model.forward, model.compiled_passes = eager, None
+            cells = [f"{seconds:.3f}", f"{batch_size / seconds:.2f}", f"{floor / seconds:.0%}"]
+            rows.append([str(batch_size), name, *cells, f"{first - seconds:.1f}", f"{memory:.2f}"])
+            print(rows[-1], flush=True)
+    header = ["batch", "system", "s", "images/s", "of the decode floor", "first call, s more", "peak memory, GiB"]
+    return "\n\n".join(
+        [
+            f"# Decoding on a GPU: {args.preset} at {16 * args.grid_size}×{16 * args.grid_size}, bf16",
+            f"{describe_machine()} Copies run at {bandwidth / 1e12:.2f} TB/s, products of 8192³ at {rate / 1e12:.0f} "
+            f"TFLOP/s. Random weights, greedy, guidance {GUIDANCE_SCALE}; {NUM_WARM_UP} edits to warm up, the median "
+            f"of {NUM_TIMED}. The floor is the time of reading weights, sources and own keys and values. Made by "
+            f"`python benchmarks/bench_generation.py{args.words}`.",
+            f"Parity: {parity}.",
+            format_table(header, rows),
+        ]
+    ) + "\n"

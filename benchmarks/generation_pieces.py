@@ -1,0 +1,138 @@
+"""Pieces of the decoding engine with and without, each by itself; run by `bench_generation.py --pieces`."""
+
+import statistics
+import time
+
+import torch
+from bench_generation import GUIDANCE_SCALE, StopAfter, build_inputs, build_model
+from report import describe_machine, format_table
+
+from editar_hf import EditARVQConfig, EditARVQModel
+from editar_hf.generation import passes
+
+
+NUM_TIMED, ROUNDS = 12, 5
+NEVER = 10**9
+
+
+def time_tokens(model, source, prompt_embeds) -> float:
+    """Time a token in the middle of the target, in milliseconds of processor time."""
+    num_forced = source.shape[1] // 2
+    edit_mask = torch.arange(source.shape[1]).expand_as(source) >= num_forced
+
+    def run(count: int) -> float:
+        start = time.process_time()
+        model.generate(
+            source,
+            prompt_embeds,
+            do_sample=False,
+            guidance_scale=GUIDANCE_SCALE,
+            edit_mask=edit_mask,
+            stopping_criteria=[StopAfter(num_forced + count)],
+        )
+        return time.process_time() - start
+
+    return 1000 * (run(1 + NUM_TIMED) - run(1)) / NUM_TIMED
+
+
+def alternate(without, with_piece) -> list[str]:
+    """Time both in the order A B B A …; return the medians, and the gain as median (least – most)."""
+    pairs = []
+    for turn in range(ROUNDS):
+        if turn % 2 == 0:
+            first, second = without(), with_piece()
+        else:
+            second, first = with_piece(), without()
+        pairs.append((first, second))
+    gains = [first / second for first, second in pairs]
+    medians = [f"{statistics.median(times):.1f}" for times in zip(*pairs, strict=True)]
+    return [*medians, f"{statistics.median(gains):.2f} ({min(gains):.2f} – {max(gains):.2f})"]
+
+
+def compare_sharing(model, batch_size: int) -> list[str]:
+    """Read one source where it is, or copy it to every row."""
+    source, prompt_embeds = build_inputs(model, batch_size, "cpu")
+    source = source[:1].expand(batch_size, -1).contiguous()
+    usual = dict(passes.MIN_SHARING_ROWS)
+
+    def run(min_rows: int) -> float:
+        passes.MIN_SHARING_ROWS[("cpu", model.dtype)] = min_rows
+        return time_tokens(model, source, prompt_embeds)
+
+    row = alternate(lambda: run(NEVER), lambda: run(1))
+    passes.MIN_SHARING_ROWS.clear()
+    passes.MIN_SHARING_ROWS.update(usual)
+    return [f"source shared by {2 * batch_size} rows, {str(model.dtype)[6:]}", *row]
+
+
+def compare_text_slots(model) -> list[str]:
+    """Keep the text in one slot, or in 120; the tokens of the second are another model's, its work is the same."""
+    source, prompt_embeds = build_inputs(model, 1, "cpu")
+
+    def run(text_rotary: str) -> float:
+        model.config.text_rotary = text_rotary
+        return time_tokens(model, source, prompt_embeds)
+
+    row = alternate(lambda: run("identity"), lambda: run("zero"))
+    model.config.text_rotary = "zero"
+    return [f"text in one slot, {str(model.dtype)[6:]}", *row]
+
+
+def compare_compilation(model) -> list[str]:
+    """Compile the pass of one token."""
+    source, prompt_embeds = build_inputs(model, 1, "cpu")
+
+    def run(compiled) -> float:
+        model.compiled_passes = compiled
+        return time_tokens(model, source, prompt_embeds)
+
+    model.compile_passes()
+    compiled = model.compiled_passes
+    start = time.process_time()
+    run(compiled)
+    spent = time.process_time() - start
+    row = alternate(lambda: run(None), lambda: run(compiled))
+    model.compiled_passes = None
+    return [f"`compile()`, {str(model.dtype)[6:]} (the first call took {spent:.0f} s)", *row]
+
+
+def compare_vq() -> list[list[str]]:
+    """Run the tokenizer's two halves in bf16 and channels-last, against fp32 as loaded."""
+    torch.manual_seed(0)
+    fine, coarse = EditARVQModel(EditARVQConfig()).eval(), EditARVQModel(EditARVQConfig()).eval()
+    coarse = coarse.to(torch.bfloat16, memory_format=torch.channels_last)
+    tokens, pixels = torch.randint(16384, (1, 256)), torch.rand(1, 3, 256, 256) * 2 - 1
+
+    def run(call) -> float:
+        start = time.process_time()
+        with torch.no_grad():
+            call()
+        return 1000 * (time.process_time() - start)
+
+    halves = {"decoder": lambda model: model.decode(tokens), "encoder": lambda model: model.encode(pixels)}
+    rows = []
+    for name, half in halves.items():
+        run(lambda half=half: half(fine)), run(lambda half=half: half(coarse))
+        row = alternate(lambda half=half: run(lambda: half(fine)), lambda half=half: run(lambda: half(coarse)))
+        rows.append([f"VQ {name} at 256×256 in bf16, channels-last", *row])
+    return rows
+
+
+def benchmark_pieces(args) -> str:
+    """Measure every piece on GPT-B at 256×256; return the report."""
+    torch.set_num_threads(1)
+    machine, rows = describe_machine(), []
+    for dtype in args.dtypes:
+        model = build_model("GPT-B", 16, getattr(torch, dtype), "cpu")
+        rows += [compare_sharing(model, batch_size) for batch_size in (1, 4)]
+        rows += [compare_text_slots(model), compare_compilation(model)]
+    rows += compare_vq()
+    return "\n\n".join(
+        [
+            "# Decoding: pieces of the engine",
+            f"{machine} GPT-B at 256×256, one thread, milliseconds of processor time for a token in the middle of the "
+            f"target (a picture for the VQ tokenizer); medians, and the gain as median (least – most) of {ROUNDS} "
+            "pairs in alternating order. Made by `python benchmarks/bench_generation.py --pieces`.",
+            format_table(["piece", "without, ms", "with, ms", "gain"], rows),
+        ]
+    ) + "\n"

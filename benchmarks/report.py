@@ -1,0 +1,39 @@
+"""What every benchmark writes: where it ran, tables, a file in `results/`."""
+
+import os
+import platform
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe_machine() -> str:
+    """Name the device, the load beside the benchmark, the versions and the day that the figures stand for."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    device = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()}, beside {device}"
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "diffusers"))
+    load = os.getloadavg()[0]
+    beside = f"Other work ran on the machine (load {load:.1f} at the start)." if load > 1.5 else "Nothing else ran."
+    return f"Device: {device}. Python {platform.python_version()}, {versions}. {date.today()}. {beside}"
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Lay out a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def write_result(name: str, text: str):
+    """Write `results/<name>.md` and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)

@@ -1,0 +1,124 @@
+"""Compiled decoding: the same tokens, one compilation for all edits of a size, caches that are safe and freed."""
+
+import threading
+
+import pytest
+import torch
+from tiny import NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, build_pipeline, build_transformer, draw_image
+
+
+GRID_SIZE, NUM_TOKENS = 5, 25
+
+
+class CountingBackend:
+    """Run what was captured as it is, and count how often that happened: a compilation without a compiler."""
+
+    def __init__(self):
+        self.num_compilations = 0
+
+    def __call__(self, module, example_inputs):
+        self.num_compilations += 1
+        return module.forward
+
+
+@pytest.fixture
+def backend():
+    torch._dynamo.reset()
+    return CountingBackend()
+
+
+def draw_inputs(seed, batch_size=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "source_image_tokens": torch.randint(NUM_CODES, (batch_size, NUM_TOKENS), generator=generator),
+        "prompt_embeds": torch.randn(batch_size, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, generator=generator),
+        "generator": torch.Generator().manual_seed(seed),
+    }
+
+
+def draw_edit_mask(seed):
+    return torch.rand(1, NUM_TOKENS, generator=torch.Generator().manual_seed(seed)) < 0.3
+
+
+def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
+    model, compiled = (build_transformer(GRID_SIZE, text_rotary="zero") for _ in range(2))
+    compiled.compile_passes(backend=backend)
+    ways = [{}, {"edit_mask": draw_edit_mask(1)}, {"decoding": "speculative", "num_draft_tokens": 16}]
+    for way in ways:
+        assert torch.equal(compiled.generate(**draw_inputs(0), **way), model.generate(**draw_inputs(0), **way))
+    assert backend.num_compilations == 2, "a pass of one token, and one of several"
+    cache = compiled.prepare_source_cache(draw_inputs(4)["source_image_tokens"])
+    ways = [
+        {},
+        {"edit_mask": draw_edit_mask(2)},
+        {"edit_mask": draw_edit_mask(3), "do_sample": False},
+        {"decoding": "speculative", "num_draft_tokens": 7, "top_k": 5},
+        {"source_cache": cache},
+    ]
+    for seed, way in enumerate(ways):
+        assert torch.equal(compiled.generate(**draw_inputs(seed), **way), model.generate(**draw_inputs(seed), **way))
+    assert backend.num_compilations == 2, "other prompts, sources, masks and settings of one size need no other"
+
+
+def test_compiled_caches_stay_between_calls_until_they_are_freed(backend):
+    model = build_transformer(GRID_SIZE)
+    model.compile_passes(backend=backend)
+
+    def list_caches():
+        return [cache.states.data_ptr() for caches in model.compiled_passes.resting.values() for cache in caches]
+
+    model.generate(**draw_inputs(0))
+    first = list_caches()
+    model.generate(**draw_inputs(1))
+    assert list_caches() == first
+    model.generate(**draw_inputs(0, batch_size=2))
+    assert len(list_caches()) == 2, "one for each shape"
+    model.free_compiled_caches()
+    assert list_caches() == []
+    assert torch.equal(model.generate(**draw_inputs(0)), build_transformer(GRID_SIZE).generate(**draw_inputs(0)))
+
+
+def test_a_call_that_fails_gives_its_cache_back(backend):
+    model = build_transformer(GRID_SIZE)
+    model.compile_passes(backend=backend)
+
+    def fail(input_ids, scores):
+        raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own"):
+        model.generate(**draw_inputs(0), stopping_criteria=[fail])
+    assert len(model.compiled_passes.resting) == 1
+
+
+def test_two_threads_decode_at_once_with_compiled_passes(backend):
+    model = build_transformer(GRID_SIZE)
+    expected = [model.generate(**draw_inputs(seed)) for seed in range(2)]
+    model.compile_passes(backend=backend)
+    model.generate(**draw_inputs(0))
+    barrier, results = threading.Barrier(2), [None, None]
+
+    def wait(input_ids, scores):
+        barrier.wait()  # after every token of the two: they take turns
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def decode(index):
+        results[index] = model.generate(**draw_inputs(index), stopping_criteria=[wait])
+
+    threads = [threading.Thread(target=decode, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(result, tokens) for result, tokens in zip(results, expected, strict=True))
+
+
+def test_pipeline_compiles_its_decoder(backend):
+    pipe = build_pipeline()
+    expected = pipe("make the red circle blue", image=draw_image(0), generator=torch.Generator().manual_seed(0))
+    pipe.compile(backend=backend)
+    for _ in range(2):
+        output = pipe("make the red circle blue", image=draw_image(0), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(output.image_tokens, expected.image_tokens)
+    assert backend.num_compilations == 1
+    pipe.free_compiled_caches()
+    assert not pipe.transformer.compiled_passes.resting

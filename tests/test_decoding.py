@@ -1,0 +1,415 @@
+"""Masks, drafts and source caches: each gives the tokens of the plain loop, in fewer passes or with less work."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from plain_decoding import compute_naive_logits, decode_batch_naively
+from tiny import NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, build_transformer
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+
+BATCH_SIZE, NUM_TOKENS = 2, 16
+GREEDY = {"do_sample": False}
+SETTINGS = [
+    {"do_sample": False, "guidance_scale": 1},
+    {"do_sample": False},
+    {"do_sample": False, "image_guidance_scale": 1.6},
+    {"top_k": 9, "temperature": 1.4},
+    {"top_p": 0.8, "image_guidance_scale": 2.5},
+]
+
+
+@pytest.fixture(scope="module", params=["zero", "identity"])
+def model(request):
+    return build_transformer(text_rotary=request.param)
+
+
+@pytest.fixture(scope="module")
+def zero_model():
+    return build_transformer(text_rotary="zero")
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "source_image_tokens": torch.randint(NUM_CODES, (BATCH_SIZE, NUM_TOKENS), generator=generator),
+        "prompt_embeds": torch.randn(BATCH_SIZE, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, generator=generator),
+    }
+
+
+def draw_mask(*seeds, part=0.4):
+    """A random mask for each seed."""
+    rows = [torch.rand(NUM_TOKENS, generator=torch.Generator().manual_seed(seed)) < part for seed in seeds]
+    return torch.stack(rows)
+
+
+def seed_generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def decode_plainly(model, inputs, settings, **kwargs):
+    """The plain loop with the seeds of generators 1 and 2."""
+    seeds = [torch.randint(2**63 - 1, (), generator=generator).item() for generator in seed_generators(1, 2)]
+    settings = {name: value for name, value in settings.items() if name != "do_sample"}
+    is_sampled = len(settings) and ("top_k" in settings or "top_p" in settings)
+    tokens = decode_batch_naively(model, **inputs, **settings, **kwargs, seeds=seeds if is_sampled else None)
+    return torch.tensor(tokens)
+
+
+def generate(model, inputs, **kwargs):
+    return model.generate(**{**inputs, "generator": seed_generators(1, 2), **kwargs}, return_dict_in_generate=True)
+
+
+def select_row(inputs, row):
+    return {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+
+
+class PassRecorder:
+    """Note how many positions of each segment the decoder's forwards bring, and how many logits they compute."""
+
+    def __init__(self, model):
+        self.passes, self.num_logits = [], []
+        self.handles = [
+            model.register_forward_pre_hook(self.record_inputs, with_kwargs=True),
+            model.lm_head.register_forward_hook(self.record_logits),
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+    def record_inputs(self, module, args, kwargs):
+        segments = ("source_image_tokens", "prompt_embeds", "target_image_tokens")
+        self.passes.append({name: tuple(kwargs[name].shape[:2]) for name in segments if name in kwargs})
+
+    def record_logits(self, module, args, logits):
+        self.num_logits.append(logits.shape[1])
+
+
+class PreferSource(LogitsProcessor):
+    """Choose the source's token, except at some positions; note what is seen."""
+
+    def __init__(self, source_image_tokens, exceptions=()):
+        self.source_image_tokens, self.exceptions, self.seen = source_image_tokens, exceptions, []
+
+    def __call__(self, input_ids, scores):
+        position = input_ids.shape[1]
+        self.seen.append(input_ids.tolist())
+        if position in self.exceptions:
+            return scores
+        preferred = self.source_image_tokens[:, position : position + 1]
+        return scores.scatter_add(1, preferred, scores.new_full((len(scores), 1), 1e4))
+
+
+class Listener(StoppingCriteria, BaseStreamer):
+    """Note every token that is reported, to the criterion and to the streamer; stop after some."""
+
+    def __init__(self, stop_after=NUM_TOKENS):
+        self.stop_after, self.asked, self.put_tokens, self.num_ends = stop_after, [], [], 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.asked.append(input_ids.tolist())
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.stop_after)
+
+    def put(self, value):
+        self.put_tokens.append(value)
+
+    def end(self):
+        self.num_ends += 1
+
+
+# Masks
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_masked_tokens_are_those_of_the_plain_loop_with_the_same_tokens_forced(model, inputs, settings):
+    edit_mask = draw_mask(1, 2)
+    tokens = generate(model, inputs, **settings, edit_mask=edit_mask).sequences
+    assert torch.equal(tokens, decode_plainly(model, inputs, settings, edit_mask=edit_mask))
+    assert torch.equal(tokens[~edit_mask], inputs["source_image_tokens"][~edit_mask])
+
+
+@pytest.mark.parametrize("free", [[0], [15], [3, 4, 9], [0, 15], list(range(16))], ids=str)
+def test_a_mask_costs_a_pass_per_free_token_and_feeds_nothing_after_the_last(model, inputs, free):
+    edit_mask = torch.zeros(1, NUM_TOKENS, dtype=torch.bool)
+    edit_mask[:, free] = True
+    with PassRecorder(model) as recorder:
+        output = generate(model, select_row(inputs, 0), **GREEDY, edit_mask=edit_mask, generator=None)
+    assert output.num_passes == len(free) - 1
+    source, text, *passes = recorder.passes
+    assert list(source) == ["source_image_tokens"]
+    assert text.get("target_image_tokens", (2, 0)) == (2, free[0]), "forced first tokens go in with the text"
+    fed = [bring["target_image_tokens"][1] for bring in passes]
+    assert fed == [after - before for before, after in pairwise(free)]
+    assert recorder.num_logits == [1] * len(free), "the head runs where a token is chosen"
+
+
+def test_a_mask_without_a_free_token_runs_nothing_and_keeps_the_source(model, inputs):
+    listener = Listener()
+    with PassRecorder(model) as recorder:
+        output = generate(
+            model, inputs, edit_mask=torch.zeros(BATCH_SIZE, NUM_TOKENS, dtype=torch.bool), stopping_criteria=[listener]
+        )
+    assert torch.equal(output.sequences, inputs["source_image_tokens"])
+    assert (recorder.passes, output.num_passes, len(listener.asked)) == ([], 0, NUM_TOKENS)
+
+
+def test_rows_with_different_masks_get_the_tokens_they_get_alone(model, inputs):
+    edit_mask = draw_mask(5, 6)
+    together = generate(model, inputs, edit_mask=edit_mask).sequences
+    for row in range(BATCH_SIZE):
+        alone = generate(
+            model, select_row(inputs, row), edit_mask=edit_mask[row : row + 1], generator=seed_generators(1 + row)
+        )
+        assert torch.equal(alone.sequences[0], together[row])
+
+
+# Drafts
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 3, 40])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_speculative_tokens_are_those_of_the_plain_loop(model, inputs, settings, num_draft_tokens):
+    how = {"decoding": "speculative", "num_draft_tokens": num_draft_tokens}
+    tokens = generate(model, inputs, **settings, **how).sequences
+    assert torch.equal(tokens, decode_plainly(model, inputs, settings))
+    edit_mask = draw_mask(3, 4)
+    masked = generate(model, inputs, **settings, **how, edit_mask=edit_mask).sequences
+    assert torch.equal(masked, decode_plainly(model, inputs, settings, edit_mask=edit_mask))
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "num_passes"),
+    [((), 3), ((2,), 3), ((4,), 3), ((3, 9), 4)],
+    ids=["all hold", "one fails in the text pass", "one fails where a pass ends", "two fail"],
+)
+def test_drafts_that_hold_save_passes(model, inputs, exceptions, num_passes):
+    """With four drafts a pass decides up to five tokens: 0–4, 5–9, 10–14 and 15, unless a draft fails before.
+
+    With 3 and 9 changed: 0–3, 4–8, 9, 10–14 and 15. The first of these belongs to the text.
+    """
+    row = select_row(inputs, 0)
+    processor = PreferSource(row["source_image_tokens"], exceptions)
+    how = {"decoding": "speculative", "num_draft_tokens": 4, "logits_processor": [processor], "generator": None}
+    output = generate(model, row, **GREEDY, **how)
+    changed = (output.sequences != row["source_image_tokens"])[0].nonzero()[:, 0].tolist()
+    assert changed == list(exceptions), "the test needs a model that changes exactly these"
+    assert output.num_passes == num_passes
+
+
+def test_rows_advance_by_the_smallest_number_accepted(model, inputs):
+    """One row's drafts hold throughout, the other's never: a pass decides what the second may, one token."""
+
+    class PreferInFirstRow(PreferSource):
+        def __call__(self, input_ids, scores):
+            return torch.cat([super().__call__(input_ids, scores)[:1], scores[1:]])
+
+    processor = PreferInFirstRow(inputs["source_image_tokens"])
+    how = {"decoding": "speculative", "num_draft_tokens": 4, "logits_processor": [processor]}
+    output = generate(model, inputs, **GREEDY, **how)
+    assert torch.equal(output.sequences[0], inputs["source_image_tokens"][0])
+    alone = generate(model, select_row(inputs, 1), **GREEDY, decoding="speculative", num_draft_tokens=4, generator=None)
+    assert torch.equal(output.sequences[1], alone.sequences[0])
+
+
+def test_what_was_chosen_after_a_failed_draft_is_the_next_draft(inputs):
+    """All tokens look alike to this model: what it chooses after wrong drafts is right, and holds in the next pass."""
+    model = build_transformer()
+    weight = model.model.embed_tokens.weight.data
+    weight.copy_(weight[:1].clone().expand_as(weight))
+    row = select_row(inputs, 0)
+    target = generate(model, row, generator=seed_generators(1)).sequences
+    wrong_everywhere = {**row, "source_image_tokens": (target + 1) % NUM_CODES}
+    how = {"decoding": "speculative", "num_draft_tokens": NUM_TOKENS, "generator": seed_generators(1)}
+    output = generate(model, wrong_everywhere, **how)
+    assert torch.equal(output.sequences, target)
+    assert output.num_passes == 1
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_processors_see_in_speculative_decoding_what_they_see_in_exact(model, inputs, is_masked):
+    edit_mask = draw_mask(3, 4) if is_masked else None
+    seen = []
+    for how in ({}, {"decoding": "speculative", "num_draft_tokens": 5}):
+        processor = PreferSource(inputs["source_image_tokens"], exceptions=(1, 2, 7, 8, 12))
+        output = generate(model, inputs, **how, edit_mask=edit_mask, logits_processor=[processor])
+        seen.append((output.sequences.tolist(), processor.seen))
+    assert seen[0] == seen[1]
+    is_free = torch.ones(NUM_TOKENS, dtype=torch.bool) if edit_mask is None else edit_mask.any(dim=0)
+    assert len(seen[0][1]) == is_free.sum(), "once for every token that is chosen"
+
+
+@pytest.mark.parametrize("how", [{}, {"decoding": "speculative", "num_draft_tokens": 5}], ids=["exact", "speculative"])
+@pytest.mark.parametrize("stop_after", [1, 6, NUM_TOKENS])
+def test_criteria_and_streamer_hear_of_every_token_in_order_forced_ones_included(model, inputs, how, stop_after):
+    edit_mask = draw_mask(3, 4)
+    whole = generate(model, inputs, edit_mask=edit_mask).sequences
+    listener = Listener(stop_after)
+    output = generate(model, inputs, **how, edit_mask=edit_mask, stopping_criteria=[listener], streamer=listener)
+    assert torch.equal(output.sequences, whole[:, :stop_after])
+    assert listener.asked == [whole[:, : end + 1].tolist() for end in range(stop_after)]
+    assert torch.equal(torch.cat(listener.put_tokens, dim=1), whole[:, :stop_after])
+    assert listener.num_ends == 1
+
+
+# Sources that are shared, and kept
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("mask_seeds", [None, (1, 2)], ids=["whole", "masked"])
+def test_tokens_are_the_same_with_a_source_cache(model, inputs, settings, mask_seeds):
+    edit_mask = None if mask_seeds is None else draw_mask(*mask_seeds)
+    cache = model.prepare_source_cache(inputs["source_image_tokens"])
+    known = {"source_image_tokens": None, "source_cache": cache}
+    for _ in range(2):  # nothing a call does may change the cache
+        cached = generate(model, inputs, **settings, **known, edit_mask=edit_mask)
+        assert torch.equal(cached.sequences, generate(model, inputs, **settings, edit_mask=edit_mask).sequences)
+
+
+def test_source_is_not_run_again_with_a_cache(model, inputs):
+    cache = model.prepare_source_cache(inputs["source_image_tokens"])
+    with PassRecorder(model) as recorder:
+        generate(model, inputs, **GREEDY, source_cache=cache)
+    sources = [bring["source_image_tokens"] for bring in recorder.passes if "source_image_tokens" in bring]
+    assert sources == [(1, 2)], "the two tokens that tell whether the decoder is the cache's"
+
+
+def test_one_cached_source_serves_every_prompt(model, inputs):
+    cache = model.prepare_source_cache(inputs["source_image_tokens"][:1])
+    tokens = generate(model, {"prompt_embeds": inputs["prompt_embeds"]}, source_cache=cache).sequences
+    repeated = inputs["source_image_tokens"][:1].repeat(2, 1)
+    assert torch.equal(tokens, generate(model, {**inputs, "source_image_tokens": repeated}).sequences)
+
+
+@pytest.mark.parametrize(("rows", "num_sources"), [([0, 0, 0, 0], 1), ([0, 0, 1, 1], 2), ([0, 1, 1, 1], 4)], ids=str)
+def test_images_of_one_source_share_its_prefill_and_get_the_tokens_they_get_alone(model, inputs, rows, num_sources):
+    source = inputs["source_image_tokens"][rows]
+    prompts = torch.cat([inputs["prompt_embeds"], inputs["prompt_embeds"].flip(0)])
+    arguments = {"image_guidance_scale": 1.6}
+    with PassRecorder(model) as recorder:
+        together = model.generate(source, prompts, **arguments, generator=seed_generators(1, 2, 3, 4))
+    assert recorder.passes[0] == {"source_image_tokens": (num_sources + 1, NUM_TOKENS)}, "and one null image"
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone = model.generate(source[one], prompts[one], **arguments, generator=seed_generators(row + 1))
+        assert torch.equal(alone[0], together[row])
+
+
+class RecordLogits(LogitsProcessor):
+    def __init__(self):
+        self.tokens, self.logits = [], []
+
+    def __call__(self, input_ids, scores):
+        self.tokens.append(input_ids[0].tolist())
+        self.logits.append(scores[0].double())
+        return scores
+
+
+def compute_plain_guided_logits(model, row, tokens):
+    source, prompt = row["source_image_tokens"][0], row["prompt_embeds"][0].to(model.dtype)
+    with torch.no_grad():
+        both, image = (
+            torch.from_numpy(compute_naive_logits(model, source, prompt, False, drop, tokens, 4, 4))
+            for drop in (False, True)
+        )
+    return image + 3.0 * (both - image)
+
+
+@pytest.mark.parametrize("how", [{}, {"decoding": "speculative", "num_draft_tokens": 5}], ids=["exact", "speculative"])
+def test_logits_are_those_of_one_forward_over_the_whole_sequence(model, inputs, how):
+    row, record = select_row(inputs, 0), RecordLogits()
+    mask = {"edit_mask": draw_mask(7, part=0.6), "source_cache": model.prepare_source_cache(row["source_image_tokens"])}
+    generate(model, row, **how, **mask, logits_processor=[record], generator=None)
+    plain = torch.stack([compute_plain_guided_logits(model, row, tokens) for tokens in record.tokens])
+    assert len(plain) > 5
+    assert (torch.stack(record.logits) - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_one_forward(model, inputs):
+    coarse = copy.deepcopy(model).bfloat16()
+    row = {name: tensor[:1] for name, tensor in inputs.items()}
+    record = RecordLogits()
+    generate(
+        coarse,
+        {**row, "prompt_embeds": row["prompt_embeds"].bfloat16()},
+        edit_mask=draw_mask(7, part=0.6),
+        logits_processor=[record],
+        generator=seed_generators(1),
+    )
+    fine, plain = (
+        torch.stack([compute_plain_guided_logits(one, row, tokens) for tokens in record.tokens])
+        for one in (copy.deepcopy(coarse).float(), coarse)
+    )
+    errors = [(logits - fine).square().mean().sqrt() for logits in (torch.stack(record.logits), plain)]
+    assert errors[0] <= 1.3 * errors[1], errors
+    assert errors[1] < 0.1 * fine.std(), "not vacuous"
+
+
+# Bad input
+
+
+def spoil(cache, **changes):
+    spoiled = copy.copy(cache)
+    for name, value in changes.items():
+        setattr(spoiled, name, value)
+    return spoiled
+
+
+def test_a_cache_that_does_not_fit_is_refused(zero_model, inputs):
+    cache = zero_model.prepare_source_cache(inputs["source_image_tokens"])
+    prompts = {"prompt_embeds": inputs["prompt_embeds"]}
+    refusals = [
+        ({"source_image_tokens": inputs["source_image_tokens"].flip(0), "source_cache": cache}, "is of other images"),
+        ({"source_cache": cache, "grid_height": 2}, "is of a grid of 4 × 4 tokens, this call of 2 × 4"),
+        ({"source_cache": spoil(cache, fingerprint=cache.fingerprint.bfloat16())}, "is torch.bfloat16 on cpu and the"),
+        ({"source_cache": spoil(cache, fingerprint=cache.fingerprint.to("meta"))}, "float32 on meta and the decoder"),
+        ({"source_cache": zero_model.prepare_source_cache(torch.zeros(3, 16, dtype=torch.long))}, "holds 3 images and"),
+    ]
+    for arguments, message in refusals:
+        with PassRecorder(zero_model) as recorder, pytest.raises(ValueError, match=f"`source_cache`.*{message}"):
+            zero_model.generate(**{**prompts, **arguments})
+        assert recorder.passes == []
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_a_cache_made_before_the_weights_changed_is_refused(inputs, name):
+    model = build_transformer(text_rotary="zero")
+    cache = model.prepare_source_cache(inputs["source_image_tokens"])
+    with torch.no_grad():
+        getattr(model.model.layers[0].self_attn, name).weight[3, 5] += 0.05
+    with pytest.raises(ValueError, match="`source_cache` is of another decoder, or of this one with other weights"):
+        model.generate(prompt_embeds=inputs["prompt_embeds"], source_cache=cache)
+
+
+class DependOnBeams(LogitsProcessor):
+    def __call__(self, input_ids, scores, beam_idx, later_tokens):
+        raise AssertionError
+
+
+BAD_INPUT = [
+    ({"edit_mask": torch.ones(2, 15, dtype=torch.bool)}, r"`edit_mask` is torch.bool of shape \(2, 15\)"),
+    ({"edit_mask": torch.ones(2, 16)}, "`edit_mask` is torch.float32"),
+    ({"edit_mask": torch.ones(2, 16, dtype=torch.bool), "source_image_tokens": None}, "`edit_mask` is given without"),
+    ({"decoding": "jacobi"}, "`decoding` is 'jacobi'"),
+    ({"decoding": "speculative", "source_image_tokens": None}, "`decoding` is 'speculative', which drafts from"),
+    ({"decoding": "speculative", "num_draft_tokens": 0}, "`num_draft_tokens` is 0"),
+    ({"num_draft_tokens": 3}, "`num_draft_tokens` is 3 in exact decoding"),
+    (
+        {"decoding": "speculative", "logits_processor": [DependOnBeams()]},
+        "DependOnBeams, which asks for beam_idx, later_tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_INPUT, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_refused_before_any_forward(zero_model, inputs, change, message):
+    with PassRecorder(zero_model) as recorder, pytest.raises(ValueError, match=message):
+        zero_model.generate(**{**inputs, **change})
+    assert recorder.passes == []

@@ -1,0 +1,131 @@
+"""Masks: which tokens they free, how far a feather reaches, and which window is cut around them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from editar_hf.processing_masks import (
+    Window,
+    compute_edit_mask,
+    compute_feather,
+    compute_window,
+    prepare_mask,
+)
+
+
+STRIDE = 4
+
+
+def draw_points(height, width, *points):
+    is_white = np.zeros((height, width), dtype=bool)
+    for row, column in points:
+        is_white[row, column] = True
+    return is_white
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("resize_mode", ["crop", "stretch"])
+def test_a_token_is_free_exactly_if_one_of_its_pixels_is_white(resize_mode):
+    is_white = np.random.default_rng(0).random((16, 24)) < 0.04
+    edit_mask = compute_edit_mask(is_white, 16, 24, STRIDE, resize_mode)
+    for row in range(4):
+        for column in range(6):
+            block = is_white[row * STRIDE : (row + 1) * STRIDE, column * STRIDE : (column + 1) * STRIDE]
+            assert edit_mask[row, column] == block.any()
+    assert 0 < edit_mask.sum() < 24
+
+
+@pytest.mark.parametrize("scale", [1, 3, 37])
+def test_no_stroke_is_too_thin_for_a_smaller_model(scale):
+    """A single white pixel of a large picture frees the token it lies in."""
+    for row, column in ((0, 0), (5, 11), (15, 15)):
+        is_white = draw_points(16 * scale, 16 * scale, (row * scale + scale // 2, column * scale + scale // 2))
+        edit_mask = compute_edit_mask(is_white, 16, 16, STRIDE, "stretch")
+        assert edit_mask.nonzero().tolist() == [[row // STRIDE, column // STRIDE]]
+
+
+def test_a_mask_is_cropped_as_its_image_is():
+    left_over, inside = draw_points(16, 48, (8, 3)), draw_points(16, 48, (8, 16))
+    assert not compute_edit_mask(left_over, 16, 16, STRIDE, "crop").any()
+    assert compute_edit_mask(inside, 16, 16, STRIDE, "crop").nonzero().tolist() == [[2, 0]]
+    assert compute_edit_mask(left_over, 16, 16, STRIDE, "stretch").nonzero().tolist() == [[2, 0]]
+
+
+# What a mask may be
+
+
+def test_grey_counts_as_white_from_the_middle_on_in_every_kind_of_picture():
+    levels = np.array([[0, 127, 128, 255]], dtype=np.uint8)
+    expected = [[False, False, True, True]]
+    pictures = [levels, Image.fromarray(levels), Image.fromarray(levels).convert("RGB"), levels >= 128]
+    pictures += [torch.from_numpy(levels), torch.from_numpy(levels >= 128), Image.fromarray(levels >= 128)]
+    for picture in pictures:
+        assert prepare_mask(picture, (4, 1)).tolist() == expected
+
+
+def test_a_mask_of_another_size_is_resized_with_a_warning():
+    small = draw_points(10, 15, (2, 4))
+    with pytest.warns(UserWarning, match="`mask_image` is 15×10 pixels and its image 60×40; it was resized"):
+        large = prepare_mask(small, (60, 40))
+    assert np.array_equal(large, small.repeat(4, axis=0).repeat(4, axis=1))
+    with pytest.warns(UserWarning, match="it was resized"):
+        assert prepare_mask(large, (15, 10)).tolist() == small.tolist()
+    with pytest.warns(UserWarning, match="it was resized"):
+        assert prepare_mask(np.ones((67, 100), bool), (1500, 1000)).all()
+
+
+@pytest.mark.parametrize("size", [(60, 60), (40, 60), (30, 40)])
+def test_a_mask_of_other_proportions_is_refused(size):
+    with pytest.raises(ValueError, match=r"`mask_image` is 60×40 pixels and its image .* of other proportions"):
+        prepare_mask(np.ones((40, 60), bool), size)
+
+
+# Feathers
+
+
+def test_a_feather_is_one_on_free_tokens_and_ends_within_one_token():
+    edit_mask = torch.zeros(2, 5, 6, dtype=torch.bool)
+    edit_mask[0, 2, 3] = edit_mask[1, 0, 0] = edit_mask[1, 4, 4] = True
+    weights = compute_feather(edit_mask, STRIDE)
+    assert weights.shape == (2, 1, 20, 24)
+    rows, columns = np.mgrid[:20, :24]
+    for sample in range(2):
+        distance = np.full((20, 24), np.inf)
+        for row, column in edit_mask[sample].nonzero().tolist():
+            top, left = row * STRIDE, column * STRIDE
+            down = np.maximum(0, np.maximum(top - rows, rows - top - STRIDE + 1))
+            across = np.maximum(0, np.maximum(left - columns, columns - left - STRIDE + 1))
+            distance = np.minimum(distance, np.maximum(down, across))
+        assert np.allclose(weights[sample, 0], np.clip(1 - distance / STRIDE, 0, 1))
+        assert (weights[sample, 0].numpy()[distance >= STRIDE] == 0).all()
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    ("points", "size", "expected"),
+    [
+        ([(50, 60)], (16, 16), Window(52, 42, 68, 58)),
+        ([(0, 0)], (16, 16), Window(0, 0, 16, 16)),
+        ([(99, 199)], (16, 32), Window(168, 84, 200, 100)),
+        ([(30, 40), (69, 79)], (16, 16), Window(30, 20, 90, 80)),
+        ([(10, 60), (99, 139)], (16, 16), Window(50, 0, 150, 100)),
+        ([], (16, 16), Window(92, 42, 108, 58)),
+    ],
+    ids=str,
+)
+def test_window_lies_around_the_white_inside_the_picture(points, size, expected):
+    assert compute_window(draw_points(100, 200, *points), *size) == expected
+
+
+def test_window_of_a_picture_smaller_than_the_model_is_all_of_it_that_fits():
+    assert compute_window(draw_points(10, 20, (5, 2)), 16, 16) == Window(0, 0, 10, 10)
+
+
+def test_white_that_no_window_of_the_proportions_holds_is_refused():
+    with pytest.raises(ValueError, match=r"`mask_image` is white over 150×1 pixels.*16×16"):
+        compute_window(draw_points(100, 200, (50, 10), (50, 159)), 16, 16)
