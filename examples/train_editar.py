@@ -13,7 +13,6 @@ text encoder without `--train_text_encoder`. The optimiser's defaults are those 
 
 import itertools
 import math
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -30,10 +29,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import HfArgumentParser, get_scheduler, set_seed
 
 from editar_hf import EditARPipeline
-from editar_hf.hub import try_to_upload_folder
-from editar_hf.model_card import CARD_FILE
 from editar_hf.training.batch import encode_image_tokens
-from editar_hf.training.card import PICTURE_FILE, compose_training_card
+from editar_hf.training.card import compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.data import EditCollator, check_image_tokens
 from editar_hf.training.distillation import DistillationTeacher
@@ -41,6 +38,7 @@ from editar_hf.training.logs import LossLog, log_figures
 from editar_hf.training.lora import TARGET_MODULES, add_lora
 from editar_hf.training.nonfinite import NonFiniteGuard
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
+from editar_hf.training.results import check_push_arguments, save_result
 from editar_hf.training.rows import RowReader
 from editar_hf.training.sources import DataSource, load_recipe, open_source
 from editar_hf.training.step import TrainingStep, draw_dropout
@@ -387,19 +385,11 @@ class Run:
         """Save the weights and their card beside their place, put both there, and upload them if that was asked for."""
         args = self.args
         folder, repo_id = Path(args.output_dir) / f"{kind}{suffix}", args.push_to_hub and f"{args.push_to_hub}{suffix}"
-        unfinished = folder.with_name(f"unfinished-{folder.name}")
-        (self.pipeline.save_lora_weights if kind == "adapter" else self.pipeline.save_pretrained)(unfinished)
+        save = self.pipeline.save_lora_weights if kind == "adapter" else self.pipeline.save_pretrained
         card = self.compose_card(repo_id or str(folder), is_adapter=kind == "adapter")
-        (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
-        if self.validation_loss is not None:
-            picture = max((Path(args.output_dir) / "validation").glob("*.png"))
-            shutil.copyfile(picture, unfinished / PICTURE_FILE)
-        previous = folder / CARD_FILE
-        previous_card = previous.read_text(encoding="utf-8") if previous.exists() else None
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-        if repo_id is not None:
-            try_to_upload_folder(folder, repo_id, previous_card)
+        has_picture = self.validation_loss is not None
+        picture = max((Path(args.output_dir) / "validation").glob("*.png")) if has_picture else None
+        save_result(folder, save, card, picture, repo_id)
 
     def compose_card(self, name: str, is_adapter: bool) -> str:
         args = self.args
@@ -433,10 +423,7 @@ def check_arguments(args: Arguments):
         )
     if args.lora_rank is not None and args.train_text_encoder:
         raise ValueError("`train_text_encoder` and `lora_rank`: an adapter holds the decoder's part alone; drop one.")
-    if args.push_steps is not None and args.push_to_hub is None:
-        raise ValueError("`push_steps` goes with `push_to_hub`, the id of the repository to upload to.")
-    if args.push_to_hub is not None and args.push_to_hub.count("/") != 1:
-        raise ValueError(f"`push_to_hub` is {args.push_to_hub!r}; give a full id, owner and name, for the card to say.")
+    check_push_arguments(args.push_to_hub, args.push_steps)
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise ValueError(f"`ema_decay` is {args.ema_decay}; it must be between 0 and 1.")
 

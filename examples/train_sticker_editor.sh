@@ -31,7 +31,7 @@ tokenizer() {
 
 # The decoding half alone goes on: the tokens stay what they are.
 decoding() {
-    python examples/train_vq.py --model "$RUNS/tokenizer" --freeze_codes --dataset "$RUNS/stickers" \
+    python examples/train_vq.py --model "$RUNS/tokenizer/tokenizer" --freeze_codes --dataset "$RUNS/stickers" \
         --split "train[:50000]" --validation_split validation --image_columns source_image,target_image \
         --resolution 64 --output_dir "$RUNS/tokenizer-decoding" --batch_size 32 --learning_rate 5e-4 \
         --warmup_steps 50 --weight_decay 0.01 --squared_error_weight 50 --mixed_precision bf16 --max_steps 1500 \
@@ -41,7 +41,7 @@ decoding() {
 tokens() {
     for split in validation train; do
         python examples/precompute_tokens.py --dataset "$RUNS/stickers" --split $split \
-            --vq_model "$RUNS/tokenizer" --output_dir "$RUNS/tokens" --resolution 64 --dtype bfloat16
+            --vq_model "$RUNS/tokenizer/tokenizer" --output_dir "$RUNS/tokens" --resolution 64 --dtype bfloat16
     done
 }
 
@@ -56,7 +56,7 @@ train_editor() {
 # far; the learning rate falls from step 1,500 on. From that result, in bfloat16 as it was shipped, once more: a learning
 # rate two thirds as high that falls from the start.
 editor() {
-    [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$RUNS/tokenizer-decoding" \
+    [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$RUNS/tokenizer-decoding/tokenizer" \
         --dataset "$RUNS/stickers/train-00000*.parquet" --output_dir "$RUNS/untrained"
     train_editor --model "$RUNS/untrained" --output_dir "$RUNS/editor-small-batches" --batch_size 32 \
         --max_train_steps 2000 --checkpointing_steps 1000 --validation_steps 2000
