@@ -22,7 +22,7 @@ from typing import Literal
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, send_to_device
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, send_to_device
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -40,10 +40,11 @@ from editar_hf.training.nonfinite import NonFiniteGuard
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
 from editar_hf.training.results import check_push_arguments, save_result
 from editar_hf.training.rows import RowReader
+from editar_hf.training.sharding import callable_parts, whole_parameters
 from editar_hf.training.sources import DataSource, load_recipe, open_source
 from editar_hf.training.step import TrainingStep, draw_dropout
 from editar_hf.training.streams import MixedRows, build_dataloader, collate_first_rows
-from editar_hf.training.validation import save_validation_pictures
+from editar_hf.training.validation import draw_validation_pictures
 
 
 @dataclass
@@ -254,6 +255,9 @@ def build_accelerator(args: Arguments) -> Accelerator:
         log_with=args.log_with,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
     )
+    if accelerator.state.deepspeed_plugin is not None:
+        settings = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": args.max_grad_norm}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(settings)
     accelerator.init_trackers("editar", config={name: str(value) for name, value in vars(args).items()})
     return accelerator
 
@@ -359,26 +363,35 @@ class Run:
             losses = torch.cat([self.module(batch)["token_losses"] for batch in batches])
         self.validation_loss = losses.mean().item()
         log_figures(self.accelerator, {"validation_loss": self.validation_loss}, self.step)
-        if self.accelerator.is_main_process:
-            collator, folder = self.dataloader.collate_fn, Path(self.args.output_dir)
-            size = collator.height, collator.width
-            with self.accelerator.autocast():
-                save_validation_pictures(
-                    self.pipeline, batches[0], self.args.num_validation_pictures, folder, self.step, *size
-                )
+        # Where the weights lie in parts, every process has to ask for them; elsewhere one is enough.
+        if self.accelerator.is_main_process or self.accelerator.is_fsdp2:
+            self.save_pictures(batches[0])
         self.module.train()
+
+    def save_pictures(self, batch: dict):
+        """Save the first pairs of a batch as rows source | edited | target, through the pipeline that users call."""
+        collator = self.dataloader.collate_fn
+        with self.accelerator.autocast(), callable_parts(self.module):
+            sheet = draw_validation_pictures(
+                self.pipeline, batch, self.args.num_validation_pictures, collator.height, collator.width
+            )
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir) / "validation"
+            folder.mkdir(exist_ok=True)
+            sheet.save(folder / f"step-{self.step:07d}.png")
 
     def save_result(self):
         """Save the trained pipeline or adapter; and once more with the averaged weights, if there are any."""
-        if self.accelerator.is_main_process:
-            kind = "pipeline" if self.args.lora_rank is None else "adapter"
-            self.save_weights(kind)
-            if self.ema is not None:
-                trained = list_trained(self.module)
-                self.ema.store(trained)
-                self.ema.copy_to(trained)
-                self.save_weights(kind, "-ema")
-                self.ema.restore(trained)
+        kind = "pipeline" if self.args.lora_rank is None else "adapter"
+        with whole_parameters(self.module):
+            if self.accelerator.is_main_process:
+                self.save_weights(kind)
+        if self.accelerator.is_main_process and self.ema is not None:
+            trained = list_trained(self.module)
+            self.ema.store(trained)
+            self.ema.copy_to(trained)
+            self.save_weights(kind, "-ema")
+            self.ema.restore(trained)
         self.accelerator.wait_for_everyone()
 
     def save_weights(self, kind: str, suffix: str = ""):
@@ -428,6 +441,15 @@ def check_arguments(args: Arguments):
         raise ValueError(f"`ema_decay` is {args.ema_decay}; it must be between 0 and 1.")
 
 
+def check_distribution(args: Arguments, accelerator: Accelerator):
+    """Refuse what does not work with weights or optimisers in parts."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and args.ema_decay is not None:
+        raise ValueError("`ema_decay`: a checkpoint of FSDP2 would hold one part of the averaged weights; use DDP.")
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.optimizer == "muon":
+        raise ValueError(f"`optimizer` is 'muon', which comes beside AdamW; {kind.value} holds one. Use adamw, or DDP.")
+
+
 def build_run(args: Arguments, accelerator: Accelerator) -> Run:
     """Load, check and prepare everything."""
     pipeline = prepare_pipeline(args)
@@ -454,7 +476,9 @@ def build_run(args: Arguments, accelerator: Accelerator) -> Run:
     if args.ema_decay is not None:
         ema = EMAModel(list_trained(module), decay=args.ema_decay)
         accelerator.register_for_checkpointing(ema)
-    guard = NonFiniteGuard(accelerator, Path(args.output_dir), args.max_nonfinite_steps)
+    # DeepSpeed steps while it goes backward: there is nothing left to skip.
+    has_stepped = accelerator.distributed_type == DistributedType.DEEPSPEED
+    guard = NonFiniteGuard(accelerator, Path(args.output_dir), 0 if has_stepped else args.max_nonfinite_steps)
     parts = (module, teacher, optimizers, schedulers, dataloader, held_out, ema, guard, num_pairs)
     return Run(args, accelerator, pipeline, *parts)
 
@@ -463,6 +487,7 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     check_arguments(args)
     accelerator = build_accelerator(args)
+    check_distribution(args, accelerator)
     if args.push_to_hub is not None and accelerator.is_main_process:
         # A token that is missing shows now, and not after the training.
         create_repo(args.push_to_hub, exist_ok=True)

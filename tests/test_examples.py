@@ -331,8 +331,10 @@ def test_the_sheet_shows_the_first_test_samples_of_every_task(sticker_editor, tm
             assert np.array_equal(shown[::2, ::2], np.asarray(sample[name]))
 
 
-def test_an_adapter_learns_a_new_operation_and_is_measured_with_its_base(sticker_editor, tmp_path, run_here):
-    """The whole way at tiny size: pairs, training with `--lora_rank`, evaluation with and without."""
+def test_an_adapter_learns_a_new_operation_is_measured_with_its_base_and_shipped(
+    sticker_editor, pictures, tmp_path, run_here
+):
+    """The whole way at tiny size: pairs, training with `--lora_rank`, evaluation with and without, and the card."""
     run_here("make_clear_edits.py", output_dir=tmp_path / "clear", resolution=64, num_train=4, num_test=3)
     reset_accelerate()
     run_here(
@@ -347,15 +349,36 @@ def test_an_adapter_learns_a_new_operation_and_is_measured_with_its_base(sticker
         learning_rate=0.3,
     )
     reset_accelerate()
-    options = {"dataset": tmp_path / "clear", "settings": "greedy-1", "controls": "ceiling"}
-    for name, more in (("base", {}), ("adapted", {"lora": tmp_path / "run" / "adapter"})):
-        output = tmp_path / f"{name}.json"
-        run_here("evaluate_sticker_editor.py", model=sticker_editor, output=output, **options, **more)
-    base, adapted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("base", "adapted"))
+    adapter = tmp_path / "run" / "adapter"
+    figures = {}
+    for part, dataset in (("new", tmp_path / "clear"), ("old", pictures)):
+        for name, more in (("without", {}), ("with", {"lora": adapter})):
+            output = tmp_path / "figures" / f"{part}-{name}.json"
+            options = {"dataset": dataset, "settings": "greedy-1", "controls": "ceiling", "output": output}
+            run_here("evaluate_sticker_editor.py", model=sticker_editor, **options, **more)
+            figures[part, name] = json.loads(output.read_text())
+    base, adapted = figures["new", "without"], figures["new", "with"]
     assert set(base) == {"ceiling", "greedy-1"}
     assert base["ceiling"] == adapted["ceiling"]
     assert base["greedy-1"]["seen"]["clear"]["n"] == 3
     assert base["greedy-1"] != adapted["greedy-1"]
+
+    paths = {"dataset": tmp_path / "clear", "figures": tmp_path / "figures", "output_dir": tmp_path / "shipped"}
+    run_here("ship_clear_lora.py", model=sticker_editor, adapter=adapter, hardware="no GPU", **paths)
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in card.splitlines() if line.startswith("| ")]
+    assert [row[1] for row in rows[1:]] == ["clear", *stickers.OPERATIONS, *stickers.TRANSLATIONS, "all of these"]
+    assert rows[1][2:6] == [
+        "3",
+        *(f"{100 * f[s]['seen']['clear']['done']:.1f}" for f, s in ((base, "ceiling"), (base, "greedy-1"))),
+        f"{100 * adapted['greedy-1']['seen']['clear']['done']:.1f}",
+    ]
+    assert rows[-1][2] == "16"
+    assert "Rank 2, alpha 2" in card
+    assert "hardware: no GPU" in card
+    EditARPipeline.from_pretrained(sticker_editor).load_lora_weights(tmp_path / "shipped")
+    with Image.open(tmp_path / "shipped" / "clearings.png") as sheet:
+        assert sheet.size == (4 * 132 + 4, 3 * 132 + 4)
 
 
 # train_editar.py
@@ -552,6 +575,23 @@ def test_four_accumulated_batches_are_one_of_four_times_the_size(calm_editor, to
     assert (changes[1] - changes[0]).norm() < 1e-3 * changes[0].norm()
     for step in (1, 2, 3):
         assert float(printed[1][step]["loss"]) == pytest.approx(float(printed[0][step]["loss"]), rel=1e-3)
+
+
+def test_mixed_precision_and_recomputed_activations_train_as_float32_does(
+    calm_editor, tokens, tmp_path, run_here, capsys
+):
+    options = {"model": calm_editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "batch_size": 4}
+    options |= {"max_train_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
+    printed = []
+    for name, words in (("float32", ()), ("bf16", ("--mixed_precision", "bf16", "--gradient_checkpointing"))):
+        run_here("train_editar.py", *words, output_dir=tmp_path / name, **options)
+        reset_accelerate()
+        printed.append(read_figures(capsys.readouterr().out))
+    losses = [[float(figures[step]["loss"]) for step in (1, 2, 3)] for figures in printed]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+    weights = load_weights(tmp_path / "bf16" / "pipeline")
+    assert {tensor.dtype for name, tensor in weights.items() if "transformer" in name} == {torch.float32}
 
 
 LORA = ("--lora_rank", "3", "--lora_alpha", "6", "--lora_modules_to_save", "text_projection")
