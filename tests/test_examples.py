@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import socket
 import subprocess
@@ -98,6 +99,12 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
         for file in folder.glob("*/*.safetensors")
         for name, t in load_file(file).items()
     }
+
+
+def write_teacher(folder: Path, width: int = TEACHER_WIDTH):
+    """Write a tiny DINOv2 with random weights."""
+    config = Dinov2Config(hidden_size=width, num_hidden_layers=1, num_attention_heads=2, patch_size=56, image_size=224)
+    redraw_weights(Dinov2Model(config), scale=0.3).save_pretrained(folder)
 
 
 def name_changed(before: Path, after: Path) -> set[str]:
@@ -672,10 +679,7 @@ def distilling_run(calm_editor, tmp_path_factory):
         lines.append(json.dumps({**line, "instruction": rows["instruction"][index]}))
     (folder / "held-out" / "metadata.jsonl").write_text("\n".join(lines))
 
-    config = Dinov2Config(
-        hidden_size=TEACHER_WIDTH, num_hidden_layers=1, num_attention_heads=2, patch_size=56, image_size=224
-    )
-    redraw_weights(Dinov2Model(config), scale=0.3).save_pretrained(folder / "teacher")
+    write_teacher(folder / "teacher")
     with HubServer() as hub:
         repository = hub.repositories["datasets/tester/pairs"] = Repository()
         repository.commit({"train-00000-of-00001.parquet": (folder / "pairs.parquet").read_bytes()})
@@ -794,6 +798,56 @@ def test_training_refuses(options, message, request, editor, pictures, tmp_path,
     assert not (tmp_path / "run" / "pipeline").exists()
 
 
+def test_teacher_of_another_width_than_the_head_is_refused(editor, pictures, tmp_path, run_here):
+    write_teacher(tmp_path / "large", width=2 * TEACHER_WIDTH)
+    options = {"model": editor, "dataset": pictures, "output_dir": tmp_path / "run", "batch_size": 4}
+    with pytest.raises(ValueError, match=rf"features of width {2 * TEACHER_WIDTH}; .* head predicts {TEACHER_WIDTH}"):
+        run_here("train_editar.py", distillation_model=tmp_path / "large", **options)
+
+
 def test_training_does_not_begin_over_the_checkpoints_of_another_run(straight_run, editor, pictures, run_here):
     with pytest.raises(ValueError, match="holds checkpoint-4; pass `--resume_from_checkpoint latest`"):
         run_here("train_editar.py", model=editor, dataset=pictures, output_dir=straight_run[0])
+
+
+# The README
+
+
+def test_recipes_of_the_readme_run_as_written(editor, pictures, tmp_path, run_here, monkeypatch):
+    """At tiny size: what the commands name lies in the working directory, and sizes are appended to them."""
+    (tmp_path / "my-editor").symlink_to(editor)
+    (tmp_path / "start").symlink_to(editor)
+    (tmp_path / "my-pairs").symlink_to(pictures)
+    write_teacher(tmp_path / "facebook" / "dinov2-base")
+    (tmp_path / "examples" / "recipes").mkdir(parents=True)
+    sources = [{"dataset": "my-pairs", "name": name, "probability": 0.5} for name in ("one", "other")]
+    (tmp_path / "examples" / "recipes" / "editar.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    monkeypatch.chdir(tmp_path)
+
+    page = (EXAMPLES.parent / "README.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"examples/(precompute_tokens|train_editar)\.py +(--[^`\n]*)$", page, re.MULTILINE)
+    assert [name for name, _ in commands] == [
+        "train_editar",
+        "train_editar",
+        "precompute_tokens",
+        "train_editar",
+        "train_editar",
+    ]
+    tiny = {
+        "precompute_tokens": {"resolution": 16},
+        "train_editar": {"max_train_steps": 2, "batch_size": 2, "num_workers": 0, "compile": False},
+    }
+    for name, words in commands:
+        run_here(f"{name}.py", *shlex.split(words), *list_words(tiny[name]))
+        reset_accelerate()
+    assert name_changed(editor, tmp_path / "runs" / "editar" / "pipeline") == {"transformer"}
+    assert name_changed(tmp_path / "runs" / "mine" / "pipeline", tmp_path / "runs" / "mine" / "pipeline-ema")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (snippet,) = (block for block in blocks if "load_lora_weights" in block)
+    pipe = EditARPipeline.from_pretrained("my-editor")
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    exec(snippet, {"pipe": pipe})
+    assert not torch.equal(
+        pipe.transformer.state_dict()["model.layers.0.self_attn.q_proj.base_layer.weight"],
+        before["model.layers.0.self_attn.q_proj.weight"],
+    )
