@@ -54,7 +54,7 @@ cleared = pipe("clear the picture", image=image, generator=torch.Generator().man
 
 ## Training
 
-300 pairs of the new operation from `examples/make_clear_edits.py`, and, half of the time, 2,400 pairs of the operations
+300 pairs of the new operation from `examples/make_clear_edits.py`, two draws in five, and 6,000 pairs of the operations
 the editor knows, from `examples/make_sticker_edits.py` with a seed of its own. Rank {rank}, alpha {alpha:g}, on
 {modules}. `bash examples/train_clear_lora.sh` makes the data, trains, measures and writes this card,
 with seed 0; hardware: {hardware}.

@@ -377,7 +377,7 @@ class Run:
             )
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / "validation"
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             sheet.save(folder / f"step-{self.step:07d}.png")
 
     def save_result(self):

@@ -585,16 +585,19 @@ def test_four_accumulated_batches_are_one_of_four_times_the_size(calm_editor, to
 
 
 def test_mixed_precision_and_recomputed_activations_train_as_float32_does(
-    calm_editor, tokens, tmp_path, run_here, capsys
+    calm_editor, tokens, pictures, tmp_path, run_here, capsys
 ):
+    """And validate before there is a checkpoint."""
     options = {"model": calm_editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "batch_size": 4}
     options |= {"max_train_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
+    options |= {"validation_dataset": pictures, "validation_steps": 1, "num_validation_pictures": 1}
     printed = []
     for name, words in (("float32", ()), ("bf16", ("--mixed_precision", "bf16", "--gradient_checkpointing"))):
         run_here("train_editar.py", *words, output_dir=tmp_path / name, **options)
         reset_accelerate()
         printed.append(read_figures(capsys.readouterr().out))
-    losses = [[float(figures[step]["loss"]) for step in (1, 2, 3)] for figures in printed]
+    names = [(step, name) for step in (1, 2, 3) for name in ("loss", "validation_loss")]
+    losses = [[float(figures[step][name]) for step, name in names] for figures in printed]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[1] != losses[0]
     weights = load_weights(tmp_path / "bf16" / "pipeline")
