@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Teach the sticker editor an operation it does not know, "clear the picture", with a LoRA adapter: 300 new pairs, and
-# 6,000 old ones so that nothing is forgotten. Two CPU cores train it in about a quarter of an hour.
+# 6,000 old ones so that nothing is forgotten. Training stops after a quarter of an hour at the latest.
 # All stages: bash examples/train_clear_lora.sh      One of them: bash examples/train_clear_lora.sh figures
 set -euo pipefail
 cd "$(dirname "$0")/.."
