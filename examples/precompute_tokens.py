@@ -5,10 +5,9 @@
 
 `examples/train_editar.py --dataset stickers-tokens` then trains without the tokenizer in its loop. With `--pipeline` in
 place of `--vq_model` the shards hold the text states of its text encoder too, for trainings in which that is frozen;
-FLAN-T5-XL's take 0.5 MB a pair in bfloat16. Shards that exist
-are kept: a second run goes on where the first stopped. Started by `torchrun` or `accelerate launch` in several
-processes, each makes every so-many-th shard. Of a recipe, one source is encoded at a time: `--recipe
-examples/recipes/editar.yaml --source pipe-add`.
+FLAN-T5-XL's take 0.5 MB a pair in bfloat16. Shards that exist are kept: a second run goes on where the first stopped.
+Started by `torchrun` or `accelerate launch` in several processes, each makes every so-many-th shard. Of a recipe, one
+source is encoded at a time: `--recipe examples/recipes/editar.yaml --source pipe-add`.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,6 @@ text encoder without `--train_text_encoder`. The optimiser's defaults are those 
 
 import itertools
 import math
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,17 +22,15 @@ from typing import Literal
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, send_to_device
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, send_to_device
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import HfArgumentParser, get_scheduler, set_seed
 
 from editar_hf import EditARPipeline
-from editar_hf.hub import try_to_upload_folder
-from editar_hf.model_card import CARD_FILE
 from editar_hf.training.batch import encode_image_tokens
-from editar_hf.training.card import PICTURE_FILE, compose_training_card
+from editar_hf.training.card import compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.data import EditCollator, check_image_tokens
 from editar_hf.training.distillation import DistillationTeacher
@@ -41,11 +38,13 @@ from editar_hf.training.logs import LossLog, log_figures
 from editar_hf.training.lora import TARGET_MODULES, add_lora
 from editar_hf.training.nonfinite import NonFiniteGuard
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
+from editar_hf.training.results import check_push_arguments, save_result
 from editar_hf.training.rows import RowReader
+from editar_hf.training.sharding import callable_parts, whole_parameters
 from editar_hf.training.sources import DataSource, load_recipe, open_source
 from editar_hf.training.step import TrainingStep, draw_dropout
 from editar_hf.training.streams import MixedRows, build_dataloader, collate_first_rows
-from editar_hf.training.validation import save_validation_pictures
+from editar_hf.training.validation import draw_validation_pictures
 
 
 @dataclass
@@ -256,6 +255,9 @@ def build_accelerator(args: Arguments) -> Accelerator:
         log_with=args.log_with,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
     )
+    if accelerator.state.deepspeed_plugin is not None:
+        settings = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": args.max_grad_norm}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(settings)
     accelerator.init_trackers("editar", config={name: str(value) for name, value in vars(args).items()})
     return accelerator
 
@@ -361,45 +363,46 @@ class Run:
             losses = torch.cat([self.module(batch)["token_losses"] for batch in batches])
         self.validation_loss = losses.mean().item()
         log_figures(self.accelerator, {"validation_loss": self.validation_loss}, self.step)
-        if self.accelerator.is_main_process:
-            collator, folder = self.dataloader.collate_fn, Path(self.args.output_dir)
-            size = collator.height, collator.width
-            with self.accelerator.autocast():
-                save_validation_pictures(
-                    self.pipeline, batches[0], self.args.num_validation_pictures, folder, self.step, *size
-                )
+        # Where the weights lie in parts, every process has to ask for them; elsewhere one is enough.
+        if self.accelerator.is_main_process or self.accelerator.is_fsdp2:
+            self.save_pictures(batches[0])
         self.module.train()
+
+    def save_pictures(self, batch: dict):
+        """Save the first pairs of a batch as rows source | edited | target, through the pipeline that users call."""
+        collator = self.dataloader.collate_fn
+        with self.accelerator.autocast(), callable_parts(self.module):
+            sheet = draw_validation_pictures(
+                self.pipeline, batch, self.args.num_validation_pictures, collator.height, collator.width
+            )
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir) / "validation"
+            folder.mkdir(parents=True, exist_ok=True)
+            sheet.save(folder / f"step-{self.step:07d}.png")
 
     def save_result(self):
         """Save the trained pipeline or adapter; and once more with the averaged weights, if there are any."""
-        if self.accelerator.is_main_process:
-            kind = "pipeline" if self.args.lora_rank is None else "adapter"
-            self.save_weights(kind)
-            if self.ema is not None:
-                trained = list_trained(self.module)
-                self.ema.store(trained)
-                self.ema.copy_to(trained)
-                self.save_weights(kind, "-ema")
-                self.ema.restore(trained)
+        kind = "pipeline" if self.args.lora_rank is None else "adapter"
+        with whole_parameters(self.module):
+            if self.accelerator.is_main_process:
+                self.save_weights(kind)
+        if self.accelerator.is_main_process and self.ema is not None:
+            trained = list_trained(self.module)
+            self.ema.store(trained)
+            self.ema.copy_to(trained)
+            self.save_weights(kind, "-ema")
+            self.ema.restore(trained)
         self.accelerator.wait_for_everyone()
 
     def save_weights(self, kind: str, suffix: str = ""):
         """Save the weights and their card beside their place, put both there, and upload them if that was asked for."""
         args = self.args
         folder, repo_id = Path(args.output_dir) / f"{kind}{suffix}", args.push_to_hub and f"{args.push_to_hub}{suffix}"
-        unfinished = folder.with_name(f"unfinished-{folder.name}")
-        (self.pipeline.save_lora_weights if kind == "adapter" else self.pipeline.save_pretrained)(unfinished)
+        save = self.pipeline.save_lora_weights if kind == "adapter" else self.pipeline.save_pretrained
         card = self.compose_card(repo_id or str(folder), is_adapter=kind == "adapter")
-        (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
-        if self.validation_loss is not None:
-            picture = max((Path(args.output_dir) / "validation").glob("*.png"))
-            shutil.copyfile(picture, unfinished / PICTURE_FILE)
-        previous = folder / CARD_FILE
-        previous_card = previous.read_text(encoding="utf-8") if previous.exists() else None
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-        if repo_id is not None:
-            try_to_upload_folder(folder, repo_id, previous_card)
+        has_picture = self.validation_loss is not None
+        picture = max((Path(args.output_dir) / "validation").glob("*.png")) if has_picture else None
+        save_result(folder, save, card, picture, repo_id)
 
     def compose_card(self, name: str, is_adapter: bool) -> str:
         args = self.args
@@ -433,12 +436,18 @@ def check_arguments(args: Arguments):
         )
     if args.lora_rank is not None and args.train_text_encoder:
         raise ValueError("`train_text_encoder` and `lora_rank`: an adapter holds the decoder's part alone; drop one.")
-    if args.push_steps is not None and args.push_to_hub is None:
-        raise ValueError("`push_steps` goes with `push_to_hub`, the id of the repository to upload to.")
-    if args.push_to_hub is not None and args.push_to_hub.count("/") != 1:
-        raise ValueError(f"`push_to_hub` is {args.push_to_hub!r}; give a full id, owner and name, for the card to say.")
+    check_push_arguments(args.push_to_hub, args.push_steps)
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise ValueError(f"`ema_decay` is {args.ema_decay}; it must be between 0 and 1.")
+
+
+def check_distribution(args: Arguments, accelerator: Accelerator):
+    """Refuse what does not work with weights or optimisers in parts."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and args.ema_decay is not None:
+        raise ValueError("`ema_decay`: a checkpoint of FSDP2 would hold one part of the averaged weights; use DDP.")
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.optimizer == "muon":
+        raise ValueError(f"`optimizer` is 'muon', which comes beside AdamW; {kind.value} holds one. Use adamw, or DDP.")
 
 
 def build_run(args: Arguments, accelerator: Accelerator) -> Run:
@@ -467,7 +476,9 @@ def build_run(args: Arguments, accelerator: Accelerator) -> Run:
     if args.ema_decay is not None:
         ema = EMAModel(list_trained(module), decay=args.ema_decay)
         accelerator.register_for_checkpointing(ema)
-    guard = NonFiniteGuard(accelerator, Path(args.output_dir), args.max_nonfinite_steps)
+    # DeepSpeed steps while it goes backward: there is nothing left to skip.
+    has_stepped = accelerator.distributed_type == DistributedType.DEEPSPEED
+    guard = NonFiniteGuard(accelerator, Path(args.output_dir), 0 if has_stepped else args.max_nonfinite_steps)
     parts = (module, teacher, optimizers, schedulers, dataloader, held_out, ema, guard, num_pairs)
     return Run(args, accelerator, pipeline, *parts)
 
@@ -476,6 +487,7 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     check_arguments(args)
     accelerator = build_accelerator(args)
+    check_distribution(args, accelerator)
     if args.push_to_hub is not None and accelerator.is_main_process:
         # A token that is missing shows now, and not after the training.
         create_repo(args.push_to_hub, exist_ok=True)

@@ -13,7 +13,7 @@ data() {
     python examples/make_sticker_edits.py --output_dir "$RUNS/stickers" --resolution 64 --seed 0 \
         --num_train 160000 --num_validation 1600 --num_test 500 --num_workers 2
     python examples/make_sticker_edits.py --output_dir "$RUNS/more-stickers" --resolution 64 --seed 1 \
-        --num_train 100000 --num_validation 0 --num_test 0 --edit_share 0.9 --num_workers 2
+        --num_train 30000 --num_validation 0 --num_test 0 --shares 0.4 0.1 0.25 0.05 0.1 --num_workers 2
 }
 
 train_tokenizer() {
@@ -33,7 +33,7 @@ tokenizer() {
 
 # The decoding half alone goes on: the tokens stay what they are.
 decoding() {
-    python examples/train_vq.py --model "$RUNS/tokenizer" --freeze_codes --dataset "$RUNS/stickers" \
+    python examples/train_vq.py --model "$RUNS/tokenizer/tokenizer" --freeze_codes --dataset "$RUNS/stickers" \
         --split "train[:50000]" --validation_split validation --image_columns source_image,target_image \
         --resolution 64 --output_dir "$RUNS/tokenizer-decoding" --batch_size 32 --learning_rate 5e-4 \
         --warmup_steps 50 --weight_decay 0.01 --squared_error_weight 50 --mixed_precision bf16 --max_steps 1500 \
@@ -41,14 +41,14 @@ decoding() {
 }
 
 encode() {
-    python examples/precompute_tokens.py --dataset "$1" --split "$2" --vq_model "$RUNS/tokenizer" --output_dir "$3" \
-        --resolution 64 --dtype bfloat16
+    python examples/precompute_tokens.py --dataset "$1" --split "$2" --vq_model "$RUNS/tokenizer/tokenizer" \
+        --output_dir "$3" --resolution 64 --dtype "$4"
 }
 
 tokens() {
-    encode "$RUNS/stickers" validation "$RUNS/tokens"
-    encode "$RUNS/stickers" train "$RUNS/tokens"
-    encode "$RUNS/more-stickers" train "$RUNS/more-tokens"
+    encode "$RUNS/stickers" validation "$RUNS/tokens" bfloat16
+    encode "$RUNS/stickers" train "$RUNS/tokens" bfloat16
+    encode "$RUNS/more-stickers" train "$RUNS/more-tokens" float32
 }
 
 train_editor() {
@@ -60,9 +60,10 @@ train_editor() {
 
 # Small batches first; then, from their result, larger ones, of which a share shows the decoder an unedited target so
 # far; the learning rate falls from step 1,500 on. From that result, rounded to bfloat16, once more: a learning rate two
-# thirds as high that falls from the start. And again, half as high, on new pairs with fewer translations.
+# thirds as high that falls from the start. And again, half as high, on new pairs, most of them of the operations that
+# fail most often; in float32, because that machine multiplied it faster.
 editor() {
-    [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$RUNS/tokenizer-decoding" \
+    [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$RUNS/tokenizer-decoding/tokenizer" \
         --dataset "$RUNS/stickers/train-00000*.parquet" --output_dir "$RUNS/untrained"
     train_editor --dataset "$RUNS/tokens" --model "$RUNS/untrained" --output_dir "$RUNS/editor-small-batches" \
         --batch_size 32 --max_train_steps 2000 --checkpointing_steps 1000 --validation_steps 2000
@@ -78,7 +79,8 @@ editor() {
         --output_dir "$RUNS/editor-second" --max_train_steps 5200 --muon_learning_rate 2e-3 --learning_rate 7e-4
     [ -d "$RUNS/editor-rounded-again" ] || ship_pipeline "$RUNS/editor-second/pipeline" "$RUNS/editor-rounded-again"
     train_editor "${large_batches[@]}" --dataset "$RUNS/more-tokens" --model "$RUNS/editor-rounded-again" \
-        --output_dir "$RUNS/editor" --max_train_steps 3000 --muon_learning_rate 1.5e-3 --learning_rate 5e-4
+        --output_dir "$RUNS/editor" --max_train_steps 600 --muon_learning_rate 1.5e-3 --learning_rate 5e-4 \
+        --lr_warmup_steps 30 --mixed_precision no --checkpointing_steps 100 --validation_steps 600
 }
 
 ship_pipeline() {

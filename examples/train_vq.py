@@ -4,11 +4,11 @@
         --resolution 64 --channel_multipliers 1 2 2 4 --mixed_precision bf16 --output_dir outputs/tokenizer
 
 The loss is the model's own: absolute and squared error of the pixels, codebook and commitment. Codes that fall out of
-use are moved to where the pictures are. `output_dir` receives the tokenizer, `metrics.jsonl` and checkpoints.
+use are moved to where the pictures are. `output_dir` receives `tokenizer/`, `metrics.jsonl` and checkpoints.
 """
 
 import json
-import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub import create_repo
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
 from editar_hf import EditARVQConfig, EditARVQModel
+from editar_hf.training.card import PICTURE_FILE, compose_tokenizer_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.optimization import build_optimizer
+from editar_hf.training.results import check_push_arguments, save_result
 from editar_hf.training.vq import (
     DeadCodeReviver,
     decode_pictures,
@@ -30,16 +33,18 @@ from editar_hf.training.vq import (
     init_codebook,
     load_pictures,
     prepare_pixel_values,
+    save_reconstructions,
 )
 
 
 LOSSES = ("loss", "reconstruction_loss", "codebook_loss", "commitment_loss")
+NUM_PICTURES_SHOWN = 8
 
 
 @dataclass
 class Arguments:
     dataset: str = field(metadata={"help": "parquet file, folder of parquet files or pictures, or Hub id"})
-    output_dir: Path = field(metadata={"help": "folder for the tokenizer, its metrics and its checkpoints"})
+    output_dir: Path = field(metadata={"help": "folder for `tokenizer/`, its metrics and its checkpoints"})
     image_columns: str = field(default="image", metadata={"help": "columns that hold pictures, separated by commas"})
     split: str = field(default="train", metadata={"help": "split to train on; slices such as train[:1000] work"})
     validation_split: str | None = field(
@@ -86,6 +91,11 @@ class Arguments:
         default=None,
         metadata={"help": "name of a checkpoint in output_dir, or `latest` (from the start if none)"},
     )
+    push_to_hub: str | None = field(default=None, metadata={"help": "id of the repository to upload the tokenizer to"})
+    push_steps: int | None = field(
+        default=None, metadata={"help": "upload every so many steps, and not at the end only"}
+    )
+    license: str | None = field(default=None, metadata={"help": "identifier of the weights' licence, for the card"})
 
 
 def load_pixels(args: Arguments):
@@ -118,13 +128,28 @@ def build_tokenizer(args: Arguments) -> EditARVQModel:
     return model
 
 
-def save_tokenizer(model: EditARVQModel, output_dir: Path):
-    """Save the tokenizer to a temporary folder, then move its files into place."""
-    temporary = output_dir / "tokenizer.tmp"
-    model.save_pretrained(temporary)
-    for path in temporary.iterdir():
-        os.replace(path, output_dir / path.name)
-    temporary.rmdir()
+def save_tokenizer(accelerator: Accelerator, args: Arguments, tokenizer: EditARVQModel, step: int, pixels, held_out):
+    """Measure the tokenizer, save it with its card and a picture, and upload it if that was asked for."""
+    figures = evaluate(accelerator, args, tokenizer, held_out, step)
+    if not accelerator.is_main_process:
+        return
+    folder, picture = args.output_dir / "tokenizer", args.output_dir / PICTURE_FILE
+    save_reconstructions(tokenizer, held_out[:NUM_PICTURES_SHOWN], picture)
+    card = compose_tokenizer_training_card(
+        name=args.push_to_hub or str(folder),
+        config=tokenizer.config,
+        base_model=args.model,
+        dataset=args.dataset,
+        num_pictures=len(pixels),
+        resolution=args.resolution,
+        num_steps=step,
+        num_samples_per_step=args.batch_size * accelerator.num_processes,
+        command=("accelerate", "launch", *sys.argv),
+        figures=figures,
+        num_held_out=len(held_out),
+        license=args.license,
+    )
+    save_result(folder, tokenizer.save_pretrained, card, picture, args.push_to_hub)
 
 
 def log_metrics(accelerator: Accelerator, output_dir: Path, metrics: dict):
@@ -137,7 +162,7 @@ def log_metrics(accelerator: Accelerator, output_dir: Path, metrics: dict):
 
 
 def train(accelerator: Accelerator, args: Arguments, model, optimizer, pixels, validation_pixels):
-    """Train until `max_steps` or the time limit."""
+    """Train until `max_steps` or the time limit; return the number of steps taken, earlier launches included."""
     # Not prepared: accelerate would step it once per process.
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.max_steps)
     tokenizer = accelerator.unwrap_model(model)
@@ -178,20 +203,25 @@ def train(accelerator: Accelerator, args: Arguments, model, optimizer, pixels, v
             accelerator.set_trigger()
         out_of_time = accelerator.check_trigger()
         is_last = out_of_time or step == args.max_steps
-        if step % args.evaluation_steps == 0 or is_last:
+        if args.push_steps is not None and step % args.push_steps == 0 and not is_last:
+            save_tokenizer(accelerator, args, tokenizer, step, pixels, validation_pixels)
+        elif step % args.evaluation_steps == 0 and not is_last:
             evaluate(accelerator, args, tokenizer, validation_pixels, step)
         if step % args.checkpointing_steps == 0 or is_last:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
         if out_of_time:
             break
+    return step
 
 
-def evaluate(accelerator: Accelerator, args: Arguments, tokenizer: EditARVQModel, pixels, step: int):
+def evaluate(accelerator: Accelerator, args: Arguments, tokenizer: EditARVQModel, pixels, step: int) -> dict:
+    """Log and return the figures of the pictures held out."""
     tokenizer.eval()
     with accelerator.autocast():
         metrics = evaluate_tokenizer(tokenizer, pixels, args.batch_size)
     tokenizer.train()
     log_metrics(accelerator, args.output_dir, {"step": step, **metrics})
+    return metrics
 
 
 def main():
@@ -202,7 +232,11 @@ def main():
             f"`output_dir` {args.output_dir} holds {checkpoints[-1].name}; pass `--resume_from_checkpoint latest` to "
             "go on from it, or another folder."
         )
+    check_push_arguments(args.push_to_hub, args.push_steps)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if args.push_to_hub is not None and accelerator.is_main_process:
+        # A token that is missing shows now, and not after the training.
+        create_repo(args.push_to_hub, exist_ok=True)
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model = build_tokenizer(args).to(accelerator.device, memory_format=torch.channels_last)
@@ -213,9 +247,8 @@ def main():
             init_codebook(model, pixels, batches, torch.Generator().manual_seed(args.seed))
     optimizer = build_optimizer(model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
-    train(accelerator, args, model, optimizer, pixels, validation_pixels)
-    if accelerator.is_main_process:
-        save_tokenizer(accelerator.unwrap_model(model), args.output_dir)
+    step = train(accelerator, args, model, optimizer, pixels, validation_pixels)
+    save_tokenizer(accelerator, args, accelerator.unwrap_model(model), step, pixels, validation_pixels)
     accelerator.end_training()
 
 

@@ -243,6 +243,10 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
+    def commits_of(self, repo_id: str) -> list[dict[str, bytes]]:
+        """List the files of every commit of a model repository, oldest first."""
+        return list(self.repositories[f"models/{repo_id}"].commits.values())
+
     def read_files(self, repo_id: str, kind: str = "model") -> dict[str, bytes]:
         """Return the files at the head of a repository."""
         repository = self.repositories[f"{KINDS[kind]}/{repo_id}"]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import socket
 import subprocess
@@ -98,6 +99,12 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
         for file in folder.glob("*/*.safetensors")
         for name, t in load_file(file).items()
     }
+
+
+def write_teacher(folder: Path, width: int = TEACHER_WIDTH):
+    """Write a tiny DINOv2 with random weights."""
+    config = Dinov2Config(hidden_size=width, num_hidden_layers=1, num_attention_heads=2, patch_size=56, image_size=224)
+    redraw_weights(Dinov2Model(config), scale=0.3).save_pretrained(folder)
 
 
 def name_changed(before: Path, after: Path) -> set[str]:
@@ -331,8 +338,10 @@ def test_the_sheet_shows_the_first_test_samples_of_every_task(sticker_editor, tm
             assert np.array_equal(shown[::2, ::2], np.asarray(sample[name]))
 
 
-def test_an_adapter_learns_a_new_operation_and_is_measured_with_its_base(sticker_editor, tmp_path, run_here):
-    """The whole way at tiny size: pairs, training with `--lora_rank`, evaluation with and without."""
+def test_an_adapter_learns_a_new_operation_is_measured_with_its_base_and_shipped(
+    sticker_editor, pictures, tmp_path, run_here
+):
+    """The whole way at tiny size: pairs, training with `--lora_rank`, evaluation with and without, and the card."""
     run_here("make_clear_edits.py", output_dir=tmp_path / "clear", resolution=64, num_train=4, num_test=3)
     reset_accelerate()
     run_here(
@@ -347,15 +356,36 @@ def test_an_adapter_learns_a_new_operation_and_is_measured_with_its_base(sticker
         learning_rate=0.3,
     )
     reset_accelerate()
-    options = {"dataset": tmp_path / "clear", "settings": "greedy-1", "controls": "ceiling"}
-    for name, more in (("base", {}), ("adapted", {"lora": tmp_path / "run" / "adapter"})):
-        output = tmp_path / f"{name}.json"
-        run_here("evaluate_sticker_editor.py", model=sticker_editor, output=output, **options, **more)
-    base, adapted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("base", "adapted"))
+    adapter = tmp_path / "run" / "adapter"
+    figures = {}
+    for part, dataset in (("new", tmp_path / "clear"), ("old", pictures)):
+        for name, more in (("without", {}), ("with", {"lora": adapter})):
+            output = tmp_path / "figures" / f"{part}-{name}.json"
+            options = {"dataset": dataset, "settings": "greedy-1", "controls": "ceiling", "output": output}
+            run_here("evaluate_sticker_editor.py", model=sticker_editor, **options, **more)
+            figures[part, name] = json.loads(output.read_text())
+    base, adapted = figures["new", "without"], figures["new", "with"]
     assert set(base) == {"ceiling", "greedy-1"}
     assert base["ceiling"] == adapted["ceiling"]
     assert base["greedy-1"]["seen"]["clear"]["n"] == 3
     assert base["greedy-1"] != adapted["greedy-1"]
+
+    paths = {"dataset": tmp_path / "clear", "figures": tmp_path / "figures", "output_dir": tmp_path / "shipped"}
+    run_here("ship_clear_lora.py", model=sticker_editor, adapter=adapter, hardware="no GPU", **paths)
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in card.splitlines() if line.startswith("| ")]
+    assert [row[1] for row in rows[1:]] == ["clear", *stickers.OPERATIONS, *stickers.TRANSLATIONS, "all of these"]
+    assert rows[1][2:6] == [
+        "3",
+        *(f"{100 * f[s]['seen']['clear']['done']:.1f}" for f, s in ((base, "ceiling"), (base, "greedy-1"))),
+        f"{100 * adapted['greedy-1']['seen']['clear']['done']:.1f}",
+    ]
+    assert rows[-1][2] == "16"
+    assert "Rank 2, alpha 2" in card
+    assert "hardware: no GPU" in card
+    EditARPipeline.from_pretrained(sticker_editor).load_lora_weights(tmp_path / "shipped")
+    with Image.open(tmp_path / "shipped" / "clearings.png") as sheet:
+        assert sheet.size == (4 * 132 + 4, 3 * 132 + 4)
 
 
 # train_editar.py
@@ -554,6 +584,26 @@ def test_four_accumulated_batches_are_one_of_four_times_the_size(calm_editor, to
         assert float(printed[1][step]["loss"]) == pytest.approx(float(printed[0][step]["loss"]), rel=1e-3)
 
 
+def test_mixed_precision_and_recomputed_activations_train_as_float32_does(
+    calm_editor, tokens, pictures, tmp_path, run_here, capsys
+):
+    """And validate before there is a checkpoint."""
+    options = {"model": calm_editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "batch_size": 4}
+    options |= {"max_train_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
+    options |= {"validation_dataset": pictures, "validation_steps": 1, "num_validation_pictures": 1}
+    printed = []
+    for name, words in (("float32", ()), ("bf16", ("--mixed_precision", "bf16", "--gradient_checkpointing"))):
+        run_here("train_editar.py", *words, output_dir=tmp_path / name, **options)
+        reset_accelerate()
+        printed.append(read_figures(capsys.readouterr().out))
+    names = [(step, name) for step in (1, 2, 3) for name in ("loss", "validation_loss")]
+    losses = [[float(figures[step][name]) for step, name in names] for figures in printed]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+    weights = load_weights(tmp_path / "bf16" / "pipeline")
+    assert {tensor.dtype for name, tensor in weights.items() if "transformer" in name} == {torch.float32}
+
+
 LORA = ("--lora_rank", "3", "--lora_alpha", "6", "--lora_modules_to_save", "text_projection")
 
 
@@ -632,10 +682,7 @@ def distilling_run(calm_editor, tmp_path_factory):
         lines.append(json.dumps({**line, "instruction": rows["instruction"][index]}))
     (folder / "held-out" / "metadata.jsonl").write_text("\n".join(lines))
 
-    config = Dinov2Config(
-        hidden_size=TEACHER_WIDTH, num_hidden_layers=1, num_attention_heads=2, patch_size=56, image_size=224
-    )
-    redraw_weights(Dinov2Model(config), scale=0.3).save_pretrained(folder / "teacher")
+    write_teacher(folder / "teacher")
     with HubServer() as hub:
         repository = hub.repositories["datasets/tester/pairs"] = Repository()
         repository.commit({"train-00000-of-00001.parquet": (folder / "pairs.parquet").read_bytes()})
@@ -754,6 +801,56 @@ def test_training_refuses(options, message, request, editor, pictures, tmp_path,
     assert not (tmp_path / "run" / "pipeline").exists()
 
 
+def test_teacher_of_another_width_than_the_head_is_refused(editor, pictures, tmp_path, run_here):
+    write_teacher(tmp_path / "large", width=2 * TEACHER_WIDTH)
+    options = {"model": editor, "dataset": pictures, "output_dir": tmp_path / "run", "batch_size": 4}
+    with pytest.raises(ValueError, match=rf"features of width {2 * TEACHER_WIDTH}; .* head predicts {TEACHER_WIDTH}"):
+        run_here("train_editar.py", distillation_model=tmp_path / "large", **options)
+
+
 def test_training_does_not_begin_over_the_checkpoints_of_another_run(straight_run, editor, pictures, run_here):
     with pytest.raises(ValueError, match="holds checkpoint-4; pass `--resume_from_checkpoint latest`"):
         run_here("train_editar.py", model=editor, dataset=pictures, output_dir=straight_run[0])
+
+
+# The README
+
+
+def test_recipes_of_the_readme_run_as_written(editor, pictures, tmp_path, run_here, monkeypatch):
+    """At tiny size: what the commands name lies in the working directory, and sizes are appended to them."""
+    (tmp_path / "my-editor").symlink_to(editor)
+    (tmp_path / "start").symlink_to(editor)
+    (tmp_path / "my-pairs").symlink_to(pictures)
+    write_teacher(tmp_path / "facebook" / "dinov2-base")
+    (tmp_path / "examples" / "recipes").mkdir(parents=True)
+    sources = [{"dataset": "my-pairs", "name": name, "probability": 0.5} for name in ("one", "other")]
+    (tmp_path / "examples" / "recipes" / "editar.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    monkeypatch.chdir(tmp_path)
+
+    page = (EXAMPLES.parent / "README.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"examples/(precompute_tokens|train_editar)\.py +(--[^`\n]*)$", page, re.MULTILINE)
+    assert [name for name, _ in commands] == [
+        "train_editar",
+        "train_editar",
+        "precompute_tokens",
+        "train_editar",
+        "train_editar",
+    ]
+    tiny = {
+        "precompute_tokens": {"resolution": 16},
+        "train_editar": {"max_train_steps": 2, "batch_size": 2, "num_workers": 0, "compile": False},
+    }
+    for name, words in commands:
+        run_here(f"{name}.py", *shlex.split(words), *list_words(tiny[name]))
+        reset_accelerate()
+    assert name_changed(editor, tmp_path / "runs" / "editar" / "pipeline") == {"transformer"}
+    assert name_changed(tmp_path / "runs" / "mine" / "pipeline", tmp_path / "runs" / "mine" / "pipeline-ema")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (snippet,) = (block for block in blocks if "load_lora_weights" in block)
+    pipe = EditARPipeline.from_pretrained("my-editor")
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    exec(snippet, {"pipe": pipe})
+    assert not torch.equal(
+        pipe.transformer.state_dict()["model.layers.0.self_attn.q_proj.base_layer.weight"],
+        before["model.layers.0.self_attn.q_proj.weight"],
+    )

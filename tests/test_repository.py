@@ -295,6 +295,29 @@ def test_commands_and_files_named_on_a_page_exist(page):
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
+def list_flags(script: Path) -> set[str]:
+    """List the flags of a script: the fields of its dataclass `Arguments`, or what it adds to a parser."""
+    flags = set()
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ClassDef) and node.name == "Arguments":
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            flags |= {f"--{item.target.id}" for item in fields}
+            # transformers' parser turns what is true by default off by another flag.
+            flags |= {f"--no_{item.target.id}" for item in fields if ast.unparse(item.annotation) == "bool"}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
+            flags |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return flags
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "examples").glob("*.sh")), *EXAMPLES], ids=name_path)
+def test_flags_in_the_commands_of_a_page_exist(page):
+    text = page.read_text().replace("\\\n", " ")
+    for name, words in re.findall(r"examples/(\w+\.py)((?: +[^\n`]*)?)", text):
+        script = ROOT / "examples" / name
+        flags = set(re.findall(r"(?<!\S)--[a-z]\w*", words))
+        assert flags <= list_flags(script), (name, flags - list_flags(script))
+
+
 def test_continuous_integration_runs_the_test_command_and_ruff():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111

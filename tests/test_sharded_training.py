@@ -1,19 +1,43 @@
-"""Sharded training (`fully_shard`, PyTorch's FSDP2) of our modules, in two processes: the steps of one process."""
+"""Sharded training (`fully_shard`, PyTorch's FSDP2), of our modules and by the script: the steps of one process."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import NUM_CODES, build_pipeline
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import NUM_CODES, build_pipeline, draw_image
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from editar_hf.modeling_editar import EditARDecoderLayer
 from editar_hf.training.step import TrainingStep
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CONFIGS = EXAMPLES / "accelerate_configs"
 NUM_PROCESSES, BATCH_SIZE = 2, 4
+# accelerate shards on accelerators alone. This lets it take the CPU for one, with gloo in place of NCCL.
+ON_GLOO = """
+import runpy, sys
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def build_step(recomputes: bool) -> TrainingStep:
@@ -81,3 +105,84 @@ def test_sharded_steps_are_those_of_one_process(recomputes, tmp_path):
         for result in results:
             difference = (result["weights"][name] - parameter.detach()).norm()
             assert difference <= 1e-3 * (parameter.detach() - before[name]).norm() + 1e-7, name
+
+
+# The configurations for `accelerate launch`
+
+
+def test_configurations_load_and_say_what_their_names_do():
+    configs = {path.stem: load_config_from_file(str(path)) for path in CONFIGS.glob("*.yaml")}
+    types = {name: config.distributed_type for name, config in configs.items()}
+    assert types == {
+        "ddp": DistributedType.MULTI_GPU,
+        "fsdp2": DistributedType.FSDP,
+        "deepspeed": DistributedType.DEEPSPEED,
+    }
+    fsdp = configs["fsdp2"].fsdp_config
+    assert fsdp["fsdp_version"] == 2
+    assert fsdp["fsdp_transformer_layer_cls_to_wrap"] == EditARDecoderLayer.__name__
+    assert configs["deepspeed"].deepspeed_config["zero_stage"] == 2
+
+
+@pytest.fixture(scope="module")
+def calm_pairs(tmp_path_factory) -> Path:
+    """A folder with an editor without dropout and eight pairs."""
+    folder = tmp_path_factory.mktemp("sharded")
+    build_pipeline().save_pretrained(folder / "editor")
+    for name, dropouts in {
+        "transformer": ("text_dropout", "residual_dropout", "mlp_dropout"),
+        "text_encoder": ("dropout_rate",),
+    }.items():
+        file = folder / "editor" / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict.fromkeys(dropouts, 0.0)))
+    names = ("source_image", "target_image")
+    rows = {name: [draw_image((k, *name.encode())) for k in range(8)] for name in names}
+    features = datasets.Features({**dict.fromkeys(names, datasets.Image()), "prompt": datasets.Value("string")})
+    rows["prompt"] = ["make it blue"] * 8
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def train_by_script(folder: Path, output: str, launch: list, *words) -> str:
+    """Run the script on the pairs, all of them in two steps, and return what it printed."""
+    options = ["--model", folder / "editor", "--dataset", folder, "--validation_dataset", folder]
+    options += ["--output_dir", folder / output, "--learning_rate", 0.01, "--logging_steps", 1, "--validation_steps", 2]
+    options += ["--num_validation_pictures", 2, "--no_conditioning_dropout"]
+    command = [sys.executable, "-W", "ignore", *launch, EXAMPLES / "train_editar.py", "--train_text_encoder"]
+    command = [*map(str, [*command, *options, *words])]
+    environment = {**os.environ, **({} if launch else {"ACCELERATE_USE_CPU": "true"})}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_script_on_shards_trains_checkpoints_resumes_and_saves_what_one_process_does(calm_pairs):
+    """By the configuration for FSDP2; the second step is taken by another launch than the first."""
+    (calm_pairs / "on_gloo.py").write_text(ON_GLOO)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / "fsdp2.yaml"]
+    launch += ["--num_processes", NUM_PROCESSES, "--main_process_port", 0, calm_pairs / "on_gloo.py"]
+    sizes = ("--batch_size", BATCH_SIZE // NUM_PROCESSES)
+    train_by_script(calm_pairs, "sharded", launch, *sizes, "--max_train_steps", 1)
+    assert (calm_pairs / "sharded" / "checkpoint-1" / "pytorch_model_fsdp_0").is_dir()
+    words = ("--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    printed = train_by_script(calm_pairs, "sharded", launch, *sizes, *words)
+    straight = train_by_script(calm_pairs, "straight", [], "--batch_size", BATCH_SIZE, "--max_train_steps", 2)
+
+    last, expected = (
+        [float(line.split("loss ")[1].split(",")[0]) for line in text.splitlines() if line.startswith("step 2: ")]
+        for text in (printed, straight)
+    )
+    assert len(expected) == 2
+    assert last == pytest.approx(expected, rel=1e-3)
+    for component in ("transformer", "text_encoder"):
+        before, sharded, single = (
+            load_file(calm_pairs / folder / component / "model.safetensors")
+            for folder in ("editor", "sharded/pipeline", "straight/pipeline")
+        )
+        assert sharded.keys() == single.keys()
+        for name, tensor in single.items():
+            assert (sharded[name] - tensor).norm() <= 0.02 * (tensor - before[name]).norm() + 1e-6, name
+    pictures = [Image.open(calm_pairs / run / "validation" / "step-0000002.png") for run in ("sharded", "straight")]
+    assert pictures[0].size == pictures[1].size == (3 * 20 + 4, 2 * 20 + 4)
+

@@ -1,4 +1,4 @@
-"""Training that uploads what it made: pipelines and adapters, loaded by id in a fresh process, against a played Hub."""
+"""Training that uploads pipelines, adapters and tokenizers, loaded by id in a fresh process, against a played Hub."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from editar_hf import EditARPipeline
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-EDITOR, ADAPTER = "tester/editor", "tester/adapter"
+EDITOR, ADAPTER, TOKENIZER = "tester/editor", "tester/adapter", "tester/tokenizer"
 CARDS = {EDITOR: "editor/pipeline", ADAPTER: "adapter/adapter"}
 EDIT = """
 import json, os, sys
@@ -45,6 +45,21 @@ for name in ("EDITOR_SNIPPET", "ADAPTER_SNIPPET"):
     exec(os.environ[name])
     seen[name] = Image.open("edited.png").size
     os.remove("edited.png")
+print(json.dumps(seen))
+"""
+ENCODE = """
+import json, os, sys
+import torch
+from PIL import Image
+from editar_hf import EditARVQModel
+
+seen = {}
+for name, source in (("pushed", "tester/tokenizer"), ("at hand", sys.argv[1])):
+    pixel_values = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen[name] = EditARVQModel.from_pretrained(source).encode(pixel_values).image_tokens.tolist()
+os.chdir(os.environ["HF_HOME"])
+exec(os.environ["SNIPPET"])
+seen["snippet"] = Image.open("decoded.png").size
 print(json.dumps(seen))
 """
 FAIL = """
@@ -159,3 +174,50 @@ def test_token_is_written_nowhere(story):
     for repository in story["hub"].repositories.values():
         for files in repository.commits.values():
             assert not [name for name, content in files.items() if TOKEN.encode() in content]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_story(tmp_path_factory):
+    """Train a tokenizer and push it, on the way too; load it elsewhere, and paste its card's snippet."""
+    home = tmp_path_factory.mktemp("tokenizer-hub")
+    write_pairs(home / "pairs.parquet", num_rows=6, seed=0)
+    sizes = ["--num_embeddings", 16, "--embedding_dim", 4, "--latent_channels", 8, "--base_channels", 8]
+    sizes += ["--channel_multipliers", 1, 1, 1, "--num_res_blocks", 1, "--norm_num_groups", 2, "--resolution", 16]
+    options = ["--dataset", home / "pairs.parquet", "--image_columns", "source_image,target_image"]
+    options += ["--validation_rows", 2, "--batch_size", 4, "--max_steps", 3, "--output_dir", home / "run"]
+    options += ["--push_to_hub", TOKENIZER, "--push_steps", 2, "--license", "mit"]
+    with HubServer() as hub:
+        environment = {**hub.get_environment(home / "maker"), "ACCELERATE_USE_CPU": "true"}
+        run([EXAMPLES / "train_vq.py", *sizes, *options], environment)
+        card = hub.read_files(TOKENIZER)["README.md"].decode()
+        environment = {**hub.get_environment(home / "user"), "SNIPPET": read_snippet(card)}
+        seen = json.loads(run(["-c", ENCODE, home / "run" / "tokenizer"], environment).stdout)
+    return {"hub": hub, "home": home, "card": card, "seen": seen}
+
+
+def test_pushed_tokenizer_encodes_as_the_one_at_hand_and_its_snippet_runs_as_pasted(tokenizer_story):
+    seen = tokenizer_story["seen"]
+    assert seen["pushed"] == seen["at hand"]
+    assert seen["snippet"] == [16, 16]
+
+
+def test_tokenizer_is_pushed_on_the_way_and_at_the_end_without_its_checkpoints(tokenizer_story):
+    cards = [files.get("README.md", b"").decode() for files in tokenizer_story["hub"].commits_of(TOKENIZER)]
+    assert [card.partition(" steps of ")[0][-1:] for card in cards] == ["", "2", "3"]
+    files = set(tokenizer_story["hub"].read_files(TOKENIZER))
+    assert files == {".gitattributes", "README.md", "config.json", "model.safetensors", "validation.png"}
+    with Image.open(tokenizer_story["home"] / "run" / "tokenizer" / "validation.png") as sheet:
+        assert sheet.size == (4 * 20 + 4, 2 * 20 + 4)
+
+
+def test_card_of_a_tokenizer_says_what_it_was_trained_on_and_how_well(tokenizer_story):
+    card, home = tokenizer_story["card"], tokenizer_story["home"]
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["license"] == "mit"
+    assert header["tags"] == ["editar", "vq-tokenizer"]
+    assert f"Trained on 8 pictures of `{home / 'pairs.parquet'}`, for 3 steps of 4, at 16 × 16 pixels." in card
+    assert "train_vq.py --num_embeddings 16" in card
+    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    psnr = next(line["psnr"] for line in reversed(lines) if "psnr" in line)
+    assert f"On 4 pictures held out: PSNR {psnr:.2f} dB" in card
+    assert TOKEN not in card

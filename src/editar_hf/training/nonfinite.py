@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from .sharding import gather
+
 
 class NonFiniteGuard:
     """Tell usable steps from those to be skipped, alike in every process.
@@ -20,11 +22,12 @@ class NonFiniteGuard:
         self.accelerator, self.output_dir, self.max_steps = accelerator, output_dir, max_steps
         self.num_skipped = 0
 
-    def admits(self, loss: torch.Tensor, gradient_norm: torch.Tensor) -> bool:
+    def admits(self, loss: torch.Tensor, gradient_norm: torch.Tensor | float | None) -> bool:
         """Say whether the weights may be stepped. In fp16 infinite gradients are the loss scaler's business."""
         figures = [loss.detach().float()]
-        if self.accelerator.scaler is None:
-            figures.append(torch.as_tensor(gradient_norm, device=loss.device).float())
+        # DeepSpeed gives a plain number, or none.
+        if self.accelerator.scaler is None and gradient_norm is not None:
+            figures.append(torch.as_tensor(gather(gradient_norm), device=loss.device).float())
         return math.isfinite(self.accelerator.reduce(torch.stack(figures), "sum").sum().item())
 
     def skip(self, step: int, batches: list[dict]):

@@ -1,7 +1,5 @@
 """Held-out pairs as pictures: what the model makes of them, through the pipeline that users call."""
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 
@@ -19,17 +17,15 @@ def build_contact_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Im
 
 
 @torch.no_grad()
-def save_validation_pictures(
+def draw_validation_pictures(
     pipeline: EditARPipeline,
     batch: dict[str, torch.Tensor],
     num_pictures: int,
-    output_dir: Path,
-    step: int,
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
-) -> Path:
-    """Save the first pairs of a batch of tokens as rows source | edited | target; return the file.
+) -> Image.Image:
+    """Draw the first pairs of a batch of tokens as rows source | edited | target.
 
     The same seed at every step, so that pictures of different steps compare.
 
@@ -37,8 +33,6 @@ def save_validation_pictures(
         pipeline (`EditARPipeline`): The model as it is now.
         batch (`dict[str, torch.Tensor]`): `source_image_tokens`, `target_image_tokens`, `input_ids`, `attention_mask`.
         num_pictures (`int`): Rows of the sheet; a smaller batch gives fewer.
-        output_dir (`Path`): The sheet becomes `validation/step-….png` in it.
-        step (`int`): Optimiser steps so far.
         height, width (`int`, *optional*): Pixels the tokens stand for; default the model's.
         seed (`int`): Row k is sampled with `seed` + k.
     """
@@ -50,8 +44,4 @@ def save_validation_pictures(
         prompt_embeds=states.last_hidden_state, source_image_tokens=source, generator=generators, **size
     ).images
     columns = [pipeline.decode_image_tokens(source, **size), edited, pipeline.decode_image_tokens(target, **size)]
-    folder = output_dir / "validation"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:07d}.png"
-    build_contact_sheet([list(row) for row in zip(*columns, strict=True)]).save(path)
-    return path
+    return build_contact_sheet([list(row) for row in zip(*columns, strict=True)])

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..modeling_editar_vq import EditARVQModel, compute_nearest_codes
 from ..processing_editar import prepare_rgb_picture
+from .validation import build_contact_sheet
 
 
 def load_pictures(name: str, split: str, image_columns: Sequence[str]) -> datasets.Dataset:
@@ -181,3 +182,13 @@ def evaluate_tokenizer(model: EditARVQModel, pixels: np.ndarray, batch_size: int
         "code_usage": (token_counts > 0).double().mean().item(),
         "perplexity": compute_perplexity(token_counts),
     }
+
+
+@torch.no_grad()
+def save_reconstructions(model: EditARVQModel, pixels: np.ndarray, path: str | Path):
+    """Save a sheet of pictures, uint8 (pictures, height, width, 3), and below each what comes back from its tokens."""
+    pixel_values = prepare_pixel_values(pixels, model.device)
+    grid = [side // model.config.stride for side in pixel_values.shape[-2:]]
+    decoded = model.decode(model.encode(pixel_values).image_tokens, *grid).float().clamp(-1, 1)
+    decoded = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    build_contact_sheet([[Image.fromarray(picture) for picture in row] for row in (pixels, decoded)]).save(path)

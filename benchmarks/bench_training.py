@@ -1,0 +1,249 @@
+"""Speed and memory of a training step: ours against a plain loop, on the same networks with the same data.
+
+The plain loop encodes both pictures and the prompt in every step, computes logits of every position, and waits for the
+loss. Ours encodes both pictures at once, computes the logits of target positions and waits for nothing; or it reads
+tokens and text states that `examples/precompute_tokens.py` made in advance. Reading and decoding files is not in it.
+
+    python benchmarks/bench_training.py           # a small decoder on one CPU thread, a few minutes
+    python benchmarks/bench_training.py --full    # GPT-XL at 512×512 in bf16, on a GPU
+
+Every sample is a process of its own; the ways take turns, forth and back; the losses of the first steps must agree
+before a speed counts. Writes `results/training.md`, or `results/training-full.md`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from transformers import T5Config, T5EncoderModel
+
+from editar_hf import EditARConfig, EditARForConditionalGeneration, EditARVQConfig, EditARVQModel
+from editar_hf.training.batch import encode_image_tokens
+from editar_hf.training.optimization import build_optimizer
+from editar_hf.training.step import TrainingStep, draw_dropout
+
+
+RESULTS = Path(__file__).parent / "results"
+WAYS = {"plain": "plain loop", "pictures": "ours, from pictures", "tokens": "ours, from tokens and text states"}
+NO_DROPOUT = {"text_dropout": 0.0, "residual_dropout": 0.0, "mlp_dropout": 0.0, "distillation_hidden_size": None}
+# The tokenizer and the text encoder take about the share of a step that they take at the published size.
+SMALL = {
+    "transformer": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "grid_size": 16},
+    "vq_model": {"base_channels": 32, "norm_num_groups": 2},
+    "text_encoder": {"d_model": 2048, "d_kv": 64, "d_ff": 1024, "num_layers": 1, "num_heads": 8},
+    "batch_size": 2,
+    "steps": (1, 3),
+}
+# Source of the text encoder's sizes: the configuration of google/flan-t5-xl.
+FULL = {
+    "transformer": EditARConfig.from_preset("GPT-XL").to_dict(),
+    "vq_model": {},
+    "text_encoder": {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+    "batch_size": 16,
+    "steps": (5, 20),
+}
+
+
+def build_networks(sizes: dict) -> tuple[EditARForConditionalGeneration, EditARVQModel, T5EncoderModel]:
+    """Build the three networks with random weights, the same in every process, the head's included."""
+    torch.manual_seed(0)
+    transformer = EditARForConditionalGeneration(EditARConfig(**{**sizes["transformer"], **NO_DROPOUT}))
+    torch.nn.init.normal_(transformer.lm_head.weight, std=0.02)
+    vq_model = EditARVQModel(EditARVQConfig(**sizes["vq_model"])).eval().requires_grad_(False)
+    config = T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes["text_encoder"])
+    return transformer, vq_model, T5EncoderModel(config).requires_grad_(False)
+
+
+def draw_batch(sizes: dict, transformer: EditARForConditionalGeneration, stride: int, place: int) -> dict:
+    """Draw a batch of smooth pictures and prompts."""
+    generator = torch.Generator().manual_seed(place)
+    side, batch_size = transformer.config.grid_size * stride, sizes["batch_size"]
+    coarse = torch.rand(2 * batch_size, 3, 8, 8, generator=generator) * 2 - 1
+    source, target = F.interpolate(coarse, (side, side), mode="bilinear").chunk(2)
+    ids = torch.randint(2, 32100, (batch_size, transformer.config.num_text_tokens), generator=generator)
+    pictures = {"source_pixel_values": source, "target_pixel_values": target}
+    return {**pictures, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def compute_plain_loss(transformer, vq_model, text_encoder, batch: dict, drop_source, drop_prompt) -> torch.Tensor:
+    """Compute the loss as a loop does that nobody has made faster."""
+    with torch.no_grad():
+        source, target = (vq_model.encode(batch[f"{name}_pixel_values"]).image_tokens for name in ("source", "target"))
+        prompt_embeds = text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    states = transformer.model(source, prompt_embeds, target[:, :-1], drop_source, drop_prompt).last_hidden_state
+    logits = transformer.lm_head(states).float()
+    return F.cross_entropy(logits[:, -target.shape[1] :].flatten(0, 1), target.flatten())
+
+
+def measure_way(way: str, is_full: bool) -> dict:
+    """Train a few steps in this process; return losses, seconds a step and the most memory held."""
+    sizes = FULL if is_full else SMALL
+    if not is_full:
+        torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=not is_full, mixed_precision="bf16" if is_full else "no")
+    transformer, vq_model, text_encoder = build_networks(sizes)
+    vq_model.to(accelerator.device)
+    module = TrainingStep(transformer, text_encoder, (transformer.config.grid_size,) * 2)
+    if is_full and way != "plain":
+        module.compile()
+    module, optimizer = accelerator.prepare(module, build_optimizer(module.parameters()))
+    module.train()
+    num_warm, num_timed = sizes["steps"]
+    batches = [draw_batch(sizes, transformer, vq_model.config.stride, place) for place in range(num_warm + num_timed)]
+    batches = [{name: tensor.to(accelerator.device) for name, tensor in batch.items()} for batch in batches]
+    if way == "tokens":
+        batches = [encode_image_tokens(batch, vq_model) for batch in batches]
+        with torch.no_grad(), accelerator.autocast():
+            batches = [{**batch, "prompt_embeds": module.encode_prompts(batch)} for batch in batches]
+    losses, start = [], None
+    for place, batch in enumerate(batches):
+        if place == num_warm:
+            start = read_clocks(accelerator.device)
+        if way == "plain":
+            drops = {name: draw_dropout(batch, 0, place)[name] for name in ("drop_source", "drop_prompt")}
+            with accelerator.autocast():
+                loss = compute_plain_loss(transformer, vq_model, text_encoder, batch, **drops)
+        else:
+            loss = module(**draw_dropout(encode_image_tokens(batch, vq_model), 0, place))["loss"]
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item() if way == "plain" else loss.detach())
+    seconds = [(end - begin) / num_timed for begin, end in zip(start, read_clocks(accelerator.device), strict=True)]
+    return {
+        "losses": [float(loss) for loss in losses],
+        "cpu_seconds": seconds[0],
+        "seconds": seconds[1],
+        "memory_gib": measure_peak_memory(accelerator.device),
+        "flops_per_second": measure_matrix_rate(accelerator.device, torch.bfloat16 if is_full else torch.float32),
+    }
+
+
+def read_clocks(device: torch.device) -> tuple[float, float]:
+    """Read the process's CPU time and the wall clock, once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time(), time.perf_counter()
+
+
+def measure_peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure how many operations a second a product of large square matrices gets; CPU seconds on a CPU."""
+    side, clock = (8192, 1) if device.type == "cuda" else (2048, 0)
+    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
+    left @ right
+    start = read_clocks(device)[clock]
+    for _ in range(3):
+        left @ right
+    return 3 * 2 * side**3 / (read_clocks(device)[clock] - start)
+
+
+def count_operations(config: EditARConfig) -> float:
+    """Count the operations of a training sample, forward and twice that backward; GPT-XL at 512×512: 10.94e12."""
+    num_positions = 2 * config.num_image_tokens + config.num_text_tokens - 1
+    matrices = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    layers = 2 * config.num_hidden_layers * matrices * num_positions
+    # Causal: half of all pairs of positions, once for the scores and once for the values.
+    attention = 2 * config.num_hidden_layers * config.hidden_size * num_positions**2
+    head = 2 * config.hidden_size * config.vocab_size * config.num_image_tokens
+    return 3 * (layers + attention + head)
+
+
+def run_way(way: str, is_full: bool) -> dict:
+    words = [sys.executable, "-W", "ignore", __file__, "--way", way, *(["--full"] if is_full else [])]
+    environment = os.environ if is_full else {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(f"The way {way!r} failed:\n{finished.stderr}")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def check_parity(samples: dict[str, list[dict]], tolerance: float):
+    """Stop if the ways' losses differ: the speed of another computation says nothing."""
+    for way, measured in samples.items():
+        for loss, expected in zip(measured[0]["losses"], samples["plain"][0]["losses"], strict=True):
+            if abs(loss - expected) > tolerance * expected:
+                raise SystemExit(f"{WAYS[way]}: a loss is {loss}, the plain loop's {expected}.")
+
+
+def describe_device(is_full: bool) -> str:
+    if is_full:
+        return torch.cuda.get_device_name()
+    return f"one thread of {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def compose_report(samples: dict[str, list[dict]], is_full: bool, note: str) -> str:
+    """Lay the samples out as Markdown: medians, and ratios to the plain loop of the same round."""
+    sizes, clock = (FULL, "seconds") if is_full else (SMALL, "cpu_seconds")
+    config = EditARConfig(**{**sizes["transformer"], **NO_DROPOUT})
+    operations = sizes["batch_size"] * count_operations(config)
+    pixels = config.grid_size * EditARVQConfig(**sizes["vq_model"]).stride
+    lines = [
+        f"# Training step, {'GPT-XL' if is_full else 'a small decoder'} at {pixels} × {pixels}",
+        "",
+        f"Decoder of {config.num_hidden_layers} layers, width {config.hidden_size}; batches of {sizes['batch_size']}; "
+        f"{'bf16, compiled but for the plain loop' if is_full else 'fp32, eager'}.",
+        f"Device: {describe_device(is_full)}; Python {platform.python_version()}, torch {torch.__version__}; "
+        f"{date.today()}.{f' {note}' if note else ''}",
+        f"Samples a second are by {'the clock' if is_full else 'the CPU time of the process'}: median (least – most) "
+        f"of {len(samples['plain'])} processes, in turns. The losses of all steps agree.",
+        "The share is that of the rate of a large matrix product in the same process; operations of the decoder alone "
+        "count. Made by",
+        f"`python benchmarks/bench_training.py{' --full' if is_full else ''}`.",
+        "",
+        "| way | samples/s | against the plain loop | share of the matrix rate | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for way, measured in samples.items():
+        speeds = [sizes["batch_size"] / sample[clock] for sample in measured]
+        ratios = [plain[clock] / sample[clock] for plain, sample in zip(samples["plain"], measured, strict=True)]
+        share = statistics.median(operations / s[clock] / s["flops_per_second"] for s in measured)
+        memory = max(sample["memory_gib"] for sample in measured)
+        figures = [f"{statistics.median(v):.3g} ({min(v):.3g} – {max(v):.3g})" for v in (speeds, ratios)]
+        lines.append(f"| {WAYS[way]} | {figures[0]} | {figures[1]} | {share:.0%} | {memory:.1f} GiB |")
+    return "\n".join([*lines, ""])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="the published size, on a GPU")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--note", default="", help="what else the machine did, for the report")
+    parser.add_argument("--way", choices=WAYS, help="measure one way in this process, and print JSON")
+    args = parser.parse_args()
+    if args.full and not torch.cuda.is_available():
+        raise SystemExit("`--full` needs a GPU.")
+    if args.way:
+        print(json.dumps(measure_way(args.way, args.full)))
+        return
+    samples = {way: [] for way in WAYS}
+    for turn in range(args.rounds):
+        for way in list(WAYS)[:: -1 if turn % 2 else 1]:
+            samples[way].append(run_way(way, args.full))
+            print(f"round {turn + 1}, {WAYS[way]}: {samples[way][-1]}", flush=True)
+        check_parity(samples, tolerance=0.02 if args.full else 1e-4)
+    report = compose_report(samples, args.full, args.note)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"training{'-full' if args.full else ''}.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

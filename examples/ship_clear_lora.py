@@ -1,0 +1,169 @@
+"""Ship the adapter that `train_clear_lora.sh` trained: its weights, and a card with its figures and a picture.
+
+    python examples/ship_clear_lora.py --model examples/sticker-editor --adapter runs/clear/run/adapter \
+        --dataset runs/clear/new --figures runs/clear/figures --output_dir examples/sticker-clear-lora \
+        --hardware "two CPU cores, 12 minutes"
+
+The figures are what `evaluate_sticker_editor.py` wrote for new and old test samples, with the adapter and without it.
+The picture shows the first new test samples; nothing is picked.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import HfArgumentParser
+
+from editar_hf import EditARPipeline
+from editar_hf.model_card import CARD_FILE
+from editar_hf.pipeline_lora import CONFIG_FILE, WEIGHTS_FILE
+from editar_hf.training.validation import build_contact_sheet
+
+
+PICTURE_FILE = "clearings.png"
+NUM_SHOWN, ENLARGED = 6, 128
+CARD = """\
+---
+license: apache-2.0
+library_name: editar-hf
+pipeline_tag: image-to-image
+tags: [editar, image-editing, lora]
+---
+
+# sticker-clear-lora
+
+A LoRA adapter that teaches the [sticker editor](../sticker-editor/README.md) a new operation, "clear the picture":
+every sticker goes, the photograph stays.
+
+```python
+import torch
+from PIL import Image, ImageDraw
+from editar_hf import EditARPipeline
+
+pipe = EditARPipeline.from_pretrained("{model}")
+pipe.load_lora_weights("{folder}")
+image = Image.new("RGB", (64, 64), "grey")
+ImageDraw.Draw(image).ellipse((6, 6, 24, 24), fill=(205, 0, 30))
+cleared = pipe("clear the picture", image=image, generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+## Training
+
+300 pairs of the new operation from `examples/make_clear_edits.py`, two draws in five, and 6,000 pairs of the operations
+the editor knows, from `examples/make_sticker_edits.py` with a seed of its own. Rank {rank}, alpha {alpha:g}, on
+{modules}. `bash examples/train_clear_lora.sh` makes the data, trains, measures and writes this card,
+with seed 0; hardware: {hardware}.
+
+## Figures
+
+Share of edits done on test samples, in per cent, decoding as the editor does by default ({setting});
+`examples/sticker_scoring.py` says what counts as done.
+
+| | samples | ceiling | without the adapter | with it | |
+|---|---|---|---|---|---|
+{rows}
+
+Without the adapter active (`disable_lora()`) the editor gives the tokens it gave before.
+
+The first test samples of the new operation, as source, without the adapter, with it, and target:
+
+![source, without, with, target]({picture})
+
+## Licence
+
+Apache-2.0, like the weights it adapts. The photographs are public domain or CC0.
+"""
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "pipeline folder or Hub id that the adapter is for"})
+    adapter: Path = field(metadata={"help": "folder that `train_editar.py --lora_rank` wrote"})
+    dataset: str = field(metadata={"help": "folder that `make_clear_edits.py` wrote"})
+    figures: Path = field(metadata={"help": "folder with new-without.json, new-with.json, old-without.json, ..."})
+    output_dir: Path
+    hardware: str = "two CPU cores"
+
+
+def read_rates(path: Path) -> tuple[str, dict[str, dict[str, tuple[int, float]]]]:
+    """Read the one setting of a file of figures, and of it and of the ceiling: operation → (samples, share done)."""
+    results = json.loads(path.read_text())
+    (setting,) = set(results) - {"ceiling"}
+    return setting, {
+        name: {operation: (means["n"], means["done"]) for operation, means in results[name]["seen"].items()}
+        for name in ("ceiling", setting)
+    }
+
+
+def compose_rows(figures: Path) -> tuple[str, str]:
+    """Compose the table's rows, and name the setting."""
+    rows = []
+    for part, beside in (("new", "ceiling"), ("old", "base")):
+        setting, without = read_rates(figures / f"{part}-without.json")
+        adapted = read_rates(figures / f"{part}-with.json")[1][setting]
+        columns = [without["ceiling"], without[setting], adapted]
+        if part == "old":
+            columns = [{**column, "all of these": average(column)} for column in columns]
+        for operation in columns[0]:
+            ceiling, base, ours = (column[operation][1] for column in columns)
+            reference = ceiling if part == "new" else base
+            share = f"{ours / reference:.1%} of the {beside}'s" if reference else ""
+            rates = " | ".join(f"{100 * rate:.1f}" for rate in (ceiling, base, ours))
+            rows.append(f"| {operation} | {columns[0][operation][0]:,} | {rates} | {share} |")
+    return "\n".join(rows), setting
+
+
+def average(rates: dict[str, tuple[int, float]]) -> tuple[int, float]:
+    """Average shares over samples."""
+    total = sum(count for count, _ in rates.values())
+    return total, sum(count * rate for count, rate in rates.values()) / total
+
+
+def draw_clearings(args: Arguments) -> Image.Image:
+    """Draw the first test samples as source | without | with | target."""
+    files = {"test": f"{args.dataset}/test.parquet"}
+    samples = load_dataset("parquet", data_files=files, split=f"test[:{NUM_SHOWN}]")
+    pipeline = EditARPipeline.from_pretrained(args.model)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def edit() -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(index) for index in range(len(samples))]
+        return pipeline(samples["prompt"][:], image=samples["source_image"][:], generator=generators).images
+
+    columns = [samples["source_image"][:], edit()]
+    pipeline.load_lora_weights(args.adapter)
+    columns += [edit(), samples["target_image"][:]]
+    size = ENLARGED, ENLARGED
+    rows = zip(*columns, strict=True)
+    return build_contact_sheet([[picture.resize(size, Image.Resampling.NEAREST) for picture in row] for row in rows])
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    config = json.loads((args.adapter / CONFIG_FILE).read_text())
+    rows, setting = compose_rows(args.figures)
+    card = CARD.format(
+        model=args.model,
+        folder=args.output_dir,
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        modules=", ".join(f"`{name}`" for name in sorted(config["target_modules"])),
+        hardware=args.hardware,
+        setting=setting,
+        rows=rows,
+        picture=PICTURE_FILE,
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    draw_clearings(args).save(args.output_dir / PICTURE_FILE, optimize=True)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(args.adapter / file, args.output_dir / file)
+    ModelCard(card).save(args.output_dir / CARD_FILE)
+
+
+if __name__ == "__main__":
+    main()
