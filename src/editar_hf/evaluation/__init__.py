@@ -1,0 +1,1 @@
+"""Evaluation: metrics and protocols of the published benchmarks; tasks, systems, runs and reports."""

@@ -1,0 +1,331 @@
+"""Metrics that ask a network: each step of the published evaluation written out beside the scorer."""
+
+import doctest
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from skimage import data
+from tiny import redraw_weights
+from tiny_metrics import (
+    NUM_LABELS,
+    build_clip,
+    build_depth_model,
+    build_dino,
+    build_inception,
+    build_lpips,
+    build_segmentation_model,
+)
+from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerImageProcessorPil, ResNetConfig
+
+from editar_hf.evaluation import metric_models, protocols, scorers
+from editar_hf.evaluation.image_metrics import compute_cosine_similarity, compute_structure_distance
+from editar_hf.evaluation.map_metrics import compute_confusion_matrix, compute_depth_rmse
+from editar_hf.evaluation.scorers import (
+    CLIPScorer,
+    DepthScorer,
+    DINOScorer,
+    InceptionScorer,
+    LPIPSScorer,
+    SegmentationScorer,
+    StructureScorer,
+    compute_size,
+    resize_for_inception,
+)
+
+
+PROMPTS = ["a red barn", "two cats"]
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Two pieces of a photograph, (80, 64, 3)."""
+    return [data.astronaut()[top : top + 80, 200:264] for top in (20, 120)]
+
+
+@pytest.fixture(scope="module")
+def images(photographs):
+    return torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2) / 255
+
+
+@pytest.fixture(scope="module")
+def references(images):
+    return images.flip(3)
+
+
+@pytest.fixture(scope="module")
+def mask():
+    """One mask of a rectangle, and one that is empty."""
+    mask = torch.zeros(2, 1, 80, 64)
+    mask[0, :, 10:60, 20:50] = 1
+    return mask
+
+
+def normalise(array, mean, std):
+    """Turn (height, width, 3) of 0 to 255 into what a vision model takes."""
+    return torch.from_numpy((array / 255 - np.array(mean)) / np.array(std)).float().permute(2, 0, 1)[None]
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+# CLIP
+
+
+@torch.no_grad()
+def test_clip_score_is_a_hundred_cosines_of_the_picture_as_clip_sees_it(images, photographs):
+    model, processor = build_clip()
+    expected = []
+    for photograph, prompt in zip(photographs, PROMPTS, strict=True):
+        picture = Image.fromarray(photograph).resize((224, 280), Image.BICUBIC).crop((0, 28, 224, 252))
+        image = model.get_image_features(normalise(np.asarray(picture), *OPENAI)).pooler_output[0]
+        text = model.get_text_features(**processor.tokenizer([prompt], return_tensors="pt")).pooler_output[0]
+        expected.append(max(100 * (image @ text / image.norm() / text.norm()).item(), 0))
+    scores = CLIPScorer(model, processor=processor)(images, PROMPTS)
+    assert scores.tolist() == pytest.approx(expected, abs=1e-3)
+    assert len(set(scores.tolist()) - {0.0}) == 2
+
+
+def test_clip_score_under_a_mask_is_that_of_the_picture_black_outside(images, mask):
+    scorer = CLIPScorer(build_clip()[0], processor=build_clip()[1])
+    score = scorer(images, PROMPTS, mask)
+    assert score[0] == scorer(images * mask, PROMPTS)[0]
+    assert score[0] != scorer(images, PROMPTS)[0]
+    assert score[1].isnan(), "an empty mask shows nothing"
+
+
+def test_long_prompts_are_cut_off_and_short_ones_are_not_changed_by_them(images):
+    scorer = CLIPScorer(build_clip()[0], processor=build_clip()[1])
+    assert torch.equal(scorer(images, ["a red barn"] * 2)[:1], scorer(images, ["a red barn", "cat " * 50])[:1])
+    with pytest.raises(ValueError, match="`prompts` is 'cat'; give a list of 2"):
+        scorer(images, "cat")
+
+
+def test_clip_i_of_a_picture_with_itself_is_one(images, references):
+    scorer = CLIPScorer(build_clip()[0], processor=build_clip()[1])
+    embeds, others = scorer.encode_images(images), scorer.encode_images(references)
+    assert compute_cosine_similarity(embeds, embeds).tolist() == pytest.approx([1, 1])
+    assert compute_cosine_similarity(embeds, others).max() < 1 - 1e-5
+
+
+def test_clip_from_a_folder_is_the_instance_it_was_saved_from(images, tmp_path):
+    model, processor = build_clip()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    expected = CLIPScorer(model, processor=processor)(images, PROMPTS)
+    assert torch.equal(CLIPScorer(tmp_path)(images, PROMPTS), expected)
+    assert torch.equal(CLIPScorer(str(tmp_path))(images, PROMPTS), expected)
+
+
+# DINO
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pixel_scale", [1, 255])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_structure_distance_is_of_the_last_layers_keys(pixel_scale, antialias, images, references):
+    model = build_dino()
+    keys = []
+    for pictures in (images, references):
+        # 80×64 to a shorter side of 224.
+        pixels = F.interpolate(pictures * pixel_scale, (280, 224), mode="bilinear", antialias=antialias)
+        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in IMAGENET)
+        states = model((pixels - mean) / std, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+        last = model.layers[-1]
+        keys.append(F.linear(last.layernorm_before(states[-2]), *last.attention.k_proj.parameters()))
+    # 32 pixels a patch: 8 rows of 7, and the class token.
+    assert keys[0].shape == (2, 57, 16)
+    scorer = StructureScorer(model, pixel_scale=pixel_scale, antialias=antialias)
+    torch.testing.assert_close(scorer(images, references), compute_structure_distance(*keys), rtol=1e-4, atol=1e-9)
+
+
+def test_structure_distance_depends_on_both_switches(references):
+    images = torch.rand(1, 3, 400, 300, generator=torch.Generator().manual_seed(0))
+    references = F.interpolate(references[:1], (400, 300))
+    switches = [{}, {"pixel_scale": 1}, {"antialias": False}]
+    assert len({StructureScorer(build_dino(), **kwargs)(images, references).item() for kwargs in switches}) == 3
+
+
+def test_all_785_tokens_count():
+    keys = StructureScorer(build_dino(patch_size=8)).encode_keys(torch.zeros(1, 3, 512, 512))
+    assert keys.shape == (1, 785, 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((512, 512), (224, 224)), ((300, 1000), (144, 480)), ((1000, 300), (480, 144))]
+)
+def test_size_is_that_of_a_shorter_side_of_224_and_a_longer_one_of_480_at_most(size, expected):
+    assert compute_size(*size, 224, 480) == expected
+
+
+@torch.no_grad()
+def test_dino_similarity_is_of_class_tokens_of_the_centre(images, references, photographs):
+    model = build_dino()
+    tokens = []
+    for photograph in photographs:
+        for array in (photograph, photograph[:, ::-1]):
+            # 64×80 to 256×320; the middle 224×224.
+            picture = Image.fromarray(array).resize((256, 320), Image.BICUBIC).crop((16, 48, 240, 272))
+            tokens.append(model(normalise(np.asarray(picture), *IMAGENET)).last_hidden_state[0, 0])
+    expected = [F.cosine_similarity(a, b, dim=0).item() for a, b in (tokens[:2], tokens[2:])]
+    assert DINOScorer(model)(images, references).tolist() == pytest.approx(expected, abs=1e-5)
+    assert max(expected) < 1 - 1e-5
+
+
+# LPIPS
+
+
+@torch.no_grad()
+def test_lpips_is_of_pictures_with_the_edited_pixels_grey(images, references, mask):
+    model = build_lpips()
+    scorer = LPIPSScorer(model)
+    torch.testing.assert_close(scorer(images, references).float(), model(images * 2 - 1, references * 2 - 1))
+    expected = model(images * (1 - mask) * 2 - 1, references * (1 - mask) * 2 - 1)
+    torch.testing.assert_close(scorer(images, references, mask).float(), expected)
+    assert scorer(images, references, mask)[0] != scorer(images, references)[0]
+
+
+@pytest.mark.parametrize("masked_mean", [False, True])
+def test_lpips_of_a_picture_edited_everywhere_has_no_value(masked_mean, images, references, mask):
+    scorer = LPIPSScorer(build_lpips())
+    scores = scorer(images, references, 1 - mask, masked_mean)
+    assert scores.isnan().tolist() == [False, True]
+    assert scores.dtype == torch.float64
+
+
+def test_lpips_of_the_spared_part_alone_is_larger_than_of_the_whole(images, references):
+    mask = torch.ones(2, 1, 80, 64)
+    mask[..., :20] = 0
+    scorer = LPIPSScorer(build_lpips())
+    assert (scorer(images, references, mask, True) > 1.5 * scorer(images, references, mask)).all()
+
+
+# Depth
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["editar", "controlnet++", "controlar"])
+def test_depth_is_compared_as_the_variant_says(variant):
+    model, processor = build_depth_model()
+    images = torch.from_numpy(data.astronaut()[:64, 200:264]).permute(2, 0, 1)[None] / 255
+    labels = images[:, :1]
+    side = 64 if variant == "controlar" else 32
+    picture = Image.fromarray(data.astronaut()[:64, 200:264]).resize((side, side), Image.BICUBIC)
+    depth = model(normalise(np.asarray(picture), [0.5] * 3, [0.5] * 3)).predicted_depth
+    assert depth.shape == (1, side, side)
+    distance = DepthScorer(model, processor=processor, variant=variant)(images, labels)
+    torch.testing.assert_close(distance, compute_depth_rmse(depth, labels, variant), rtol=1e-3, atol=0)
+
+
+def test_depth_from_a_folder_is_the_instance_it_was_saved_from(images, tmp_path):
+    model, processor = build_depth_model()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    labels = images[:, :1]
+    assert torch.equal(DepthScorer(tmp_path)(images, labels), DepthScorer(model, processor=processor)(images, labels))
+
+
+# Segmentation
+
+
+def build_maskformer():
+    """Build a mask classifier on a residual network, the kind of the published COCOStuff model."""
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    decoder = {"model_type": "detr", "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "num_queries": 9}
+    decoder |= {"decoder_ffn_dim": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    config = MaskFormerConfig(
+        backbone_config=backbone,
+        decoder_config=decoder,
+        fpn_feature_size=32,
+        mask_feature_size=32,
+        num_labels=NUM_LABELS,
+    )
+    return redraw_weights(MaskFormerForInstanceSegmentation(config), 0.3), MaskFormerImageProcessorPil(
+        size={"height": 64, "width": 64}
+    )
+
+
+@pytest.mark.parametrize("build", [build_segmentation_model, build_maskformer])
+def test_confusion_is_of_the_classes_that_the_model_sees(build, images, tmp_path):
+    model, processor = build()
+    labels = torch.randint(NUM_LABELS, (2, 80, 64), generator=torch.Generator().manual_seed(0))
+    labels[:, :5] = 255
+    with torch.no_grad():
+        outputs = model(**processor([Image.fromarray(p) for p in make_arrays(images)], return_tensors="pt"))
+    seen = torch.stack(processor.post_process_semantic_segmentation(outputs, target_sizes=[(80, 64)] * 2))
+    assert len(seen.unique()) > 1
+    scorer = SegmentationScorer(model, processor=processor)
+    assert torch.equal(scorer.segment(images), seen)
+    matrix = scorer(images, labels)
+    assert torch.equal(matrix, compute_confusion_matrix(seen, labels, NUM_LABELS))
+    assert matrix.sum() == 2 * 75 * 64
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert torch.equal(SegmentationScorer(tmp_path)(images, labels), matrix)
+
+
+def make_arrays(images):
+    return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+# Inception
+
+
+@torch.no_grad()
+def test_features_are_of_channels_resized_in_floating_point():
+    """Black and white squares: what is bicubic overshoots there, and is cut off."""
+    array = np.kron(np.indices((8, 8)).sum(0) % 2, np.ones((9, 9)))[..., None].repeat(3, 2).astype(np.uint8) * 255
+    array[..., 1] //= 3
+    channels = [Image.fromarray(array[..., c].astype(np.float32)).resize((299, 299), Image.BICUBIC) for c in range(3)]
+    pixels = torch.tensor(np.array([np.asarray(channel) for channel in channels]))
+    assert (pixels % 1 != 0).any()
+    assert pixels.max() > 260
+    assert torch.equal(resize_for_inception(Image.fromarray(array)), pixels.clamp(0, 255))
+    model = build_inception()
+    features = InceptionScorer(model)(torch.from_numpy(array).permute(2, 0, 1)[None] / 255)
+    expected = model((pixels.clamp(0, 255)[None] - 128) / 128)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+# All
+
+
+@pytest.mark.parametrize("module", [metric_models, protocols, scorers], ids=lambda module: module.__name__)
+def test_examples_in_docstrings_run(module):
+    runner, parser = doctest.DocTestRunner(), doctest.DocTestParser()
+    for name, item in vars(module).items():
+        if inspect.isclass(item) and item.__module__ == module.__name__:
+            # A fence that closes right after a result would be taken for part of it.
+            runner.run(parser.get_doctest(inspect.getdoc(item).replace("```", ""), {}, name, None, None))
+    assert runner.tries > 0
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("scorer", [CLIPScorer, DepthScorer, SegmentationScorer])
+def test_instance_without_its_processor_is_refused(scorer):
+    with pytest.raises(ValueError, match="`processor` is missing; give that of the LPIPSModel"):
+        scorer(build_lpips())
+
+
+def test_instance_in_half_precision_is_refused():
+    with pytest.raises(ValueError, match=r"`model` is in torch\.bfloat16; figures are computed in float32"):
+        LPIPSScorer(build_lpips().bfloat16())
+
+
+def test_networks_from_folders_are_ready_to_score(images, references, tmp_path):
+    build_lpips().save_pretrained(tmp_path / "lpips")
+    build_dino().save_pretrained(tmp_path / "dino")
+    build_inception().save_pretrained(tmp_path / "inception")
+    for scorer, instance, name in (
+        (LPIPSScorer, build_lpips(), "lpips"),
+        (StructureScorer, build_dino(), "dino"),
+        (DINOScorer, build_dino(), "dino"),
+    ):
+        assert torch.equal(scorer(tmp_path / name)(images, references), scorer(instance)(images, references))
+    assert torch.equal(InceptionScorer(tmp_path / "inception")(images), InceptionScorer(build_inception())(images))

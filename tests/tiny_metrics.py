@@ -1,0 +1,91 @@
+"""Tiny networks with random weights for the metrics that ask one, and their processors."""
+
+import torch
+from tiny import redraw_weights
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessorPil,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessorPil,
+    ViTConfig,
+    ViTModel,
+)
+
+from editar_hf.evaluation.metric_models import FIDInceptionConfig, FIDInceptionModel, LPIPSConfig, LPIPSModel
+
+
+NUM_LABELS = 7
+
+
+def build_clip():
+    """Build a CLIP of 224 pixels whose tokens are letters, and its processor."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**sizes, **ids, "vocab_size": len(words), "max_position_embeddings": 12},
+        vision_config={**sizes, "image_size": 224, "patch_size": 56},
+        projection_dim=8,
+    )
+    model = redraw_weights(CLIPModel(config), scale=0.3)
+    return model, CLIPProcessor(CLIPImageProcessorPil(), tokenizer)
+
+
+def build_dino(patch_size=32):
+    """Build a DINO of 224 pixels."""
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=patch_size
+    )
+    return redraw_weights(ViTModel(config, add_pooling_layer=False), scale=0.3)
+
+
+def build_depth_model():
+    """Build a depth model of 32 pixels, and its image processor."""
+    config = DPTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=16,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        is_hybrid=False,
+    )
+    torch.manual_seed(0)
+    return DPTForDepthEstimation(config).eval(), DPTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def build_segmentation_model():
+    """Build a segmentation model, and its image processor."""
+    config = SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=8
+    )
+    config.num_labels = NUM_LABELS
+    model = redraw_weights(SegformerForSemanticSegmentation(config), scale=0.5)
+    return model, SegformerImageProcessorPil(size={"height": 64, "width": 64})
+
+
+def build_lpips():
+    """Build LPIPS on a narrow SqueezeNet; as in the published one, no head is negative."""
+    torch.manual_seed(0)
+    model = LPIPSModel(LPIPSConfig(width_divisor=16)).eval()
+    for head in model.heads:
+        head.weight.data.abs_()
+    return model
+
+
+def build_inception():
+    """Build FID's Inception, narrow: 128 features."""
+    torch.manual_seed(0)
+    return FIDInceptionModel(FIDInceptionConfig(width_divisor=16)).eval()
