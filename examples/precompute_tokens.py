@@ -142,7 +142,9 @@ def check_shards(output_dir: Path, split: str, num_shards: int):
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    source, process = build_source(args), PartialState()
+    source = build_source(args)
+    # Without an accelerator, accelerate joins processes only when it is told that they are to use the CPU.
+    process = PartialState(cpu=not torch.accelerator.is_available())
     dataset = open_source(source)
     vq_model, pipeline = load_networks(args)
     size = args.resolution, args.resolution
