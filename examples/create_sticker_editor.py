@@ -43,6 +43,9 @@ class Arguments:
     text_hidden_size: int = 256
     text_num_layers: int = 4
     dropout: float = 0.0
+    distillation_hidden_size: int | None = field(
+        default=None, metadata={"help": "width of the teacher's features, for distillation; default: no distillation"}
+    )
     seed: int = 0
 
 
@@ -74,7 +77,7 @@ def build_transformer(args: Arguments, vq_model: EditARVQModel) -> EditARForCond
         num_text_tokens=args.num_text_tokens,
         text_hidden_size=args.text_hidden_size,
         text_rotary=args.text_rotary,
-        distillation_hidden_size=None,
+        distillation_hidden_size=args.distillation_hidden_size,
         text_dropout=args.dropout,
         residual_dropout=args.dropout,
         mlp_dropout=args.dropout,
@@ -104,7 +107,7 @@ def main():
     dataset = open_source(DataSource(args.dataset, streaming=False))
     tasks = dataset["task"][:] if "task" in dataset.column_names else "edit"
     tokenizer = train_tokenizer(apply_task_prefix(dataset["prompt"][:], tasks), args.text_vocab_size)
-    vq_model = EditARVQModel.from_pretrained(args.vq_model)
+    vq_model = EditARVQModel.from_pretrained(args.vq_model, dtype=torch.float32)
     image_processor = EditARImageProcessor(size=args.resolution, stride=vq_model.config.stride)
     pipeline = EditARPipeline(
         transformer=build_transformer(args, vq_model),

@@ -4,8 +4,8 @@
         --settings greedy-3 sampled-3 greedy-1 greedy-7.5 --output results.json
 
 A setting is a way to choose tokens and a guidance scale. Beside them stand the true target passed through the tokenizer
-(the ceiling), the untouched source, and the model given another sample's instruction. `sticker_scoring.py` says what
-counts as done.
+(the ceiling), the untouched source, and the model given another sample's instruction. What counts as done is said in
+`src/editar_hf/evaluation/stickers.py`.
 """
 
 import json
@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import load_dataset
-from sticker_scoring import aggregate_scores, score_sample
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
+from editar_hf.evaluation.stickers import aggregate_scores, compute_outside_psnr, score_sample
 from editar_hf.training.sources import find_files
 
 
@@ -106,18 +106,15 @@ def pass_through_tokenizer(args: Arguments, pipeline: EditARPipeline, samples: l
 
 
 def score_pictures(samples: list[dict], pictures: list, through_tokenizer: list, token_size: int) -> list[dict]:
-    return [
-        score_sample(
-            np.asarray(picture),
-            np.asarray(sample["source_image"]),
-            np.asarray(sample["target_image"]),
-            np.asarray(target),
-            np.asarray(sample["mask"].convert("L")),
-            sample["details"],
-            token_size,
+    scores = []
+    for sample, picture, through in zip(samples, pictures, through_tokenizer, strict=True):
+        source, target = (np.asarray(sample[name]) for name in ("source_image", "target_image"))
+        mask = np.asarray(sample["mask"].convert("L"))
+        ceiling = compute_outside_psnr(np.asarray(through), target, mask, token_size)
+        scores.append(
+            score_sample(np.asarray(picture), ceiling, source, target, mask, sample["details"], token_size)
         )
-        for sample, picture, target in zip(samples, pictures, through_tokenizer, strict=True)
-    ]
+    return scores
 
 
 def summarise(scores: list[dict]) -> dict:

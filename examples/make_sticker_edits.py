@@ -35,6 +35,8 @@ from PIL import ImageDraw
 from skimage.color import rgb2lab
 from skimage.feature import canny
 
+from editar_hf.evaluation.stickers import BACKGROUNDS, COLOURS, MASK_MARGIN, SHAPES, TRANSLATIONS, draw_coverage
+
 
 # The photographs, all inside scikit-image's wheel; licences as stated in the docstrings of `skimage.data`.
 # name: (file, licence, weight among the photographs trained on; None = held out, never trained on).
@@ -56,29 +58,15 @@ HELD_OUT = tuple(name for name, (_, _, weight) in PHOTOGRAPHS.items() if weight 
 # (left, top, right, bottom) of the part of a photograph that a split may see, as fractions. They share no pixel.
 REGIONS = {"train": (0, 0, 0.65, 1), "validation": (0.65, 0, 1, 0.5), "test": (0.65, 0.5, 1, 1)}
 
-# Chosen far apart in Lab: the closest two, blue and purple, are 41 apart; a background and a sticker, 41.
-COLOURS = {
-    "red": (205, 0, 30),
-    "orange": (255, 140, 0),
-    "yellow": (255, 240, 60),
-    "green": (0, 150, 40),
-    "blue": (20, 60, 230),
-    "purple": (170, 50, 190),
-    "white": (255, 255, 255),
-    "black": (0, 0, 0),
-}
-BACKGROUNDS = {"grey": (128, 128, 128), "pink": (255, 170, 200), "brown": (110, 70, 40), "cyan": (70, 215, 225)}
 SEGMENTATION_PALETTE = {
     "circle": (0, 140, 150),
     "square": (150, 80, 60),
     "triangle": (200, 150, 200),
     "star": (90, 100, 90),
 }
-SHAPES = ("circle", "square", "triangle", "star")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
 OPERATIONS = ("recolour", "reshape", "remove", "add", "move")
-TRANSLATIONS = ("canny", "depth", "segmentation")
 # Of the training pairs, in the order of the operations; the rest are translations.
 SHARES = (0.1625, 0.13, 0.0975, 0.13, 0.13)
 
@@ -89,7 +77,6 @@ UNSEEN_PAIRS = {("red", "triangle"), ("yellow", "circle"), ("blue", "star"), ("w
 TOKEN = 1 / 8
 SMALLEST, LARGEST, CANONICAL = 2.0 * TOKEN, 2.6 * TOKEN, 2.3 * TOKEN
 GAP = 0.3 * TOKEN
-MASK_MARGIN = 0.25 * TOKEN
 
 PROMPTS = {
     "recolour": (
@@ -168,32 +155,6 @@ class Sticker:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing
-
-
-def compute_outlines():
-    """Compute each shape's corners around its centre, (points, 2) in [-0.5, 0.5]; every shape is exactly 1 wide."""
-    turn = np.arange(64) * 2 * math.pi / 64
-    circle = 0.5 * np.stack([np.cos(turn), np.sin(turn)], -1)
-    square = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
-    triangle = np.array([[0, -0.45], [0.5, 0.45], [-0.5, 0.45]])
-    turn = np.arange(10) * math.pi / 5
-    radius = np.where(np.arange(10) % 2 == 0, 0.526, 0.23)[:, None]
-    star = radius * np.stack([np.sin(turn), -np.cos(turn)], -1)
-    star[:, 1] -= (star[:, 1].min() + star[:, 1].max()) / 2
-    return {"circle": circle, "square": square, "triangle": triangle, "star": star}
-
-
-OUTLINES = compute_outlines()
-
-
-def draw_coverage(shape, x, y, size, resolution):
-    """Draw how much of each pixel a shape covers; returns (coverage, (left, top)) of the bounding box alone."""
-    side = math.ceil(size * resolution) + 4
-    left, top = (math.floor((centre - size / 2) * resolution) - 1 for centre in (x, y))
-    points = 4 * (OUTLINES[shape] * size * resolution + (x * resolution - left, y * resolution - top))
-    coverage = PILImage.new("L", (4 * side, 4 * side))
-    ImageDraw.Draw(coverage).polygon([tuple(point) for point in (points - 0.5).tolist()], fill=255)
-    return coverage.reduce(4), (left, top)
 
 
 def draw_stickers(background, stickers, fill=None):
@@ -485,7 +446,7 @@ def make_sample(seed, split, index, resolution, job=None, shares=SHARES):
     """Make sample `index` of a split; `job` = (operation, part, photograph) is drawn from `shares` where None."""
     rng = random.Random(f"{seed} {split} {index}")
     if job is None:
-        kind = rng.choices(list(OPERATIONS), shares)[0]
+        kind = rng.choices(OPERATIONS, shares)[0]
         operation, part, photograph = kind if rng.random() < sum(shares) else rng.choice(TRANSLATIONS), "seen", None
     else:
         operation, part, photograph = job

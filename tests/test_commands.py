@@ -58,7 +58,7 @@ def test_help_names_every_command_without_importing_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for command in commands.COMMANDS:
-        assert f" {command.__name__.rpartition('.')[2]} " in result.stdout
+        assert command.__name__.rpartition(".")[2].replace("_", "-") in result.stdout.split()
 
 
 @pytest.mark.parametrize("error", [ValueError("`model` is 3"), FileNotFoundError("no such file: a.png")])

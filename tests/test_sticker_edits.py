@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import make_clear_edits as clearing
 import make_sticker_edits as stickers
-import sticker_scoring as scoring
+
+from editar_hf.evaluation import stickers as scoring
 
 
 RESOLUTION, TOKEN_SIZE = 64, 8
@@ -44,16 +45,10 @@ def get_pairs(*described):
 
 
 def score(sample, picture, tokenizer_picture=None):
-    pictures = {name: np.asarray(sample[name]) for name in ("source_image", "target_image", "mask")}
-    return scoring.score_sample(
-        np.asarray(picture),
-        pictures["source_image"],
-        pictures["target_image"],
-        np.asarray(tokenizer_picture or sample["target_image"].filter(ImageFilter.GaussianBlur(0.5))),
-        pictures["mask"],
-        sample["details"],
-        TOKEN_SIZE,
-    )
+    source, target, mask = (np.asarray(sample[name]) for name in ("source_image", "target_image", "mask"))
+    through = np.asarray(tokenizer_picture or sample["target_image"].filter(ImageFilter.GaussianBlur(0.5)))
+    ceiling = scoring.compute_outside_psnr(through, target, mask, TOKEN_SIZE)
+    return scoring.score_sample(np.asarray(picture), ceiling, source, target, mask, sample["details"], TOKEN_SIZE)
 
 
 def run_main(folder, **options):

@@ -15,11 +15,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import check, convert, edit, env
+from . import check, convert, convert_metric_model, edit, env, evaluate
 
 
 # In the order of `editar-hf --help`.
-COMMANDS = (edit, convert, check, env)
+COMMANDS = (edit, convert, check, evaluate, convert_metric_model, env)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -36,18 +36,22 @@ class DistillationTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Compute features (batch, cells, width) in raster order of pixels (batch, 3, height, width) in [−1, 1]."""
-        scale = RESIZED_SIDE / min(pixel_values.shape[-2:])
-        size = [round(side * scale) for side in pixel_values.shape[-2:]]
-        pixels = F.interpolate(
-            pixel_values.float() / 2 + 0.5, size, mode="bicubic", antialias=True, align_corners=False
-        )
-        # Parity: the teacher sees the centre 87.5 % of the picture, the student's grid all of it.
-        top, left = ((side - CROPPED_SIDE) // 2 for side in size)
-        pixels = pixels[:, :, top : top + CROPPED_SIDE, left : left + CROPPED_SIDE].clamp(0, 1)
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        states = self.backbone(pixel_values=((pixels - mean) / std).to(self.backbone.dtype)).last_hidden_state
+        pixels = prepare_teacher_pixels(pixel_values).to(self.backbone.dtype)
+        states = self.backbone(pixel_values=pixels).last_hidden_state
         # The class token and any register tokens come first.
         return states[:, -self.num_patches :]
+
+
+def prepare_teacher_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Bring pixels (batch, 3, height, width) in [−1, 1] to what a DINOv2 takes, (batch, 3, 224, 224) normalised."""
+    scale = RESIZED_SIDE / min(pixel_values.shape[-2:])
+    size = [round(side * scale) for side in pixel_values.shape[-2:]]
+    pixels = F.interpolate(pixel_values.float() / 2 + 0.5, size, mode="bicubic", antialias=True, align_corners=False)
+    # Parity: the teacher sees the centre 87.5 % of the picture, the student's grid all of it.
+    top, left = ((side - CROPPED_SIDE) // 2 for side in size)
+    pixels = pixels[:, :, top : top + CROPPED_SIDE, left : left + CROPPED_SIDE].clamp(0, 1)
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
 
 
 def compute_distillation_loss(

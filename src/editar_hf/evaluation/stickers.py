@@ -1,29 +1,42 @@
-"""Check whether an edit of the "stickers" data set was carried out, by looking at the pixels alone.
+"""Sticker edits: what stickers look like, and whether an edit of them was carried out, told by the pixels alone.
 
 An edit counts as done when, inside the mask, the asked sticker is there (its eroded mean colour is nearest to the asked
 one in Lab, and the asked shape fits best of the four) or the sticker is gone, and when everything further than a token
 from the mask is as near to the true target as the target passed through the tokenizer, minus 1 dB of PSNR. A translated
-picture counts as done when every sticker and the background are right. Geometry comes from the data set's `details`.
+picture counts as done when every sticker and the background are right. Geometry comes from the `details` of the data
+set that `examples/make_sticker_edits.py` draws, with the colours and outlines of this file.
 
-    scores = [score_sample(picture, **sample) for ...]      # pictures as (height, width, 3) uint8 arrays
+    ceiling = compute_outside_psnr(target_through_tokenizer, target, mask, token_size)
+    scores = [score_sample(picture, ceiling, source, target, mask, details, token_size) for ...]
     aggregate_scores(scores)["recolour"]["done"]            # share of edits done
 """
 
+import math
 from collections import defaultdict
 
 import numpy as np
-from make_sticker_edits import (
-    BACKGROUNDS,
-    COLOURS,
-    MASK_MARGIN,
-    SHAPES,
-    TRANSLATIONS,
-    draw_coverage,
-)
-from PIL import Image
+from PIL import Image, ImageDraw
 from skimage.color import rgb2lab
 from skimage.morphology import isotropic_dilation, isotropic_erosion
 
+
+# Chosen far apart in Lab: the closest two, blue and purple, are 41 apart; a background and a sticker, 41.
+COLOURS = {
+    "red": (205, 0, 30),
+    "orange": (255, 140, 0),
+    "yellow": (255, 240, 60),
+    "green": (0, 150, 40),
+    "blue": (20, 60, 230),
+    "purple": (170, 50, 190),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
+BACKGROUNDS = {"grey": (128, 128, 128), "pink": (255, 170, 200), "brown": (110, 70, 40), "cyan": (70, 215, 225)}
+SHAPES = ("circle", "square", "triangle", "star")
+TRANSLATIONS = ("canny", "depth", "segmentation")
+
+# How far a mask reaches beyond a sticker, as a fraction of the picture: a quarter of a token of an 8×8 grid.
+MASK_MARGIN = 1 / 32
 
 # How much of a sticker's width erosion takes off: blurred outlines must not count as its colour.
 EROSION = 0.07
@@ -36,6 +49,32 @@ PSNR_TOLERANCE = 1.0
 
 COLOURS_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in COLOURS.items()}
 BACKGROUNDS_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in BACKGROUNDS.items()}
+
+
+def compute_outlines():
+    """Compute each shape's corners around its centre, (points, 2) in [-0.5, 0.5]; every shape is exactly 1 wide."""
+    turn = np.arange(64) * 2 * math.pi / 64
+    circle = 0.5 * np.stack([np.cos(turn), np.sin(turn)], -1)
+    square = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
+    triangle = np.array([[0, -0.45], [0.5, 0.45], [-0.5, 0.45]])
+    turn = np.arange(10) * math.pi / 5
+    radius = np.where(np.arange(10) % 2 == 0, 0.526, 0.23)[:, None]
+    star = radius * np.stack([np.sin(turn), -np.cos(turn)], -1)
+    star[:, 1] -= (star[:, 1].min() + star[:, 1].max()) / 2
+    return {"circle": circle, "square": square, "triangle": triangle, "star": star}
+
+
+OUTLINES = compute_outlines()
+
+
+def draw_coverage(shape, x, y, size, resolution):
+    """Draw how much of each pixel a shape covers; returns (coverage, (left, top)) of the bounding box alone."""
+    side = math.ceil(size * resolution) + 4
+    left, top = (math.floor((centre - size / 2) * resolution) - 1 for centre in (x, y))
+    points = 4 * (OUTLINES[shape] * size * resolution + (x * resolution - left, y * resolution - top))
+    coverage = Image.new("L", (4 * side, 4 * side))
+    ImageDraw.Draw(coverage).polygon([tuple(point) for point in (points - 0.5).tolist()], fill=255)
+    return coverage.reduce(4), (left, top)
 
 
 def draw_template(sticker, resolution, shape=None):
@@ -141,11 +180,21 @@ def compute_psnr(picture, target, region):
     return float(10 * np.log10(255**2 / max(squared_error.mean(), 1e-10)))
 
 
-def score_edit(picture, source, target, target_through_tokenizer, mask, details, token_size):
+def compute_outside_psnr(picture, target, mask, token_size):
+    """Compute the PSNR in dB of what lies further than a token from the mask; NaN where nothing does.
+
+    Arguments as in `score_edit`.
+    """
+    kept = ~isotropic_dilation(np.asarray(mask) > 127, token_size)
+    return compute_psnr(picture, target, kept) if kept.any() else math.nan
+
+
+def score_edit(picture, outside_psnr_ceiling, source, target, mask, details, token_size):
     """Score one edited picture.
 
     Args:
-        picture, source, target, target_through_tokenizer: uint8 arrays (height, width, 3); height = width.
+        picture, source, target: uint8 arrays (height, width, 3); height = width.
+        outside_psnr_ceiling: what `compute_outside_psnr` makes of the target passed through the tokenizer, in dB.
         mask: uint8 array (height, width), above 127 where pixels may change.
         details: the data set's `details`, parsed.
         token_size: pixels per token.
@@ -161,14 +210,13 @@ def score_edit(picture, source, target, target_through_tokenizer, mask, details,
     if removed := list_removed(details):
         score["gone"] = all(is_gone(picture, source, target, sticker) for sticker in removed)
     inside = all(score.values())
-    kept = ~isotropic_dilation(np.asarray(mask) > 127, token_size)
-    psnr, ceiling = (compute_psnr(image, target, kept) for image in (picture, target_through_tokenizer))
-    outside = psnr >= ceiling - PSNR_TOLERANCE
+    psnr = compute_outside_psnr(picture, target, mask, token_size)
+    outside = psnr >= outside_psnr_ceiling - PSNR_TOLERANCE
     return score | {
         "inside": inside,
         "outside": outside,
         "outside_psnr": psnr,
-        "outside_psnr_ceiling": ceiling,
+        "outside_psnr_ceiling": outside_psnr_ceiling,
         "done": inside and outside,
     }
 
@@ -192,12 +240,12 @@ def score_translation(picture, details):
     }
 
 
-def score_sample(picture, source, target, target_through_tokenizer, mask, details, token_size):
+def score_sample(picture, outside_psnr_ceiling, source, target, mask, details, token_size):
     """Score one picture, edit or translation: its score with `operation`, `part` and `photograph` from `details`."""
     if details["operation"] in TRANSLATIONS:
         score = score_translation(picture, details)
     else:
-        score = score_edit(picture, source, target, target_through_tokenizer, mask, details, token_size)
+        score = score_edit(picture, outside_psnr_ceiling, source, target, mask, details, token_size)
     return {name: details[name] for name in ("operation", "part", "photograph")} | score
 
 

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# The paper's two studies at the size of the demo: guidance from 1 to 7.5 with the shipped checkpoint, and distillation
+# on and off, from training to report. Each stage may be stopped and started again, and goes on where it was.
+# Both: bash examples/run_ablations.sh
+# One of them: bash examples/run_ablations.sh guidance
+#
+# TEACHER is the DINOv2 of the distillation study. The default is a stand-in, trained here for some minutes to tell the
+# colour and shape of stickers; the paper's: TEACHER=facebook/dinov2-base bash examples/run_ablations.sh distillation
+set -euo pipefail
+cd "$(dirname "$0")/.."
+RUNS=${RUNS:-runs/ablations}
+MODEL=${MODEL:-examples/sticker-editor}
+TEACHER=${TEACHER:-$RUNS/stand-in-teacher}
+RESULTS=${RESULTS:-benchmarks/results}
+NUM_TEST=${NUM_TEST:-100}  # test samples of each of the eight tasks; half as many again, in all, of held-out edits
+NUM_TRAIN=${NUM_TRAIN:-20000}
+STEPS=${STEPS:-1500}
+SCALES=${SCALES:-1 1.5 2 3 4.5 6 7.5}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# The samples are prepared once; all runs are about the same.
+data() {
+    [ -d "$RUNS/data" ] && return
+    python examples/make_sticker_edits.py --output_dir "$RUNS/stickers" --resolution 64 --seed 0 \
+        --num_train 0 --num_validation 0 --num_test "$NUM_TEST" --num_workers 1
+    editar-hf evaluate prepare --task sticker-edits --source "$RUNS/stickers" --tokenizer "$MODEL" \
+        --output-dir "$RUNS/data"
+}
+
+evaluate() {  # NAME MODEL SCALE
+    editar-hf evaluate run --data "$RUNS/data" --model "$2" --guidance-scale "$3" --no-do-sample --batch-size 64 \
+        --output-dir "$RUNS/$1"
+}
+
+# Table and plots, without the contact sheets, and how they were made.
+publish() {  # STUDY RUN...
+    study=$1; shift
+    editar-hf evaluate report "$@" --output-dir "$RUNS/$study-report"
+    mkdir -p "$RESULTS/$study"
+    cp "$RUNS/$study-report"/{report.md,categories.png} "$RESULTS/$study/"
+    [ "$study" = distillation ] || cp "$RUNS/$study-report/guidance.png" "$RESULTS/$study/"
+    sed -i -e '/-sheet\.png)$/,+1d' "$RESULTS/$study/report.md"
+    printf 'Made by `NUM_TEST=%s bash examples/run_ablations.sh %s` on %s; %s, %s cores. %s\n' \
+        "$NUM_TEST" "$study" "$(date -I)" "$(uname -m)" "$(nproc --all)" "$NOTE" >> "$RESULTS/$study/report.md"
+}
+
+guidance() {
+    data
+    runs=()
+    for scale in $SCALES; do
+        evaluate "guidance-$scale" "$MODEL" "$scale"
+        runs+=("$RUNS/guidance-$scale")
+    done
+    NOTE="Greedy decoding." publish guidance "${runs[@]}"
+}
+
+teacher() {
+    [ -d "$TEACHER" ] || [ "$TEACHER" != "$RUNS/stand-in-teacher" ] || \
+        python examples/train_patch_teacher.py --output_dir "$TEACHER"
+}
+
+# Both editors start from the same weights, see the same pairs in the same order, and differ in the teacher alone.
+distillation() {
+    data
+    teacher
+    [ -f "$RUNS/pairs/train-00000-of-00001.parquet" ] || \
+        python examples/make_sticker_edits.py --output_dir "$RUNS/pairs" --resolution 64 --seed 1 \
+            --num_train "$NUM_TRAIN" --num_validation 0 --num_test 0 --shard_size "$NUM_TRAIN" --num_workers 1
+    width=$(python -c "from transformers import AutoConfig as C; print(C.from_pretrained('$TEACHER').hidden_size)")
+    [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$MODEL/vq_model" \
+        --dataset "$RUNS/pairs" --output_dir "$RUNS/untrained" --distillation_hidden_size "$width"
+    distilled=distilled-by-$(basename "$TEACHER")
+    for name in "$distilled" undistilled; do
+        options=()
+        [ $name = undistilled ] || options=(--distillation_model "$TEACHER")
+        python examples/train_editar.py --model "$RUNS/untrained" --dataset "$RUNS/pairs" \
+            --output_dir "$RUNS/editor-$name" --train_text_encoder --edit_region_weight 6 --optimizer muon \
+            --muon_learning_rate 3e-3 --learning_rate 1e-3 --lr_warmup_steps 50 --batch_size 32 \
+            --max_train_steps "$STEPS" --checkpointing_steps 250 --resume_from_checkpoint latest "${options[@]}"
+        evaluate "$name" "$RUNS/editor-$name/pipeline" 1.5
+    done
+    note="Both trained for $STEPS steps of 32 pairs, of $NUM_TRAIN."
+    [ "$TEACHER" != "$RUNS/stand-in-teacher" ] || note+=" The stand-in teacher is no DINOv2: it was trained on stickers."
+    NOTE=$note publish distillation "$RUNS/$distilled" "$RUNS/undistilled"
+}
+
+for study in ${*:-guidance distillation}; do
+    "$study"
+done

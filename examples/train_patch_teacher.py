@@ -1,0 +1,125 @@
+"""Train a stand-in for DINOv2: a tiny `Dinov2Model` that knows the colour and the shape of stickers, patch by patch.
+
+    python examples/train_patch_teacher.py --output_dir runs/patch-teacher
+
+Where the real weights are at hand they are the better teacher. This one lets `train_editar.py --distillation_model` be
+studied at the size of the demo: its features tell what a sticker editor must know. It sees training scenes alone,
+prepared as `train_editar.py` prepares pictures for a teacher, and is measured on validation scenes at the end.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from make_sticker_edits import make_sample
+from torch import nn
+from tqdm import tqdm
+from transformers import Dinov2Config, Dinov2Model, HfArgumentParser, set_seed
+
+from editar_hf.evaluation.stickers import COLOURS, SHAPES, draw_template
+from editar_hf.training.distillation import CROPPED_SIDE, RESIZED_SIDE, prepare_teacher_pixels
+
+
+# Pictures of 64 pixels; of the centre 56, which the teacher sees, a patch has 7 a side.
+RESOLUTION, GRID = 64, 8
+VISIBLE = RESOLUTION * CROPPED_SIDE // RESIZED_SIDE
+# A patch belongs to the sticker that covers most of it, if that is at least this much.
+SMALLEST_COVERAGE = 0.3
+
+
+@dataclass
+class Arguments:
+    output_dir: Path = field(metadata={"help": "for the teacher's folder"})
+    hidden_size: int = 96
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 3
+    max_steps: int = 600
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    num_validation: int = 200
+    seed: int = 0
+
+
+class PatchClassifier(nn.Module):
+    """A DINOv2 with two heads on its patches: colour and shape, of which the last class is "no sticker"."""
+
+    def __init__(self, backbone: Dinov2Model):
+        super().__init__()
+        self.backbone = backbone
+        width = backbone.config.hidden_size
+        self.colour_head, self.shape_head = nn.Linear(width, len(COLOURS) + 1), nn.Linear(width, len(SHAPES) + 1)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits (batch, patches, classes) of colour and shape, of pixels in [−1, 1]."""
+        states = self.backbone(pixel_values=prepare_teacher_pixels(pixel_values)).last_hidden_state[:, 1:]
+        return self.colour_head(states), self.shape_head(states)
+
+
+def label_patches(stickers: list[dict]) -> np.ndarray:
+    """Label every patch with the colour and the shape on it, int (2, patches) in raster order."""
+    margin = (RESOLUTION - VISIBLE) // 2
+    coverages = np.zeros((len(stickers) + 1, GRID, GRID))
+    coverages[-1] = SMALLEST_COVERAGE
+    for index, sticker in enumerate(stickers):
+        visible = draw_template(sticker, RESOLUTION)[margin : margin + VISIBLE, margin : margin + VISIBLE]
+        coverages[index] = visible.reshape(GRID, VISIBLE // GRID, GRID, VISIBLE // GRID).mean((1, 3))
+    most = coverages.argmax(0).ravel()
+    names = {"colour": list(COLOURS), "shape": list(SHAPES)}
+    classes = [[*(known.index(sticker[kind]) for sticker in stickers), len(known)] for kind, known in names.items()]
+    return np.array(classes)[:, most]
+
+
+def make_batch(split: str, indices: range, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make pictures in [−1, 1] (batch, 3, height, width) and the labels of their patches (2, batch, patches)."""
+    pictures, labels = [], []
+    for index in indices:
+        sample = make_sample(f"teacher {seed}", split, index, RESOLUTION)
+        details = sample["details"]
+        stickers = details.get("stickers") or [*filter(None, [details["new"]]), *details["bystanders"]]
+        pictures.append(np.asarray(sample["target_image"]))
+        labels.append(label_patches(stickers))
+    pixel_values = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixel_values, torch.from_numpy(np.stack(labels, 1))
+
+
+def compute_accuracy(model: PatchClassifier, args: Arguments) -> tuple[float, float]:
+    """Compute the share of patches on stickers of validation scenes whose colour, and whose shape, is told."""
+    pixel_values, labels = make_batch("validation", range(args.num_validation), args.seed)
+    with torch.no_grad():
+        found = [logits.argmax(-1) for logits in model(pixel_values)]
+    on_sticker = labels[0] < len(COLOURS)
+    return tuple((guess == truth)[on_sticker].float().mean().item() for guess, truth in zip(found, labels, strict=True))
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    config = Dinov2Config(
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        mlp_ratio=2,
+        image_size=CROPPED_SIDE,
+        patch_size=CROPPED_SIDE // GRID,
+    )
+    model = PatchClassifier(Dinov2Model(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.max_steps)
+    for step in tqdm(range(args.max_steps), mininterval=5):
+        indices = range(step * args.batch_size, (step + 1) * args.batch_size)
+        pixel_values, labels = make_batch("train", indices, args.seed)
+        logits = model(pixel_values)
+        loss = sum(F.cross_entropy(guess.transpose(1, 2), truth) for guess, truth in zip(logits, labels, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    colour, shape = compute_accuracy(model.eval(), args)
+    print(f"validation, patches on stickers: colour {colour:.1%}, shape {shape:.1%}")
+    model.backbone.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The models that score, and which weights were used: a Hub id's commit, or a fingerprint of a folder."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from . import scorers
+from .protocols import Protocol
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """A model that metrics need.
+
+    Args:
+        build (`Callable`): Builds its scorer from a folder or Hub id, a device and a protocol.
+        default (`str`, *optional*): The Hub id of the model in published figures.
+    """
+
+    build: Callable
+    default: str | None = None
+
+
+SCORING_MODELS = {
+    "structure": ScoringModel(
+        lambda model, device, protocol: scorers.StructureScorer(
+            model,
+            device,
+            pixel_scale=protocol.structure_pixel_scale,
+            antialias=protocol.structure_antialias,
+        ),
+        "facebook/dino-vitb8",
+    ),
+    "clip": ScoringModel(
+        lambda model, device, protocol: scorers.CLIPScorer(model, device), "openai/clip-vit-large-patch14"
+    ),
+    "dino": ScoringModel(lambda model, device, protocol: scorers.DINOScorer(model, device), "facebook/dino-vits16"),
+    "depth": ScoringModel(
+        lambda model, device, protocol: scorers.DepthScorer(model, device, variant=protocol.depth_variant),
+        "Intel/dpt-large",
+    ),
+    "segmentation": ScoringModel(
+        lambda model, device, protocol: scorers.SegmentationScorer(model, device),
+        "facebook/maskformer-resnet101-coco-stuff",
+    ),
+    # These two exist as no class of transformers: `editar-hf convert-metric-model` makes folders of the public files.
+    "lpips": ScoringModel(lambda model, device, protocol: scorers.LPIPSScorer(model, device)),
+    "inception": ScoringModel(lambda model, device, protocol: scorers.InceptionScorer(model, device)),
+}
+
+
+def resolve_models(names: Iterable[str], given: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
+    """Say which folder or Hub id each model that is needed comes from.
+
+    Args:
+        names (iterable of `str`): The models, keys of `SCORING_MODELS`.
+        given (mapping): Those the user named.
+        defaults (mapping): Those of the task, where they are not the general ones.
+
+    Raises:
+        ValueError: If one has no default and none was given, or one was given that no metric needs.
+    """
+    names = list(dict.fromkeys(names))
+    if unused := sorted(set(given) - set(names)):
+        raise ValueError(f"`{unused[0]}_model` is {given[unused[0]]!r}; none of the metrics asked for needs it.")
+    resolved = {name: given.get(name) or defaults.get(name) or SCORING_MODELS[name].default for name in names}
+    if missing := [name for name, model in resolved.items() if model is None]:
+        raise ValueError(
+            f"`{missing[0]}_model` is missing: give the folder that `editar-hf convert-metric-model` made of the "
+            "public weights, or list other `metrics`."
+        )
+    return resolved
+
+
+def load_models(models: Mapping[str, str], device, protocol: Protocol) -> dict:
+    """Load the scorers of models."""
+    return {name: SCORING_MODELS[name].build(model, device, protocol) for name, model in models.items()}
+
+
+def find_revision(model: str | Path) -> str:
+    """Find what names a model's weights: the commit of a Hub id, or a fingerprint of a folder's files.
+
+    Args:
+        model (`str` or `Path`): A folder or a Hub id; without a network, one that was downloaded before.
+    """
+    if Path(model).exists():
+        return f"sha256:{compute_fingerprint(Path(model))}"
+    # The last part of a snapshot's path is its commit; the configurations alone are enough to learn it.
+    return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
+
+
+def compute_fingerprint(path: Path) -> str:
+    """Compute a SHA-256 over a file, or over the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()

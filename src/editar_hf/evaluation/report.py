@@ -1,0 +1,207 @@
+"""Reports: runs beside one another and beside published figures, as a page with tables, plots and contact sheets."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import decode_number, read_lines, write_file
+from .measures import METRICS
+from .protocols import PROTOCOLS
+from .runs import CONFIG_FILE
+from .scoring import METRICS_FILE
+from .tasks import TASKS
+
+
+REPORT_FILE = "report.md"
+LOSSLESS = (".png", ".bmp")
+PNPINVERSION = "PnPInversion, arXiv 2310.01506"
+NEP = "NEP, arXiv 2508.06044"
+
+
+@dataclass(frozen=True)
+class QuotedRow:
+    """A row of a published table, for comparison.
+
+    Args:
+        name (`str`): The system.
+        task (`str`): The task, a key of `TASKS`.
+        source (`str`): Where it was published.
+        values (dict): Scaled means, as printed.
+    """
+
+    name: str
+    task: str
+    source: str
+    values: dict[str, float]
+
+
+QUOTED_ROWS = (
+    QuotedRow(
+        "DDIM + Prompt-to-Prompt",
+        "pie-bench",
+        PNPINVERSION,
+        dict(zip(TASKS["pie-bench"].metrics, (69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44), strict=True)),
+    ),
+    QuotedRow(
+        "PnP-Inversion + Prompt-to-Prompt",
+        "pie-bench",
+        PNPINVERSION,
+        dict(zip(TASKS["pie-bench"].metrics, (11.65, 27.22, 54.55, 32.86, 84.76, 25.02, 22.10), strict=True)),
+    ),
+    QuotedRow("EditAR", "magicbrush", NEP, {"l1": 0.1028, "l2": 0.0285, "clip_i": 0.8679, "dino": 0.8042}),
+    QuotedRow("EditAR", "magicbrush-multi-turn", NEP, {"l1": 0.1341, "l2": 0.0433, "clip_i": 0.8256, "dino": 0.7200}),
+)
+
+
+class Run:
+    """A run that was scored, read from its folder.
+
+    Raises:
+        ValueError: If the folder holds none.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        for name in (CONFIG_FILE, METRICS_FILE):
+            if not (self.folder / name).exists():
+                raise ValueError(f"`runs` has {str(folder)!r}, which has no {name}: score its predictions first.")
+        self.name = self.folder.resolve().name
+        self.config, self.metrics = (
+            json.loads((self.folder / name).read_text(encoding="utf-8")) for name in (CONFIG_FILE, METRICS_FILE)
+        )
+        self.system = self.config.get("generation", {}).get("system", {})
+        self.paths = {name: Path(path) for name, path in self.config["paths"].items()}
+
+    @property
+    def task(self) -> str:
+        return self.metrics["task"]
+
+    def get_scaled(self, metric: str, category: str | None = None) -> float:
+        """Get a scaled mean, over all or over a category; NaN where it is undefined."""
+        group = self.metrics["overall"] if category is None else self.metrics["categories"][category]
+        return decode_number(group[metric]["scaled"]) if metric in group else float("nan")
+
+    def read_values(self, metric: str) -> dict[str, float]:
+        """Read what single samples have, by id."""
+        lines = (line for path in sorted(self.folder.glob("samples-*.jsonl")) for line in read_lines(path))
+        return {line["id"]: decode_number(line["values"].get(metric)) for line in lines if "values" in line}
+
+    def list_remarks(self) -> list[str]:
+        """List what keeps the figures from being compared with published ones, or makes them fewer."""
+        metrics, problems = self.metrics, self.metrics["problems"]
+        remarks = []
+        if self.system.get("use_masks"):
+            remarks.append("mask-assisted: it was given the benchmark's masks; not comparable")
+        if not metrics["is_complete"]:
+            remarks.append(f"{metrics['num_samples']} samples, a part of the benchmark; not comparable")
+        if not metrics["is_comparable"]:
+            remarks.append(f"protocol {metrics['protocol']}; not comparable with published figures")
+        if metrics["num_scored"] < metrics["num_expected"]:
+            remarks.append(f"{metrics['num_scored']} of {metrics['num_expected']} predictions scored")
+        remarks += [f"{kind}: {', '.join(shorten(names))}" for kind, names in problems.items() if names]
+        if lossy := [suffix for suffix in metrics["formats"] if suffix not in LOSSLESS]:
+            remarks.append(f"predictions are {', '.join(lossy)} files, which change pixels")
+        return remarks
+
+    def list_fewer(self) -> list[str]:
+        """List the metrics that are undefined for some of the samples scored, with the number they are of."""
+        overall, num_scored = self.metrics["overall"], self.metrics["num_scored"]
+        fewer = {name: figure["n"] for name, figure in overall.items() if figure["n"] < num_scored}
+        return [f"{METRICS[name].title} of {count}" for name, count in fewer.items()]
+
+
+def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
+    """Write the report of runs of one benchmark, scored in one way: a page, plots, and a contact sheet for each run.
+
+    Args:
+        folders (sequence of `str` or `Path`): The runs.
+        output_dir (`str` or `Path`): Where to; may be a run's own folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: If the runs are not scored, not about the same samples, or not scored in the same way.
+    """
+    from .pictures import draw_pictures
+
+    runs = [Run(folder) for folder in folders]
+    for name in ("fingerprint", "protocol"):
+        if len(found := {run.metrics[name] for run in runs}) > 1:
+            raise ValueError(f"`runs` differ in their {name}: {', '.join(sorted(found))}; compare only like with like.")
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pictures = draw_pictures(runs, output_dir)
+    page = output_dir / REPORT_FILE
+    text = compose_report(runs, pictures)
+    write_file(page, lambda path: path.write_text(text, encoding="utf-8"))
+    return page
+
+
+def compose_report(runs: Sequence[Run], pictures: Iterable[tuple[str, Path]]) -> str:
+    """Compose the page."""
+    first, protocol = runs[0], PROTOCOLS[runs[0].metrics["protocol"]]
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics["overall"]))
+    parts = [
+        f"# {first.task}",
+        f"{TASKS[first.task].summary}\n\nProtocol `{protocol.name}`: {protocol.description}",
+        compose_table("", names, compose_rows(runs, names)),
+        "\n".join(describe_run(run) for run in runs),
+        describe_scoring(first),
+    ]
+    for run in runs:
+        categories = run.metrics["categories"]
+        if len(categories) > 1:
+            rows = [
+                (category, [run.get_scaled(name, category) for name in names]) for category in categories
+            ]
+            parts.append(f"## {run.name} by category\n\n{compose_table('category', names, rows)}")
+    parts += [f"![{title}]({path.name})" for title, path in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def compose_rows(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list[float]]]:
+    """List a row for each run, then those that are quoted, where the protocol is that of published figures."""
+    rows = [(run.name, [run.get_scaled(name) for name in names]) for run in runs]
+    if runs[0].metrics["is_comparable"]:
+        quoted = (row for row in QUOTED_ROWS if row.task == runs[0].task)
+        rows += [
+            (f"{row.name} (quoted: {row.source})", [row.values.get(name, float("nan")) for name in names])
+            for row in quoted
+        ]
+    return rows
+
+
+def compose_table(corner: str, names: Sequence[str], rows: Iterable[tuple[str, Sequence[float]]]) -> str:
+    """Compose a table: a heading for each metric, a row for each name and its scaled values."""
+    lines = [[corner, *(METRICS[name].heading for name in names)], ["---"] + ["---:"] * len(names)]
+    lines += [
+        [title, *(METRICS[name].format(value) for name, value in zip(names, values, strict=True))]
+        for title, values in rows
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def describe_run(run: Run) -> str:
+    """Say in one list item how a run was made, and what to mind about it."""
+    system = {name: value for name, value in run.system.items() if value is not None}
+    elsewhere = ("name", "model", "revisions", "use_masks")
+    options = ", ".join(f"{name} {value}" for name, value in system.items() if name not in elsewhere)
+    made = f"{system['name']} {system.get('model', '')}".strip() if system else "predictions of an unnamed system"
+    remarks = "".join(f"; **{remark}**" for remark in run.list_remarks())
+    samples = ", ".join([f"{run.metrics['num_scored']} samples", *run.list_fewer()])
+    return f"* {run.name}: {made}{f' ({options})' if options else ''}; {samples}{remarks}"
+
+
+def describe_scoring(run: Run) -> str:
+    """Say with which versions, on which kind of device and with which models a run was scored."""
+    scoring = run.config["scoring"]
+    versions = ", ".join(f"{package} {version}" for package, version in scoring["versions"].items())
+    models = "".join(f"; {name}: {model['id']}" for name, model in scoring["models"].items())
+    return f"Scored on {scoring['device']} with {versions}{models}."
+
+
+def shorten(names: Sequence[str], most: int = 5) -> list[str]:
+    """Shorten a long list to its first names and how many more there are."""
+    return [*names[:most], f"and {len(names) - most} more"] if len(names) > most else list(names)

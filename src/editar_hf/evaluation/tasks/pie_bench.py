@@ -1,0 +1,87 @@
+"""PIE-Bench, from its authors' folder: `mapping_file.json`, `annotation_images/`, run-length masks.
+
+Source: PnPInversion (arXiv 2310.01506).
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ...processing_editar import prepare_rgb_picture
+from ..samples import Sample
+
+
+SIZE = 512
+# The ten kinds of edits and how many of each there are, in the order of `editing_type_id`.
+NUM_SAMPLES = {
+    "random": 140,
+    "change object": 80,
+    "add object": 80,
+    "delete object": 80,
+    "change content": 40,
+    "change pose": 40,
+    "change colour": 40,
+    "change material": 40,
+    "change background": 80,
+    "change style": 80,
+}
+CATEGORIES = tuple(NUM_SAMPLES)
+FIELDS = ("image_path", "original_prompt", "editing_prompt", "editing_instruction", "editing_type_id", "mask")
+
+
+def read_samples(source: str) -> Iterator[Sample]:
+    """Read the samples of PIE-Bench.
+
+    Raises:
+        ValueError: If the folder, an entry, a mask or a picture is not as published.
+    """
+    mapping_file = Path(source) / "mapping_file.json"
+    if not mapping_file.exists():
+        raise ValueError(f"`source` {source!r} has no mapping_file.json; give the folder that its authors share.")
+    for key, entry in json.loads(mapping_file.read_text(encoding="utf-8")).items():
+        if missing := [name for name in FIELDS if name not in entry]:
+            raise ValueError(
+                f"`source`: {key} in {mapping_file} has no {', '.join(missing)}. Copies on the Hub lack instructions; "
+                "give the folder that its authors share."
+            )
+        picture = prepare_rgb_picture(Image.open(Path(source) / "annotation_images" / entry["image_path"]))
+        if picture.size != (SIZE, SIZE):
+            raise ValueError(f"`source`: the picture of {key} has {picture.size} pixels; they all have 512×512.")
+        yield Sample(
+            id=key,
+            prompt=entry["editing_instruction"],
+            source_image=picture,
+            category=get_category(key, entry["editing_type_id"]),
+            mask=Image.fromarray(decode_mask(entry["mask"], key)),
+            target_prompt=entry["editing_prompt"].replace("[", "").replace("]", ""),
+        )
+
+
+def get_category(key: str, type_id: str) -> str:
+    """Name the kind of edit."""
+    if str(type_id) not in map(str, range(len(CATEGORIES))):
+        raise ValueError(f"`source`: the `editing_type_id` of {key} is {type_id!r}; it must be 0 to 9.")
+    return CATEGORIES[int(type_id)]
+
+
+def decode_mask(runs: list[int], key: str = "a sample") -> np.ndarray:
+    """Decode a mask to uint8 (512, 512), 255 where the edit is.
+
+    Args:
+        runs (list of `int`): Start, length, start, length, … over the grid's rows; a run over the end is cut there.
+
+    Source: the evaluation of PnPInversion.
+    """
+    starts, lengths = np.array(runs[::2], dtype=int), np.array(runs[1::2], dtype=int)
+    if len(starts) != len(lengths) or np.any(starts < 0) or np.any(starts >= SIZE * SIZE) or np.any(lengths < 0):
+        raise ValueError(f"`source`: the mask of {key} is no list of starts and lengths within 512×512 pixels.")
+    mask = np.zeros(SIZE * SIZE, dtype=np.uint8)
+    for start, length in zip(starts, lengths, strict=True):
+        mask[start : start + length] = 255
+    mask = mask.reshape(SIZE, SIZE)
+    # Parity: the border always counts as edited; its annotations are unreliable.
+    mask[[0, -1], :] = mask[:, [0, -1]] = 255
+    return mask

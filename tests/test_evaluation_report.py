@@ -1,0 +1,192 @@
+"""Reports: tables that say what they are, plots, and contact sheets."""
+
+import json
+import math
+import re
+
+import datasets
+import numpy as np
+import pytest
+from evaluation_data import evaluate, make_magicbrush_folder, make_picture_folder
+from PIL import Image
+from tiny import draw_image
+
+from editar_hf.evaluation import pictures, report, runs, scoring
+from editar_hf.evaluation.files import encode_numbers
+from editar_hf.evaluation.measures import METRICS
+from editar_hf.evaluation.systems import System
+from editar_hf.evaluation.tasks import TASKS, prepare_benchmark
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+class Brightener(System):
+    """A system that makes pictures brighter by its guidance scale."""
+
+    name = "brightener"
+
+    def __init__(self, guidance_scale):
+        self.guidance_scale = guidance_scale
+
+    def describe(self):
+        return {"name": self.name, "guidance_scale": self.guidance_scale}
+
+    def edit(self, samples, seeds):
+        return [sample.source_image.point(lambda value: value + 8 * self.guidance_scale) for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return prepare_benchmark("folder", folder / "data", str(make_picture_folder(folder / "pictures", 12)))
+
+
+@pytest.fixture(scope="module")
+def folders(benchmark, tmp_path_factory):
+    """Three scored runs that differ in their guidance."""
+    folder = tmp_path_factory.mktemp("runs")
+    for scale in (1, 3, 6):
+        runs.generate(benchmark, Brightener(scale), folder / f"guidance-{scale}")
+        images = folder / f"guidance-{scale}" / "images"
+        scoring.score_predictions(benchmark, images, images.parent, metrics=["l1", "psnr_unedited", "ssim_unedited"])
+    return [folder / f"guidance-{scale}" for scale in (1, 3, 6)]
+
+
+def read_table(text):
+    """Read the first table of a page: heading, and row by name."""
+    lines = text.split("\n\n")[3].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return cells[0], {row[0]: row[1:] for row in cells[2:]}
+
+
+def test_a_table_has_a_row_for_each_run_with_scaled_means(folders, tmp_path):
+    assert evaluate("report", *folders, "--output-dir", tmp_path / "report") == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    heading, rows = read_table(page)
+    assert heading == ["", "L1 ↓", "PSNR unedited ↑", "SSIM unedited ×10² ↑"]
+    assert list(rows) == ["guidance-1", "guidance-3", "guidance-6"]
+    for folder in folders:
+        overall = json.loads((folder / "metrics.json").read_text())["overall"]
+        means = [overall[name]["mean"] for name in overall]
+        assert rows[folder.name] == [f"{means[0]:.4f}", f"{means[1]:.2f}", f"{100 * means[2]:.2f}"]
+    # The last sample has neither truth nor mask.
+    assert "brightener (guidance_scale 6); 12 samples, L1 of 11, PSNR unedited of 11, SSIM unedited of 11" in page
+    named = set(re.findall(r"\]\(([^)]+)\)", page))
+    assert named == {path.name for path in (tmp_path / "report").iterdir()} - {"report.md"}
+    assert {"guidance.png", "categories.png"} <= named
+
+
+def test_categories_have_their_own_means(folders):
+    run = report.Run(folders[0])
+    values = run.read_values("l1")
+    kind = values.pop("first")
+    assert run.get_scaled("l1", "kind") == pytest.approx(kind)
+    # The last sample has no truth to be compared with.
+    assert run.get_scaled("l1", "all") == pytest.approx(np.nanmean(list(values.values())))
+    page = report.compose_report([run], [])
+    assert f"| kind | {kind:.4f} |" in page
+
+
+def test_a_figure_that_is_undefined_is_a_dash_and_infinity_its_sign():
+    metric = METRICS["l1"]
+    assert [metric.format(value) for value in (math.nan, math.inf, 0.12345)] == ["–", "∞", "0.1235"]
+    assert encode_numbers({"a": [math.nan, math.inf, 1.5]}) == {"a": [None, "inf", 1.5]}
+
+
+def test_quoted_rows_name_their_source_and_stand_only_beside_comparable_figures(tmp_path):
+    folder = make_magicbrush_folder(tmp_path / "magicbrush")
+    benchmark = prepare_benchmark("magicbrush", tmp_path / "data", str(folder), allow_partial=True)
+    pages = {}
+    for protocol in ("editar", "corrected"):
+        run = tmp_path / protocol
+        runs.generate(benchmark, Brightener(1), run)
+        scoring.score_predictions(benchmark, run / "images", run, protocol, metrics=["l1", "l2"])
+        pages[protocol] = report.write_report([run], tmp_path / f"report-{protocol}").read_text()
+    assert "| EditAR (quoted: NEP, arXiv 2508.06044) | 0.1028 | 0.0285 |" in pages["editar"]
+    assert "quoted" not in pages["corrected"]
+    assert "protocol corrected; not comparable with published figures" in pages["corrected"]
+    assert "3 samples, a part of the benchmark; not comparable" in pages["editar"]
+
+
+def test_every_quoted_row_belongs_to_a_task_and_its_columns():
+    for row in report.QUOTED_ROWS:
+        assert set(row.values) <= set(TASKS[row.task].metrics)
+        assert re.search(r"arXiv \d{4}\.\d{5}", row.source)
+
+
+def test_what_is_wrong_with_a_run_stands_beside_its_name(folders, tmp_path):
+    run = report.Run(folders[0])
+    run.system["use_masks"] = True
+    problems = {"missing": [f"s{k}" for k in range(7)], "extra": []}
+    run.metrics |= {"num_scored": 2, "problems": problems, "formats": {".jpg": 2}}
+    remarks = run.list_remarks()
+    assert remarks[0].startswith("mask-assisted")
+    assert "2 of 12 predictions scored" in remarks
+    assert "missing: s0, s1, s2, s3, s4, and 2 more" in remarks
+    assert "predictions are .jpg files, which change pixels" in remarks
+
+
+def test_runs_that_cannot_be_compared_are_refused(folders, benchmark, tmp_path, capsys):
+    other = prepare_benchmark("folder", tmp_path / "data", str(make_picture_folder(tmp_path / "pictures", 2)))
+    scored = {"other data": (other, "editar"), "other protocol": (benchmark, "corrected")}
+    for name, (samples, protocol) in scored.items():
+        runs.generate(samples, Brightener(1), tmp_path / name)
+        scoring.score_predictions(samples, tmp_path / name / "images", tmp_path / name, protocol, metrics=["l1"])
+        assert evaluate("report", folders[0], tmp_path / name, "--output-dir", tmp_path / "report") == 2
+        assert "compare only like with like" in capsys.readouterr().err
+    assert evaluate("report", tmp_path, "--output-dir", tmp_path / "report") == 2
+    assert "which has no config.json: score its predictions first" in capsys.readouterr().err
+
+
+# Pictures
+
+
+def test_a_line_of_the_guidance_plot_joins_runs_that_differ_in_guidance_alone(folders):
+    found = [report.Run(folder) for folder in reversed(folders)]
+    found[1].system["top_k"] = 5
+    lines = pictures.group_by_guidance(found)
+    assert [[run.name for run in line] for line in lines.values()] == [["guidance-1", "guidance-6"], ["guidance-3"]]
+    found[0].system["guidance_scale"] = None
+    assert sum(map(len, pictures.group_by_guidance(found).values())) == 2
+
+
+def test_a_sheet_shows_the_best_and_the_worst_predictions_and_none_twice():
+    values = {"a": 1.0, "b": 3.0, "c": 2.0, "d": math.nan, "e": 5.0, "f": 4.0, "g": 6.0, "h": 7.0, "i": 8.0, "j": 9.0}
+    # L1: lower is better.
+    chosen = pictures.choose_samples([*values, "unscored"], values, "l1")
+    assert [name for which, name in chosen if which == "best:"] == ["a", "c", "b", "f"]
+    assert [name for which, name in chosen if which == "worst:"] == ["j", "i", "h", "g"]
+    few = pictures.choose_samples(["a", "b", "c", "e", "f"], values, "psnr")
+    assert [name for _, name in few] == ["e", "f", "b", "c", "a"]
+    assert pictures.choose_samples(["x", "y"], {}, None) == [("", "x"), ("", "y")]
+
+
+def test_a_row_of_a_sheet_shows_source_mask_output_and_target(benchmark):
+    sample = benchmark[0]
+    prediction = draw_image(77)
+    sheet = np.asarray(pictures.draw_sheet([("best: 1", sample, prediction)]))
+    for place, picture in enumerate((sample.source_image, sample.mask.convert("RGB"), prediction, sample.target_image)):
+        left = place * (pictures.SIDE + pictures.GAP)
+        shown = sheet[: pictures.SIDE, left : left + pictures.SIDE]
+        assert np.array_equal(shown, np.asarray(picture.resize((160, 160), Image.Resampling.NEAREST)))
+
+
+def test_a_report_of_a_run_whose_predictions_are_gone_has_no_sheet(folders, tmp_path):
+    config, metrics = (json.loads((folders[0] / name).read_text()) for name in ("config.json", "metrics.json"))
+    config["paths"]["images"] = str(tmp_path / "nowhere")
+    for name, content in (("config.json", config), ("metrics.json", metrics)):
+        (tmp_path / name).write_text(json.dumps(content))
+    report.write_report([tmp_path], tmp_path / "report")
+    assert not list((tmp_path / "report").glob("*-sheet.png"))
+
+
+def test_a_report_is_the_same_each_time(folders, tmp_path):
+    for name in ("one", "two"):
+        report.write_report(folders, tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

@@ -1,0 +1,428 @@
+"""Runs: the same figures however often they were stopped and by however many processes they were made."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from evaluation_data import (
+    evaluate,
+    make_magicbrush_folder,
+    make_picture_folder,
+    make_pie_folder,
+    make_sticker_data,
+    make_translation_data,
+)
+from PIL import Image
+from tiny import build_pipeline, draw_image
+from tiny_metrics import (
+    build_clip,
+    build_depth_model,
+    build_dino,
+    build_inception,
+    build_lpips,
+    build_segmentation_model,
+)
+
+from editar_hf.evaluation import image_metrics, runs, scorers, scoring
+from editar_hf.evaluation.distribution_metrics import compute_frechet_distance
+from editar_hf.evaluation.files import read_lines
+from editar_hf.evaluation.samples import Benchmark
+from editar_hf.evaluation.systems import System, build_system
+from editar_hf.evaluation.tasks import prepare_benchmark
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture")
+ROOT = Path(__file__).parents[1]
+NUM_STICKERS = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a tiny editor and of the tiny models that score."""
+    folder = tmp_path_factory.mktemp("models")
+    build_pipeline(grid_size=8).save_pretrained(folder / "editar")
+    build_dino().save_pretrained(folder / "structure")
+    build_lpips().save_pretrained(folder / "lpips")
+    build_inception().save_pretrained(folder / "inception")
+    builders = {"clip": build_clip, "depth": build_depth_model, "segmentation": build_segmentation_model}
+    for name, build in builders.items():
+        for part in build():
+            part.save_pretrained(folder / name)
+    return folder
+
+
+def list_run_words(models, source, output_dir):
+    """List the words of a run on the stickers, two samples at a time."""
+    words = ["--task", "sticker-edits", "--source", source, "--model", models / "editar", "--batch-size", 2]
+    return ["run", *words, "--output-dir", output_dir]
+
+
+@pytest.fixture(scope="module")
+def sticker_source(tmp_path_factory):
+    return make_sticker_data(tmp_path_factory.mktemp("source") / "stickers", NUM_STICKERS)
+
+
+@pytest.fixture(scope="module")
+def straight_run(models, sticker_source, tmp_path_factory):
+    """A run on the stickers that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert evaluate(*list_run_words(models, sticker_source, folder)) == 0
+    return folder
+
+
+def read_results(folder):
+    """Read all that must not depend on how a run came about."""
+    images = {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
+    return images, (folder / "metrics.json").read_bytes(), (folder / "report.md").read_text().replace(folder.name, "")
+
+
+def start_process(words, code=None, *launcher):
+    """Run `editar-hf evaluate` in a process of its own, after `code`."""
+    code = f"{code or ''}\nimport sys\nfrom editar_hf.commands import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([*command, "evaluate", *map(str, words)], env=environment, capture_output=True, text=True)
+
+
+def test_sticker_edits_run_from_the_source_to_the_report(straight_run):
+    metrics = json.loads((straight_run / "metrics.json").read_text())
+    assert metrics["task"] == "sticker-edits"
+    assert metrics["num_expected"] == metrics["num_scored"] == NUM_STICKERS
+    assert metrics["problems"] == {"missing": [], "unreadable": [], "wrong size": [], "extra": []}
+    assert {path.name for path in straight_run.iterdir()} == {
+        *("config.json", "data", "images", "samples-0.jsonl", "metrics.json", "report.md"),
+        *("categories.png", "run-sheet.png"),
+    }
+    lines = [json.loads(line) for line in (straight_run / "samples-0.jsonl").read_text().splitlines()]
+    assert metrics["overall"]["done"]["mean"] == np.mean([line["values"]["done"] for line in lines])
+    assert metrics["overall"]["inside"]["n"] == sum(line["values"]["inside"] is not None for line in lines) == 7
+    page = (straight_run / "report.md").read_text()
+    assert "| edits done % ↑ |" in page
+    assert "| recolour |" in page
+
+
+def test_a_run_killed_while_it_generates_ends_as_if_it_had_not_been(models, sticker_source, straight_run, tmp_path):
+    folder = tmp_path / "run"
+    words = list_run_words(models, sticker_source, folder)
+    # The fifth picture is on the disk under its temporary name when the process dies.
+    code = (
+        "import os, signal, pathlib; replace, count = pathlib.Path.replace, [0]\n"
+        "def die(path, target):\n"
+        "    count[0] += path.suffix == '.png'\n"
+        "    return os.kill(os.getpid(), signal.SIGKILL) if count[0] == 5 else replace(path, target)\n"
+        "pathlib.Path.replace = die"
+    )
+    assert start_process(words, code).returncode == -signal.SIGKILL
+    done = [path for path in (folder / "images").iterdir() if not path.name.startswith(".")]
+    assert len(done) == 4
+    kept = done[0].stat().st_mtime_ns
+    assert evaluate(*words) == 0
+    assert done[0].stat().st_mtime_ns == kept
+    results, expected = read_results(folder), read_results(straight_run)
+    assert {name: image for name, image in results[0].items() if not name.startswith(".")} == expected[0]
+    assert results[1:] == expected[1:]
+
+
+def test_a_run_killed_while_it_scores_ends_as_if_it_had_not_been(models, sticker_source, straight_run, tmp_path):
+    folder = tmp_path / "run"
+    words = list_run_words(models, sticker_source, folder)
+    assert evaluate(*words) == 0
+    lines = (folder / "samples-0.jsonl").read_text()
+    torn = lines[: lines.index("\n", len(lines) // 2) + 30]
+    assert not torn.endswith("\n")
+    (folder / "samples-0.jsonl").write_text(torn)
+    (folder / "metrics.json").unlink()
+    assert evaluate(*words) == 0
+    assert (folder / "samples-0.jsonl").read_text() == lines
+    assert read_results(folder) == read_results(straight_run)
+
+
+def test_two_processes_make_what_one_makes(models, sticker_source, straight_run, tmp_path):
+    folder = tmp_path / "run"
+    words = list_run_words(models, sticker_source, folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    command = [*torchrun, "-m", "editar_hf.commands", "evaluate", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    counts = [len((folder / f"samples-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert counts == [5, 5]
+    assert read_results(folder) == read_results(straight_run)
+    # One process goes on with what two have made, and finds nothing left to do.
+    before = (folder / "samples-0.jsonl").read_bytes()
+    assert evaluate(*words) == 0
+    assert (folder / "samples-0.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seed", 1], "holds a run with seed = 0, and this one has 1"),
+        (["--guidance-scale", 2], "system.guidance_scale = None, and this one has 2.0"),
+        (["--protocol", "corrected"], "protocol.name = 'editar', and this one has 'corrected'"),
+        (["--metrics", "done"], r"holds a run with metrics"),
+        (["--source", "elsewhere"], "`source` is 'elsewhere', and "),
+    ],
+)
+def test_runs_of_two_configurations_are_not_mixed(more, message, models, sticker_source, straight_run, capsys):
+    results = read_results(straight_run)
+    assert evaluate(*list_run_words(models, sticker_source, straight_run), *more) == 2
+    assert message in capsys.readouterr().err
+    assert read_results(straight_run) == results
+
+
+def test_runs_of_two_weights_under_one_name_are_not_mixed(models, straight_run, tmp_path, capsys):
+    config = json.loads((straight_run / "config.json").read_text())
+    config["generation"]["system"]["revisions"]["model"] = "sha256:0"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["--data", straight_run / "data", "--model", models / "editar", "--batch-size", 2]
+    assert evaluate("generate", *words, "--output-dir", tmp_path) == 2
+    assert "system.revisions.model = 'sha256:0'" in capsys.readouterr().err
+
+
+# Seeds and batches
+
+
+def test_a_samples_seed_depends_on_the_runs_seed_and_its_id_alone():
+    seeds = {runs.derive_seed(seed, name) for seed in (0, 1) for name in ("a", "b")}
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # Written down, so that a run of today can be gone on with tomorrow.
+    assert runs.derive_seed(0, "00000") == 6435419086474144373
+
+
+class Recorder(System):
+    """A system that writes down what it was asked for, and turns pictures over."""
+
+    name = "recorder"
+
+    def describe(self):
+        return {"name": self.name}
+
+    def load(self):
+        self.calls = []
+
+    def edit(self, samples, seeds):
+        self.calls.append([sample.id for sample in samples])
+        return [sample.source_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for sample in samples]
+
+
+def test_a_turn_is_made_from_the_picture_of_the_turn_before(tmp_path):
+    folder = make_magicbrush_folder(tmp_path / "magicbrush")
+    benchmark = prepare_benchmark("magicbrush-multi-turn", tmp_path / "data", str(folder), allow_partial=True)
+    system = Recorder()
+    runs.generate(benchmark, system, tmp_path / "run", batch_size=2)
+    # Both sessions go together, first their first turns, then the second turn of the one that has it.
+    assert system.calls == [["30-1", "139-1"], ["30-2"]]
+    source = np.asarray(draw_image(30, 24, 24))
+    with Image.open(tmp_path / "run" / "images" / "30-2.png") as twice:
+        assert np.array_equal(np.asarray(twice), source)
+    summary = scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", metrics=["l1"])
+    # The first of two turns is a step on the way.
+    assert (summary["num_expected"], summary["problems"]["extra"]) == (2, [])
+
+
+# Predictions from anywhere
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A benchmark of three pictures at 16×16 with predictions, all sound."""
+    benchmark = prepare_benchmark("folder", tmp_path / "data", str(make_picture_folder(tmp_path / "pictures", 4)))
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    for index, sample_id in enumerate(benchmark.ids):
+        draw_image(50 + index).save(folder / f"{sample_id}.png")
+    return benchmark, folder
+
+
+def test_missing_broken_small_and_foreign_predictions_are_named_and_counted(pictures, tmp_path, capsys):
+    benchmark, folder = pictures
+    (folder / "first.png").unlink()
+    (folder / "00002.png").write_bytes((folder / "00002.png").read_bytes()[:-300])
+    draw_image(0, 8, 16).save(folder / "00003.png")
+    draw_image(0).save(folder / "00009.png")
+    words = ["--data", benchmark.folder, "--images", folder, "--output-dir", tmp_path / "run"]
+    assert evaluate("score", *words, "--metrics", "psnr_unedited") == 1
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["num_expected"], metrics["num_scored"]) == (4, 1)
+    problems = metrics["problems"]
+    assert (problems["missing"], problems["extra"]) == (["first"], ["00009.png"])
+    assert problems["wrong size"] == ["00003: 8×16, not 16×16"]
+    assert [entry.partition(":")[0] for entry in problems["unreadable"]] == ["00002"]
+    printed = capsys.readouterr().out
+    for words in ("missing: 1\n  first", "wrong size: 1\n  00003", "unreadable: 1\n  00002", "extra: 1\n  00009.png"):
+        assert words in printed
+
+
+def test_a_prediction_that_was_replaced_is_scored_anew_and_the_others_are_not(pictures, tmp_path):
+    benchmark, folder = pictures
+    score = lambda: scoring.score_predictions(benchmark, folder, tmp_path / "run", metrics=["l1"])  # noqa: E731
+    before = score()
+    benchmark[0].target_image.save(folder / "first.png")
+    after = score()
+    values = [line["values"]["l1"] for line in read_lines(tmp_path / "run" / "samples-0.jsonl")]
+    assert len(values) == 5
+    assert values[-1] == 0
+    assert after["categories"]["kind"]["l1"]["mean"] == 0 != before["categories"]["kind"]["l1"]["mean"]
+    assert after["categories"]["all"] == before["categories"]["all"]
+
+
+def test_a_metric_counts_the_samples_that_it_is_defined_for(pictures, tmp_path):
+    benchmark, folder = pictures
+    benchmark[0].target_image.save(folder / "first.png")
+    names = ["l1", "psnr", "psnr_unedited"]
+    summary = scoring.score_predictions(benchmark, folder, tmp_path / "run", metrics=names)
+    # The last sample has neither truth nor mask.
+    assert [summary["overall"][name]["n"] for name in names] == [3, 3, 3]
+    assert summary["overall"]["psnr"]["mean"] == math.inf
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert written["overall"]["psnr"] == {"mean": "inf", "std": None, "n": 3, "factor": 1, "scaled": "inf"}
+    expected = []
+    for sample in (benchmark[index] for index in range(3)):
+        with Image.open(folder / f"{sample.id}.png") as prediction:
+            error = np.abs(np.asarray(prediction, float) - np.asarray(sample.target_image, float)).mean() / 255
+        expected.append(error)
+    assert summary["overall"]["l1"]["mean"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert summary["overall"]["l1"]["std"] == pytest.approx(np.std(expected, ddof=1), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metrics", "beauty"], "`metrics` holds 'beauty'"),
+        (["--protocol", "mine"], "`protocol` is 'mine'"),
+        (["--metrics", "fid"], "`inception_model` is missing: give the folder"),
+        (["--metrics", "l1", "--clip-model", "c"], "`clip_model` is 'c'; none of the metrics asked for needs it"),
+        (["--images", "nowhere"], "`images` is 'nowhere', which is no folder"),
+    ],
+)
+def test_scoring_that_cannot_be_done_is_refused_before_it_begins(words, message, pictures, tmp_path, capsys):
+    benchmark, folder = pictures
+    words = ["--data", benchmark.folder, "--images", folder, "--output-dir", tmp_path / "run", *words]
+    assert evaluate("score", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# The other benchmarks, with tiny models
+
+
+def score_pie_sample(models, sample, images):
+    """Score one sample with the functions themselves."""
+    with Image.open(images / f"{sample.id}.png") as prediction:
+        arrays = [np.array(picture)[None] for picture in (prediction, sample.source_image)]
+    image, source = (torch.from_numpy(array).permute(0, 3, 1, 2) / 255 for array in arrays)
+    mask, prompts = torch.from_numpy(np.array(sample.mask))[None, None] / 255, ["a blue circle"]
+    clip = scorers.CLIPScorer(models / "clip")
+    values = {
+        "structure_distance": scorers.StructureScorer(models / "structure")(image, source),
+        "psnr_unedited": image_metrics.compute_psnr(image, source, mask),
+        "lpips_unedited": scorers.LPIPSScorer(models / "lpips")(image, source, mask),
+        "mse_unedited": image_metrics.compute_mse(image, source, mask),
+        "ssim_unedited": image_metrics.compute_ssim(image, source, mask),
+        "clip_whole": clip(image, prompts),
+        "clip_edited": clip(image, prompts, mask),
+    }
+    return {name: value.item() for name, value in values.items()}
+
+
+def test_a_pie_bench_folder_runs_from_the_source_to_the_report(models, tmp_path, capsys):
+    words = ["--task", "pie-bench", "--source", make_pie_folder(tmp_path / "pie"), "--allow-partial"]
+    words += ["--model", models / "editar", "--output-dir", tmp_path / "run"]
+    for name in ("structure", "lpips", "clip"):
+        words += [f"--{name}-model", models / name]
+    assert evaluate("run", *words) == 0
+    summary = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    lines = list(read_lines(tmp_path / "run" / "samples-0.jsonl"))
+    expected = score_pie_sample(models, Benchmark(tmp_path / "run" / "data")[3], tmp_path / "run" / "images")
+    assert list(summary["overall"]) == list(expected)
+    for name, value in expected.items():
+        assert lines[3]["values"][name] == pytest.approx(value, rel=1e-4), name
+        mean = np.mean([line["values"][name] for line in lines])
+        assert summary["overall"][name]["mean"] == pytest.approx(mean), name
+        assert summary["overall"][name]["n"] == 4
+    assert [summary["categories"][name]["psnr_unedited"]["n"] for name in ("random", "change object")] == [1, 1]
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "structure distance ×10³ ↓" in page
+    assert "a part of the benchmark; not comparable" in page
+    assert "PnP-Inversion + Prompt-to-Prompt (quoted: PnPInversion, arXiv 2310.01506) | 11.65 | 27.22 |" in page
+
+
+def test_depth_rmse_and_fid_are_those_of_all_samples(models, tmp_path):
+    source = make_translation_data(tmp_path / "depth", num_samples=4)
+    benchmark = prepare_benchmark("depth", tmp_path / "data", str(source), allow_partial=True, resolution=32)
+    runs.generate(benchmark, Recorder(), tmp_path / "run")
+    names = {name: str(models / name) for name in ("depth", "inception")}
+    summary = scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", models=names)
+    targets = [torch.from_numpy(np.array(benchmark[k].target_image)).permute(2, 0, 1) / 255 for k in range(4)]
+    maps = [torch.from_numpy(np.array(benchmark[k].source_image)).permute(2, 0, 1) / 255 for k in range(4)]
+    targets, maps = torch.stack(targets), torch.stack(maps)
+    images = maps.flip(-1)
+    inception = scorers.InceptionScorer(models / "inception")
+    fid = compute_frechet_distance(inception(images), inception(targets))
+    assert summary["overall"]["fid"]["mean"] == pytest.approx(fid, rel=1e-3)
+    assert summary["overall"]["fid"]["n"] == 4
+    depth = scorers.DepthScorer(models / "depth")(images, maps[:, :1])
+    assert summary["overall"]["depth_rmse"]["mean"] == pytest.approx(depth.mean().item(), rel=1e-4)
+    # Features of a prediction are computed again if they are lost, and not otherwise.
+    written = (tmp_path / "run" / "metrics.json").read_bytes()
+    (tmp_path / "run" / "features" / "00001.npz").unlink()
+    scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", models=names)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == written
+    assert (tmp_path / "run" / "features" / "00001.npz").exists()
+
+
+def test_mean_iou_is_that_of_all_pixels_together(models, tmp_path):
+    source = make_translation_data(tmp_path / "segmentation", num_samples=2, classes=(0, 3, 6, 255))
+    benchmark = prepare_benchmark("segmentation", tmp_path / "data", str(source), allow_partial=True, resolution=32)
+    runs.generate(benchmark, Recorder(), tmp_path / "run")
+    scorer = scorers.SegmentationScorer(models / "segmentation")
+    hits, pixels_of = np.zeros(7), np.zeros(7)
+    for sample in (benchmark[index] for index in range(2)):
+        flipped = np.array(sample.source_image)[:, ::-1].copy()
+        found = scorer.segment(torch.from_numpy(flipped).permute(2, 0, 1)[None] / 255)[0].numpy()
+        labels = np.array(sample.labels)
+        found, labels = found[labels != 255], labels[labels != 255]
+        for label in range(7):
+            hits[label] += ((found == label) & (labels == label)).sum()
+            pixels_of[label] += ((found == label) | (labels == label)).sum()
+    arguments = {"metrics": ["mean_iou"], "models": {"segmentation": str(models / "segmentation")}}
+    summary = scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", **arguments)
+    expected = (hits / np.maximum(pixels_of, 1))[pixels_of > 0].mean()
+    assert 0 < expected < 1
+    assert summary["overall"]["mean_iou"]["mean"] == pytest.approx(expected)
+
+
+def test_magicbrush_and_edges_have_their_metrics(models, tmp_path):
+    folder = make_magicbrush_folder(tmp_path / "magicbrush")
+    benchmark = prepare_benchmark("magicbrush", tmp_path / "magic", str(folder), allow_partial=True)
+    runs.generate(benchmark, build_system("copy-source"), tmp_path / "run")
+    names = {"clip": str(models / "clip"), "dino": str(models / "structure")}
+    summary = scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", models=names)
+    assert list(summary["overall"]) == ["l1", "l2", "clip_i", "dino", "clip_t"]
+    assert all(figure["n"] == 3 and math.isfinite(figure["mean"]) for figure in summary["overall"].values())
+    source = make_translation_data(tmp_path / "depth")
+    benchmark = prepare_benchmark("canny", tmp_path / "canny", str(source), allow_partial=True, resolution=32)
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    for index in range(3):
+        benchmark[index].target_image.save(truth / f"{benchmark.ids[index]}.png")
+    summary = scoring.score_predictions(benchmark, truth, tmp_path / "edges", metrics=["edge_f1", "edge_psnr"])
+    # The truth has exactly the edges that were asked for.
+    assert (summary["overall"]["edge_f1"]["mean"], summary["overall"]["edge_psnr"]["mean"]) == (1, math.inf)

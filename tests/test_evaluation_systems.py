@@ -1,0 +1,217 @@
+"""The systems that are compared: each gives what its own pipeline gives, seed by seed, at the size of the source."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
+from tiny import build_pipeline, draw_image, redraw_weights
+from tiny_metrics import build_clip
+from transformers import CLIPTextModel
+
+from editar_hf.evaluation.samples import Sample
+from editar_hf.evaluation.systems import build_system
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer")
+PROMPT = "make the red circle blue"
+BLOCKS = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+UNET = {
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+    **BLOCKS,
+}
+
+
+def build_samples(side=16, task="edit"):
+    target = draw_image(9, side, side)
+    return [
+        Sample(f"{index}", f"{PROMPT} {index}", draw_image(index, side, side), task, target_image=target)
+        for index in range(2)
+    ]
+
+
+def build_stable_diffusion(in_channels):
+    """Build the parts of a Stable Diffusion, tiny."""
+    clip, processor = build_clip()
+    text_encoder = redraw_weights(CLIPTextModel(clip.config.text_config), scale=0.3)
+    processor.tokenizer.model_max_length = 12
+    torch.manual_seed(0)
+    return {
+        "vae": AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **BLOCKS
+        ),
+        "text_encoder": text_encoder,
+        "tokenizer": processor.tokenizer,
+        "unet": UNet2DConditionModel(
+            in_channels=in_channels, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **UNET
+        ),
+        "scheduler": DDIMScheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    build_pipeline().save_pretrained(folder / "editar")
+    StableDiffusionInstructPix2PixPipeline(**build_stable_diffusion(8)).save_pretrained(folder / "instruct")
+    torch.manual_seed(1)
+    controlnet = ControlNetModel(conditioning_embedding_out_channels=(4, 8), **UNET)
+    controlnet.save_pretrained(folder / "controlnet")
+    parts = build_stable_diffusion(4)
+    StableDiffusionControlNetPipeline(**parts, controlnet=controlnet).save_pretrained(folder / "diffusion")
+    return folder
+
+
+def edit(name, samples, seeds=(5, 6), **options):
+    system = build_system(name, **options)
+    system.load()
+    return system.edit(samples, list(seeds))
+
+
+def make_generators(seeds=(5, 6)):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def are_equal(first, second):
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True))
+
+
+def test_copy_source_returns_the_source():
+    samples = build_samples()
+    assert are_equal(edit("copy-source", samples), [sample.source_image for sample in samples])
+
+
+@pytest.mark.parametrize("task", ["edit", "canny"])
+def test_editar_edits_as_its_pipeline_does(task, models):
+    samples = build_samples(task=task)
+    edited = edit("editar", samples, model=models / "editar", guidance_scale=2.0, top_k=7)
+    expected = build_pipeline()(
+        [sample.prompt for sample in samples],
+        image=[sample.source_image for sample in samples],
+        task=task,
+        guidance_scale=2.0,
+        top_k=7,
+        generator=make_generators(),
+    ).images
+    assert are_equal(edited, expected)
+    assert not are_equal(edited, edit("editar", samples, (7, 8), model=models / "editar", guidance_scale=2.0, top_k=7))
+
+
+def test_editar_returns_pictures_of_the_sources_size(models):
+    samples = build_samples(side=24)
+    edited = edit("editar", samples, model=models / "editar")
+    images = [sample.source_image for sample in samples]
+    prompts = [sample.prompt for sample in samples]
+    pipeline = build_pipeline()
+    assert are_equal(edited, pipeline(prompts, image=images, restore_size=True, generator=make_generators()).images)
+    assert edited[0].size == (24, 24)
+
+
+def test_truncating_darkens_by_at_most_one_step(models):
+    rounded, truncated = (
+        np.stack(edit("editar", build_samples(), model=models / "editar", quantize=quantize)).astype(int)
+        for quantize in ("round", "truncate")
+    )
+    assert set(np.unique(rounded - truncated)) == {0, 1}
+
+
+def test_an_adapter_changes_what_editar_makes_and_is_described(models, tmp_path):
+    pipeline = build_pipeline()
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    inject_adapter_in_model(config, pipeline.transformer, adapter_name="mine")
+    pipeline.save_lora_weights(tmp_path / "adapter", adapter_name="mine")
+    samples, options = build_samples(), {"model": str(models / "editar"), "do_sample": False}
+    adapted = edit("editar", samples, lora=str(tmp_path / "adapter"), **options)
+    assert not are_equal(adapted, edit("editar", samples, **options))
+    with_adapter = build_system("editar", lora=str(tmp_path / "adapter"), **options).describe()["revisions"]
+    assert set(with_adapter) == {"model", "lora"}
+
+
+def test_masks_are_used_only_where_they_are_asked_for_and_that_is_said(models):
+    samples = build_samples()
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 8, 8))
+    for sample in samples:
+        sample.mask = mask
+    unmasked, masked = (edit("editar", samples, model=models / "editar", use_masks=use) for use in (None, True))
+    for sample, free, kept in zip(samples, unmasked, masked, strict=True):
+        source, free, kept = (np.asarray(picture).astype(int) for picture in (sample.source_image, free, kept))
+        # The pixels that are furthest from the mask are the source's, where it was used.
+        assert np.array_equal(kept[12:], source[12:])
+        assert not np.array_equal(free[12:], source[12:])
+    assert build_system("editar", model=models / "editar", use_masks=True).describe()["use_masks"]
+
+
+def test_vq_reconstruction_is_what_the_tokenizer_makes_of_source_or_target(models):
+    samples, pipeline = build_samples(), build_pipeline()
+    for name in ("source", "target"):
+        pictures = [getattr(sample, f"{name}_image") for sample in samples]
+        expected = pipeline.decode_image_tokens(pipeline.encode_image(pictures))
+        assert are_equal(edit("vq-reconstruction", samples, model=models / "editar", reconstruct=name), expected)
+    samples[1].target_image = None
+    with pytest.raises(ValueError, match="samples without a true result"):
+        edit("vq-reconstruction", samples, model=models / "editar", reconstruct="target")
+
+
+def test_instruct_pix2pix_edits_as_diffusers_does(models):
+    samples = build_samples()
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "image_guidance_scale": 1.2}
+    edited = edit("instruct-pix2pix", samples, model=models / "instruct", **options)
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(models / "instruct")
+    pipeline.set_progress_bar_config(disable=True)
+    images, prompts = [sample.source_image for sample in samples], [sample.prompt for sample in samples]
+    assert are_equal(edited, pipeline(prompts, image=images, generator=make_generators(), **options).images)
+    assert not are_equal(edited, edit("instruct-pix2pix", samples, (1, 2), model=models / "instruct", **options))
+
+
+def test_controlnet_draws_as_diffusers_does_and_at_the_sources_size(models):
+    samples = build_samples(side=20, task="canny")
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    drawn = edit("controlnet", samples, model=models / "diffusion", controlnet=models / "controlnet", **options)
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(models / "diffusion")
+    pipeline.set_progress_bar_config(disable=True)
+    images, prompts = [sample.source_image for sample in samples], [sample.prompt for sample in samples]
+    expected = pipeline(prompts, image=images, generator=make_generators(), **options).images
+    expected = [image.resize((20, 20), Image.Resampling.LANCZOS) for image in expected]
+    assert are_equal(drawn, expected)
+
+
+def test_the_description_tells_weights_apart_and_needs_none_loaded(models, tmp_path):
+    build_pipeline(num_text_tokens=9).save_pretrained(tmp_path / "other")
+    described = [build_system("editar", model=folder).describe() for folder in (models / "editar", tmp_path / "other")]
+    assert described[0]["revisions"] != described[1]["revisions"]
+    again = build_system("editar", model=models / "editar").describe()
+    assert again == described[0]
+    assert (again["name"], again["use_masks"], again["dtype"]) == ("editar", False, "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dance", {}, "`system` is 'dance'; choose one of editar, instruct-pix2pix"),
+        ("copy-source", {"model": "m"}, "`model` is 'm'; the system copy-source has no such option"),
+        ("editar", {"model": "m", "controlnet": "c"}, "`controlnet` is 'c'; the system editar has no such option"),
+        ("editar", {}, "`system` editar needs an option more: .*model"),
+        ("editar", {"model": "m", "dtype": "int8"}, "`dtype` is 'int8'; choose one of float32"),
+        ("editar", {"model": "m", "quantize": "ceil"}, "`quantize` is 'ceil'; choose round or truncate"),
+        ("vq-reconstruction", {"model": "m", "reconstruct": "mask"}, "`reconstruct` is 'mask'"),
+    ],
+)
+def test_options_that_do_not_fit_a_system_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_system(name, **options)

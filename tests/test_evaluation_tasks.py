@@ -1,0 +1,327 @@
+"""Benchmarks as they are published → one folder of samples; what is not as published is refused."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from evaluation_data import (
+    PROMPT,
+    evaluate,
+    make_magicbrush_folder,
+    make_picture_folder,
+    make_pie_folder,
+    make_sticker_data,
+    make_translation_data,
+)
+from kornia.filters import canny
+from PIL import Image
+from tiny import build_pipeline, draw_image
+
+import editar_hf.evaluation.tasks as tasks
+from editar_hf.commands import build_parser
+from editar_hf.evaluation.protocols import PROTOCOLS
+from editar_hf.evaluation.samples import Benchmark, Sample, write_benchmark
+from editar_hf.evaluation.scoring import get_metric
+from editar_hf.evaluation.systems import SYSTEMS
+from editar_hf.evaluation.tasks.pie_bench import NUM_SAMPLES, decode_mask
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "editor"
+    build_pipeline(grid_size=8).save_pretrained(folder)
+    return str(folder)
+
+
+def prepare(tmp_path, name, source, **options):
+    return tasks.prepare_benchmark(name, tmp_path / "data", str(source), allow_partial=True, **options)
+
+
+def to_array(picture):
+    return np.asarray(picture).astype(int)
+
+
+def test_every_metric_of_a_task_exists_and_so_do_those_it_trades_off():
+    for task in tasks.TASKS.values():
+        for name in (*task.metrics, *task.trade_off):
+            assert get_metric(name).title
+
+
+# PIE-Bench
+
+
+def test_pie_bench_has_its_seven_hundred_samples():
+    assert sum(NUM_SAMPLES.values()) == 700
+    assert len(NUM_SAMPLES) == 10
+
+
+def test_pie_samples_keep_the_instruction_and_lose_the_brackets(tmp_path):
+    benchmark = prepare(tmp_path, "pie-bench", make_pie_folder(tmp_path / "pie"))
+    sample = benchmark[1]
+    assert (sample.id, sample.prompt, sample.target_prompt) == ("000000000001", PROMPT, "a blue circle")
+    assert [benchmark[index].category for index in range(3)] == ["random", "change object", "add object"]
+    with Image.open(tmp_path / "pie" / "annotation_images" / "some" / "000000000001.jpg") as picture:
+        assert np.array_equal(to_array(sample.source_image), to_array(picture.convert("RGB")))
+    mask = to_array(sample.mask)
+    assert mask[100, 101] == mask[199, 150] == mask[0, 300] == 255
+    assert mask[100, 100] == mask[100, 151] == mask[99, 101] == mask[200, 101] == 0
+    # A hundred rows of 50, and the border.
+    assert (mask == 255).sum() == 100 * 50 + 4 * 512 - 4
+
+
+def test_a_run_that_leaves_the_grid_is_cut_at_its_end():
+    mask = decode_mask([512 * 300 + 510, 4, 512 * 511 + 200, 10_000])
+    assert mask[300, 510] == mask[301, 1] == 255
+    assert mask[301, 2] == mask[510, 200] == 0
+
+
+@pytest.mark.parametrize("runs", [[5], [-1, 3], [512 * 512, 1], [4, -2]])
+def test_a_mask_that_is_no_list_of_runs_is_refused(runs):
+    with pytest.raises(ValueError, match="the mask of a sample is no list of starts and lengths"):
+        decode_mask(runs)
+
+
+def change_entry(folder, **changes):
+    mapping = json.loads((folder / "mapping_file.json").read_text())
+    mapping["000000000002"] = {k: v for k, v in (mapping["000000000002"] | changes).items() if v is not None}
+    (folder / "mapping_file.json").write_text(json.dumps(mapping))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"editing_instruction": None}, "000000000002 in .* has no editing_instruction"),
+        ({"editing_type_id": "10"}, "`editing_type_id` of 000000000002 is '10'"),
+        ({"image_path": "small.png"}, r"the picture of 000000000002 has \(64, 64\) pixels"),
+        ({"editing_instruction": " "}, "`prompt` of 000000000002 is empty"),
+    ],
+)
+def test_pie_entries_that_are_not_as_published_are_refused(changes, message, tmp_path):
+    folder = make_pie_folder(tmp_path / "pie")
+    draw_image(0, 64, 64).save(folder / "annotation_images" / "small.png")
+    change_entry(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path, "pie-bench", folder)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_part_of_a_benchmark_is_refused_unless_it_is_asked_for(tmp_path, capsys):
+    words = ["prepare", "--task", "pie-bench", "--source", make_pie_folder(tmp_path / "pie")]
+    words += ["--output-dir", tmp_path / "data"]
+    assert evaluate(*words) == 2
+    assert "'random': 1" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+    assert evaluate(*words, "--allow-partial") == 0
+    assert "4 samples of pie-bench, a part of the benchmark" in capsys.readouterr().out
+    assert not Benchmark(tmp_path / "data").info["is_complete"]
+
+
+# Depth, canny, segmentation
+
+
+def test_pictures_are_scaled_to_the_shortest_side_and_cropped_in_the_middle(tmp_path):
+    source = make_translation_data(tmp_path / "depth")
+    sample = prepare(tmp_path, "depth", source, resolution=20)[0]
+    # 48×40 pixels become 24×20, of which the middle 20 columns stay.
+    for name, seed in (("target_image", 0), ("source_image", 1)):
+        resized = draw_image(seed, 48, 40).resize((24, 20), Image.Resampling.LANCZOS)
+        assert np.array_equal(to_array(getattr(sample, name)), to_array(resized)[:, 2:22])
+    assert (sample.task, sample.prompt) == ("depth", "a man")
+
+
+def test_canny_sources_are_the_edges_of_the_truth(tmp_path):
+    sample = prepare(tmp_path, "canny", make_translation_data(tmp_path / "depth"), resolution=32)[1]
+    pixels = torch.from_numpy(to_array(sample.target_image)).permute(2, 0, 1)[None].float() / 255
+    edges = canny(pixels, 0.1, 0.2)[1][0, 0].numpy()
+    assert np.array_equal(to_array(sample.source_image)[..., 0], edges * 255)
+    assert 0 < edges.mean() < 1
+
+
+def test_labels_are_cropped_like_the_picture_and_no_class_is_mixed(tmp_path):
+    source = make_translation_data(tmp_path / "segmentation")
+    sample = prepare(tmp_path, "segmentation", source, resolution=20)[2]
+    labels = to_array(sample.labels)
+    assert set(np.unique(labels)) <= {0, 5, 170, 255}
+    original = np.random.default_rng(2).choice([0, 5, 170, 255], size=(40, 48))
+    assert np.array_equal(labels, original[1::2, 1::2][:, 2:22])
+    assert sample.prompt == "a red man"
+
+
+def test_a_class_that_coco_stuff_does_not_have_is_refused(tmp_path):
+    labels = Image.fromarray(np.full((40, 48), 171, np.uint8))
+    source = make_translation_data(tmp_path / "segmentation", panoptic_seg_map=labels)
+    with pytest.raises(ValueError, match=r"`panoptic_seg_map` of row 0 has the classes \[171\]"):
+        prepare(tmp_path, "segmentation", source, resolution=20)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    (tmp_path / "other").mkdir()
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "other" / "validation-0.parquet")
+    with pytest.raises(ValueError, match="lacks control_depth, image; it has text"):
+        prepare(tmp_path, "depth", tmp_path / "other")
+
+
+# MagicBrush
+
+
+def test_single_turns_start_from_the_truth_and_multi_turns_from_the_turn_before(tmp_path):
+    folder = make_magicbrush_folder(tmp_path / "magicbrush")
+    single = prepare(tmp_path, "magicbrush", folder)
+    multi = tasks.prepare_benchmark("magicbrush-multi-turn", tmp_path / "multi", str(folder), allow_partial=True)
+    assert single.ids == multi.ids == ["30-1", "30-2", "139-1"]
+    assert single.read_column("previous") == [None] * 3
+    assert single.read_column("is_scored") == [True] * 3
+    assert multi.read_column("previous") == [None, "30-1", None]
+    assert multi.read_column("is_scored") == [False, True, True]
+    assert np.array_equal(to_array(single[1].source_image), to_array(draw_image(31, 24, 24)))
+    assert (single[1].prompt, single[1].category, single[1].target_prompt) == (f"{PROMPT} 2", "turn 2", "a blue circle")
+
+
+def test_a_source_of_another_size_than_the_truth_is_brought_to_it(tmp_path):
+    folder = make_magicbrush_folder(tmp_path / "magicbrush")
+    draw_image(3, 30, 20).save(folder / "images" / "30" / "30-input.png")
+    assert prepare(tmp_path, "magicbrush", folder)[0].source_image.size == (24, 24)
+
+
+# Folders and stickers
+
+
+def test_a_folder_may_leave_out_all_but_source_and_prompt(tmp_path):
+    benchmark = prepare(tmp_path, "folder", make_picture_folder(tmp_path / "pictures"))
+    first, last = benchmark[0], benchmark[2]
+    assert (first.id, first.category, first.target_prompt) == ("first", "kind", "a blue circle")
+    assert set(np.unique(to_array(first.mask))) == {0, 255}
+    assert (last.id, last.category, last.target_image, last.mask) == ("00003", "all", None, None)
+
+
+def test_a_line_with_an_unknown_name_is_refused(tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('\n{"source_image_file_name": "0-before.png", "prompt": "p", "instruction": "p"}')
+    with pytest.raises(ValueError, match=r"line 4 of .* has source_image_file_name, prompt, instruction"):
+        prepare(tmp_path, "folder", folder)
+
+
+def test_stickers_carry_what_their_scoring_needs(model, tmp_path):
+    source = make_sticker_data(tmp_path / "stickers")
+    benchmark = prepare(tmp_path, "sticker-edits", source, tokenizer=model)
+    assert benchmark.read_column("category") == [
+        *("recolour", "reshape", "remove", "add", "move", "canny", "depth", "segmentation")
+    ]
+    edit, translation = benchmark[0], benchmark[7]
+    pipeline = build_pipeline(grid_size=8)
+    through = pipeline.decode_image_tokens(pipeline.encode_image(edit.target_image))[0]
+    places = np.argwhere(np.ones((32, 32)))
+    distances = np.linalg.norm(places[:, None] - np.argwhere(to_array(edit.mask)), axis=-1).min(1)
+    kept = distances.reshape(32, 32) > 4
+    error = ((to_array(through) - to_array(edit.target_image))[kept] ** 2).mean()
+    assert edit.details["outside_psnr_ceiling"] == pytest.approx(10 * np.log10(255**2 / error))
+    assert (edit.details["token_size"], translation.details["outside_psnr_ceiling"]) == (4, None)
+
+
+def test_stickers_without_a_tokenizer_or_with_one_of_another_size_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="`tokenizer` is missing"):
+        prepare(tmp_path, "sticker-edits", make_sticker_data(tmp_path / "stickers"))
+    with pytest.raises(ValueError, match="`tokenizer` works at 32×32 pixels"):
+        prepare(tmp_path, "sticker-edits", make_sticker_data(tmp_path / "large", resolution=48), tokenizer=model)
+
+
+# What every benchmark must be
+
+
+def write(tmp_path, *samples):
+    write_benchmark(samples, tmp_path / "data", "folder", "here")
+    return Benchmark(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": "a/b"}, "`id` is 'a/b'"),
+        ({"id": "one"}, "`id` is 'one'; give each sample one of its own"),
+        ({"task": "dance"}, "`task` of two is 'dance'"),
+        ({"previous": "three"}, "`previous` of two is 'three', which is no earlier sample"),
+        ({"mask": Image.new("L", (8, 8))}, r"`mask` of two has \(8, 8\) pixels; its result has 16×16"),
+        ({"target_image": Image.new("RGB", (8, 9))}, r"`source_image` of two has \(16, 16\) pixels"),
+    ],
+)
+def test_samples_that_could_not_be_scored_are_refused(changes, message, tmp_path):
+    samples = [Sample(id=name, prompt="p", source_image=draw_image(0)) for name in ("one", "two")]
+    for name, value in changes.items():
+        setattr(samples[1], name, value)
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, *samples)
+    assert not (tmp_path / "data").exists()
+
+
+def test_samples_come_back_as_they_were(tmp_path):
+    mask = draw_image(2).convert("L")
+    sample = Sample("one", "p", draw_image(0), "canny", "kind", draw_image(1), mask, mask, "q", None, False, {"a": 1})
+    read = write(tmp_path, sample)[0]
+    for name, value in vars(sample).items():
+        found = getattr(read, name)
+        assert np.array_equal(to_array(found), to_array(value)) if isinstance(value, Image.Image) else found == value
+        assert not isinstance(value, Image.Image) or found.mode == value.mode
+
+
+def test_the_fingerprint_tells_one_changed_pixel_and_one_changed_word(tmp_path):
+    fingerprints = set()
+    for number, (seed, prompt) in enumerate([(0, "p"), (1, "p"), (0, "q"), (0, "p")]):
+        picture = draw_image(0)
+        if seed:
+            picture.putpixel((3, 3), (1, 2, 3))
+        write_benchmark([Sample("one", prompt, picture)], tmp_path / str(number), "folder", "here")
+        fingerprints.add(Benchmark(tmp_path / str(number)).info["fingerprint"])
+    assert len(fingerprints) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "dance"], "`task` is 'dance'; choose one of pie-bench"),
+        (["--task", "pie-bench"], "`source` is missing"),
+        (["--task", "pie-bench", "--source", "nowhere"], "`source` 'nowhere' has no mapping_file.json"),
+        (["--task", "folder", "--source", "nowhere"], "`source` 'nowhere' has no metadata.jsonl"),
+        (["--task", "magicbrush", "--source", "nowhere"], "`source` 'nowhere' has no edit_sessions.json"),
+        (["--task", "folder", "--source", "x", "--resolution", "32"], "the task folder has no such option"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused_with_the_reason(words, message, tmp_path, capsys):
+    assert evaluate("prepare", *words, "--output-dir", tmp_path / "data") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_that_is_there_is_not_written_over(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=r"`output_dir` .* exists"):
+        prepare(tmp_path, "folder", make_picture_folder(tmp_path / "pictures"))
+
+
+# The page that users read
+
+
+def test_the_commands_of_the_readme_are_commands():
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```\w*\n(.*?)```", page, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if line.strip().startswith("editar-hf evaluate")]
+    steps = {command[2] for command in commands}
+    assert steps == {"prepare", "generate", "score", "report", "run"}
+    for command in commands:
+        build_parser().parse_args(command[1:])
+
+
+def test_the_readme_names_every_task_and_system():
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    assert not [name for name in (*tasks.TASKS, *SYSTEMS, *PROTOCOLS) if f"`{name}`" not in page]
