@@ -24,7 +24,7 @@ data() {
 train() {
     python examples/train_editar.py --model "$MODEL" --recipe examples/recipes/clear.yaml --output_dir "$RUNS/run" \
         --lora_rank 16 --learning_rate 1.5e-3 --lr_scheduler linear --lr_warmup_steps 20 --batch_size 16 \
-        --max_train_steps 1200 --max_train_minutes 15 --edit_region_weight 6 --target_token_dropout 0.3 \
+        --max_train_steps 1000 --max_train_minutes 15 --edit_region_weight 6 --target_token_dropout 0.3 \
         --checkpointing_steps 300 --resume_from_checkpoint latest --seed 0
 }
 

@@ -4,16 +4,20 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hub_server import HubServer, Repository
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from tiny import build_pipeline, build_transformer
 
 from editar_hf import EditARPipeline
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 # An adapter of low-rank updates alone, and one that also replaces the text projection.
 KINDS = {"low rank": None, "with a replaced module": ["text_projection"]}
@@ -255,3 +259,23 @@ def test_saving_needs_to_know_which_adapter(tmp_path):
     with pytest.raises(ValueError, match="`adapter_name` is None; there are one, two"):
         pipe.save_lora_weights(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_shipped_adapter_clears_a_picture_and_leaves_the_editor_alone_when_off():
+    pipe = EditARPipeline.from_pretrained(EXAMPLES / "sticker-editor", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.new("RGB", (64, 64), (128, 128, 128))
+    for corner, colour in (((4, 4), (20, 60, 230)), ((42, 4), (205, 0, 30)), ((42, 42), (255, 240, 60))):
+        picture.paste(colour, (*corner, corner[0] + 18, corner[1] + 18))
+
+    def count_coloured(image):
+        red, green, blue = np.asarray(image).astype(int).transpose(2, 0, 1)
+        return (np.ptp([red, green, blue], axis=0) > 80).sum()
+
+    before = [pipe(prompt, image=picture) for prompt in ("clear the picture", "remove the blue square")]
+    assert count_coloured(before[0].images[0]) > 0.6 * count_coloured(picture)
+    pipe.load_lora_weights(EXAMPLES / "sticker-clear-lora")
+    assert count_coloured(pipe("clear the picture", image=picture).images[0]) < 0.05 * count_coloured(picture)
+    pipe.disable_lora()
+    after = [pipe(prompt, image=picture) for prompt in ("clear the picture", "remove the blue square")]
+    assert all(torch.equal(old.image_tokens, new.image_tokens) for old, new in zip(before, after, strict=True))
