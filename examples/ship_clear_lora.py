@@ -68,8 +68,8 @@ Share of edits done on test samples, in per cent, decoding as the editor does by
 |---|---|---|---|---|---|
 {rows}
 
-With the adapter {inside:.1%} of the pictures have every sticker gone, and {outside:.1%} keep what is further than a token from
-every sticker: where it falls short, the photograph is redrawn too freely. Without the adapter active
+With the adapter {inside:.1%} of the pictures have every sticker gone, and {outside:.1%} keep what is further than
+a token from every sticker: where it falls short, the photograph is redrawn too freely. Without the adapter active
 (`disable_lora()`) the editor gives the tokens it gave before.
 
 The first test samples of the new operation, as source, without the adapter, with it, and target:

@@ -232,7 +232,9 @@ class NetworkRecorder:
         self.num_source_tokens += kwargs["source_image_tokens"].numel() if "source_image_tokens" in kwargs else 0
 
 
-@pytest.mark.parametrize("arguments", [{}, {"mask_image": MASK}, {"decoding": "speculative"}], ids=["exact", "masked", "speculative"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"mask_image": MASK}, {"decoding": "speculative"}], ids=["exact", "masked", "speculative"]
+)
 def test_a_source_cache_gives_the_same_images_without_the_sources_work(pipe, arguments):
     cache = pipe.prepare_source_cache(draw_image(0))
     expected = edit(pipe, **arguments)
@@ -319,7 +321,9 @@ def test_previews_without_a_source_begin_with_grey(pipe):
     assert (np.asarray(seen[0])[4:] == 128).all()
 
 
-@pytest.mark.parametrize("arguments", [{"mask_image": MASK}, {"decoding": "speculative"}], ids=["masked", "speculative"])
+@pytest.mark.parametrize(
+    "arguments", [{"mask_image": MASK}, {"decoding": "speculative"}], ids=["masked", "speculative"]
+)
 def test_an_interrupt_ends_a_call_within_a_pass(pipe, arguments):
     """Whatever a pass brought, nothing more is run; what is missing is the source's."""
     complete = edit(pipe, **arguments).image_tokens
