@@ -10,6 +10,8 @@ Both are greedy, eager, and give the tokens of `generate`; a benchmark checks th
 the package or of the published repository.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
@@ -78,19 +80,19 @@ def decode_like_published(
     grid_size: int,
     forced: torch.LongTensor,
     num_tokens: int,
+    on_token: Callable[[], None] | None = None,
 ) -> torch.LongTensor:
-    """Decode `num_tokens` target tokens after the forced ones `(batch, T)`."""
+    """Decode `num_tokens` target tokens after the forced ones `(batch, T)`; `on_token` hears of each."""
     decoder = PublishedStyleDecoder(model, len(source), grid_size)
     prefix = embed_prefix(model, source, prompt_embeds, forced)
     num_filled = prefix.shape[1]
+
+    def step(fed: torch.LongTensor, num_decoded: int) -> torch.Tensor:
+        slot = torch.tensor([num_filled + num_decoded - 1], device=source.device)
+        return decoder.run(model.model.embed_tokens(fed), slot)[:, -1]
+
     logits = decoder.run(prefix, torch.arange(num_filled, device=source.device))[:, -1]
-    tokens = [select_greedily(logits, guidance_scale)]
-    while len(tokens) < num_tokens:
-        embeds = model.model.embed_tokens(tokens[-1].repeat(2))[:, None]
-        logits = decoder.run(embeds, torch.tensor([num_filled], device=source.device))[:, -1]
-        num_filled += 1
-        tokens.append(select_greedily(logits, guidance_scale))
-    return torch.stack(tokens, dim=1)
+    return decode_greedily(logits, step, guidance_scale, num_tokens, on_token)
 
 
 @torch.no_grad()
@@ -102,8 +104,9 @@ def decode_with_library(
     grid_size: int,
     forced: torch.LongTensor,
     num_tokens: int,
+    on_token: Callable[[], None] | None = None,
 ) -> torch.LongTensor:
-    """Decode `num_tokens` target tokens after the forced ones `(batch, T)`."""
+    """Decode `num_tokens` target tokens after the forced ones `(batch, T)`; `on_token` hears of each."""
     cache, grid = DynamicCache(config=model.config), {"grid_height": grid_size, "grid_width": grid_size}
     drop_prompt = torch.arange(2 * len(source), device=source.device) >= len(source)
     start = {"target_image_tokens": forced.repeat(2, 1)} if forced.shape[1] else {}
@@ -115,12 +118,29 @@ def decode_with_library(
         **start,
         **grid,
     ).logits[:, -1]
-    tokens = [select_greedily(logits.float(), guidance_scale)]
-    while len(tokens) < num_tokens:
-        fed = tokens[-1].repeat(2)[:, None]
-        logits = model(target_image_tokens=fed, past_key_values=cache, **grid).logits[:, -1]
+
+    def step(fed: torch.LongTensor, num_decoded: int) -> torch.Tensor:
+        return model(target_image_tokens=fed, past_key_values=cache, **grid).logits[:, -1]
+
+    return decode_greedily(logits, step, guidance_scale, num_tokens, on_token)
+
+
+def decode_greedily(
+    logits: torch.Tensor,
+    step: Callable[[torch.LongTensor, int], torch.Tensor],
+    guidance_scale: float,
+    num_tokens: int,
+    on_token: Callable[[], None] | None,
+) -> torch.LongTensor:
+    """Choose a token of each image; feed it to both of its rows for the next logits; and so on."""
+    tokens = []
+    while True:
         tokens.append(select_greedily(logits.float(), guidance_scale))
-    return torch.stack(tokens, dim=1)
+        if on_token is not None:
+            on_token()
+        if len(tokens) == num_tokens:
+            return torch.stack(tokens, dim=1)
+        logits = step(tokens[-1].repeat(2)[:, None], len(tokens))
 
 
 def select_greedily(logits: torch.Tensor, guidance_scale: float) -> torch.LongTensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_generation import build_inputs, build_model
+from generation_systems import build_inputs, build_model
 from report import describe_machine, format_table, write_result
 
 from editar_hf import EditARPipeline, EditARVQConfig, EditARVQModel
@@ -113,20 +113,27 @@ class PreviewParts:
 
 
 def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_rounds: int) -> str:
-    """Time an edit, its picture included, and its previews of every row by themselves."""
-    side = GRID_SIZE * STRIDE
+    """Time an edit, its picture included, and its previews of every row by themselves; and those of a larger one."""
 
-    def draw_previews(num_rows: int):
-        preview = RowPreview(PreviewParts(vq_model, processor), torch.zeros(1, 3, side, side), GRID_SIZE, 1)
+    def draw_previews(grid_size: int, num_rows: int):
+        pixels = torch.zeros(1, 3, grid_size * STRIDE, grid_size * STRIDE)
+        preview = RowPreview(PreviewParts(vq_model, processor), pixels, grid_size, 1)
+        tokens = torch.zeros(1, grid_size**2, dtype=torch.long)
         for row in range(1, num_rows + 1):
-            preview.draw(source[:, : row * GRID_SIZE])
+            preview.draw(tokens[:, : row * grid_size])
 
     def edit():
         model.generate(source, prompt_embeds, do_sample=False)
         vq_model.decode(source)
 
-    calls = {"an edit": edit, f"{GRID_SIZE} previews, of every row": lambda: draw_previews(GRID_SIZE)}
-    draw_previews(2)  # the first convolutions of a shape set libraries up
+    large = 2 * GRID_SIZE
+    calls = {
+        "an edit": edit,
+        "the first preview": lambda: draw_previews(GRID_SIZE, 1),
+        f"{GRID_SIZE} previews, of every row": lambda: draw_previews(GRID_SIZE, GRID_SIZE),
+        f"{large} previews at {large * STRIDE}×{large * STRIDE}": lambda: draw_previews(large, large),
+    }
+    draw_previews(GRID_SIZE, 2)  # the first convolutions of a shape set libraries up
     seconds, _ = time_in_turn(calls, num_rounds)
     return format_table(["", "s", "of an edit"], [[name, *describe(seconds, name, "an edit")] for name in calls])
 

@@ -14,18 +14,16 @@ before a speed counts. Writes `results/training.md`, or `results/training-full.m
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from report import describe_machine, format_table, write_result
 from transformers import T5Config, T5EncoderModel
 
 from editar_hf import EditARConfig, EditARForConditionalGeneration, EditARVQConfig, EditARVQModel
@@ -34,7 +32,6 @@ from editar_hf.training.optimization import build_optimizer
 from editar_hf.training.step import TrainingStep, draw_dropout
 
 
-RESULTS = Path(__file__).parent / "results"
 WAYS = {"plain": "plain loop", "pictures": "ours, from pictures", "tokens": "ours, from tokens and text states"}
 NO_DROPOUT = {"text_dropout": 0.0, "residual_dropout": 0.0, "mlp_dropout": 0.0, "distillation_hidden_size": None}
 # The tokenizer and the text encoder take about the share of a step that they take at the published size.
@@ -183,49 +180,39 @@ def check_parity(samples: dict[str, list[dict]], tolerance: float):
                 raise SystemExit(f"{WAYS[way]}: a loss is {loss}, the plain loop's {expected}.")
 
 
-def describe_device(is_full: bool) -> str:
-    if is_full:
-        return torch.cuda.get_device_name()
-    return f"one thread of {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def compose_report(samples: dict[str, list[dict]], is_full: bool, note: str) -> str:
+def compose_report(samples: dict[str, list[dict]], is_full: bool, machine: str) -> str:
     """Lay the samples out as Markdown: medians, and ratios to the plain loop of the same round."""
     sizes, clock = (FULL, "seconds") if is_full else (SMALL, "cpu_seconds")
     config = EditARConfig(**{**sizes["transformer"], **NO_DROPOUT})
     operations = sizes["batch_size"] * count_operations(config)
-    pixels = config.grid_size * EditARVQConfig(**sizes["vq_model"]).stride
-    lines = [
-        f"# Training step, {'GPT-XL' if is_full else 'a small decoder'} at {pixels} × {pixels}",
-        "",
-        f"Decoder of {config.num_hidden_layers} layers, width {config.hidden_size}; batches of {sizes['batch_size']}; "
-        f"{'bf16, compiled but for the plain loop' if is_full else 'fp32, eager'}.",
-        f"Device: {describe_device(is_full)}; Python {platform.python_version()}, torch {torch.__version__}; "
-        f"{date.today()}.{f' {note}' if note else ''}",
-        f"Samples a second are by {'the clock' if is_full else 'the CPU time of the process'}: median (least – most) "
-        f"of {len(samples['plain'])} processes, in turns. The losses of all steps agree.",
-        "The share is that of the rate of a large matrix product in the same process; operations of the decoder alone "
-        "count. Made by",
-        f"`python benchmarks/bench_training.py{' --full' if is_full else ''}`.",
-        "",
-        "| way | samples/s | against the plain loop | share of the matrix rate | peak memory |",
-        "|---|---|---|---|---|",
-    ]
+    side = config.grid_size * EditARVQConfig(**sizes["vq_model"]).stride
+    rows = []
     for way, measured in samples.items():
         speeds = [sizes["batch_size"] / sample[clock] for sample in measured]
         ratios = [plain[clock] / sample[clock] for plain, sample in zip(samples["plain"], measured, strict=True)]
         share = statistics.median(operations / s[clock] / s["flops_per_second"] for s in measured)
         memory = max(sample["memory_gib"] for sample in measured)
         figures = [f"{statistics.median(v):.3g} ({min(v):.3g} – {max(v):.3g})" for v in (speeds, ratios)]
-        lines.append(f"| {WAYS[way]} | {figures[0]} | {figures[1]} | {share:.0%} | {memory:.1f} GiB |")
-    return "\n".join([*lines, ""])
+        rows.append([WAYS[way], *figures, f"{share:.0%}", f"{memory:.1f} GiB"])
+    header = ["way", "samples/s", "against the plain loop", "share of the matrix rate", "peak memory"]
+    parts = [
+        f"# Training step, {'GPT-XL' if is_full else 'a small decoder'} at {side}×{side}",
+        machine,
+        f"Decoder of {config.num_hidden_layers} layers, width {config.hidden_size}; batches of {sizes['batch_size']}; "
+        f"{'bf16, compiled but for the plain loop' if is_full else 'fp32, eager, one thread'}. Samples a second are by "
+        f"{'the clock' if is_full else 'the processor time of the process'}: median (least – most) of "
+        f"{len(samples['plain'])} processes, in turns. The losses of all steps agree. The share is that of the rate of "
+        "a large matrix product in the same process; operations of the decoder alone count. Made by "
+        f"`python benchmarks/bench_training.py{' --full' if is_full else ''}`.",
+        format_table(header, rows),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="the published size, on a GPU")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--note", default="", help="what else the machine did, for the report")
     parser.add_argument("--way", choices=WAYS, help="measure one way in this process, and print JSON")
     args = parser.parse_args()
     if args.full and not torch.cuda.is_available():
@@ -233,16 +220,13 @@ def main():
     if args.way:
         print(json.dumps(measure_way(args.way, args.full)))
         return
-    samples = {way: [] for way in WAYS}
+    machine, samples = describe_machine(), {way: [] for way in WAYS}
     for turn in range(args.rounds):
         for way in list(WAYS)[:: -1 if turn % 2 else 1]:
             samples[way].append(run_way(way, args.full))
             print(f"round {turn + 1}, {WAYS[way]}: {samples[way][-1]}", flush=True)
         check_parity(samples, tolerance=0.02 if args.full else 1e-4)
-    report = compose_report(samples, args.full, args.note)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"training{'-full' if args.full else ''}.md").write_text(report, encoding="utf-8")
-    print(report)
+    write_result(f"training{'-full' if args.full else ''}", compose_report(samples, args.full, machine))
 
 
 if __name__ == "__main__":

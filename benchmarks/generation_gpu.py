@@ -1,13 +1,20 @@
 """Decoding on a GPU: floors first, then both baselines and ours, eager and compiled, at batch 1, 4 and 16.
 
-Run by `bench_generation.py --device cuda`. bf16, GPT-XL at 512×512 unless told otherwise, 2 warm-up edits and 5 timed.
+Run by `bench_generation.py --device cuda`. bf16, 2 warm-up edits and 5 timed; with `--full` GPT-XL at 512×512.
 """
 
 import statistics
 import time
 
 import torch
-from bench_generation import DECODERS, GUIDANCE_SCALE, build_inputs, build_model, check_parity
+from generation_systems import (
+    DECODERS,
+    GUIDANCE_SCALE,
+    build_inputs,
+    build_model,
+    check_parity,
+    compute_decode_floor,
+)
 from report import describe_machine, format_table
 
 
@@ -37,17 +44,6 @@ def measure_floors(device: str) -> tuple[float, float]:
     copies = [time_call(lambda: target.copy_(block), device) for _ in range(10)]
     products = [time_call(lambda: left @ right, device) for _ in range(10)]
     return 2 * block.numel() / min(copies), 2 * size**3 / min(products)
-
-
-def compute_decode_floor(model, batch_size: int, bandwidth: float) -> float:
-    """Compute the seconds it takes to read what decoding must read: weights for each token, one source, own slots."""
-    config = model.config
-    num_tokens = config.num_image_tokens
-    weights = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
-    slot = 2 * config.num_hidden_layers * config.hidden_size
-    own = 2 * batch_size * (1 + num_tokens / 2)
-    numbers = weights + slot * (batch_size * num_tokens + own)
-    return (num_tokens - 1) * numbers * model.dtype.itemsize / bandwidth
 
 
 def time_edits(decode, model, source, prompt_embeds, device: str) -> tuple[float, float, float]:
@@ -81,7 +77,7 @@ def benchmark_gpu(args) -> str:
 
     for batch_size in BATCH_SIZES:
         source, prompt_embeds = build_inputs(model, batch_size, device)
-        floor = compute_decode_floor(model, batch_size, bandwidth)
+        floor = (source.shape[1] - 1) * compute_decode_floor(model, batch_size, model.dtype, bandwidth)
         systems = {
             "published style": ("published style", None),
             "library": ("library", None),

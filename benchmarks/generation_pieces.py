@@ -4,7 +4,7 @@ import statistics
 import time
 
 import torch
-from bench_generation import GUIDANCE_SCALE, StopAfter, build_inputs, build_model
+from generation_systems import GUIDANCE_SCALE, StopAfter, build_inputs, build_model
 from report import describe_machine, format_table
 
 from editar_hf import EditARVQConfig, EditARVQModel

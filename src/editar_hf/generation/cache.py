@@ -88,26 +88,31 @@ class DecodingCache:
         self.num_prefix_slots = 0 if is_shared else first.shape[2]
         self.num_text_slots = 1 if self.has_one_text_slot else config.num_text_tokens
         self.num_rows = sum(prefix.num_rows for prefix in prefixes[0])
-        num_slots = self.num_prefix_slots + self.num_text_slots + num_target_slots
-        shape = (len(prefixes), 2, self.num_rows, config.num_attention_heads, num_slots, config.head_dim)
-        self.states = first.new_zeros(shape) if is_static else first.new_empty(shape)
+        self.num_slots = self.num_prefix_slots + self.num_text_slots + num_target_slots
+        self.device = first.device
+        # A tensor for each layer: what compiled code writes to a view it may write back to all of the tensor.
+        shape = (self.num_rows, config.num_attention_heads, self.num_slots, config.head_dim)
+        allocate = first.new_zeros if is_static else first.new_empty
+        self.keys = [allocate(shape) for _ in prefixes]
+        self.values = [allocate(shape) for _ in prefixes]
         if not is_shared:
             self.copy_prefixes(prefixes)
         if is_static:
             self.prefixes = [[copy_static(prefix) for prefix in blocks] for blocks in prefixes]
-            torch._dynamo.mark_static_address(self.states)
+            for states in (*self.keys, *self.values):
+                torch._dynamo.mark_static_address(states)
         self.is_text_pass = False
         self.slots: slice | torch.LongTensor = slice(0, 0)
         self.bias: torch.Tensor | None = None
 
     def copy_prefixes(self, prefixes: list[list[SharedPrefix]]):
         """Give every row its own copy of its source."""
-        for layer_states, layer_prefixes in zip(self.states, prefixes, strict=True):
+        for keys, values, layer_prefixes in zip(self.keys, self.values, prefixes, strict=True):
             rows = 0
             for prefix in layer_prefixes:
                 group = prefix.num_images // len(prefix.keys)
-                for part, states in enumerate((prefix.keys, prefix.values)):
-                    own = layer_states[part, rows : rows + prefix.num_rows, :, : self.num_prefix_slots]
+                for own, states in ((keys, prefix.keys), (values, prefix.values)):
+                    own = own[rows : rows + prefix.num_rows, :, : self.num_prefix_slots]
                     own.unflatten(0, (-1, len(states), group)).copy_(states[None, :, None])
                 rows += prefix.num_rows
 
@@ -120,9 +125,9 @@ class DecodingCache:
 
     def start_text_pass(self, num_forced: int):
         """Announce the text, and the first target tokens where they are known already."""
-        device, num_new = self.states.device, self.num_text_tokens + num_forced
+        num_new = self.num_text_tokens + num_forced
         self.is_text_pass = True
-        slots = self.num_prefix_slots + torch.arange(num_new, device=device)
+        slots = self.num_prefix_slots + torch.arange(num_new, device=self.device)
         self.bias = build_causal_bias(slots, self.num_prefix_slots + num_new)
 
     def start_pass(self, first_position: int, num_new: int):
@@ -132,15 +137,15 @@ class DecodingCache:
         self.slots = slice(start, start + num_new)
         self.bias = None
         if num_new > 1 or self.has_one_text_slot:
-            slots = torch.arange(start, start + num_new, device=self.states.device)
+            slots = torch.arange(start, start + num_new, device=self.device)
             self.bias = self.add_text_weight(build_causal_bias(slots, self.slots.stop))
 
     def start_static_pass(self, first_position: int, num_new: int):
         """Announce them for a compiled pass: slots and bias are tensors, whose shapes depend on `num_new` alone."""
         self.is_text_pass = False
         start = self.num_prefix_slots + self.num_text_slots + first_position
-        self.slots = torch.arange(start, start + num_new, device=self.states.device)
-        self.bias = self.add_text_weight(build_causal_bias(self.slots, self.states.shape[4]))
+        self.slots = torch.arange(start, start + num_new, device=self.device)
+        self.bias = self.add_text_weight(build_causal_bias(self.slots, self.num_slots))
 
     def add_text_weight(self, bias: torch.Tensor) -> torch.Tensor:
         """Let the one slot of the text weigh as much as all of its positions: exp(log L) = L equal scores."""
@@ -152,7 +157,7 @@ class DecodingCache:
         self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """Store a layer's new keys and values, and attend to all it has; each `(rows, heads, positions, head_dim)`."""
-        keys, values = self.states[layer_idx]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
         if self.is_text_pass:
             own_keys = torch.cat([keys[:, :, : self.num_prefix_slots], key], dim=2)
             own_values = torch.cat([values[:, :, : self.num_prefix_slots], value], dim=2)

@@ -1,0 +1,163 @@
+"""What the decoding benchmarks share: a model of random weights, the systems that are compared, and parity.
+
+A system decodes target tokens after forced ones: two plain baselines (`baselines.py`) and the package's `generate`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from baselines import decode_like_published, decode_with_library
+from transformers import LogitsProcessor, StoppingCriteria
+
+from editar_hf import EditARConfig, EditARForConditionalGeneration
+
+
+GUIDANCE_SCALE = 3.0
+# A first token that differs must have been this close to its rival in the plain loop; in fp32 logits of random weights.
+MAX_MARGIN = 1e-3
+
+
+class StopAfter(StoppingCriteria):
+    """End decoding after `num_tokens`; `on_token` hears of each token after the forced ones."""
+
+    def __init__(self, num_tokens: int, num_forced: int = 0, on_token: Callable[[], None] | None = None):
+        self.num_tokens, self.num_forced, self.on_token = num_tokens, num_forced, on_token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if self.on_token is not None and input_ids.shape[1] > self.num_forced:
+            self.on_token()
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.num_tokens, device=input_ids.device)
+
+
+def decode_with_package(
+    model, source, prompt_embeds, guidance_scale, grid_size, forced, num_tokens, on_token=None
+) -> torch.LongTensor:
+    """Decode with `generate`; the forced tokens are those of a source outside the edit mask."""
+    num_forced = forced.shape[1]
+    assert torch.equal(forced, source[:, :num_forced]), "a mask forces tokens of the source"
+    edit_mask = torch.arange(source.shape[1], device=source.device).expand_as(source) >= num_forced
+    stop = num_forced + num_tokens
+    # Criteria wait for the device after every token: none where a whole edit is timed.
+    is_whole = stop == source.shape[1] and on_token is None
+    target = model.generate(
+        source,
+        prompt_embeds,
+        do_sample=False,
+        guidance_scale=guidance_scale,
+        edit_mask=edit_mask if num_forced else None,
+        stopping_criteria=None if is_whole else [StopAfter(stop, num_forced, on_token)],
+        grid_height=grid_size,
+        grid_width=grid_size,
+    )
+    return target[:, num_forced:]
+
+
+DECODERS = {
+    "published style": decode_like_published,
+    "library": decode_with_library,
+    "editar_hf": decode_with_package,
+}
+
+
+def build_empty_model(preset: str, grid_size: int) -> EditARForConditionalGeneration:
+    """Build a decoder without memory for its weights."""
+    config = EditARConfig.from_preset(preset, grid_size=grid_size, distillation_hidden_size=None)
+    with torch.device("meta"):
+        return EditARForConditionalGeneration(config)
+
+
+def build_model(preset: str, grid_size: int, dtype: torch.dtype, device: str) -> EditARForConditionalGeneration:
+    """Build a decoder with random weights; its head too, which a fresh one has zero."""
+    model = build_empty_model(preset, grid_size).to_empty(device=device).to(dtype).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.ndim == 1:
+                tensor.fill_(1)
+            else:
+                tensor.normal_(std=0.04, generator=generator)
+    return model
+
+
+def build_inputs(model, batch_size: int, device: str) -> tuple[torch.LongTensor, torch.Tensor]:
+    """Draw one source per image and text states."""
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    source = torch.randint(config.vocab_size, (batch_size, config.num_image_tokens), generator=generator)
+    text = torch.randn(batch_size, config.num_text_tokens, config.text_hidden_size, generator=generator)
+    return source.to(device), text.to(device, model.dtype)
+
+
+def compute_decode_floor(model, batch_size: int, dtype: torch.dtype, bandwidth: float) -> float:
+    """Compute the mean seconds a token takes to read: all weights, every source once, half the slots of each row.
+
+    Args:
+        model (`EditARForConditionalGeneration`): The decoder, of which the sizes alone matter.
+        batch_size (`int`): Images, each with a source of its own, in two guidance branches.
+        dtype (`torch.dtype`): Of weights, keys and values.
+        bandwidth (`float`): Bytes read per second.
+    """
+    config = model.config
+    weights = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
+    slot = 2 * config.num_hidden_layers * config.hidden_size
+    own = 2 * batch_size * (1 + config.num_image_tokens / 2)
+    numbers = weights + slot * (batch_size * config.num_image_tokens + own)
+    return numbers * dtype.itemsize / bandwidth
+
+
+class RecordLogits(LogitsProcessor):
+    """Note the guided logits of every token."""
+
+    def __init__(self):
+        self.logits = []
+
+    def __call__(self, input_ids, scores):
+        self.logits.append(scores.clone())
+        return scores
+
+
+def check_parity(preset: str, grid_size: int, dtype: torch.dtype, num_tokens: int, device: str = "cpu") -> str:
+    """Compare teacher-forced logits, and in fp32 the tokens, with those of one forward over the whole sequence.
+
+    Raises:
+        AssertionError: If logits differ by more than rounding, or a token whose rival was not close.
+    """
+    model = build_model(preset, grid_size, dtype, device)
+    source, prompt_embeds = build_inputs(model, 1, device)
+    record = RecordLogits()
+    grid = {"grid_height": grid_size, "grid_width": grid_size}
+    with torch.no_grad():
+        tokens = model.generate(
+            source,
+            prompt_embeds,
+            do_sample=False,
+            guidance_scale=GUIDANCE_SCALE,
+            logits_processor=[record],
+            stopping_criteria=[StopAfter(num_tokens)],
+            **grid,
+        )
+        plain = [
+            model(
+                source,
+                prompt_embeds,
+                target_image_tokens=tokens[:, :-1],
+                drop_prompt=torch.tensor([is_dropped], device=device),
+                **grid,
+            ).logits.float()
+            for is_dropped in (False, True)
+        ]
+    plain = (plain[1] + GUIDANCE_SCALE * (plain[0] - plain[1]))[0]
+    ours = torch.cat(record.logits)
+    difference = ((ours - plain).abs().max() / plain.std()).item()
+    best = plain.topk(2, dim=-1)
+    differing = (best.indices[:, 0] != tokens[0]).nonzero()[:, 0]
+    margins = (best.values[:, 0] - best.values[:, 1])[differing]
+    if dtype == torch.float32:
+        assert difference < 1e-3, f"logits differ by {difference} of their spread"
+        assert (margins < MAX_MARGIN).all(), f"tokens differ at margins {margins.tolist()}"
+    else:
+        assert difference < 0.3, f"logits differ by {difference} of their spread"
+    return (
+        f"over {num_tokens} tokens, guided logits differ from one whole forward by at most {difference:.1e} of their "
+        f"spread; {len(differing)} tokens differ"
+        + (f", at margins below {MAX_MARGIN}" if dtype == torch.float32 and len(differing) else "")
+    )
