@@ -14,7 +14,8 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -129,26 +130,40 @@ TRANSFORMER_CONSTANTS = ("text_rotary", "rope_theta", "rms_norm_eps", "hidden_ac
 VQ_CONSTANTS = ("norm_num_groups",)
 
 
-def load_published_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Load the weights of a published file without running any code in it, memory-mapped where the format allows.
+def open_checkpoint(path: str | Path):
+    """Open a pickle without running any code in it, memory-mapped where the format allows.
 
     Raises:
-        ValueError: If the file is absent, is not a checkpoint, or holds no weights.
+        ValueError: If the file is absent or does not open safely.
     """
     if not Path(path).is_file():
-        raise ValueError(f"`{path}` is not a file; give the path of a published checkpoint.")
+        raise ValueError(f"`{path}` is not a file; give the path of published weights.")
     try:
         # LlamaGen's training script stores its options beside the weights: a bag of values, safe to open.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         # PyTorch's own message advises to open the file unsafely.
         raise ValueError(
-            f"`{path}` does not open safely as a checkpoint: it is damaged, unreadable, of another kind, or holds "
-            "code. Download it anew from its authors."
+            f"`{path}` does not open safely as a checkpoint: it is damaged, unreadable, of another kind (a TorchScript "
+            "program, for one), or holds code. Download it anew from its authors."
         ) from error
+
+
+def is_weights(found) -> bool:
+    """Tell whether what a checkpoint holds is named tensors."""
+    return isinstance(found, dict) and all(isinstance(tensor, torch.Tensor) for tensor in found.values())
+
+
+def load_published_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Load the weights of a published file.
+
+    Raises:
+        ValueError: If the file is absent, does not open safely, or holds no weights.
+    """
+    checkpoint = open_checkpoint(path)
     found = [checkpoint[key] for key in WEIGHTS_KEYS if isinstance(checkpoint, dict) and key in checkpoint]
-    if not found or not isinstance(found[0], dict) or not all(isinstance(x, torch.Tensor) for x in found[0].values()):
+    if not found or not is_weights(found[0]):
         raise ValueError(f"`{path}` holds no weights under any of {', '.join(WEIGHTS_KEYS)}; is it a published file?")
     return dict(found[0])
 
@@ -517,21 +532,32 @@ def check_output_dir(output_dir: Path):
         raise ValueError(f"`output_dir` is {output_dir}, which already holds something; give a new folder.")
 
 
-def save_pipeline(pipeline: EditARPipeline, output_dir: str | Path, card: str):
-    """Write a pipeline folder with its card, complete or not at all.
+@contextmanager
+def new_folder(output_dir: str | Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `output_dir` once all is written, and vanishes if that fails.
 
     Raises:
-        ValueError: If the folder already holds something.
+        ValueError: If `output_dir` already holds something.
     """
     output_dir = Path(output_dir)
     check_output_dir(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
     try:
-        pipeline.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        yield partial
         partial.chmod(0o755)  # mkdtemp's folder is its maker's alone
         partial.replace(output_dir)
     except BaseException:
         shutil.rmtree(partial)
         raise
+
+
+def save_pipeline(pipeline: EditARPipeline, output_dir: str | Path, card: str):
+    """Write a pipeline folder with its card, complete or not at all.
+
+    Raises:
+        ValueError: If the folder already holds something.
+    """
+    with new_folder(output_dir) as partial:
+        pipeline.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")

@@ -8,15 +8,12 @@
 Files are opened without running any code in them, and every key is accounted for.
 """
 
-import pickle
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from ..conversion import check_output_dir
+from ..conversion import is_weights, new_folder, open_checkpoint
 from ..pipeline_loading import describe_key_problems
 from .metric_models import COMPARED_LAYERS, FIDInceptionConfig, FIDInceptionModel, LPIPSConfig, LPIPSModel
 
@@ -67,22 +64,13 @@ def convert_fid_inception(weights: str | Path) -> FIDInceptionModel:
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Load named tensors without running any code in their file.
+    """Load named tensors.
 
     Raises:
         ValueError: If the file is absent, does not open safely, or holds anything else.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"`{path}` is not a file; give the path of the published weights.")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        # PyTorch's own message advises to open the file unsafely.
-        raise ValueError(
-            f"`{path}` does not open safely: it is damaged, of another kind (a TorchScript program, for one), or holds "
-            "code. Download the weights anew from their authors."
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+    weights = open_checkpoint(path)
+    if not is_weights(weights):
         raise ValueError(f"`{path}` holds something else than named tensors; give the published weights.")
     return dict(weights)
 
@@ -104,14 +92,5 @@ def save_metric_model(model: PreTrainedModel, output_dir: str | Path) -> None:
     Raises:
         ValueError: If the folder already holds something.
     """
-    output_dir = Path(output_dir)
-    check_output_dir(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
-    try:
+    with new_folder(output_dir) as partial:
         model.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp's folder is its maker's alone
-        partial.replace(output_dir)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
