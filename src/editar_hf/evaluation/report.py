@@ -16,6 +16,7 @@ from .tasks import TASKS
 REPORT_FILE = "report.md"
 LOSSLESS = (".png", ".bmp")
 PNPINVERSION = "PnPInversion, arXiv 2310.01506"
+EDITAR = "EditAR, arXiv 2501.04699"
 NEP = "NEP, arXiv 2508.06044"
 
 
@@ -36,19 +37,31 @@ class QuotedRow:
     values: dict[str, float]
 
 
+PIE_METRICS = TASKS["pie-bench"].metrics
+EDITAR_PIE_METRICS = ("structure_distance", "psnr_unedited", "lpips_unedited", "clip_whole", "clip_edited")
+
+
+def quote_pie_bench(name: str, source: str, metrics: Sequence[str], *values: float) -> QuotedRow:
+    return QuotedRow(name, "pie-bench", source, dict(zip(metrics, values, strict=True)))
+
+
+# Figures of UniControl and Uni-ControlNet were not at hand; pictures that they made can be scored like any others.
 QUOTED_ROWS = (
-    QuotedRow(
-        "DDIM + Prompt-to-Prompt",
-        "pie-bench",
-        PNPINVERSION,
-        dict(zip(TASKS["pie-bench"].metrics, (69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44), strict=True)),
+    quote_pie_bench(
+        "DDIM + Prompt-to-Prompt", PNPINVERSION, PIE_METRICS, 69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44
     ),
-    QuotedRow(
-        "PnP-Inversion + Prompt-to-Prompt",
-        "pie-bench",
-        PNPINVERSION,
-        dict(zip(TASKS["pie-bench"].metrics, (11.65, 27.22, 54.55, 32.86, 84.76, 25.02, 22.10), strict=True)),
+    quote_pie_bench(
+        "PnP-Inversion + Prompt-to-Prompt", PNPINVERSION, PIE_METRICS, 11.65, 27.22, 54.55, 32.86, 84.76, 25.02, 22.10
     ),
+    quote_pie_bench("InstructPix2Pix", EDITAR, EDITAR_PIE_METRICS, 107.43, 16.69, 271.33, 23.49, 22.20),
+    quote_pie_bench("MGIE", EDITAR, EDITAR_PIE_METRICS, 67.41, 21.20, 142.25, 24.28, 21.79),
+    quote_pie_bench("EditAR", EDITAR, EDITAR_PIE_METRICS, 39.43, 21.32, 117.15, 24.87, 21.87),
+    QuotedRow("ControlNet", "canny", EDITAR, {"fid": 14.73}),
+    QuotedRow("EditAR", "canny", EDITAR, {"fid": 13.91}),
+    QuotedRow("ControlNet++", "depth", EDITAR, {"fid": 16.66}),
+    QuotedRow("EditAR", "depth", EDITAR, {"fid": 15.97}),
+    QuotedRow("ControlNet++", "segmentation", EDITAR, {"fid": 19.29}),
+    QuotedRow("EditAR", "segmentation", EDITAR, {"fid": 16.13}),
     QuotedRow("EditAR", "magicbrush", NEP, {"l1": 0.1028, "l2": 0.0285, "clip_i": 0.8679, "dino": 0.8042}),
     QuotedRow("EditAR", "magicbrush-multi-turn", NEP, {"l1": 0.1341, "l2": 0.0433, "clip_i": 0.8256, "dino": 0.7200}),
 )
@@ -153,9 +166,7 @@ def compose_report(runs: Sequence[Run], pictures: Iterable[tuple[str, Path]]) ->
     for run in runs:
         categories = run.metrics["categories"]
         if len(categories) > 1:
-            rows = [
-                (category, [run.get_scaled(name, category) for name in names]) for category in categories
-            ]
+            rows = [(category, [run.get_scaled(name, category) for name in names]) for category in categories]
             parts.append(f"## {run.name} by category\n\n{compose_table('category', names, rows)}")
     parts += [f"![{title}]({path.name})" for title, path in pictures]
     return "\n\n".join(parts) + "\n"
