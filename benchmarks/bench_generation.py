@@ -7,7 +7,7 @@
     python benchmarks/bench_generation.py --device cuda    # on a GPU: batch 1, 4, 16, compiled and not, and the floor
 
 On a CPU every sample is a process of its own with one thread, timed by the processor time it takes, in the order
-A B C, C B A, A B C. Weights are random. Results go to `benchmarks/results/`.
+A B C D, D C B A, A B C D. Weights are random. Results go to `benchmarks/results/`.
 """
 
 import argparse
@@ -54,6 +54,9 @@ def measure_sample(args: argparse.Namespace) -> dict:
     decode, num_tokens = DECODERS[args.system], source.shape[1]
     with torch.no_grad():  # the first forward sets libraries up
         model(source_image_tokens=source[:, :4], grid_height=2, grid_width=2)
+    if args.system.endswith("compiled"):
+        model.compile_passes()
+        decode(model, source, prompt_embeds, GUIDANCE_SCALE, args.grid_size, source[:, :0], 2)
     prefill, token, tokens = None, [], []
     for place in PLACES:
         forced = source[:, : min(round(place * num_tokens), num_tokens - args.num_timed - 1)]
@@ -101,7 +104,8 @@ def compare_tokens(samples: dict[str, list[dict]]) -> str:
     """Count the tokens in which the systems differ."""
     tokens = {system: torch.tensor(runs[0]["tokens"]) for system, runs in samples.items()}
     ours = tokens["editar_hf"]
-    counts = ", ".join(f"{(tokens[name] != ours).sum().item()} from {name}" for name in SYSTEMS[:2])
+    others = [name for name in SYSTEMS if name != "editar_hf"]
+    counts = ", ".join(f"{(tokens[name] != ours).sum().item()} from {name}" for name in others)
     return f"of {ours.numel()} greedy tokens, those of `editar_hf` that differ: {counts}"
 
 
@@ -135,8 +139,8 @@ def benchmark_cpu(args: argparse.Namespace) -> str:
     parts = [
         f"# Decoding: {args.preset} at {size}×{size}, batch {args.batch_size}, CPU",
         describe_machine(),
-        f"Seconds of processor time, one thread, a process per sample, {args.rounds} rounds, in the order A B C, "
-        "C B A, A B C; medians, and ratios to `editar_hf` round by round as median (least – most). An edit is its "
+        f"Seconds of processor time, one thread, a process per sample, {args.rounds} rounds, in the order A B C D, "
+        "D C B A, …; medians, and ratios to `editar_hf` round by round as median (least – most). An edit is its "
         f"prefill and the mean time of {args.num_timed} tokens at {len(PLACES)} places, for all tokens. Random "
         f"weights, greedy, guidance {GUIDANCE_SCALE}. Made by `python benchmarks/bench_generation.py{args.words}`.",
     ]

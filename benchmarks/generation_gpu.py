@@ -83,7 +83,7 @@ def benchmark_gpu(args) -> str:
             "library": ("library", None),
             "library, compiled": ("library", compile_library),
             "editar_hf": ("editar_hf", None),
-            "editar_hf, compiled": ("editar_hf", model.compile_passes),
+            "editar_hf, compiled": ("editar_hf, compiled", model.compile_passes),
         }
         for name, (decoder, prepare) in systems.items():
             if prepare is not None:

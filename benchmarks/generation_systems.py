@@ -56,6 +56,7 @@ DECODERS = {
     "published style": decode_like_published,
     "library": decode_with_library,
     "editar_hf": decode_with_package,
+    "editar_hf, compiled": decode_with_package,
 }
 
 
