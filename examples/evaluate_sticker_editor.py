@@ -111,9 +111,7 @@ def score_pictures(samples: list[dict], pictures: list, through_tokenizer: list,
         source, target = (np.asarray(sample[name]) for name in ("source_image", "target_image"))
         mask = np.asarray(sample["mask"].convert("L"))
         ceiling = compute_outside_psnr(np.asarray(through), target, mask, token_size)
-        scores.append(
-            score_sample(np.asarray(picture), ceiling, source, target, mask, sample["details"], token_size)
-        )
+        scores.append(score_sample(np.asarray(picture), ceiling, source, target, mask, sample["details"], token_size))
     return scores
 
 

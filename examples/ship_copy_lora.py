@@ -1,7 +1,7 @@
-"""Ship the adapter that `train_clear_lora.sh` trained: its weights, and a card with its figures and a picture.
+"""Ship the adapter that `train_copy_lora.sh` trained: its weights, and a card with its figures and a picture.
 
-    python examples/ship_clear_lora.py --model examples/sticker-editor --adapter runs/clear/run/adapter \
-        --dataset runs/clear/new --figures runs/clear/figures --output_dir examples/sticker-clear-lora \
+    python examples/ship_copy_lora.py --model examples/sticker-editor --adapter runs/copy/run/adapter \
+        --dataset runs/copy/new --figures runs/copy/figures --output_dir examples/sticker-copy-lora \
         --hardware "two CPU cores, 12 minutes"
 
 The figures are what `evaluate_sticker_editor.py` wrote for new and old test samples, with the adapter and without it.
@@ -25,7 +25,7 @@ from editar_hf.pipeline_lora import CONFIG_FILE, WEIGHTS_FILE
 from editar_hf.training.validation import build_contact_sheet
 
 
-PICTURE_FILE = "clearings.png"
+PICTURE_FILE = "copies.png"
 NUM_SHOWN, ENLARGED = 6, 128
 CARD = """\
 ---
@@ -35,10 +35,10 @@ pipeline_tag: image-to-image
 tags: [editar, image-editing, lora]
 ---
 
-# sticker-clear-lora
+# sticker-copy-lora
 
-A LoRA adapter that teaches the [sticker editor](../sticker-editor/README.md) a new operation, "clear the picture":
-every sticker goes, the photograph stays.
+A LoRA adapter that teaches the [sticker editor](../sticker-editor/README.md) a new operation, "copy the
+red circle to the top left": the sticker stays where it is and comes again at another place, in the same size.
 
 ```python
 import torch
@@ -48,16 +48,17 @@ from editar_hf import EditARPipeline
 pipe = EditARPipeline.from_pretrained("{model}")
 pipe.load_lora_weights("{folder}")
 image = Image.new("RGB", (64, 64), "grey")
-ImageDraw.Draw(image).ellipse((6, 6, 24, 24), fill=(205, 0, 30))
-cleared = pipe("clear the picture", image=image, generator=torch.Generator().manual_seed(0)).images[0]
+ImageDraw.Draw(image).ellipse((43, 43, 61, 61), fill=(205, 0, 30))
+copied = pipe("copy the red circle to the top left", image=image, generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
 ## Training
 
-300 pairs of the new operation from `examples/make_clear_edits.py`, two draws in five, and 6,000 pairs of the operations
-the editor knows, from `examples/make_sticker_edits.py` with a seed of its own. Rank {rank}, alpha {alpha:g}, on
-{modules}. `bash examples/train_clear_lora.sh` makes the data, trains, measures and writes this card,
-with seed 0; hardware: {hardware}.
+300 pairs of the new operation from `examples/make_copy_edits.py`, three draws in ten, and 6,000 pairs of the
+operations the editor knows, a third of them moves, from `examples/make_sticker_edits.py` with a seed of its own.
+Rank {rank}, alpha {alpha:g}, on {modules}{trained_whole}.
+`bash examples/train_copy_lora.sh` makes the data, trains, measures and writes this card, with seed 0;
+hardware: {hardware}.
 
 ## Figures
 
@@ -68,9 +69,10 @@ Share of edits done on test samples, in per cent, decoding as the editor does by
 |---|---|---|---|---|---|
 {rows}
 
-With the adapter {inside:.1%} of the pictures have every sticker gone, and {outside:.1%} keep what is further than
-a token from every sticker: where it falls short, the photograph is redrawn too freely. Without the adapter active
-(`disable_lora()`) the editor gives the tokens it gave before.
+With the adapter {inside:.1%} of the pictures have the copy where it was asked for, and {outside:.1%} keep what is
+further than a token from it, the original included; without it {inside_without:.1%} and {outside_without:.1%}: the
+editor takes the words for those of a move. With the adapter switched off (`disable_lora()`) the editor gives the tokens
+it gave before.
 
 The first test samples of the new operation, as source, without the adapter, with it, and target:
 
@@ -86,7 +88,7 @@ Apache-2.0, like the weights it adapts. The photographs are public domain or CC0
 class Arguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id that the adapter is for"})
     adapter: Path = field(metadata={"help": "folder that `train_editar.py --lora_rank` wrote"})
-    dataset: str = field(metadata={"help": "folder that `make_clear_edits.py` wrote"})
+    dataset: str = field(metadata={"help": "folder that `make_copy_edits.py` wrote"})
     figures: Path = field(metadata={"help": "folder with new-without.json, new-with.json, old-without.json, ..."})
     output_dir: Path
     hardware: str = "two CPU cores"
@@ -103,10 +105,10 @@ def read_rates(path: Path) -> tuple[str, dict[str, dict[str, tuple[int, float]]]
 
 
 def read_halves(path: Path) -> dict[str, float]:
-    """Read in which shares of the clearings the stickers are gone (`inside`) and the rest is kept (`outside`)."""
+    """Read in which shares of the new edits the copy is there (`inside`) and the rest is kept (`outside`)."""
     results = json.loads(path.read_text())
     (setting,) = set(results) - {"ceiling"}
-    return {half: results[setting]["seen"]["clear"][half] for half in ("inside", "outside")}
+    return {half: results[setting]["seen"]["copy"][half] for half in ("inside", "outside")}
 
 
 def compose_rows(figures: Path) -> tuple[str, str]:
@@ -127,13 +129,17 @@ def compose_rows(figures: Path) -> tuple[str, str]:
     return "\n".join(rows), setting
 
 
+def list_names(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
 def average(rates: dict[str, tuple[int, float]]) -> tuple[int, float]:
     """Average shares over samples."""
     total = sum(count for count, _ in rates.values())
     return total, sum(count * rate for count, rate in rates.values()) / total
 
 
-def draw_clearings(args: Arguments) -> Image.Image:
+def draw_copies(args: Arguments) -> Image.Image:
     """Draw the first test samples as source | without | with | target."""
     files = {"test": f"{args.dataset}/test.parquet"}
     samples = load_dataset("parquet", data_files=files, split=f"test[:{NUM_SHOWN}]")
@@ -161,15 +167,17 @@ def main():
         folder=args.output_dir,
         rank=config["r"],
         alpha=config["lora_alpha"],
-        modules=", ".join(f"`{name}`" for name in sorted(config["target_modules"])),
+        modules=list_names(config["target_modules"]),
+        trained_whole=f"; {list_names(whole)} trained as a whole" if (whole := config["modules_to_save"]) else "",
         hardware=args.hardware,
         setting=setting,
         rows=rows,
         picture=PICTURE_FILE,
         **read_halves(args.figures / "new-with.json"),
+        **{f"{half}_without": share for half, share in read_halves(args.figures / "new-without.json").items()},
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_clearings(args).save(args.output_dir / PICTURE_FILE, optimize=True)
+    draw_copies(args).save(args.output_dir / PICTURE_FILE, optimize=True)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(args.adapter / file, args.output_dir / file)
     ModelCard(card).save(args.output_dir / CARD_FILE)

@@ -342,13 +342,13 @@ def test_an_adapter_learns_a_new_operation_is_measured_with_its_base_and_shipped
     sticker_editor, pictures, tmp_path, run_here
 ):
     """The whole way at tiny size: pairs, training with `--lora_rank`, evaluation with and without, and the card."""
-    run_here("make_clear_edits.py", output_dir=tmp_path / "clear", resolution=64, num_train=4, num_test=3)
+    run_here("make_copy_edits.py", output_dir=tmp_path / "copy", resolution=64, num_train=4, num_test=3)
     reset_accelerate()
     run_here(
         "train_editar.py",
         "--no_conditioning_dropout",
         model=sticker_editor,
-        dataset=tmp_path / "clear",
+        dataset=tmp_path / "copy",
         output_dir=tmp_path / "run",
         lora_rank=2,
         batch_size=4,
@@ -358,7 +358,7 @@ def test_an_adapter_learns_a_new_operation_is_measured_with_its_base_and_shipped
     reset_accelerate()
     adapter = tmp_path / "run" / "adapter"
     figures = {}
-    for part, dataset in (("new", tmp_path / "clear"), ("old", pictures)):
+    for part, dataset in (("new", tmp_path / "copy"), ("old", pictures)):
         for name, more in (("without", {}), ("with", {"lora": adapter})):
             output = tmp_path / "figures" / f"{part}-{name}.json"
             options = {"dataset": dataset, "settings": "greedy-1", "controls": "ceiling", "output": output}
@@ -367,24 +367,24 @@ def test_an_adapter_learns_a_new_operation_is_measured_with_its_base_and_shipped
     base, adapted = figures["new", "without"], figures["new", "with"]
     assert set(base) == {"ceiling", "greedy-1"}
     assert base["ceiling"] == adapted["ceiling"]
-    assert base["greedy-1"]["seen"]["clear"]["n"] == 3
+    assert base["greedy-1"]["seen"]["copy"]["n"] == 3
     assert base["greedy-1"] != adapted["greedy-1"]
 
-    paths = {"dataset": tmp_path / "clear", "figures": tmp_path / "figures", "output_dir": tmp_path / "shipped"}
-    run_here("ship_clear_lora.py", model=sticker_editor, adapter=adapter, hardware="no GPU", **paths)
+    paths = {"dataset": tmp_path / "copy", "figures": tmp_path / "figures", "output_dir": tmp_path / "shipped"}
+    run_here("ship_copy_lora.py", model=sticker_editor, adapter=adapter, hardware="no GPU", **paths)
     card = (tmp_path / "shipped" / "README.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")] for line in card.splitlines() if line.startswith("| ")]
-    assert [row[1] for row in rows[1:]] == ["clear", *stickers.OPERATIONS, *stickers.TRANSLATIONS, "all of these"]
+    assert [row[1] for row in rows[1:]] == ["copy", *stickers.OPERATIONS, *stickers.TRANSLATIONS, "all of these"]
     assert rows[1][2:6] == [
         "3",
-        *(f"{100 * f[s]['seen']['clear']['done']:.1f}" for f, s in ((base, "ceiling"), (base, "greedy-1"))),
-        f"{100 * adapted['greedy-1']['seen']['clear']['done']:.1f}",
+        *(f"{100 * f[s]['seen']['copy']['done']:.1f}" for f, s in ((base, "ceiling"), (base, "greedy-1"))),
+        f"{100 * adapted['greedy-1']['seen']['copy']['done']:.1f}",
     ]
     assert rows[-1][2] == "16"
     assert "Rank 2, alpha 2" in card
     assert "hardware: no GPU" in card
     EditARPipeline.from_pretrained(sticker_editor).load_lora_weights(tmp_path / "shipped")
-    with Image.open(tmp_path / "shipped" / "clearings.png") as sheet:
+    with Image.open(tmp_path / "shipped" / "copies.png") as sheet:
         assert sheet.size == (4 * 132 + 4, 3 * 132 + 4)
 
 

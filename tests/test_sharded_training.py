@@ -185,4 +185,3 @@ def test_script_on_shards_trains_checkpoints_resumes_and_saves_what_one_process_
             assert (sharded[name] - tensor).norm() <= 0.02 * (tensor - before[name]).norm() + 1e-6, name
     pictures = [Image.open(calm_pairs / run / "validation" / "step-0000002.png") for run in ("sharded", "straight")]
     assert pictures[0].size == pictures[1].size == (3 * 20 + 4, 2 * 20 + 4)
-

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import make_clear_edits as clearing
+import make_copy_edits as copying
 import make_sticker_edits as stickers
 
 from editar_hf.evaluation import stickers as scoring
@@ -324,34 +324,47 @@ def test_scores_are_averaged_per_group_and_serialise():
 
 
 @pytest.fixture(scope="module")
-def clearings():
-    rows = [clearing.make_clearing(3, "test", index, RESOLUTION) for index in range(30)]
+def copies():
+    rows = [copying.make_copy(3, "test", index, RESOLUTION) for index in range(30)]
     return [row | {"details": json.loads(row["details"])} for row in rows]
 
 
-def test_clearing_leaves_the_photograph_and_is_done_when_every_sticker_is_gone(clearings):
-    for sample in clearings:
+def test_copying_changes_the_mask_alone_and_is_done_when_original_and_copy_are_there(copies):
+    for sample in copies:
         source, target = (np.asarray(sample[f"{name}_image"]).astype(int) for name in ("source", "target"))
         changed = (source != target).any(axis=-1)
         assert changed.any()
         assert not (changed & (np.asarray(sample["mask"]) == 0)).any()
         assert score(sample, sample["target_image"])["done"]
         assert not score(sample, sample["source_image"])["done"]
-        for sticker in sample["details"]["stickers"]:
-            left_over = stickers.draw_stickers(
-                sample["target_image"], [stickers.Sticker(**sticker | {"rgb": tuple(sticker["rgb"])})]
-            )
-            assert not score(sample, left_over)["gone"]
 
 
-def test_clearing_is_asked_for_in_words_no_other_operation_uses(clearings, train_samples):
-    assert {sample["prompt"] for sample in clearings} == set(clearing.PROMPTS)
-    assert not set(clearing.PROMPTS) & {sample["prompt"] for sample in train_samples}
-    assert not {"clear", "wipe", "leave"} & {word for sample in train_samples for word in sample["prompt"].split()}
+def test_a_copy_has_the_look_and_size_of_its_original(copies):
+    for sample in copies:
+        original, copy = sample["details"]["bystanders"][0], sample["details"]["new"]
+        assert all(original[name] == copy[name] for name in ("colour", "shape", "size", "rgb"))
+        assert original["place"] != copy["place"]
 
 
-def test_clear_pairs_of_one_seed_are_the_same_and_train_and_test_differ(clearings):
-    again = clearing.make_clearing(3, "test", 0, RESOLUTION)
-    assert again["source_image"].tobytes() == clearings[0]["source_image"].tobytes()
-    other = clearing.make_clearing(3, "train", 0, RESOLUTION)
-    assert other["source_image"].tobytes() != clearings[0]["source_image"].tobytes()
+def test_a_move_is_no_copy(copies):
+    moved = 0
+    for sample in copies:
+        original = sample["details"]["bystanders"][0]
+        corner, side = (int((original[name] - original["size"] / 2) * RESOLUTION) for name in "xy"), original["size"]
+        picture, patch = sample["target_image"].copy(), Image.new("RGB", (int(side * RESOLUTION) + 1,) * 2, "grey")
+        picture.paste(patch, tuple(corner))
+        moved += score(sample, picture)["done"]
+    assert moved == 0
+
+
+def test_copying_is_asked_for_in_words_no_other_operation_uses(copies, train_samples):
+    verbs = {prompt.split()[0] for prompt in copying.PROMPTS}
+    assert {sample["prompt"].split()[0] for sample in copies} == verbs
+    assert not verbs & {word for sample in train_samples for word in sample["prompt"].split()}
+
+
+def test_copies_of_one_seed_are_the_same_and_train_and_test_differ(copies):
+    again = copying.make_copy(3, "test", 0, RESOLUTION)
+    assert again["source_image"].tobytes() == copies[0]["source_image"].tobytes()
+    other = copying.make_copy(3, "train", 0, RESOLUTION)
+    assert other["source_image"].tobytes() != copies[0]["source_image"].tobytes()

@@ -149,9 +149,7 @@ def check_output_options(output_type: str, restore_size: bool, crop_to_mask: boo
         raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; pass a positive whole number.")
 
 
-def check_callback(
-    callback: Callable | None, names: Sequence[str], known: Sequence[str], preview_every: int | None
-):
+def check_callback(callback: Callable | None, names: Sequence[str], known: Sequence[str], preview_every: int | None):
     """Refuse names of tensors that a callback cannot be given, and previews for none."""
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(

@@ -154,13 +154,6 @@ def score_sticker(picture, surroundings, sticker, other_colours):
     }
 
 
-def list_removed(details):
-    """List the stickers that an edit takes from their places."""
-    if details["operation"] == "clear":
-        return details["stickers"]
-    return [details["old"]] if details["operation"] in ("remove", "move") else []
-
-
 def is_gone(picture, source, target, sticker):
     """Tell whether a sticker of the source has made way for what the target shows in its place.
 
@@ -207,8 +200,8 @@ def score_edit(picture, outside_psnr_ceiling, source, target, mask, details, tok
     if details["new"] is not None:
         ring = target[draw_ring(details["new"], len(target))]
         score |= score_sticker(picture, ring, details["new"], {"background": rgb2lab(ring).mean(0)})
-    if removed := list_removed(details):
-        score["gone"] = all(is_gone(picture, source, target, sticker) for sticker in removed)
+    if details["operation"] in ("remove", "move"):
+        score["gone"] = is_gone(picture, source, target, details["old"])
     inside = all(score.values())
     psnr = compute_outside_psnr(picture, target, mask, token_size)
     outside = psnr >= outside_psnr_ceiling - PSNR_TOLERANCE

@@ -215,9 +215,7 @@ class ControlNet(System):
         from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
         controlnet = ControlNetModel.from_pretrained(self.controlnet, dtype=getattr(torch, self.dtype))
-        self.pipeline = load_diffusers(
-            StableDiffusionControlNetPipeline, self.model, self.dtype, controlnet=controlnet
-        )
+        self.pipeline = load_diffusers(StableDiffusionControlNetPipeline, self.model, self.dtype, controlnet=controlnet)
 
     def edit(self, samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
         images = self.pipeline(
