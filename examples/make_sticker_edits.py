@@ -534,8 +534,19 @@ def parse_arguments(arguments=None):
     return parser.parse_args(arguments)
 
 
+def check_shares(shares):
+    """Refuse shares that leave no probability for the translations, or are none."""
+    # Decimal fractions that make up 1 may miss it by a rounding error.
+    if not all(share >= 0 for share in shares) or not 0 < sum(shares) <= 1 + 1e-9:
+        raise ValueError(
+            f"`shares` is {', '.join(map(str, shares))}; give fractions of all pairs, none of them negative, whose sum "
+            "is above 0 and at most 1."
+        )
+
+
 def main(arguments=None):
     arguments = parse_arguments(arguments)
+    check_shares(arguments.shares)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     started, done = time.perf_counter(), 0
     with ProcessPoolExecutor(arguments.num_workers) as pool:

@@ -1,6 +1,7 @@
 """The "stickers" data set and its scoring: what the demo checkpoint learns from, and how it is judged."""
 
 import json
+import math
 import random
 import sys
 from dataclasses import replace
@@ -53,7 +54,7 @@ def score(sample, picture, tokenizer_picture=None):
 
 def run_main(folder, **options):
     options = {"num_train": 12, "num_validation": 8, "num_test": 1, "resolution": 32, "shard_size": 5} | options
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    arguments = [text for name, value in options.items() for text in (f"--{name}", *map(str, np.atleast_1d(value)))]
     stickers.main(["--output_dir", str(folder), "--num_workers", "1", *arguments])
     return sorted(folder.glob("*.parquet"))
 
@@ -208,6 +209,26 @@ def test_a_second_run_makes_only_the_missing_shards(tmp_path):
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert {file: file.read_bytes() for file in files} == contents
     assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [(0.5, 0.2, 0.2, 0.2, 0), (0.5, 0.2, -0.1, 0.2, 0.2), (math.nan, 0.2, 0.2, 0.2, 0.2), (0, 0, 0, 0, 0)],
+    ids=["above 1", "negative", "not a number", "none"],
+)
+def test_shares_that_are_no_parts_of_a_whole_are_refused_before_anything_is_written(shares, tmp_path):
+    with pytest.raises(ValueError, match=r"`shares` is .*; give fractions"):
+        run_main(tmp_path / "pairs", shares=shares)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_shares_that_make_up_the_whole_leave_no_translations(tmp_path):
+    """These five add up to a little more than 1 in floating point."""
+    shares = (0.1, 0.2, 0.3, 0.3, 0.1)
+    assert sum(shares) > 1
+    run_main(tmp_path, shares=shares)
+    rows = load_dataset("parquet", data_files=str(tmp_path / "train-*"), cache_dir=str(tmp_path / "cache"))["train"]
+    assert set(rows["task"]) == {"edit"}
 
 
 # The scoring
