@@ -23,7 +23,11 @@ class NonFiniteGuard:
         self.num_skipped = 0
 
     def admits(self, loss: torch.Tensor, gradient_norm: torch.Tensor | float | None) -> bool:
-        """Say whether the weights may be stepped. In fp16 infinite gradients are the loss scaler's business."""
+        """Say whether the weights may be stepped. In fp16 infinite gradients are the loss scaler's business.
+
+        This waits for the device at every step: only a host that knows the answer can leave weights, moments, step
+        counts and averages exactly as they were, whatever the optimiser.
+        """
         figures = [loss.detach().float()]
         # DeepSpeed gives a plain number, or none.
         if self.accelerator.scaler is None and gradient_norm is not None:
