@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
@@ -185,3 +187,35 @@ def test_script_on_shards_trains_checkpoints_resumes_and_saves_what_one_process_
             assert (sharded[name] - tensor).norm() <= 0.02 * (tensor - before[name]).norm() + 1e-6, name
     pictures = [Image.open(calm_pairs / run / "validation" / "step-0000002.png") for run in ("sharded", "straight")]
     assert pictures[0].size == pictures[1].size == (3 * 20 + 4, 2 * 20 + 4)
+
+
+@pytest.fixture
+def launched_on_shards(monkeypatch):
+    """Be the only process of a launch for FSDP2, on gloo as in `ON_GLOO`."""
+    launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    for name, value in {**launch, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    gloo = ("gloo", DistributedType.MULTI_GPU)
+    monkeypatch.setattr(PartialState, "_prepare_backend", lambda *args, **kwargs: gloo)
+    monkeypatch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--ema_decay", "0.9"), "`ema_decay`: a checkpoint of FSDP2 would hold one part .* use DDP"),
+        (("--optimizer", "muon"), "`optimizer` is 'muon', .*FSDP holds one. Use adamw, or DDP"),
+    ],
+    ids=["averages", "muon"],
+)
+def test_script_on_shards_refuses_at_once_what_does_not_work_in_parts(
+    words, message, launched_on_shards, tmp_path, monkeypatch
+):
+    script = str(EXAMPLES / "train_editar.py")
+    monkeypatch.setattr(sys, "argv", [script, "--model", "unread", "--output_dir", str(tmp_path), *words])
+    with pytest.raises(ValueError, match=message):
+        runpy.run_path(script, run_name="__main__")
