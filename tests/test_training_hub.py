@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hub_server import TOKEN, HubServer, Repository
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import build_pipeline
 
 from editar_hf import EditARPipeline
@@ -76,8 +77,10 @@ def write_pairs(path, num_rows, seed):
         name: [Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)) for _ in range(num_rows)]
         for name in names
     }
-    features = datasets.Features({**dict.fromkeys(names, datasets.Image()), "prompt": datasets.Value("string")})
-    datasets.Dataset.from_dict({**rows, "prompt": ["make it blue"] * num_rows}, features=features).to_parquet(path)
+    rows |= {"prompt": ["make it blue"] * num_rows, "task": ["edit", "depth"] * (num_rows // 2)}
+    words = dict.fromkeys(("prompt", "task"), datasets.Value("string"))
+    features = datasets.Features({**dict.fromkeys(names, datasets.Image()), **words})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
 
 
 def run(words, environment):
@@ -100,7 +103,8 @@ def story(tmp_path_factory):
     for split, num_rows, seed in (("train", 4, 0), ("validation", 2, 1)):
         write_pairs(home / "pairs" / f"{split}.parquet", num_rows, seed)
     options = ["--dataset", home / "pairs", "--batch_size", 2, "--learning_rate", 0.1, "--max_train_steps", 2]
-    options += ["--validation_dataset", home / "pairs", "--validation_steps", 1, "--log_with", "tensorboard"]
+    options += ["--validation_dataset", home / "pairs", "--validation_steps", 1]
+    options += ["--logging_steps", 2, "--log_with", "tensorboard"]
     script = EXAMPLES / "train_editar.py"
     with HubServer() as hub:
         environment = {**hub.get_environment(home / "maker"), "ACCELERATE_USE_CPU": "true"}
@@ -154,10 +158,18 @@ def test_the_last_upload_replaces_the_card_of_the_first_and_no_other(story):
     assert story["hub"].read_files(ADAPTER)["README.md"] == b"what the user says"
 
 
-def test_losses_are_in_the_tensorboard_log(story):
-    files = list((story["home"] / "editor" / "logs").rglob("events.out.tfevents*"))
-    assert files
-    assert any(b"validation_loss" in file.read_bytes() for file in files)
+def test_losses_of_training_of_each_task_and_of_validation_are_in_the_tensorboard_log(story):
+    """Two steps of two pairs each, of which half are edits and half depth maps."""
+    log = EventAccumulator(str(story["home"] / "editor" / "logs" / "editar")).Reload()
+    steps = {tag: [event.step for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    last = {tag: log.Scalars(tag)[-1].value for tag in steps}
+    assert steps["validation_loss"] == [1, 2]
+    trained = ("loss", "token_loss", "token_loss/task/edit", "token_loss/task/depth", "learning_rate")
+    assert {tag: steps[tag] for tag in trained} == {tag: [2] for tag in trained}
+    tasks = [last[f"token_loss/task/{task}"] for task in ("edit", "depth")]
+    assert tasks[0] != tasks[1]
+    assert last["token_loss"] == pytest.approx(sum(tasks) / 2, rel=1e-5)
+    assert f"Loss on pairs held out: {last['validation_loss']:.4f}" in story["cards"][EDITOR]
 
 
 def test_failed_upload_leaves_the_folder_and_says_how_to_try_again(story):
