@@ -1,11 +1,13 @@
 """The scripts in `examples/`, run as command lines at tiny size: what they write, and what they refuse."""
 
+import contextlib
 import json
 import os
 import re
 import runpy
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,12 +25,14 @@ from accelerate.state import AcceleratorState, GradientState
 from hub_server import HubServer, Repository
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import NUM_CODES, STRIDE, build_pipeline, redraw_weights
-from transformers import Dinov2Config, Dinov2Model
+from tiny import NUM_CODES, STRIDE, build_pipeline, draw_image, redraw_weights
+from torch._dynamo.utils import counters
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from editar_hf import EditARForConditionalGeneration, EditARPipeline, EditARVQConfig, EditARVQModel
 from editar_hf.processing_editar import apply_task_prefix
-from editar_hf.training.distillation import DistillationTeacher
+from editar_hf.training.checkpoints import list_checkpoints
+from editar_hf.training.distillation import DistillationTeacher, prepare_teacher_pixels
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -527,6 +531,54 @@ def test_killed_run_of_two_processes_on_mixed_streams_goes_on_bit_for_bit(editor
     assert name_changed(tmp_path / "straight" / "pipeline", tmp_path / "straight" / "pipeline-ema") == {"transformer"}
 
 
+def is_saving(folder: Path) -> bool:
+    """Tell whether there is a checkpoint in the making that lacks files which the last complete one has."""
+    complete, unfinished = list_checkpoints(folder), list(folder.glob("unfinished-checkpoint-*"))
+    return bool(complete and unfinished) and set(os.listdir(unfinished[0])) < set(os.listdir(complete[-1]))
+
+
+def kill_while_saving(process: subprocess.Popen, folder: Path):
+    """Kill a process inside the saving of a checkpoint; it is stopped to make sure that it is there."""
+    while True:
+        assert process.poll() is None, "the run is over, and was not caught while it saved"
+        with contextlib.suppress(FileNotFoundError):  # Renamed meanwhile.
+            if is_saving(folder):
+                process.send_signal(signal.SIGSTOP)
+                os.waitpid(process.pid, os.WUNTRACED)
+                if is_saving(folder):
+                    break
+                process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+def test_run_killed_while_it_saves_goes_on_bit_for_bit_from_the_checkpoint_before(
+    editor, tokens, tmp_path, run_here, capsys
+):
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    options = {"model": editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "batch_size": 4}
+    options |= {"learning_rate": 1e-2, "logging_steps": 1}
+    command = [sys.executable, EXAMPLES / "train_editar.py", *list_words(options | {"output_dir": killed})]
+    command += ["--max_train_steps", "200", "--checkpointing_steps", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        kill_while_saving(process, killed)
+    (unfinished,) = killed.glob("unfinished-checkpoint-*")
+    step = int(unfinished.name.rpartition("-")[2])
+    assert list_checkpoints(killed)[-1].name == f"checkpoint-{step - 1}"
+
+    options |= {"max_train_steps": step + 1}
+    run_here("train_editar.py", output_dir=straight, **options)
+    reset_accelerate()
+    figures = read_figures(capsys.readouterr().out)
+    options |= {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    run_here("train_editar.py", output_dir=killed, **options)
+    assert read_figures(capsys.readouterr().out) == {number: figures[number] for number in (step, step + 1)}
+    assert not name_changed(straight / "pipeline", killed / "pipeline")
+    left = {path.name for path in killed.iterdir()}
+    assert left == {f"checkpoint-{step}", f"checkpoint-{step + 1}", "pipeline"}
+
+
 def test_another_number_of_workers_cannot_resume(straight_run, editor, tokens, tmp_path, run_here):
     shutil.copytree(straight_run[0] / "checkpoint-2", tmp_path / "checkpoint-2")
     options = {"model": editor, "dataset": tokens, "output_dir": tmp_path, "resolution": TOKEN_RESOLUTION}
@@ -602,6 +654,25 @@ def test_mixed_precision_and_recomputed_activations_train_as_float32_does(
     assert losses[1] != losses[0]
     weights = load_weights(tmp_path / "bf16" / "pipeline")
     assert {tensor.dtype for name, tensor in weights.items() if "transformer" in name} == {torch.float32}
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_step_trains_as_the_uncompiled_one_does(calm_editor, tokens, tmp_path, run_here, capsys):
+    options = {"model": calm_editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "batch_size": 4}
+    options |= {"max_train_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
+    printed = []
+    for name, words in (("plain", ()), ("compiled", ("--compile",))):
+        torch._dynamo.reset()
+        counters.clear()
+        run_here("train_editar.py", *words, output_dir=tmp_path / name, **options)
+        reset_accelerate()
+        printed.append(read_figures(capsys.readouterr().out))
+        assert bool(counters["stats"]["calls_captured"]) == (name == "compiled")
+    losses = [[float(figures[step]["loss"]) for step in (1, 2, 3)] for figures in printed]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    before, after = (load_weights(tmp_path / name / "pipeline") for name in ("plain", "compiled"))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
 
 
 LORA = ("--lora_rank", "3", "--lora_alpha", "6", "--lora_modules_to_save", "text_projection")
@@ -799,6 +870,42 @@ def test_training_refuses(options, message, request, editor, pictures, tmp_path,
         run_here("train_editar.py", **(defaults | options))
     assert not list(tmp_path.glob("run/*checkpoint-*"))
     assert not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_teacher_with_registers_and_a_width_of_its_own_teaches_on_an_odd_grid(calm_editor, tmp_path, run_here, capsys):
+    """Of 3×3 tokens, the head sees the first 2×2 as its one cell; bilinearly, that is the middle of the teacher's."""
+    width, num_registers, resolution = 20, 3, 3 * STRIDE
+    pipeline = EditARPipeline.from_pretrained(calm_editor)
+    config = pipeline.transformer.config
+    config.distillation_hidden_size = width
+    pipeline.register_modules(transformer=redraw_weights(EditARForConditionalGeneration(config), scale=0.3))
+    pipeline.save_pretrained(tmp_path / "editor")
+    # Its positions are those of a larger picture, as published.
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 56}
+    config = Dinov2WithRegistersConfig(**sizes, image_size=336, num_register_tokens=num_registers)
+    backbone = redraw_weights(Dinov2WithRegistersModel(config), scale=0.3)
+    backbone.save_pretrained(tmp_path / "teacher")
+    names = ("source_image", "target_image")
+    rows = {name: [draw_image((k, *name.encode()), resolution, resolution) for k in range(4)] for name in names}
+    features = datasets.Features({**dict.fromkeys(names, datasets.Image()), "prompt": datasets.Value("string")})
+    pairs = datasets.Dataset.from_dict(rows | {"prompt": ["make it blue"] * 4}, features=features)
+    pairs.to_parquet(tmp_path / "pairs.parquet")
+    paths = {"model": tmp_path / "editor", "dataset": tmp_path / "pairs.parquet", "output_dir": tmp_path / "run"}
+    options = {"distillation_model": tmp_path / "teacher", "resolution": resolution, "batch_size": 4}
+    options |= {"max_train_steps": 1, "logging_steps": 1}
+    run_here("train_editar.py", "--no_conditioning_dropout", **paths, **options)
+
+    sides = {"height": resolution, "width": resolution}
+    source, target = (pipeline.encode_image(rows[name], **sides) for name in names)
+    grid = {"grid_height": 3, "grid_width": 3, "output_distillation_features": True}
+    with torch.no_grad():
+        prompt_embeds = pipeline.encode_prompt(["make it blue"] * 4)
+        predicted = pipeline.transformer(source, prompt_embeds, labels=target, **grid).distillation_features
+        pixels = torch.from_numpy(np.stack(list(map(np.asarray, rows["target_image"])))).permute(0, 3, 1, 2)
+        states = backbone(prepare_teacher_pixels(pixels / 127.5 - 1)).last_hidden_state
+    seen = states[:, 1 + num_registers :].view(4, 4, 4, width)[:, 1:3, 1:3].mean((1, 2))
+    expected = (predicted - seen[:, None]).square().mean().item()
+    assert float(read_figures(capsys.readouterr().out)[1]["distillation_loss"]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_teacher_of_another_width_than_the_head_is_refused(editor, pictures, tmp_path, run_here):
