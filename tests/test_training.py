@@ -392,12 +392,26 @@ def test_loading_restores_the_latest_or_the_named_checkpoint(run, tmp_path):
             layer.weight.fill_(step)
         counter.value, weights[step] = step, layer.weight.detach().clone()
         save_checkpoint(accelerator, tmp_path, step, total_limit=2)
-    for name, step in (("checkpoint-3", 3), ("latest", 12)):
+    for name, step in (("latest", 12), ("checkpoint-3", 3)):
         assert load_checkpoint(accelerator, tmp_path, name) == step
         assert counter.value == step
         assert torch.equal(layer.weight, weights[step])
-    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is 'checkpoint-4'.*: checkpoint-3, checkpoint-12"):
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is 'checkpoint-4'.*: checkpoint-3\."):
         load_checkpoint(accelerator, tmp_path, "checkpoint-4")
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_its_own_and_loses_no_later_one(run, tmp_path):
+    accelerator, _, counter = run
+    for step in (3, 12):
+        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
+    load_checkpoint(accelerator, tmp_path, "checkpoint-3")
+    for step in (4, 5):
+        counter.value = step
+        save_checkpoint(accelerator, tmp_path, step, total_limit=1)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-5"]
+    assert load_checkpoint(accelerator, tmp_path, "latest") == 5
+    (aside,) = tmp_path.glob("checkpoint-12-set-aside-*")
+    assert list(aside.iterdir())
 
 
 def test_kill_while_saving_leaves_the_previous_checkpoint_and_is_overwritten_by_the_next(run, tmp_path):

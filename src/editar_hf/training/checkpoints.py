@@ -1,14 +1,17 @@
 """Checkpoints that survive a kill: written beside their place and renamed into it, older ones removed afterwards."""
 
 import shutil
+import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers.utils import logging
 
 
 PREFIX = "checkpoint-"
+logger = logging.get_logger(__name__)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -61,6 +64,8 @@ def load_checkpoint(
 ) -> int:
     """Restore a run from `"latest"` or a named checkpoint and return its step; 0 if `"latest"` finds none.
 
+    Checkpoints after a named one are set aside under other names: the run goes on from before them.
+
     Raises:
         ValueError: If the named checkpoint is not there; or if a data loader is to go on from it and another number of
             processes or workers read for it.
@@ -78,7 +83,18 @@ def load_checkpoint(
     if dataloader is not None:
         load_place(accelerator, folder, dataloader)
     accelerator.load_state(folder)
+    set_aside(accelerator, [later for later in checkpoints if read_step(later) > read_step(folder)])
     return read_step(folder)
+
+
+def set_aside(accelerator: Accelerator, checkpoints: list[Path]):
+    """Rename checkpoints: `latest` must not mean them, nor newer ones of lower steps be removed for them."""
+    if accelerator.is_main_process:
+        for checkpoint in checkpoints:
+            name = checkpoint.with_name(f"{checkpoint.name}-set-aside-{int(time.time())}")
+            logger.warning(f"The run goes on from before {checkpoint}, which is now called {name.name}.")
+            checkpoint.rename(name)
+    accelerator.wait_for_everyone()
 
 
 def load_place(accelerator: Accelerator, folder: Path, dataloader: StatefulDataLoader):
