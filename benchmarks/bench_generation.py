@@ -13,11 +13,11 @@ A B C D, D C B A, A B C D. Weights are random. Results go to `benchmarks/results
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from generation_gpu import benchmark_gpu
@@ -65,15 +65,21 @@ def measure_sample(args: argparse.Namespace) -> dict:
         prefill = seconds[0] if prefill is None else prefill
         token.append((seconds[-1] - seconds[0]) / args.num_timed)
         tokens.append(decoded.tolist())
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     token = statistics.mean(token)
     return {
         "prefill": prefill,
         "token": token,
         "edit": prefill + (num_tokens - 1) * token,
-        "memory": memory,
+        "memory": measure_peak_memory(),
         "tokens": tokens,
     }
+
+
+def measure_peak_memory() -> float:
+    """Measure the most memory this process has held, in GiB, on Linux; `getrusage` would begin with its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return int(peak) / 2**20
 
 
 def run_sample(system: str, dtype: str, args: argparse.Namespace) -> dict:
