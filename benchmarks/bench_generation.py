@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from generation_gpu import benchmark_gpu
@@ -31,7 +30,7 @@ from generation_systems import (
     check_parity,
     compute_decode_floor,
 )
-from report import describe_machine, format_table, write_result
+from report import describe_machine, format_table, measure_peak_memory, write_result
 
 
 SYSTEMS = tuple(DECODERS)
@@ -73,13 +72,6 @@ def measure_sample(args: argparse.Namespace) -> dict:
         "memory": measure_peak_memory(),
         "tokens": tokens,
     }
-
-
-def measure_peak_memory() -> float:
-    """Measure the most memory this process has held, in GiB, on Linux; `getrusage` would begin with its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
-    return int(peak) / 2**20
 
 
 def run_sample(system: str, dtype: str, args: argparse.Namespace) -> dict:

@@ -14,7 +14,6 @@ before a speed counts. Writes `results/training.md`, or `results/training-full.m
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import time
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from report import describe_machine, format_table, write_result
+from report import describe_machine, format_table, measure_peak_memory, write_result
 from transformers import T5Config, T5EncoderModel
 
 from editar_hf import EditARConfig, EditARForConditionalGeneration, EditARVQConfig, EditARVQModel
@@ -123,7 +122,7 @@ def measure_way(way: str, is_full: bool) -> dict:
         "losses": [float(loss) for loss in losses],
         "cpu_seconds": seconds[0],
         "seconds": seconds[1],
-        "memory_gib": measure_peak_memory(accelerator.device),
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if is_full else measure_peak_memory(),
         "flops_per_second": measure_matrix_rate(accelerator.device, torch.bfloat16 if is_full else torch.float32),
     }
 
@@ -133,12 +132,6 @@ def read_clocks(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.process_time(), time.perf_counter()
-
-
-def measure_peak_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

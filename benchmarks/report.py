@@ -26,6 +26,13 @@ def describe_machine() -> str:
     return f"Device: {device}. Python {platform.python_version()}, {versions}. {date.today()}. {beside}"
 
 
+def measure_peak_memory() -> float:
+    """Measure the most memory this process has held, in GiB, on Linux; `getrusage` would begin with its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return int(peak) / 2**20
+
+
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Lay out a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
