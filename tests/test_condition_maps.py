@@ -8,10 +8,8 @@ from kornia.filters import canny
 from PIL import Image, ImageDraw
 from skimage import data
 from tiny import build_pipeline, redraw_weights
+from tiny_metrics import build_depth_model
 from transformers import (
-    DPTConfig,
-    DPTForDepthEstimation,
-    DPTImageProcessor,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
@@ -27,20 +25,7 @@ def photograph() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def depth_model():
-    config = DPTConfig(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=32,
-        patch_size=8,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        is_hybrid=False,
-    )
-    torch.manual_seed(0)
-    return DPTForDepthEstimation(config).eval(), DPTImageProcessor(size={"height": 32, "width": 32})
+    return build_depth_model(patch_size=8)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def build_dino(patch_size=32):
     return redraw_weights(ViTModel(config, add_pooling_layer=False), scale=0.3)
 
 
-def build_depth_model():
+def build_depth_model(patch_size=16):
     """Build a depth model of 32 pixels, and its image processor."""
     config = DPTConfig(
         hidden_size=16,
@@ -56,7 +56,7 @@ def build_depth_model():
         num_attention_heads=2,
         intermediate_size=16,
         image_size=32,
-        patch_size=16,
+        patch_size=patch_size,
         backbone_out_indices=[0, 1, 2, 3],
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,
