@@ -4,6 +4,7 @@ A system is a dataclass whose fields are its options. `describe()` says all that
 is loaded; `load()` loads it; `edit(samples, seeds)` makes a picture for each sample, of the size of its source.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class System:
+class System(ABC):
     """What every system has.
 
     Attributes:
@@ -38,12 +39,12 @@ class System:
         revisions = {name: find_revision(model) for name, model in models.items() if model is not None}
         return {"name": self.name, **asdict(self), "revisions": revisions}
 
-    def load(self) -> None:
+    def load(self) -> None:  # noqa: B027 (a floor has nothing to load)
         """Load what `edit` needs onto this process's device."""
 
+    @abstractmethod
     def edit(self, samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
         """Make the pictures of samples, each with its own seed."""
-        raise NotImplementedError
 
 
 @dataclass
