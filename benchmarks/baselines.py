@@ -10,7 +10,7 @@ Both are greedy, eager, and give the tokens of `generate`; a benchmark checks th
 the package or of the published repository.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,13 +61,13 @@ class PublishedStyleDecoder:
         return attention.o_proj(output.transpose(1, 2).flatten(2))
 
 
-def embed_prefix(model, source: torch.Tensor, prompt_embeds: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
-    """Embed [source][text][forced tokens] for both branches, conditional rows first."""
+def embed_prefix(model, source: torch.Tensor, prompt_embeds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Embed [source][text][first target tokens] for both branches, conditional rows first."""
     rows = []
     for drop_prompt in (False, True):
         drop = torch.full((len(source),), drop_prompt, device=source.device)
         text = model.model.embed_prompt(prompt_embeds, drop)
-        rows.append(torch.cat([model.model.embed_tokens(source), text, model.model.embed_tokens(forced)], dim=1))
+        rows.append(torch.cat([model.model.embed_tokens(source), text, model.model.embed_tokens(target)], dim=1))
     return torch.cat(rows)
 
 
@@ -78,21 +78,22 @@ def decode_like_published(
     prompt_embeds: torch.Tensor,
     guidance_scale: float,
     grid_size: int,
-    forced: torch.LongTensor,
-    num_tokens: int,
+    free_positions: Sequence[int],
     on_token: Callable[[], None] | None = None,
 ) -> torch.LongTensor:
-    """Decode `num_tokens` target tokens after the forced ones `(batch, T)`; `on_token` hears of each."""
+    """Decode the target tokens at `free_positions`; all others are the source's. `on_token` hears of each."""
     decoder = PublishedStyleDecoder(model, len(source), grid_size)
-    prefix = embed_prefix(model, source, prompt_embeds, forced)
-    num_filled = prefix.shape[1]
+    num_prefix = source.shape[1] + model.config.num_text_tokens
 
-    def step(fed: torch.LongTensor, num_decoded: int) -> torch.Tensor:
-        slot = torch.tensor([num_filled + num_decoded - 1], device=source.device)
-        return decoder.run(model.model.embed_tokens(fed), slot)[:, -1]
+    def feed(tokens: torch.LongTensor, start: int | None) -> torch.Tensor:
+        if start is None:
+            hidden_states, first_slot = embed_prefix(model, source, prompt_embeds, tokens), 0
+        else:
+            hidden_states, first_slot = model.model.embed_tokens(tokens.repeat(2, 1)), num_prefix + start
+        slots = torch.arange(first_slot, first_slot + hidden_states.shape[1], device=source.device)
+        return decoder.run(hidden_states, slots)[:, -1]
 
-    logits = decoder.run(prefix, torch.arange(num_filled, device=source.device))[:, -1]
-    return decode_greedily(logits, step, guidance_scale, num_tokens, on_token)
+    return decode_greedily(feed, source, guidance_scale, free_positions, on_token)
 
 
 @torch.no_grad()
@@ -102,45 +103,46 @@ def decode_with_library(
     prompt_embeds: torch.Tensor,
     guidance_scale: float,
     grid_size: int,
-    forced: torch.LongTensor,
-    num_tokens: int,
+    free_positions: Sequence[int],
     on_token: Callable[[], None] | None = None,
 ) -> torch.LongTensor:
-    """Decode `num_tokens` target tokens after the forced ones `(batch, T)`; `on_token` hears of each."""
-    cache, grid = DynamicCache(config=model.config), {"grid_height": grid_size, "grid_width": grid_size}
-    drop_prompt = torch.arange(2 * len(source), device=source.device) >= len(source)
-    start = {"target_image_tokens": forced.repeat(2, 1)} if forced.shape[1] else {}
-    logits = model(
-        source_image_tokens=source.repeat(2, 1),
-        prompt_embeds=prompt_embeds.repeat(2, 1, 1),
-        drop_prompt=drop_prompt,
-        past_key_values=cache,
-        **start,
-        **grid,
-    ).logits[:, -1]
+    """Decode the target tokens at `free_positions`; all others are the source's. `on_token` hears of each."""
+    cache = DynamicCache(config=model.config)
+    prefix = {
+        "source_image_tokens": source.repeat(2, 1),
+        "prompt_embeds": prompt_embeds.repeat(2, 1, 1),
+        "drop_prompt": torch.arange(2 * len(source), device=source.device) >= len(source),
+    }
 
-    def step(fed: torch.LongTensor, num_decoded: int) -> torch.Tensor:
-        return model(target_image_tokens=fed, past_key_values=cache, **grid).logits[:, -1]
+    def feed(tokens: torch.LongTensor, start: int | None) -> torch.Tensor:
+        inputs = dict(prefix) if start is None else {}
+        if tokens.shape[1]:
+            inputs["target_image_tokens"] = tokens.repeat(2, 1)
+        return model(**inputs, past_key_values=cache, grid_height=grid_size, grid_width=grid_size).logits[:, -1]
 
-    return decode_greedily(logits, step, guidance_scale, num_tokens, on_token)
+    return decode_greedily(feed, source, guidance_scale, free_positions, on_token)
 
 
 def decode_greedily(
-    logits: torch.Tensor,
-    step: Callable[[torch.LongTensor, int], torch.Tensor],
+    feed: Callable[[torch.LongTensor, int | None], torch.Tensor],
+    source: torch.LongTensor,
     guidance_scale: float,
-    num_tokens: int,
+    free_positions: Sequence[int],
     on_token: Callable[[], None] | None,
 ) -> torch.LongTensor:
-    """Choose a token of each image; feed it to both of its rows for the next logits; and so on."""
-    tokens = []
-    while True:
-        tokens.append(select_greedily(logits.float(), guidance_scale))
+    """Choose the token at each free position.
+
+    `feed` runs target tokens from a position on, or the source, the text and all target tokens so far if it is None,
+    and returns the logits after the last of them.
+    """
+    tokens, start = source.clone(), None
+    for position in free_positions:
+        logits = feed(tokens[:, start or 0 : position], start)
+        tokens[:, position] = select_greedily(logits.float(), guidance_scale)
+        start = position
         if on_token is not None:
             on_token()
-        if len(tokens) == num_tokens:
-            return torch.stack(tokens, dim=1)
-        logits = step(tokens[-1].repeat(2)[:, None], len(tokens))
+    return tokens[:, list(free_positions)]
 
 
 def select_greedily(logits: torch.Tensor, guidance_scale: float) -> torch.LongTensor:

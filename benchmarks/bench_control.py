@@ -1,7 +1,7 @@
 """What masks, kept sources, drafts and previews save or cost; and how well the edit map finds the edit.
 
-    python benchmarks/bench_control.py            # GPT-B at 256×256 with random weights, and the shipped sticker editor
-    python benchmarks/bench_control.py --samples 64
+    python benchmarks/bench_control.py                # GPT-B at 256×256 with random weights, and the sticker editor
+    python benchmarks/bench_control.py --samples 16   # fewer test samples of the sticker editor
 
 Masks, kept sources and previews are timed on random weights. Drafts and the edit map are measured on test samples of
 the sticker editor, drawn on the spot: what they find there says nothing about the published weights. One CPU thread,
@@ -31,9 +31,10 @@ from make_sticker_edits import OPERATIONS, TRANSLATIONS, make_sample  # noqa: E4
 
 
 GRID_SIZE, STRIDE = 16, 16
+EDIT_MAPS_PER_SAMPLE = 5  # they are quick
 MASK_SHARES = (0.05, 0.15, 0.3, 0.5, 1.0)
 WINDOWS = (1, 2, 4, 8, 16)
-GUIDANCE_SCALES = (1.0, 3.0)
+SETTINGS = [(how, scale) for how in ("greedy", "sampled") for scale in (1.0, 3.0)]
 
 
 def time_in_turn(calls: dict[str, Callable], num_rounds: int) -> tuple[dict[str, list[float]], dict]:
@@ -131,7 +132,9 @@ def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_ro
         "an edit": edit,
         "the first preview": lambda: draw_previews(GRID_SIZE, 1),
         f"{GRID_SIZE} previews, of every row": lambda: draw_previews(GRID_SIZE, GRID_SIZE),
-        f"{large} previews at {large * STRIDE}×{large * STRIDE}": lambda: draw_previews(large, large),
+        f"{large} previews at {large * STRIDE}×{large * STRIDE}; the edit is at half of that": lambda: draw_previews(
+            large, large
+        ),
     }
     draw_previews(GRID_SIZE, 2)  # the first convolutions of a shape set libraries up
     seconds, _ = time_in_turn(calls, num_rounds)
@@ -154,16 +157,17 @@ def make_samples(num_samples: int, resolution: int) -> dict[str, list[dict]]:
     }
 
 
-def edit_sample(pipe, sample: dict, tokens, embeds, **how):
+def edit_sample(pipe, tokens, embeds, **how):
     generator = torch.Generator().manual_seed(0)
     return pipe.transformer.generate(tokens, embeds, generator=generator, return_dict_in_generate=True, **how)
 
 
 def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
-    """Count passes by kind of edit, window and guidance, and time the windows."""
+    """Count passes by way of choosing, guidance, kind of edit and window, and time the windows."""
     num_tokens = pipe.transformer.config.num_image_tokens
     rows, seconds, num_different = [], {window: [] for window in (0, *WINDOWS)}, 0
-    for scale in GUIDANCE_SCALES:
+    for choice, scale in SETTINGS:
+        settings = {"do_sample": choice == "sampled", "guidance_scale": scale}
         for task, of_task in samples.items():
             passes = {window: [] for window in (0, *WINDOWS)}
             kept = []
@@ -174,7 +178,7 @@ def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
                 for window in (0, *WINDOWS) if index % 2 == 0 else (0, *WINDOWS[::-1]):
                     how = {"decoding": "speculative", "num_draft_tokens": window} if window else {}
                     start = time.process_time()
-                    output = edit_sample(pipe, sample, tokens, embeds, guidance_scale=scale, **how)
+                    output = edit_sample(pipe, tokens, embeds, **settings, **how)
                     seconds[window].append(time.process_time() - start)
                     passes[window].append(output.num_passes)
                     exact = output.sequences if window == 0 else exact
@@ -182,8 +186,9 @@ def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
                 kept.append((exact == tokens).float().mean().item())
             means = [statistics.mean(passes[window]) for window in WINDOWS]
             cells = [f"{mean:.1f} ({(num_tokens - 1) / mean:.2f})" for mean in means]
-            rows.append([f"{scale:g}", task, f"{statistics.mean(kept):.0%}", *cells])
-    header = ["guidance", "kind of edit", "source tokens kept", *(f"window {window}" for window in WINDOWS)]
+            rows.append([choice, f"{scale:g}", task, f"{statistics.mean(kept):.0%}", *cells])
+    windows = [f"window {window}" for window in WINDOWS]
+    header = ["tokens are", "guidance", "kind of edit", "source tokens kept", *windows]
     times = [
         [str(window), f"{statistics.median(seconds[window]):.3f}", describe_ratio_of_medians(seconds, window)]
         for window in (0, *WINDOWS)
@@ -230,7 +235,7 @@ def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=24, help="test samples of the sticker editor")
+    parser.add_argument("--samples", type=int, default=80, help="test samples of the sticker editor, for drafts")
     parser.add_argument("--rounds", type=int, default=3, help="of the timings on random weights")
     parser.add_argument("--model", default=str(EXAMPLES / "sticker-editor"), help="the sticker editor")
     args = parser.parse_args()
@@ -243,7 +248,8 @@ def main():
     # In bf16 near-ties fall otherwise in passes of another length: counts of tokens that differ would say nothing.
     pipe = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    samples = make_samples(args.samples, pipe.processor.image_processor.size.height)
+    resolution = pipe.processor.image_processor.size.height
+    samples = make_samples(args.samples, resolution)
     with torch.no_grad():
         parts = (
             benchmark_masks(model, source, prompt_embeds, args.rounds),
@@ -251,7 +257,7 @@ def main():
             benchmark_previews(model, vq_model, source, prompt_embeds, pipe.processor, args.rounds),
         )
         drafts, draft_times = benchmark_drafts(pipe, samples)
-        edit_map = benchmark_edit_map(pipe, samples)
+        edit_map = benchmark_edit_map(pipe, make_samples(EDIT_MAPS_PER_SAMPLE * args.samples, resolution))
     report = f"""# Control: masks, kept sources, previews, drafts, the edit map
 
 {machine} One thread; seconds are processor time, ratios are medians (least – most) of rounds ({args.rounds})
@@ -268,9 +274,9 @@ in alternating order. Made by `python benchmarks/bench_control.py`.
 ## The sticker editor, fp32: drafts
 
 Passes after the first of an edit of {pipe.transformer.config.num_image_tokens} tokens, and in brackets how many
-tokens a pass decides; sampled with the folder's settings, {len(samples["add"])} test samples of each kind. Drafts are
-the source's tokens, then what earlier passes chose. How many hold here says nothing about the published weights, which
-have another vocabulary and grid.
+tokens a pass decides; {len(samples["add"])} test samples of each kind. Drafts are the source's tokens, then what
+earlier passes chose. How many hold here says nothing about the published weights, which have another vocabulary and
+grid.
 
 {drafts}
 

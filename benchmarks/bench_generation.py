@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import chain
 
 import torch
 from generation_gpu import benchmark_gpu
@@ -34,15 +35,14 @@ from report import describe_machine, format_table, measure_peak_memory, write_re
 
 
 SYSTEMS = tuple(DECODERS)
-# Where tokens are timed: at these fractions of the target, with all before them forced.
+# Where tokens are timed: at these fractions of the target, with all others forced.
 PLACES = (0, 1 / 3, 2 / 3, 1)
 
 
-def time_tokens(decode, *inputs) -> tuple[list[float], torch.LongTensor]:
-    """Decode; return the processor time from the start to each token, in seconds, and the tokens."""
-    seconds, start = [], time.process_time()
-    tokens = decode(*inputs, on_token=lambda: seconds.append(time.process_time() - start))
-    return seconds, tokens
+def place_runs(num_tokens: int, length: int) -> list[range]:
+    """Choose the runs of free positions, one at each of `PLACES`."""
+    starts = (min(round(place * num_tokens), num_tokens - length) for place in PLACES)
+    return [range(start, start + length) for start in starts]
 
 
 def measure_sample(args: argparse.Namespace) -> dict:
@@ -50,27 +50,24 @@ def measure_sample(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     model = build_model(args.preset, args.grid_size, getattr(torch, args.dtype), "cpu")
     source, prompt_embeds = build_inputs(model, args.batch_size, "cpu")
-    decode, num_tokens = DECODERS[args.system], source.shape[1]
+    decode, inputs = DECODERS[args.system], (model, source, prompt_embeds, GUIDANCE_SCALE, args.grid_size)
     with torch.no_grad():  # the first forward sets libraries up
         model(source_image_tokens=source[:, :4], grid_height=2, grid_width=2)
     if args.system.endswith("compiled"):
         model.compile_passes()
-        decode(model, source, prompt_embeds, GUIDANCE_SCALE, args.grid_size, source[:, :0], 2)
-    prefill, token, tokens = None, [], []
-    for place in PLACES:
-        forced = source[:, : min(round(place * num_tokens), num_tokens - args.num_timed - 1)]
-        inputs = (model, source, prompt_embeds, GUIDANCE_SCALE, args.grid_size, forced, 1 + args.num_timed)
-        seconds, decoded = time_tokens(decode, *inputs)
-        prefill = seconds[0] if prefill is None else prefill
-        token.append((seconds[-1] - seconds[0]) / args.num_timed)
-        tokens.append(decoded.tolist())
-    token = statistics.mean(token)
+        decode(*inputs, range(2))
+    runs = place_runs(source.shape[1], 1 + args.num_timed)
+    times = [time.process_time()]
+    tokens = decode(*inputs, list(chain(*runs)), on_token=lambda: times.append(time.process_time()))
+    prefill, times = times[1] - times[0], iter(times[1:])
+    seconds = [[next(times) for _ in run] for run in runs]
+    token = statistics.mean((run[-1] - run[0]) / args.num_timed for run in seconds)
     return {
         "prefill": prefill,
         "token": token,
-        "edit": prefill + (num_tokens - 1) * token,
+        "edit": prefill + (source.shape[1] - 1) * token,
         "memory": measure_peak_memory(),
-        "tokens": tokens,
+        "tokens": tokens.tolist(),
     }
 
 
@@ -157,7 +154,7 @@ def benchmark_cpu(args: argparse.Namespace) -> str:
             parts.append(format_table([title, "median", "ratio to `editar_hf`"], summarise(samples, name)))
         memory = [[system, f"{statistics.median(run['memory'] for run in samples[system]):.2f}"] for system in SYSTEMS]
         parts.append(format_table(["peak memory of the process, weights included", "GiB"], memory))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def parse_arguments() -> argparse.Namespace:

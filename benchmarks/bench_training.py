@@ -199,7 +199,7 @@ def compose_report(samples: dict[str, list[dict]], is_full: bool, machine: str) 
         f"`python benchmarks/bench_training.py{' --full' if is_full else ''}`.",
         format_table(header, rows),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def main():

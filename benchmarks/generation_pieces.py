@@ -4,7 +4,7 @@ import statistics
 import time
 
 import torch
-from generation_systems import GUIDANCE_SCALE, StopAfter, build_inputs, build_model
+from generation_systems import GUIDANCE_SCALE, build_edit_mask, build_inputs, build_model
 from report import describe_machine, format_table
 
 from editar_hf import EditARVQConfig, EditARVQModel
@@ -17,8 +17,7 @@ NEVER = 10**9
 
 def time_tokens(model, source, prompt_embeds) -> float:
     """Time a token in the middle of the target, in milliseconds of processor time."""
-    num_forced = source.shape[1] // 2
-    edit_mask = torch.arange(source.shape[1]).expand_as(source) >= num_forced
+    middle = source.shape[1] // 2
 
     def run(count: int) -> float:
         start = time.process_time()
@@ -27,8 +26,7 @@ def time_tokens(model, source, prompt_embeds) -> float:
             prompt_embeds,
             do_sample=False,
             guidance_scale=GUIDANCE_SCALE,
-            edit_mask=edit_mask,
-            stopping_criteria=[StopAfter(num_forced + count)],
+            edit_mask=build_edit_mask(source, range(middle, middle + count)),
         )
         return time.process_time() - start
 
@@ -135,4 +133,4 @@ def benchmark_pieces(args) -> str:
             "pairs in alternating order. Made by `python benchmarks/bench_generation.py --pieces`.",
             format_table(["piece", "without, ms", "with, ms", "gain"], rows),
         ]
-    ) + "\n"
+    )

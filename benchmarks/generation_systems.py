@@ -1,9 +1,10 @@
 """What the decoding benchmarks share: a model of random weights, the systems that are compared, and parity.
 
-A system decodes target tokens after forced ones: two plain baselines (`baselines.py`) and the package's `generate`.
+A system decodes the target tokens at some positions, all others being the source's: two plain baselines
+(`baselines.py`) and the package's `generate`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from baselines import decode_like_published, decode_with_library
@@ -19,39 +20,41 @@ MAX_MARGIN = 1e-3
 MAX_ERROR_RATIO = 1.5
 
 
-class StopAfter(StoppingCriteria):
-    """End decoding after `num_tokens`; `on_token` hears of each token after the forced ones."""
+class HearTokens(StoppingCriteria):
+    """Never end decoding; `on_token` hears of each token at a free position."""
 
-    def __init__(self, num_tokens: int, num_forced: int = 0, on_token: Callable[[], None] | None = None):
-        self.num_tokens, self.num_forced, self.on_token = num_tokens, num_forced, on_token
+    def __init__(self, free_positions: Sequence[int], on_token: Callable[[], None]):
+        self.free_positions, self.on_token = set(free_positions), on_token
 
     def __call__(self, input_ids, scores, **kwargs):
-        if self.on_token is not None and input_ids.shape[1] > self.num_forced:
+        if input_ids.shape[1] - 1 in self.free_positions:
             self.on_token()
-        return torch.full((len(input_ids),), input_ids.shape[1] >= self.num_tokens, device=input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def build_edit_mask(source: torch.LongTensor, free_positions: Sequence[int]) -> torch.BoolTensor:
+    """Mark the free positions of every image, shaped like `source`."""
+    positions = torch.arange(source.shape[1], device=source.device).expand_as(source)
+    return torch.isin(positions, torch.tensor(free_positions, device=source.device))
 
 
 def decode_with_package(
-    model, source, prompt_embeds, guidance_scale, grid_size, forced, num_tokens, on_token=None
+    model, source, prompt_embeds, guidance_scale, grid_size, free_positions, on_token=None
 ) -> torch.LongTensor:
-    """Decode with `generate`; the forced tokens are those of a source outside the edit mask."""
-    num_forced = forced.shape[1]
-    assert torch.equal(forced, source[:, :num_forced]), "a mask forces tokens of the source"
-    edit_mask = torch.arange(source.shape[1], device=source.device).expand_as(source) >= num_forced
-    stop = num_forced + num_tokens
-    # Criteria wait for the device after every token: none where a whole edit is timed.
-    is_whole = stop == source.shape[1] and on_token is None
+    """Decode the target tokens at `free_positions` with `generate`; a mask has all others be the source's."""
+    is_whole = len(free_positions) == source.shape[1]
     target = model.generate(
         source,
         prompt_embeds,
         do_sample=False,
         guidance_scale=guidance_scale,
-        edit_mask=edit_mask if num_forced else None,
-        stopping_criteria=None if is_whole else [StopAfter(stop, num_forced, on_token)],
+        edit_mask=None if is_whole else build_edit_mask(source, free_positions),
+        # Criteria wait for the device after every token: none where a whole edit is timed.
+        stopping_criteria=None if on_token is None else [HearTokens(free_positions, on_token)],
         grid_height=grid_size,
         grid_width=grid_size,
     )
-    return target[:, num_forced:]
+    return target[:, list(free_positions)]
 
 
 DECODERS = {
@@ -153,9 +156,9 @@ def check_parity(preset: str, grid_size: int, dtype: torch.dtype, num_tokens: in
         do_sample=False,
         guidance_scale=GUIDANCE_SCALE,
         logits_processor=[record],
-        stopping_criteria=[StopAfter(num_tokens)],
+        edit_mask=build_edit_mask(source, range(num_tokens)),
         **grid,
-    )
+    )[:, :num_tokens]
     ours, plain = torch.cat(record.logits), compute_guided_logits(model, source, prompt_embeds, tokens, grid)
     if dtype != torch.float32:
         exact = compute_guided_logits(model.float(), source, prompt_embeds.float(), tokens, grid)

@@ -22,7 +22,7 @@ def describe_machine() -> str:
         device = f"{torch.cuda.get_device_name()}, beside {device}"
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "diffusers"))
     load = os.getloadavg()[0]
-    beside = f"Other work ran on the machine (load {load:.1f} at the start)." if load > 1.5 else "Nothing else ran."
+    beside = f"Other work ran on the machine (load {load:.1f} at the start)." if load > 0.5 else "Nothing else ran."
     return f"Device: {device}. Python {platform.python_version()}, {versions}. {date.today()}. {beside}"
 
 
@@ -42,5 +42,5 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 def write_result(name: str, text: str):
     """Write `results/<name>.md` and print it."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     print(text)

@@ -14,7 +14,7 @@ TEACHER=${TEACHER:-$RUNS/stand-in-teacher}
 RESULTS=${RESULTS:-benchmarks/results}
 NUM_TEST=${NUM_TEST:-100}  # test samples of each of the eight tasks; half as many again, in all, of held-out edits
 NUM_TRAIN=${NUM_TRAIN:-20000}
-STEPS=${STEPS:-1500}
+STEPS=${STEPS:-1000}
 SCALES=${SCALES:-1 1.5 2 3 4.5 6 7.5}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -75,8 +75,9 @@ distillation() {
         [ $name = undistilled ] || options=(--distillation_model "$TEACHER")
         python examples/train_editar.py --model "$RUNS/untrained" --dataset "$RUNS/pairs" \
             --output_dir "$RUNS/editor-$name" --train_text_encoder --edit_region_weight 6 --optimizer muon \
-            --muon_learning_rate 3e-3 --learning_rate 1e-3 --lr_warmup_steps 50 --batch_size 32 \
-            --max_train_steps "$STEPS" --checkpointing_steps 250 --resume_from_checkpoint latest "${options[@]}"
+            --muon_learning_rate 3e-3 --learning_rate 1e-3 --lr_scheduler linear --lr_warmup_steps 50 \
+            --target_token_dropout 0.3 --batch_size 32 --max_train_steps "$STEPS" --checkpointing_steps 250 \
+            --resume_from_checkpoint latest "${options[@]}"
         evaluate "$name" "$RUNS/editor-$name/pipeline" 1.5
     done
     note="Both trained for $STEPS steps of 32 pairs, of $NUM_TRAIN."

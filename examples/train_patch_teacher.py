@@ -35,7 +35,7 @@ class Arguments:
     hidden_size: int = 96
     num_hidden_layers: int = 3
     num_attention_heads: int = 3
-    max_steps: int = 600
+    max_steps: int = 3000
     batch_size: int = 32
     learning_rate: float = 1e-3
     num_validation: int = 200
