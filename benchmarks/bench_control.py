@@ -2,23 +2,25 @@
 
     python benchmarks/bench_control.py                # GPT-B at 256×256 with random weights, and the sticker editor
     python benchmarks/bench_control.py --samples 16   # fewer test samples of the sticker editor
+    python benchmarks/bench_control.py --device cuda  # on a GPU; the random weights are in bf16 there
 
 Masks, kept sources and previews are timed on random weights. Drafts and the edit map are measured on test samples of
-the sticker editor, drawn on the spot: what they find there says nothing about the published weights. One CPU thread,
-processor time, orders alternate. Results go to `benchmarks/results/control.md`.
+the sticker editor, drawn on the spot: what they find there says nothing about the published weights. On a CPU, one
+thread and processor time; orders alternate. Results go to `benchmarks/results/control.md`, of a GPU to
+`control-gpu.md`.
 """
 
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from generation_systems import build_inputs, build_model
-from report import describe_machine, format_table, write_result
+from report import describe_machine, format_table, time_call, write_result
 
 from editar_hf import EditARPipeline, EditARVQConfig, EditARVQModel
 from editar_hf.pipeline_steps import RowPreview
@@ -37,14 +39,13 @@ WINDOWS = (1, 2, 4, 8, 16)
 SETTINGS = [(how, scale) for how in ("greedy", "sampled") for scale in (1.0, 3.0)]
 
 
-def time_in_turn(calls: dict[str, Callable], num_rounds: int) -> tuple[dict[str, list[float]], dict]:
-    """Time calls one after the other, then in the opposite order, …; return seconds of processor time, and results."""
+def time_in_turn(calls: dict[str, Callable], num_rounds: int, device: str) -> tuple[dict[str, list[float]], dict]:
+    """Time calls one after the other, then in the opposite order, …; return the seconds of each, and results."""
     seconds, results = {name: [] for name in calls}, {}
     for turn in range(num_rounds):
         for name in list(calls)[:: -1 if turn % 2 else 1]:
-            start = time.process_time()
-            results[name] = calls[name]()
-            seconds[name].append(time.process_time() - start)
+            spent, results[name] = time_call(calls[name], device)
+            seconds[name].append(spent)
     return seconds, results
 
 
@@ -71,12 +72,12 @@ def draw_square_mask(share: float) -> torch.BoolTensor:
 
 def benchmark_masks(model, source, prompt_embeds, num_rounds: int) -> str:
     """Time an edit of each mask against one without."""
-    masks = {f"{share:.0%}": draw_square_mask(share) for share in MASK_SHARES}
+    masks = {f"{share:.0%}": draw_square_mask(share).to(source.device) for share in MASK_SHARES}
     settings = {"do_sample": False, "return_dict_in_generate": True}
     calls = {"no mask": lambda: model.generate(source, prompt_embeds, **settings)}
     for name, mask in masks.items():
         calls[name] = lambda mask=mask: model.generate(source, prompt_embeds, edit_mask=mask, **settings)
-    seconds, outputs = time_in_turn(calls, num_rounds)
+    seconds, outputs = time_in_turn(calls, num_rounds, source.device.type)
     rows = []
     for name, output in outputs.items():
         free = masks[name].sum().item() if name in masks else source.shape[1]
@@ -87,7 +88,7 @@ def benchmark_masks(model, source, prompt_embeds, num_rounds: int) -> str:
 
 def benchmark_second_edit(model, vq_model, source, prompt_embeds, num_rounds: int) -> str:
     """Time what comes before the first token: VQ, source and text, with and without a kept source."""
-    pixels = torch.zeros(1, 3, GRID_SIZE * STRIDE, GRID_SIZE * STRIDE)
+    pixels = torch.zeros(1, 3, GRID_SIZE * STRIDE, GRID_SIZE * STRIDE, device=source.device)
     cache = model.prepare_source_cache(source)
     first_token = torch.zeros_like(source, dtype=torch.bool)
     first_token[:, 0] = True
@@ -101,7 +102,7 @@ def benchmark_second_edit(model, vq_model, source, prompt_embeds, num_rounds: in
         "first edit of a picture": prepare_first,
         "second, with `source_cache`": lambda: model.generate(source_cache=cache, **how),
     }
-    seconds, _ = time_in_turn(calls, num_rounds)
+    seconds, _ = time_in_turn(calls, num_rounds, source.device.type)
     rows = [[name, *describe(seconds, name, "first edit of a picture")] for name in calls]
     return format_table(["VQ encoder and prefill", "s", "of the first"], rows)
 
@@ -117,9 +118,9 @@ def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_ro
     """Time an edit, its picture included, and its previews of every row by themselves; and those of a larger one."""
 
     def draw_previews(grid_size: int, num_rows: int):
-        pixels = torch.zeros(1, 3, grid_size * STRIDE, grid_size * STRIDE)
+        pixels = torch.zeros(1, 3, grid_size * STRIDE, grid_size * STRIDE, device=source.device)
         preview = RowPreview(PreviewParts(vq_model, processor), pixels, grid_size, 1)
-        tokens = torch.zeros(1, grid_size**2, dtype=torch.long)
+        tokens = torch.zeros(1, grid_size**2, dtype=torch.long, device=source.device)
         for row in range(1, num_rows + 1):
             preview.draw(tokens[:, : row * grid_size])
 
@@ -137,7 +138,7 @@ def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_ro
         ),
     }
     draw_previews(GRID_SIZE, 2)  # the first convolutions of a shape set libraries up
-    seconds, _ = time_in_turn(calls, num_rounds)
+    seconds, _ = time_in_turn(calls, num_rounds, source.device.type)
     return format_table(["", "s", "of an edit"], [[name, *describe(seconds, name, "an edit")] for name in calls])
 
 
@@ -177,9 +178,9 @@ def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
                 exact = None
                 for window in (0, *WINDOWS) if index % 2 == 0 else (0, *WINDOWS[::-1]):
                     how = {"decoding": "speculative", "num_draft_tokens": window} if window else {}
-                    start = time.process_time()
-                    output = edit_sample(pipe, tokens, embeds, **settings, **how)
-                    seconds[window].append(time.process_time() - start)
+                    edit = partial(edit_sample, pipe, tokens, embeds, **settings, **how)
+                    spent, output = time_call(edit, tokens.device.type)
+                    seconds[window].append(spent)
                     passes[window].append(output.num_passes)
                     exact = output.sequences if window == 0 else exact
                     num_different += (output.sequences != exact).any().item()
@@ -214,7 +215,7 @@ def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
             side = sample["mask"].height // grid
             is_white = prepare_mask(sample["mask"], sample["source_image"].size)
             changed = is_white.reshape(grid, side, grid, side).any(axis=(1, 3))
-            edit_map = pipe.compute_edit_map(sample["source_image"], sample["prompt"], sample["task"])[0].numpy()
+            edit_map = pipe.compute_edit_map(sample["source_image"], sample["prompt"], sample["task"])[0].cpu().numpy()
             guess = edit_map >= np.sort(edit_map, axis=None)[-changed.sum()]
             ious.append((guess & changed).sum() / (guess | changed).sum())
             first = changed.any(axis=1).nonzero()[0][0]
@@ -237,16 +238,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=80, help="test samples of the sticker editor, for drafts")
     parser.add_argument("--rounds", type=int, default=3, help="of the timings on random weights")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--model", default=str(EXAMPLES / "sticker-editor"), help="the sticker editor")
     args = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe_machine()
-    model = build_model("GPT-B", GRID_SIZE, torch.float32, "cpu")
-    source, prompt_embeds = build_inputs(model, 1, "cpu")
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    model = build_model("GPT-B", GRID_SIZE, dtype, args.device)
+    source, prompt_embeds = build_inputs(model, 1, args.device)
     torch.manual_seed(0)
-    vq_model = EditARVQModel(EditARVQConfig()).eval()
+    vq_model = EditARVQModel(EditARVQConfig()).to(args.device).eval()
     # In bf16 near-ties fall otherwise in passes of another length: counts of tokens that differ would say nothing.
-    pipe = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
+    pipe = EditARPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.processor.image_processor.size.height
     samples = make_samples(args.samples, resolution)
@@ -258,12 +261,13 @@ def main():
         )
         drafts, draft_times = benchmark_drafts(pipe, samples)
         edit_map = benchmark_edit_map(pipe, make_samples(EDIT_MAPS_PER_SAMPLE * args.samples, resolution))
+    how = "One thread; seconds are processor time" if args.device == "cpu" else "Seconds until the GPU is done"
     report = f"""# Control: masks, kept sources, previews, drafts, the edit map
 
-{machine} One thread; seconds are processor time, ratios are medians (least – most) of rounds ({args.rounds})
-in alternating order. Made by `python benchmarks/bench_control.py`.
+{machine} {how}; ratios are medians (least – most) of rounds
+({args.rounds}) in alternating order. Made by `python benchmarks/bench_control.py`.
 
-## GPT-B at 256×256, VQ-16, random weights, fp32
+## GPT-B at 256×256, {str(dtype)[6:]}, VQ-16, float32, random weights
 
 {parts[0]}
 
@@ -290,7 +294,7 @@ IoU of the true mask's tokens with as many tokens of the highest values.
 
 {edit_map}
 """
-    write_result("control", report)
+    write_result("control" if args.device == "cpu" else "control-gpu", report)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/bench_generation.py --batch-size 8
     python benchmarks/bench_generation.py --pieces         # each piece of the engine with and without
     python benchmarks/bench_generation.py --full           # GPT-XL at 512×512, some tokens along the way
-    python benchmarks/bench_generation.py --device cuda    # on a GPU: batch 1, 4, 16, compiled and not, and the floor
+    python benchmarks/bench_generation.py --device cuda    # on a GPU: batches, compiled and not, and the floor
 
 On a CPU every sample is a process of its own with one thread, timed by the processor time it takes, in the order
 A B C D, D C B A, A B C D. Weights are random. Results go to `benchmarks/results/`.
@@ -118,7 +118,7 @@ def summarise(samples: dict[str, list[dict]], name: str) -> list[list[str]]:
 def describe_floor(samples: dict[str, list[dict]], dtype: str, bandwidth: float, args: argparse.Namespace) -> str:
     """Say how near to reading all it must from memory each system decodes."""
     model = build_empty_model(args.preset, args.grid_size)
-    floor = compute_decode_floor(model, args.batch_size, getattr(torch, dtype), bandwidth)
+    floor = compute_decode_floor(model, args.batch_size, args.batch_size, getattr(torch, dtype), bandwidth)
     shares = (
         f"{system} {floor / statistics.median(run['token'] for run in samples[system]):.0%}" for system in SYSTEMS
     )

@@ -1,10 +1,9 @@
-"""Decoding on a GPU: floors first, then both baselines and ours, eager and compiled, at batch 1, 4 and 16.
+"""Decoding on a GPU: floors first, then both baselines and ours, eager and compiled: 1, 4 and 16 edits at once.
 
 Run by `bench_generation.py --device cuda`. bf16, 2 warm-up edits and 5 timed; with `--full` GPT-XL at 512×512.
 """
 
 import statistics
-import time
 
 import torch
 from generation_systems import (
@@ -15,24 +14,12 @@ from generation_systems import (
     check_parity,
     compute_decode_floor,
 )
-from report import describe_machine, format_table
+from report import describe_machine, format_table, time_call
 
 
-BATCH_SIZES = (1, 4, 16)
+# Edits at once, and the pictures that they are of.
+BATCHES = ((1, 1), (4, 4), (16, 16), (16, 1))
 NUM_WARM_UP, NUM_TIMED = 2, 5
-
-
-def synchronise(device: str):
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def time_call(call, device: str) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - start
 
 
 def measure_floors(device: str) -> tuple[float, float]:
@@ -41,8 +28,8 @@ def measure_floors(device: str) -> tuple[float, float]:
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     block = torch.empty(size * size * 8, dtype=torch.uint8, device=device)
     target = torch.empty_like(block)
-    copies = [time_call(lambda: target.copy_(block), device) for _ in range(10)]
-    products = [time_call(lambda: left @ right, device) for _ in range(10)]
+    copies = [time_call(lambda: target.copy_(block), device)[0] for _ in range(10)]
+    products = [time_call(lambda: left @ right, device)[0] for _ in range(10)]
     return 2 * block.numel() / min(copies), 2 * size**3 / min(products)
 
 
@@ -55,10 +42,10 @@ def time_edits(decode, model, source, prompt_embeds, device: str) -> tuple[float
 
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    first = time_call(edit, device)
+    first, _ = time_call(edit, device)
     for _ in range(NUM_WARM_UP - 1):
         edit()
-    seconds = statistics.median(time_call(edit, device) for _ in range(NUM_TIMED))
+    seconds = statistics.median(time_call(edit, device)[0] for _ in range(NUM_TIMED))
     memory = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else float("nan")
     return first, seconds, memory
 
@@ -75,9 +62,10 @@ def benchmark_gpu(args) -> str:
         # Its cache grows with every token: compiled for any length.
         model.forward = torch.compile(eager, dynamic=True)
 
-    for batch_size in BATCH_SIZES:
+    for batch_size, num_sources in BATCHES:
         source, prompt_embeds = build_inputs(model, batch_size, device)
-        floor = (source.shape[1] - 1) * compute_decode_floor(model, batch_size, model.dtype, bandwidth)
+        source = source[:num_sources].repeat_interleave(batch_size // num_sources, dim=0)
+        floor = (source.shape[1] - 1) * compute_decode_floor(model, batch_size, num_sources, model.dtype, bandwidth)
         systems = {
             "published style": ("published style", None),
             "library": ("library", None),
@@ -91,9 +79,9 @@ def benchmark_gpu(args) -> str:
             first, seconds, memory = time_edits(DECODERS[decoder], model, source, prompt_embeds, device)
             model.forward, model.compiled_passes = eager, None
             cells = [f"{seconds:.3f}", f"{batch_size / seconds:.2f}", f"{floor / seconds:.0%}"]
-            rows.append([str(batch_size), name, *cells, f"{first - seconds:.1f}", f"{memory:.2f}"])
+            rows.append([str(batch_size), str(num_sources), name, *cells, f"{first - seconds:.1f}", f"{memory:.2f}"])
             print(rows[-1], flush=True)
-    header = ["batch", "system", "s", "images/s", "of the decode floor", "first call, s more", "peak memory, GiB"]
+    header = ["edits", "pictures", "system", "s", "images/s", "of the decode floor", "first call, s more", "peak, GiB"]
     return "\n\n".join(
         [
             f"# Decoding on a GPU: {args.preset} at {16 * args.grid_size}×{16 * args.grid_size}, bf16",

@@ -94,12 +94,13 @@ def build_inputs(model, batch_size: int, device: str) -> tuple[torch.LongTensor,
     return source.to(device), text.to(device, model.dtype)
 
 
-def compute_decode_floor(model, batch_size: int, dtype: torch.dtype, bandwidth: float) -> float:
+def compute_decode_floor(model, batch_size: int, num_sources: int, dtype: torch.dtype, bandwidth: float) -> float:
     """Compute the mean seconds a token takes to read: all weights, every source once, half the slots of each row.
 
     Args:
         model (`EditARForConditionalGeneration`): The decoder, of which the sizes alone matter.
-        batch_size (`int`): Images, each with a source of its own, in two guidance branches.
+        batch_size (`int`): Images, in two guidance branches.
+        num_sources (`int`): Pictures that they edit.
         dtype (`torch.dtype`): Of weights, keys and values.
         bandwidth (`float`): Bytes read per second.
     """
@@ -107,7 +108,7 @@ def compute_decode_floor(model, batch_size: int, dtype: torch.dtype, bandwidth: 
     weights = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
     slot = 2 * config.num_hidden_layers * config.hidden_size
     own = 2 * batch_size * (1 + config.num_image_tokens / 2)
-    numbers = weights + slot * (batch_size * config.num_image_tokens + own)
+    numbers = weights + slot * (num_sources * config.num_image_tokens + own)
     return numbers * dtype.itemsize / bandwidth
 
 

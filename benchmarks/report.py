@@ -2,9 +2,12 @@
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +27,17 @@ def describe_machine() -> str:
     load = os.getloadavg()[0]
     beside = f"Other work ran on the machine (load {load:.1f} at the start)." if load > 0.5 else "Nothing else ran."
     return f"Device: {device}. Python {platform.python_version()}, {versions}. {date.today()}. {beside}"
+
+
+def time_call(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Time a call and return its result too: processor time on a CPU; on a GPU, the clock until its work is done."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    synchronise = torch.cuda.synchronize if device != "cpu" else lambda: None
+    synchronise()
+    start = clock()
+    result = call()
+    synchronise()
+    return clock() - start, result
 
 
 def measure_peak_memory() -> float:
