@@ -23,3 +23,6 @@ import torch  # noqa: E402
 
 
 torch.set_num_threads(1)
+
+# After the environment is set: fixtures of several files.
+pytest_plugins = ["scripts"]
