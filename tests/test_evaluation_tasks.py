@@ -28,7 +28,7 @@ from editar_hf.evaluation.protocols import PROTOCOLS
 from editar_hf.evaluation.samples import Benchmark, Sample, write_benchmark
 from editar_hf.evaluation.scoring import get_metric
 from editar_hf.evaluation.systems import SYSTEMS
-from editar_hf.evaluation.tasks.pie_bench import NUM_SAMPLES, decode_mask
+from editar_hf.evaluation.tasks.pie_bench import decode_mask
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +57,53 @@ def test_every_metric_of_a_task_exists_and_so_do_those_it_trades_off():
             assert get_metric(name).title
 
 
+# Of the evaluation sets that EditAR (arXiv 2501.04699) and MagicBrush (arXiv 2306.10012) were measured on.
+@pytest.mark.parametrize(
+    ("name", "make_source", "count", "hub_id"),
+    [
+        ("depth", make_translation_data, 5000, "limingcv/MultiGen-20M_depth_eval"),
+        ("canny", make_translation_data, 5000, "limingcv/MultiGen-20M_depth_eval"),
+        ("segmentation", make_translation_data, 5000, "limingcv/Captioned_COCOStuff"),
+        ("magicbrush", make_magicbrush_folder, 1053, None),
+        ("magicbrush-multi-turn", make_magicbrush_folder, 1053, None),
+    ],
+)
+def test_a_benchmark_comes_from_where_it_is_published_and_has_as_many_samples(
+    name, make_source, count, hub_id, tmp_path
+):
+    options = {"resolution": 16} if hub_id else {}
+    with pytest.raises(ValueError, match=f"`source` has 3 samples; the published benchmark has {count}"):
+        tasks.prepare_benchmark(name, tmp_path / "data", str(make_source(tmp_path / "source")), **options)
+    assert tasks.TASKS[name].default_source == hub_id
+
+
 # PIE-Bench
 
 
-def test_pie_bench_has_its_seven_hundred_samples():
-    assert sum(NUM_SAMPLES.values()) == 700
-    assert len(NUM_SAMPLES) == 10
+def test_pie_bench_has_its_seven_hundred_samples_and_ten_kinds_in_their_order(tmp_path):
+    # By `editing_type_id`, as the authors of PIE-Bench (arXiv 2310.01506) list them.
+    published = {
+        0: ("random", 140),
+        1: ("change object", 80),
+        2: ("add object", 80),
+        3: ("delete object", 80),
+        4: ("change content", 40),
+        5: ("change pose", 40),
+        6: ("change colour", 40),
+        7: ("change material", 40),
+        8: ("change background", 80),
+        9: ("change style", 80),
+    }
+    benchmark = prepare(tmp_path, "pie-bench", make_pie_folder(tmp_path / "pie", num_samples=10))
+    assert benchmark.read_column("category") == [published[type_id][0] for type_id in range(10)]
+    assert benchmark.info["expected"] == dict(published.values())
+    assert sum(benchmark.info["expected"].values()) == 700
 
 
 def test_pie_samples_keep_the_instruction_and_lose_the_brackets(tmp_path):
     benchmark = prepare(tmp_path, "pie-bench", make_pie_folder(tmp_path / "pie"))
     sample = benchmark[1]
     assert (sample.id, sample.prompt, sample.target_prompt) == ("000000000001", PROMPT, "a blue circle")
-    assert [benchmark[index].category for index in range(3)] == ["random", "change object", "add object"]
     with Image.open(tmp_path / "pie" / "annotation_images" / "some" / "000000000001.jpg") as picture:
         assert np.array_equal(to_array(sample.source_image), to_array(picture.convert("RGB")))
     mask = to_array(sample.mask)
