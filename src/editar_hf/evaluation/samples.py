@@ -29,6 +29,8 @@ from .files import write_json
 SAMPLES_FILE, INFO_FILE = "samples.parquet", "task.json"
 PICTURES = ("source_image", "target_image", "mask", "labels")
 ROWS_PER_GROUP = 50
+# In bytes. File systems take names of 255, and temporary files have longer ones than what they become.
+LONGEST_ID = 200
 
 FEATURES = datasets.Features(
     id=datasets.Value("string"),
@@ -143,17 +145,19 @@ def write_benchmark(
     unfinished = output_dir.with_name(f".unfinished-{output_dir.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    info = {"task": task, "source": source, **write_rows(samples, unfinished / SAMPLES_FILE)}
-    found = info["categories"] if isinstance(expected, Mapping) else info["num_samples"]
-    info |= {"expected": expected, "is_complete": expected is None or found == expected}
-    if not info["is_complete"] and not allow_partial:
-        shutil.rmtree(unfinished)
-        raise ValueError(
-            f"`source` has {found} samples; the published benchmark has {expected}. A part of it is prepared with "
-            "`allow_partial`, and reports then say so."
-        )
-    write_json(unfinished / INFO_FILE, info)
-    unfinished.rename(output_dir)
+    try:
+        info = {"task": task, "source": source, **write_rows(samples, unfinished / SAMPLES_FILE)}
+        found = info["categories"] if isinstance(expected, Mapping) else info["num_samples"]
+        info |= {"expected": expected, "is_complete": expected is None or found == expected}
+        if not info["is_complete"] and not allow_partial:
+            raise ValueError(
+                f"`source` has {found} samples; the published benchmark has {expected}. A part of it is prepared with "
+                "`allow_partial`, and reports then say so."
+            )
+        write_json(unfinished / INFO_FILE, info)
+        unfinished.rename(output_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_new(output_dir: str | Path) -> None:
@@ -188,10 +192,11 @@ def write_rows(samples: Iterable[Sample], path: Path) -> dict:
 
 def check_sample(sample: Sample, earlier_ids: set[str]) -> None:
     """Refuse a sample that could not be generated, saved or scored."""
-    if not re.fullmatch(r"\w[\w.-]*", sample.id) or sample.id in earlier_ids:
+    is_name = re.fullmatch(r"\w[\w.-]*", sample.id) and len(sample.id.encode()) <= LONGEST_ID
+    if not is_name or sample.id in earlier_ids:
         raise ValueError(
-            f"`id` is {sample.id!r}; give each sample one of its own, of letters, digits, dots and dashes: its "
-            "prediction's file is named by it."
+            f"`id` is {sample.id!r}; give each sample one of its own, of letters, digits, dots and dashes, at most "
+            f"{LONGEST_ID}: its prediction's file is named by it."
         )
     if sample.task not in TASK_PREFIXES:
         raise ValueError(f"`task` of {sample.id} is {sample.task!r}; the tasks are {', '.join(TASK_PREFIXES)}.")
@@ -204,6 +209,10 @@ def check_sample(sample: Sample, earlier_ids: set[str]) -> None:
         if picture is not None and picture.size != sample.size:
             width, height = sample.size
             raise ValueError(f"`{name}` of {sample.id} has {picture.size} pixels; its result has {width}×{height}.")
+    if sample.mask is not None and 0 < (highest := sample.mask.getextrema()[1]) < 128:
+        raise ValueError(
+            f"`mask` of {sample.id} has no pixel above {highest}; it is 255 (white) where the edit is and 0 elsewhere."
+        )
 
 
 def update_digest(digest, sample: Sample) -> None:
