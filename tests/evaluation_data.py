@@ -57,14 +57,14 @@ def make_pie_folder(folder, num_samples=4):
 
 
 def make_translation_data(folder, num_samples=3, side=40, classes=(0, 5, 170, 255), **changes):
-    """Make a parquet file in the form of the depth and segmentation sets; `changes` are columns of the first row."""
+    """Make a parquet file in the form of the depth and segmentation sets; `changes` are columns of the first row.
+
+    Columns that the sets do not all have are text, and only there if the first row has them.
+    """
     features = Features(
-        image=Image(),
-        control_depth=Image(),
-        control_seg=Image(),
-        panoptic_seg_map=Image(),
-        text=Value("string"),
-        prompt=Value("string"),
+        {name: Value("string") for name in changes}
+        | {name: Image() for name in ("image", "control_depth", "control_seg", "panoptic_seg_map")}
+        | {name: Value("string") for name in ("text", "prompt")}
     )
     rows = []
     for index in range(num_samples):

@@ -119,22 +119,29 @@ def test_a_run_that_leaves_the_grid_is_cut_at_its_end():
     assert mask[301, 2] == mask[510, 200] == 0
 
 
-@pytest.mark.parametrize("runs", [[5], [-1, 3], [512 * 512, 1], [4, -2]])
+@pytest.mark.parametrize("runs", [[5], [-1, 3], [512 * 512, 1], [4, -2], [1.5, 2], ["1", "2"], [None, 1]])
 def test_a_mask_that_is_no_list_of_runs_is_refused(runs):
     with pytest.raises(ValueError, match="the mask of a sample is no list of starts and lengths"):
         decode_mask(runs)
 
 
+MISSING = object()
+
+
 def change_entry(folder, **changes):
     mapping = json.loads((folder / "mapping_file.json").read_text())
-    mapping["000000000002"] = {k: v for k, v in (mapping["000000000002"] | changes).items() if v is not None}
+    changed = mapping["000000000002"] | changes
+    mapping["000000000002"] = {name: value for name, value in changed.items() if value is not MISSING}
     (folder / "mapping_file.json").write_text(json.dumps(mapping))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"editing_instruction": None}, "000000000002 in .* has no editing_instruction"),
+        ({"editing_instruction": MISSING}, "000000000002 in .* has no editing_instruction"),
+        ({"editing_instruction": None}, "`editing_instruction` of 000000000002 in .* is None; it must be text"),
+        ({"mask": "0 4"}, "`mask` of 000000000002 in .* is '0 4'; it must be a list"),
+        ({"image_path": "none.jpg"}, r"the picture .*none\.jpg of 000000000002 cannot be read"),
         ({"editing_type_id": "10"}, "`editing_type_id` of 000000000002 is '10'"),
         ({"image_path": "small.png"}, r"the picture of 000000000002 has \(64, 64\) pixels"),
         ({"editing_instruction": " "}, "`prompt` of 000000000002 is empty"),
@@ -188,13 +195,40 @@ def test_labels_are_cropped_like_the_picture_and_no_class_is_mixed(tmp_path):
     assert set(np.unique(labels)) <= {0, 5, 170, 255}
     original = np.random.default_rng(2).choice([0, 5, 170, 255], size=(40, 48))
     assert np.array_equal(labels, original[1::2, 1::2][:, 2:22])
-    assert sample.prompt == "a red man"
 
 
-def test_a_class_that_coco_stuff_does_not_have_is_refused(tmp_path):
-    labels = Image.fromarray(np.full((40, 48), 171, np.uint8))
+def test_the_detailed_prompt_goes_before_the_other_where_there_is_one(tmp_path):
+    source = make_translation_data(tmp_path / "segmentation", detailed_prompt="a man in a red coat")
+    benchmark = prepare(tmp_path, "segmentation", source, resolution=20)
+    assert benchmark.read_column("prompt") == ["a man in a red coat", "a red man", "a red man"]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I", "I;16"])
+def test_the_classes_of_labels_are_their_numbers_in_every_mode_that_has_numbers(mode, tmp_path):
+    classes = np.random.default_rng(0).choice([0, 1, 5, 170, 255], size=(20, 20)).astype(np.uint8)
+    dtype = {"I": np.int32, "I;16": np.uint16}.get(mode, np.uint8)
+    labels = Image.fromarray(classes.astype(dtype))
+    if mode == "P":
+        # Colours that say nothing of the classes.
+        labels.putpalette(list(range(255, -1, -1)) * 3)
+    assert labels.mode == mode
     source = make_translation_data(tmp_path / "segmentation", panoptic_seg_map=labels)
-    with pytest.raises(ValueError, match=r"`panoptic_seg_map` of row 0 has the classes \[171\]"):
+    assert np.array_equal(to_array(prepare(tmp_path, "segmentation", source, resolution=20)[0].labels), classes)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1"])
+def test_labels_that_are_no_numbers_of_classes_are_refused(mode, tmp_path):
+    labels = Image.fromarray(np.full((40, 48), 5, np.uint8)).convert(mode)
+    source = make_translation_data(tmp_path / "segmentation", panoptic_seg_map=labels)
+    with pytest.raises(ValueError, match=f"`panoptic_seg_map` of row 0 has the mode '{mode}'; give a picture whose"):
+        prepare(tmp_path, "segmentation", source, resolution=20)
+
+
+@pytest.mark.parametrize(("label", "dtype"), [(171, np.uint8), (-1, np.int32), (511, np.uint16)])
+def test_a_class_that_coco_stuff_does_not_have_is_refused(label, dtype, tmp_path):
+    labels = Image.fromarray(np.full((40, 48), label, dtype))
+    source = make_translation_data(tmp_path / "segmentation", panoptic_seg_map=labels)
+    with pytest.raises(ValueError, match=rf"`panoptic_seg_map` of row 0 has the classes \[{label}\]"):
         prepare(tmp_path, "segmentation", source, resolution=20)
 
 
@@ -203,6 +237,41 @@ def test_a_missing_column_is_named(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "other" / "validation-0.parquet")
     with pytest.raises(ValueError, match="lacks control_depth, image; it has text"):
         prepare(tmp_path, "depth", tmp_path / "other")
+
+
+def test_a_table_without_captions_is_refused(tmp_path):
+    source = make_translation_data(tmp_path / "segmentation")
+    (file,) = source.iterdir()
+    datasets.Dataset.from_parquet(str(file)).remove_columns("prompt").to_parquet(str(file))
+    with pytest.raises(ValueError, match="`prompt` of row 0 is missing; it must be text"):
+        prepare(tmp_path, "segmentation", source, resolution=20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": None}, "`text` of row 0 is None; it must be text"),
+        ({"image": None}, "`image` of row 0 is None; it must be a picture"),
+        ({"image": {"bytes": b"no picture", "path": None}}, "row 0 of .* cannot be read"),
+    ],
+)
+def test_a_row_that_lacks_something_or_does_not_decode_is_named(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path, "depth", make_translation_data(tmp_path / "depth", **changes), resolution=20)
+
+
+def test_half_a_parquet_file_is_named(tmp_path):
+    source = make_translation_data(tmp_path / "depth")
+    (file,) = source.iterdir()
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"validation-.*\.parquet is no whole parquet file"):
+        prepare(tmp_path, "depth", source, resolution=20)
+
+
+@pytest.mark.parametrize("resolution", [0, -8])
+def test_a_resolution_without_pixels_is_refused(resolution, tmp_path):
+    with pytest.raises(ValueError, match=f"`resolution` is {resolution}"):
+        prepare(tmp_path, "depth", make_translation_data(tmp_path / "depth"), resolution=resolution)
 
 
 # MagicBrush
@@ -227,6 +296,40 @@ def test_a_source_of_another_size_than_the_truth_is_brought_to_it(tmp_path):
     assert prepare(tmp_path, "magicbrush", folder)[0].source_image.size == (24, 24)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("edit_sessions", [1], r"line 1 of .*edit_sessions\.json is \[1\]; it must be an object"),
+        ("edit_sessions", {"30": {}}, r"`30` of .*edit_sessions\.json is {}; it must be a list"),
+        ("edit_sessions", {"30": ["a"]}, r"30-1 in .*edit_sessions\.json is 'a'; it must be an object"),
+        ("edit_sessions", {"30": [{"input": "30-input.png"}]}, "`output` of 30-1 in .* is missing; it must be text"),
+        ("local_descriptions", {}, r"`30` of .*local_descriptions\.json is missing; it must be an object"),
+        ("local_descriptions", {"30": {}, "139": {}}, r"`30-output1\.png` of 30 in .* is missing; it must be text"),
+    ],
+)
+def test_magicbrush_entries_that_are_not_as_published_are_refused(name, content, message, tmp_path):
+    folder = make_magicbrush_folder(tmp_path / "magicbrush")
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path, "magicbrush", folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "make_source", "file", "text", "message"),
+    [
+        ("folder", make_picture_folder, "metadata.jsonl", b"\n\n{no", "line 3 of {} is no JSON: Expecting"),
+        ("folder", make_picture_folder, "metadata.jsonl", b'{"id": "\xe9"}', "{} is not UTF-8"),
+        ("pie-bench", make_pie_folder, "mapping_file.json", b'{"1":\n no}', "line 2 of {} is no JSON: Expecting"),
+        ("magicbrush", make_magicbrush_folder, "edit_sessions.json", b"", "line 1 of {} is no JSON: Expecting"),
+    ],
+)
+def test_json_that_cannot_be_read_is_named_with_file_and_line(name, make_source, file, text, message, tmp_path):
+    folder = make_source(tmp_path / "source")
+    (folder / file).write_bytes(text)
+    with pytest.raises(ValueError, match=re.escape(message.format(folder / file))):
+        prepare(tmp_path, name, folder)
+
+
 # Folders and stickers
 
 
@@ -244,6 +347,72 @@ def test_a_line_with_an_unknown_name_is_refused(tmp_path):
         file.write('\n{"source_image_file_name": "0-before.png", "prompt": "p", "instruction": "p"}')
     with pytest.raises(ValueError, match=r"line 4 of .* has source_image_file_name, prompt, instruction"):
         prepare(tmp_path, "folder", folder)
+
+
+def change_line(folder, **changes):
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines[1] = {name: value for name, value in (lines[1] | changes).items() if value is not MISSING}
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+@pytest.mark.parametrize("name", ["id", "prompt", "category", "task", "target_prompt", "mask_file_name"])
+@pytest.mark.parametrize("value", [7, ["a"]])
+def test_what_should_be_text_and_is_not_is_named(name, value, tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    change_line(folder, **{name: value})
+    with pytest.raises(ValueError, match=rf"`{name}` of line 2 of .* is {re.escape(repr(value))}; it must be text"):
+        prepare(tmp_path, "folder", folder)
+
+
+@pytest.mark.parametrize("value", [MISSING, None])
+def test_a_line_without_its_prompt_is_refused(value, tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    change_line(folder, prompt=value)
+    with pytest.raises(ValueError, match=r"`prompt` of line 2 of .* is missing; it must be text"):
+        prepare(tmp_path, "folder", folder)
+
+
+def test_null_says_no_more_than_a_name_left_out(tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    change_line(folder, id=None, category=None, mask_file_name=None)
+    sample = prepare(tmp_path, "folder", folder)[1]
+    assert (sample.id, sample.category, sample.mask) == ("00002", "all", None)
+
+
+def test_a_line_that_is_a_list_is_refused(tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    (folder / "metadata.jsonl").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"line 1 of .* is \[1, 2\]; it must be an object"):
+        prepare(tmp_path, "folder", folder)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    file = folder / "metadata.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(prepare(tmp_path, "folder", folder)) == 3
+
+
+def test_a_picture_too_large_to_open_is_named(tmp_path, monkeypatch):
+    folder = make_picture_folder(tmp_path / "pictures")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"the picture .*0-before\.png of line 1 of .* cannot be read"):
+        prepare(tmp_path, "folder", folder)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_mask_that_marks_the_edit_with_a_small_number_is_refused(dtype, tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    white = 1 if dtype is np.uint8 else 255
+    Image.fromarray(np.eye(16, dtype=dtype) * dtype(white)).save(folder / "1-mask.png")
+    with pytest.raises(ValueError, match="`mask` of 00002 has no pixel above 1"):
+        prepare(tmp_path, "folder", folder)
+
+
+def test_a_mask_may_be_empty(tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    Image.new("L", (16, 16)).save(folder / "1-mask.png")
+    assert not to_array(prepare(tmp_path, "folder", folder)[1].mask).any()
 
 
 def test_stickers_carry_what_their_scoring_needs(model, tmp_path):
@@ -266,6 +435,8 @@ def test_stickers_carry_what_their_scoring_needs(model, tmp_path):
 def test_stickers_without_a_tokenizer_or_with_one_of_another_size_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="`tokenizer` is missing"):
         prepare(tmp_path, "sticker-edits", make_sticker_data(tmp_path / "stickers"))
+    with pytest.raises(ValueError, match="`tokenizer` '/no/where' does not load"):
+        prepare(tmp_path, "sticker-edits", tmp_path / "stickers", tokenizer="/no/where")
     with pytest.raises(ValueError, match="`tokenizer` works at 32×32 pixels"):
         prepare(tmp_path, "sticker-edits", make_sticker_data(tmp_path / "large", resolution=48), tokenizer=model)
 
@@ -283,6 +454,7 @@ def write(tmp_path, *samples):
     [
         ({"id": "a/b"}, "`id` is 'a/b'"),
         ({"id": "one"}, "`id` is 'one'; give each sample one of its own"),
+        ({"id": "é" * 101}, "dots and dashes, at most 200"),
         ({"task": "dance"}, "`task` of two is 'dance'"),
         ({"previous": "three"}, "`previous` of two is 'three', which is no earlier sample"),
         ({"mask": Image.new("L", (8, 8))}, r"`mask` of two has \(8, 8\) pixels; its result has 16×16"),
@@ -295,7 +467,7 @@ def test_samples_that_could_not_be_scored_are_refused(changes, message, tmp_path
         setattr(samples[1], name, value)
     with pytest.raises(ValueError, match=message):
         write(tmp_path, *samples)
-    assert not (tmp_path / "data").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_samples_come_back_as_they_were(tmp_path):
@@ -333,13 +505,29 @@ def test_the_fingerprint_tells_one_changed_pixel_and_one_changed_word(tmp_path):
 def test_what_cannot_be_prepared_is_refused_with_the_reason(words, message, tmp_path, capsys):
     assert evaluate("prepare", *words, "--output-dir", tmp_path / "data") == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_folder_that_is_there_is_not_written_over(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match=r"`output_dir` .* exists"):
         prepare(tmp_path, "folder", make_picture_folder(tmp_path / "pictures"))
+
+
+@pytest.mark.parametrize(
+    ("name", "make_source"),
+    [
+        ("pie-bench", make_pie_folder),
+        ("depth", make_translation_data),
+        ("magicbrush", make_magicbrush_folder),
+        ("folder", make_picture_folder),
+    ],
+)
+def test_preparing_shows_how_many_are_done_the_rate_and_the_time_left(name, make_source, tmp_path, capsys):
+    # What pytest captures is no terminal, as a job's log is none.
+    benchmark = prepare(tmp_path, name, make_source(tmp_path / "source"))
+    assert re.search(rf"preparing: +0%.* 0/{len(benchmark)} \[00:00<\?", progress := capsys.readouterr().err)
+    assert re.search(rf"preparing: 100%.* {len(benchmark)}/{len(benchmark)} \[\d\d:\d\d<00:00, .*picture/s\]", progress)
 
 
 # The page that users read
@@ -359,4 +547,3 @@ def test_the_commands_of_the_readme_are_commands():
 def test_the_readme_names_every_task_and_system():
     page = (Path(__file__).parents[1] / "README.md").read_text()
     assert not [name for name in (*tasks.TASKS, *SYSTEMS, *PROTOCOLS) if f"`{name}`" not in page]
-        ({"id": "é" * 101}, "dots and dashes, at most 200"),

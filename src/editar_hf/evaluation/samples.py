@@ -244,8 +244,8 @@ def crop_picture(picture: Image.Image, resolution: int) -> Image.Image:
 
 
 def crop_labels(labels: Image.Image, resolution: int) -> Image.Image:
-    """Bring a map of classes to the square that `crop_picture` makes, without mixing classes."""
-    return _crop(labels.convert("L"), resolution, Image.Resampling.NEAREST)
+    """Bring a map of classes, of mode "L", to the square that `crop_picture` makes, without mixing classes."""
+    return _crop(labels, resolution, Image.Resampling.NEAREST)
 
 
 def _crop(picture: Image.Image, resolution: int, resampling: Image.Resampling) -> Image.Image:

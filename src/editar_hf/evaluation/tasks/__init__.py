@@ -141,6 +141,8 @@ def prepare_benchmark(
     source = source or task.default_source
     if source is None:
         raise ValueError(f"`source` is missing; the task {name} is read from a folder: {task.summary}.")
+    if options.get("resolution", 1) < 1:
+        raise ValueError(f"`resolution` is {options['resolution']}; it must be at least 1 pixel.")
     check_new(output_dir)
     samples = task.read_samples(source, **options)
     write_benchmark(samples, output_dir, name, source, task.expected, allow_partial)

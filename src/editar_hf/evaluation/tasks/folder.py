@@ -3,17 +3,16 @@
     {"source_image_file_name": "0-before.png", "prompt": "make the car red", "target_image_file_name": "0-after.png"}
 
 `target_image_file_name`, `mask_file_name` (white where the edit is), `target_prompt` (what the result shows),
-`category`, `task` and `id` may be left out; without the first three, metrics that need them are undefined.
+`category`, `task` and `id` may be left out or null; without the first three, metrics that need them are undefined.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
-from ...processing_editar import prepare_rgb_picture
 from ..samples import Sample
+from .sources import check_entry, open_picture, parse_json, read_text, track_progress
 
 
 PICTURE_FIELDS = {"source_image": "RGB", "target_image": "RGB", "mask": "L"}
@@ -30,20 +29,21 @@ def read_samples(source: str) -> Iterator[Sample]:
     if not path.exists():
         raise ValueError(f"`source` {source!r} has no metadata.jsonl; its lines name pictures and prompts.")
     known = {*WORDS, *(f"{name}_file_name" for name in PICTURE_FIELDS)}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        entry = json.loads(line)
-        if not {"source_image_file_name", "prompt"} <= entry.keys() <= known:
-            raise ValueError(f"`source`: line {number} of {path} has {', '.join(entry)}; there are {', '.join(known)}.")
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    for number, line in track_progress(lines):
+        entry, where = parse_json(line, path, number), f"line {number} of {path}"
+        if not entry.keys() <= known:
+            raise ValueError(f"`source`: {where} has {', '.join(entry)}; there are {', '.join(known)}.")
+        entry = {name: value for name, value in entry.items() if value is not None}
+        check_entry(entry, {"source_image_file_name": str, "prompt": str} | dict.fromkeys(entry, str), where)
         words = {name: entry[name] for name in WORDS if name in entry}
-        yield Sample(**{"id": f"{number:05}"} | words | read_pictures(Path(source), entry))
+        yield Sample(**{"id": f"{number:05}"} | words | read_pictures(Path(source), entry, where))
 
 
-def read_pictures(folder: Path, entry: dict) -> dict[str, Image.Image]:
+def read_pictures(folder: Path, entry: dict, where: str) -> dict[str, Image.Image]:
     """Read the pictures that a line names."""
     return {
-        name: prepare_rgb_picture(Image.open(folder / entry[f"{name}_file_name"])).convert(mode)
+        name: open_picture(folder / entry[f"{name}_file_name"], where).convert(mode)
         for name, mode in PICTURE_FIELDS.items()
         if f"{name}_file_name" in entry
     }

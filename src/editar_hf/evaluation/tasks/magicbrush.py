@@ -5,14 +5,13 @@ Single-turn edits every turn from its true source; multi-turn edits on from the 
 Source: MagicBrush (arXiv 2306.10012) and its evaluation code.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
-from ...processing_editar import prepare_rgb_picture
 from ..samples import Sample
+from .sources import check_entry, open_picture, parse_json, read_text, track_progress
 
 
 NUM_TURNS = 1053
@@ -38,25 +37,27 @@ def read_turns(source: str, is_multi_turn: bool) -> Iterator[Sample]:
     for name in ("edit_sessions.json", "local_descriptions.json", "images"):
         if not (folder / name).exists():
             raise ValueError(f"`source` {source!r} has no {name}; give the folder of MagicBrush's unzipped test set.")
-    sessions, captions = (
-        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("edit_sessions", "local_descriptions")
-    )
-    for session, turns in sessions.items():
-        for number, turn in enumerate(turns, 1):
-            pictures = folder / "images" / session
-            target = prepare_rgb_picture(Image.open(pictures / turn["output"]))
-            yield Sample(
-                id=f"{session}-{number}",
-                prompt=turn["instruction"],
-                # The evaluation code resizes predictions to the size of the truth; so what is edited has it already.
-                source_image=resize(prepare_rgb_picture(Image.open(pictures / turn["input"])), target.size),
-                category=f"turn {number}",
-                target_image=target,
-                target_prompt=captions[session][turn["output"]],
-                previous=f"{session}-{number - 1}" if is_multi_turn and number > 1 else None,
-                is_scored=not is_multi_turn or number == len(turns),
-            )
+    sessions_file, captions_file = folder / "edit_sessions.json", folder / "local_descriptions.json"
+    sessions, captions = (parse_json(read_text(path), path) for path in (sessions_file, captions_file))
+    check_entry(sessions, dict.fromkeys(sessions, list), f"{sessions_file}")
+    check_entry(captions, dict.fromkeys(sessions, dict), f"{captions_file}")
+    turns = [(session, number, turn) for session in sessions for number, turn in enumerate(sessions[session], 1)]
+    for session, number, turn in track_progress(turns):
+        sample_id, pictures = f"{session}-{number}", folder / "images" / session
+        check_entry(turn, {"input": str, "output": str, "instruction": str}, f"{sample_id} in {sessions_file}")
+        check_entry(captions[session], {turn["output"]: str}, f"{session} in {captions_file}")
+        target = open_picture(pictures / turn["output"], sample_id)
+        yield Sample(
+            id=sample_id,
+            prompt=turn["instruction"],
+            # The evaluation code resizes predictions to the size of the truth; so what is edited has it already.
+            source_image=resize(open_picture(pictures / turn["input"], sample_id), target.size),
+            category=f"turn {number}",
+            target_image=target,
+            target_prompt=captions[session][turn["output"]],
+            previous=f"{session}-{number - 1}" if is_multi_turn and number > 1 else None,
+            is_scored=not is_multi_turn or number == len(sessions[session]),
+        )
 
 
 def resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

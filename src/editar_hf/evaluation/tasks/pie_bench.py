@@ -3,15 +3,14 @@
 Source: PnPInversion (arXiv 2310.01506).
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ...processing_editar import prepare_rgb_picture
 from ..samples import Sample
+from .sources import check_entry, open_picture, parse_json, read_text, track_progress
 
 
 SIZE = 512
@@ -29,7 +28,14 @@ NUM_SAMPLES = {
     "change style": 80,
 }
 CATEGORIES = tuple(NUM_SAMPLES)
-FIELDS = ("image_path", "original_prompt", "editing_prompt", "editing_instruction", "editing_type_id", "mask")
+FIELDS = {
+    "image_path": str,
+    "original_prompt": str,
+    "editing_prompt": str,
+    "editing_instruction": str,
+    "editing_type_id": str,
+    "mask": list,
+}
 
 
 def read_samples(source: str) -> Iterator[Sample]:
@@ -41,13 +47,16 @@ def read_samples(source: str) -> Iterator[Sample]:
     mapping_file = Path(source) / "mapping_file.json"
     if not mapping_file.exists():
         raise ValueError(f"`source` {source!r} has no mapping_file.json; give the folder that its authors share.")
-    for key, entry in json.loads(mapping_file.read_text(encoding="utf-8")).items():
+    mapping = parse_json(read_text(mapping_file), mapping_file)
+    for key, entry in track_progress(mapping.items()):
+        check_entry(entry, {}, f"{key} in {mapping_file}")
         if missing := [name for name in FIELDS if name not in entry]:
             raise ValueError(
                 f"`source`: {key} in {mapping_file} has no {', '.join(missing)}. Copies on the Hub lack instructions; "
                 "give the folder that its authors share."
             )
-        picture = prepare_rgb_picture(Image.open(Path(source) / "annotation_images" / entry["image_path"]))
+        check_entry(entry, FIELDS, f"{key} in {mapping_file}")
+        picture = open_picture(Path(source) / "annotation_images" / entry["image_path"], key)
         if picture.size != (SIZE, SIZE):
             raise ValueError(f"`source`: the picture of {key} has {picture.size} pixels; they all have 512×512.")
         yield Sample(
@@ -62,7 +71,7 @@ def read_samples(source: str) -> Iterator[Sample]:
 
 def get_category(key: str, type_id: str) -> str:
     """Name the kind of edit."""
-    if str(type_id) not in map(str, range(len(CATEGORIES))):
+    if type_id not in map(str, range(len(CATEGORIES))):
         raise ValueError(f"`source`: the `editing_type_id` of {key} is {type_id!r}; it must be 0 to 9.")
     return CATEGORIES[int(type_id)]
 
@@ -75,8 +84,9 @@ def decode_mask(runs: list[int], key: str = "a sample") -> np.ndarray:
 
     Source: the evaluation of PnPInversion.
     """
-    starts, lengths = np.array(runs[::2], dtype=int), np.array(runs[1::2], dtype=int)
-    if len(starts) != len(lengths) or np.any(starts < 0) or np.any(starts >= SIZE * SIZE) or np.any(lengths < 0):
+    starts, lengths = runs[::2], runs[1::2]
+    is_whole = all(type(value) is int and value >= 0 for value in runs)
+    if not is_whole or len(starts) != len(lengths) or max(starts, default=0) >= SIZE * SIZE:
         raise ValueError(f"`source`: the mask of {key} is no list of starts and lengths within 512×512 pixels.")
     mask = np.zeros(SIZE * SIZE, dtype=np.uint8)
     for start, length in zip(starts, lengths, strict=True):

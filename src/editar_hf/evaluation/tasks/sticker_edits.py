@@ -4,7 +4,6 @@ The source is a folder that `examples/make_sticker_edits.py` wrote. How near to 
 come is measured here, once for all systems: as near as the truth that went through a tokenizer, less 1 dB.
 """
 
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,10 +12,18 @@ from PIL import Image
 
 from ..samples import Sample
 from ..stickers import TRANSLATIONS, compute_outside_psnr
-from .translation import open_rows
+from .sources import check_entry, parse_json
+from .translation import read_rows
 
 
-COLUMNS = ("source_image", "target_image", "prompt", "mask", "task", "details")
+COLUMNS = {
+    "source_image": Image.Image,
+    "target_image": Image.Image,
+    "prompt": str,
+    "mask": Image.Image,
+    "task": str,
+    "details": str,
+}
 
 
 def read_samples(source: str, tokenizer: str | None = None) -> Iterator[Sample]:
@@ -35,8 +42,9 @@ def read_samples(source: str, tokenizer: str | None = None) -> Iterator[Sample]:
             "outside the mask, such as examples/sticker-editor."
         )
     reconstruct, stride = load_tokenizer(tokenizer)
-    for index, row in enumerate(open_rows(source, "test", COLUMNS)):
-        details = json.loads(row["details"])
+    for index, row in read_rows(source, "test", COLUMNS):
+        details = parse_json(row["details"], f"`details` of row {index}")
+        check_entry(details, {"operation": str, "part": str}, f"`details` of row {index}")
         target, mask = row["target_image"], row["mask"].convert("L")
         is_edit = details["operation"] not in TRANSLATIONS
         ceiling = measure_ceiling(reconstruct(target), target, mask, stride) if is_edit else None
@@ -57,7 +65,10 @@ def load_tokenizer(name: str):
     """Load a pipeline's tokenizer: a function from picture to picture, and the pixels per token."""
     from ...pipeline_editar import EditARPipeline
 
-    pipeline = EditARPipeline.from_pretrained(name, dtype=torch.float32, text_encoder=None)
+    try:
+        pipeline = EditARPipeline.from_pretrained(name, dtype=torch.float32, text_encoder=None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`tokenizer` {name!r} does not load; name a pipeline's folder or Hub id. {error}") from error
     size = pipeline.processor.image_processor.size
 
     def reconstruct(picture: Image.Image) -> Image.Image:

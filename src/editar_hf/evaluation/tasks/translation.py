@@ -4,43 +4,64 @@ Sources: the evaluation sets of ControlNet++ (arXiv 2404.07987), which EditAR (a
 takes those of the depth set's pictures.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from glob import escape, glob
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from ...condition_maps import make_canny_map
 from ..samples import Sample, crop_labels, crop_picture
+from .sources import check_entry, track_progress
 
 
 RESOLUTION = 512
 NUM_CLASSES, IGNORED_CLASS = 171, 255
 
 
-def open_rows(source: str, split: str, columns: tuple[str, ...]) -> Iterable[dict]:
-    """Open a split of a folder of parquet files or of a data set on the Hub, read as it is downloaded.
+def read_rows(source: str, split: str, columns: Mapping[str, type]) -> Iterator[tuple[int, dict]]:
+    """Read a split of a folder of parquet files or of a data set on the Hub, as it is downloaded: (number, row).
 
     Raises:
-        ValueError: If there is no such split, or a column is missing.
+        ValueError: If there is no such split, a column is missing, or a row cannot be read or holds something else.
     """
     files = sorted(glob(f"{escape(source)}/**/{split}*.parquet", recursive=True))
     if not files and Path(source).exists():
         raise ValueError(f"`source` {source!r} has no parquet file whose name starts with {split!r}.")
     if files:
+        total = sum(map(count_rows, files))
         rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     else:
         rows = datasets.load_dataset(source, split=split, streaming=True)
+        total = rows.info.splits[split].num_examples if split in (rows.info.splits or {}) else None
     if rows.column_names is not None and (missing := sorted(set(columns) - set(rows.column_names))):
         raise ValueError(f"`source` {source!r} lacks {', '.join(missing)}; it has {', '.join(rows.column_names)}.")
-    return rows
+    index = 0
+    try:
+        for row in track_progress(rows, total):
+            check_entry(row, columns, f"row {index}")
+            yield index, row
+            index += 1
+    except (OSError, SyntaxError, pa.ArrowException, Image.DecompressionBombError) as error:
+        raise ValueError(f"`source`: row {index} of {source} cannot be read: {error}") from error
+
+
+def count_rows(file: str) -> int:
+    """Count the rows of a parquet file; one that is none, or a part of one, is refused."""
+    try:
+        return pq.read_metadata(file).num_rows
+    except pa.ArrowException as error:
+        raise ValueError(f"`source`: {file} is no whole parquet file; download it again. {error}") from error
 
 
 def read_depth_samples(source: str, resolution: int = RESOLUTION) -> Iterator[Sample]:
     """Read pictures, their depth maps and captions."""
-    for index, row in enumerate(open_rows(source, "validation", ("image", "control_depth", "text"))):
+    columns = {"image": Image.Image, "control_depth": Image.Image, "text": str}
+    for index, row in read_rows(source, "validation", columns):
         yield Sample(
             id=f"{index:05}",
             prompt=row["text"],
@@ -52,7 +73,7 @@ def read_depth_samples(source: str, resolution: int = RESOLUTION) -> Iterator[Sa
 
 def read_canny_samples(source: str, resolution: int = RESOLUTION) -> Iterator[Sample]:
     """Read pictures and captions, and find the pictures' edges."""
-    for index, row in enumerate(open_rows(source, "validation", ("image", "text"))):
+    for index, row in read_rows(source, "validation", {"image": Image.Image, "text": str}):
         picture = crop_picture(row["image"], resolution)
         yield Sample(
             id=f"{index:05}",
@@ -67,25 +88,33 @@ def read_segmentation_samples(source: str, resolution: int = RESOLUTION) -> Iter
     """Read pictures, their coloured segmentation maps, captions, and the class of every pixel.
 
     Raises:
-        ValueError: If a class is neither one of the 171 nor 255, which stands for none.
+        ValueError: If a map does not hold a class for every pixel, one of the 171 or 255, which stands for none.
     """
-    rows = open_rows(source, "validation", ("image", "control_seg", "panoptic_seg_map"))
-    for index, row in enumerate(rows):
+    columns = {"image": Image.Image, "control_seg": Image.Image, "panoptic_seg_map": Image.Image}
+    for index, row in read_rows(source, "validation", columns):
         # The colours of `control_seg` are those of a palette of 133 and do not tell the 171 classes apart.
-        labels = crop_labels(row["panoptic_seg_map"], resolution)
-        check_labels(labels, index)
+        labels = read_labels(row["panoptic_seg_map"], index)
+        caption = "detailed_prompt" if row.get("detailed_prompt") else "prompt"
+        check_entry(row, {caption: str}, f"row {index}")
         yield Sample(
             id=f"{index:05}",
-            prompt=row.get("detailed_prompt") or row["prompt"],
+            prompt=row[caption],
             source_image=crop_picture(row["control_seg"], resolution),
             task="segmentation",
             target_image=crop_picture(row["image"], resolution),
-            labels=labels,
+            labels=crop_labels(labels, resolution),
         )
 
 
-def check_labels(labels: Image.Image, index: int) -> None:
-    """Refuse a map of classes that COCOStuff does not have."""
-    found = np.unique(np.asarray(labels))
-    if strange := [int(value) for value in found if NUM_CLASSES <= value != IGNORED_CLASS]:
+def read_labels(picture: Image.Image, index: int) -> Image.Image:
+    """Read a map of classes as mode "L"; the class of a pixel with a palette is its index, whatever its colour."""
+    classes = np.asarray(picture)
+    if classes.ndim != 2 or classes.dtype.kind not in "iu":
+        raise ValueError(
+            f"`panoptic_seg_map` of row {index} has the mode {picture.mode!r}; give a picture whose pixels are the "
+            'numbers of their classes, of mode "L", "P" or "I": colours do not tell the classes.'
+        )
+    known = (*range(NUM_CLASSES), IGNORED_CLASS)
+    if strange := sorted(set(np.unique(classes).tolist()).difference(known)):
         raise ValueError(f"`panoptic_seg_map` of row {index} has the classes {strange}; they are 0 to 170, and 255.")
+    return Image.fromarray(classes.astype(np.uint8))

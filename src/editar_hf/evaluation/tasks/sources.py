@@ -1,0 +1,77 @@
+"""Reading what authors share: JSON, tables and pictures of which any part may be broken, with progress shown.
+
+What is not as it should be is refused with its place: the file and line, or the entry.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from reprlib import repr as shorten
+
+from PIL import Image
+from tqdm import tqdm
+
+from ...processing_editar import prepare_rgb_picture
+
+
+# How messages call the types that entries have.
+KINDS = {str: "text", list: "a list", dict: "an object", Image.Image: "a picture, of a column of type `datasets.Image`"}
+# How often progress is written into a log, in seconds.
+LOG_INTERVAL = 30
+
+
+def track_progress(items: Iterable, total: int | None = None) -> tqdm:
+    """Show, while items are taken, how many are done, the rate and, where their number is known, the time left."""
+    interval = {} if sys.stderr.isatty() else {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL}
+    return tqdm(items, total=total, unit="picture", desc="preparing", **interval)
+
+
+def read_text(path: Path) -> str:
+    """Read a file of UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`source`: {path} is not UTF-8: {error}.") from error
+
+
+def parse_json(text: str, path: Path | str, first_line: int = 1) -> dict:
+    """Parse a JSON object that stands in a file from a line on.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(f"`source`: line {line} of {path} is no JSON: {error.msg}.") from error
+    check_entry(content, {}, f"line {first_line} of {path}")
+    return content
+
+
+def check_entry(entry, fields: Mapping[str, type], where: str) -> None:
+    """Refuse an entry that is no object, or of whose fields one is missing or of another type."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"`source`: {where} is {shorten(entry)}; it must be an object, {{…}}.")
+    for name, kind in fields.items():
+        if not isinstance(entry.get(name), kind):
+            found = f"is {shorten(entry[name])}" if name in entry else "is missing"
+            raise ValueError(f"`source`: `{name}` of {where} {found}; it must be {KINDS[kind]}.")
+
+
+def open_picture(path: Path, where: str) -> Image.Image:
+    """Open a picture as upright RGB.
+
+    Raises:
+        ValueError: If it is not there or does not decode.
+    """
+    try:
+        with Image.open(path) as picture:
+            return prepare_rgb_picture(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"`source`: the picture {path} of {where} cannot be read: {error}") from error
