@@ -208,7 +208,7 @@ def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
     As many tokens as truly change are taken, those of the highest values: an IoU without a threshold to choose.
     """
     grid = pipe.transformer.config.grid_size
-    rows, by_row = [], {}
+    rows, by_row, all_ious = [], {}, []
     for task in OPERATIONS:
         ious = []
         for sample in samples[task]:
@@ -223,6 +223,8 @@ def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
                 found = (guess & changed)[row].sum(), (guess | changed)[row].sum()
                 by_row.setdefault(int(row - first), []).append(found)
         rows.append([task, str(len(ious)), f"{np.mean(ious):.2f}"])
+        all_ious += ious
+    rows.append(["all", str(len(all_ious)), f"{np.mean(all_ious):.2f}"])
     places = [
         [str(place + 1), str(len(found)), f"{sum(f for f, _ in found) / sum(u for _, u in found):.2f}"]
         for place, found in sorted(by_row.items())

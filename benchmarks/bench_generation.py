@@ -29,6 +29,7 @@ from generation_systems import (
     build_inputs,
     build_model,
     check_parity,
+    check_paths,
     compute_decode_floor,
 )
 from report import describe_machine, format_table, measure_peak_memory, write_result
@@ -128,6 +129,18 @@ def describe_floor(samples: dict[str, list[dict]], dtype: str, bandwidth: float,
     )
 
 
+def check_all_parity(args: argparse.Namespace, dtype: str) -> str:
+    """Check what is timed, eager and compiled, and in fp32 all other ways to decode; return what was found."""
+    size = (args.preset, args.grid_size)
+    findings = [
+        check_parity(*size, getattr(torch, dtype), args.parity_tokens, args.batch_size, is_compiled=is_compiled)
+        for is_compiled in (False, True)
+    ]
+    if dtype == "float32":
+        findings.append(check_paths(*size, args.parity_tokens))
+    return "; ".join(findings)
+
+
 def benchmark_cpu(args: argparse.Namespace) -> str:
     """Measure all systems in both dtypes; return the report."""
     size = 16 * args.grid_size
@@ -142,7 +155,7 @@ def benchmark_cpu(args: argparse.Namespace) -> str:
     torch.set_num_threads(1)
     bandwidth = measure_read_bandwidth()
     for dtype in args.dtypes:
-        parity = check_parity(args.preset, args.grid_size, getattr(torch, dtype), args.parity_tokens)
+        parity = check_all_parity(args, dtype)
         samples = {system: [] for system in SYSTEMS}
         for order in (SYSTEMS[:: -1 if turn % 2 else 1] for turn in range(args.rounds)):
             for system in order:

@@ -12,6 +12,7 @@ from generation_systems import (
     build_inputs,
     build_model,
     check_parity,
+    check_paths,
     compute_decode_floor,
 )
 from report import describe_machine, format_table, time_call
@@ -54,8 +55,14 @@ def benchmark_gpu(args) -> str:
     """Measure; return the report."""
     device = args.device
     bandwidth, rate = measure_floors(device)
-    parity = check_parity(args.preset, args.grid_size, torch.bfloat16, args.parity_tokens, device)
-    model = build_model(args.preset, args.grid_size, torch.bfloat16, device)
+    size = (args.preset, args.grid_size)
+    parity = [
+        check_parity(*size, torch.bfloat16, args.parity_tokens, batch_size, device, is_compiled)
+        for batch_size in (1, 4)
+        for is_compiled in (False, True)
+    ]
+    parity.append(check_paths(*size, args.parity_tokens, device))
+    model = build_model(*size, torch.bfloat16, device)
     rows, eager = [], model.forward
 
     def compile_library():
@@ -89,7 +96,7 @@ def benchmark_gpu(args) -> str:
             f"TFLOP/s. Random weights, greedy, guidance {GUIDANCE_SCALE}; {NUM_WARM_UP} edits to warm up, the median "
             f"of {NUM_TIMED}. The floor is the time of reading weights, sources and own keys and values. Made by "
             f"`python benchmarks/bench_generation.py{args.words}`.",
-            f"Parity: {parity}.",
+            f"Parity: {'; '.join(parity)}.",
             format_table(header, rows),
         ]
     )

@@ -12,25 +12,27 @@ from editar_hf.generation import passes
 
 
 NUM_TIMED, ROUNDS = 12, 5
+WINDOWS = (1, 2, 4, 8, 16)
 NEVER = 10**9
 
 
-def time_tokens(model, source, prompt_embeds) -> float:
-    """Time a token in the middle of the target, in milliseconds of processor time."""
-    middle = source.shape[1] // 2
+def time_tokens(model, source, prompt_embeds, first: int | None = None, num_after: int = 0, **how) -> float:
+    """Time a token from position `first` on, by default in the middle, with so many more to decode after those timed.
+
+    Returns:
+        Milliseconds of processor time.
+    """
+    first = source.shape[1] // 2 if first is None else first
 
     def run(count: int) -> float:
+        edit_mask = build_edit_mask(source, range(first, first + count))
         start = time.process_time()
         model.generate(
-            source,
-            prompt_embeds,
-            do_sample=False,
-            guidance_scale=GUIDANCE_SCALE,
-            edit_mask=build_edit_mask(source, range(middle, middle + count)),
+            source, prompt_embeds, do_sample=False, guidance_scale=GUIDANCE_SCALE, edit_mask=edit_mask, **how
         )
         return time.process_time() - start
 
-    return 1000 * (run(1 + NUM_TIMED) - run(1)) / NUM_TIMED
+    return 1000 * (run(1 + num_after + NUM_TIMED) - run(1 + num_after)) / NUM_TIMED
 
 
 def alternate(without, with_piece) -> list[str]:
@@ -47,20 +49,21 @@ def alternate(without, with_piece) -> list[str]:
     return [*medians, f"{statistics.median(gains):.2f} ({min(gains):.2f} – {max(gains):.2f})"]
 
 
-def compare_sharing(model, batch_size: int) -> list[str]:
-    """Read one source where it is, or copy it to every row."""
+def compare_sharing(model, batch_size: int, name: str) -> list[str]:
+    """Read one source where it is, or copy it to every row; at the first tokens, so that little else is read."""
     source, prompt_embeds = build_inputs(model, batch_size, "cpu")
     source = source[:1].expand(batch_size, -1).contiguous()
+    cache = model.prepare_source_cache(source[:1])
     usual = dict(passes.MIN_SHARING_ROWS)
 
     def run(min_rows: int) -> float:
         passes.MIN_SHARING_ROWS[("cpu", model.dtype)] = min_rows
-        return time_tokens(model, source, prompt_embeds)
+        return time_tokens(model, source, prompt_embeds, first=0, source_cache=cache)
 
     row = alternate(lambda: run(NEVER), lambda: run(1))
     passes.MIN_SHARING_ROWS.clear()
     passes.MIN_SHARING_ROWS.update(usual)
-    return [f"source shared by {2 * batch_size} rows, {str(model.dtype)[6:]}", *row]
+    return [f"{name}: source shared by {2 * batch_size} rows, {str(model.dtype)[6:]}", *row]
 
 
 def compare_text_slots(model) -> list[str]:
@@ -74,6 +77,23 @@ def compare_text_slots(model) -> list[str]:
     row = alternate(lambda: run("identity"), lambda: run("zero"))
     model.config.text_rotary = "zero"
     return [f"text in one slot, {str(model.dtype)[6:]}", *row]
+
+
+def compare_windows(model) -> list[list[str]]:
+    """Feed drafts along, of which none holds with random weights: what a pass of so many tokens costs."""
+    source, prompt_embeds = build_inputs(model, 1, "cpu")
+
+    def run(window: int) -> float:
+        how = {"decoding": "speculative", "num_draft_tokens": window} if window else {}
+        return time_tokens(model, source, prompt_embeds, num_after=WINDOWS[-1], **how)
+
+    return [
+        [
+            f"{window} drafts, {str(model.dtype)[6:]}: pays if a pass decides more tokens than 1 / gain",
+            *alternate(lambda: run(0), lambda window=window: run(window)),
+        ]
+        for window in WINDOWS
+    ]
 
 
 def compare_compilation(model) -> list[str]:
@@ -117,20 +137,25 @@ def compare_vq() -> list[list[str]]:
 
 
 def benchmark_pieces(args) -> str:
-    """Measure every piece on GPT-B at 256×256; return the report."""
+    """Measure every piece on GPT-B at 256×256, and sharing on GPT-XL at 512×512 too; return the report."""
     torch.set_num_threads(1)
     machine, rows = describe_machine(), []
     for dtype in args.dtypes:
         model = build_model("GPT-B", 16, getattr(torch, dtype), "cpu")
-        rows += [compare_sharing(model, batch_size) for batch_size in (1, 4)]
-        rows += [compare_text_slots(model), compare_compilation(model)]
+        rows += [compare_sharing(model, batch_size, "GPT-B") for batch_size in (1, 4)]
+        rows += [compare_text_slots(model), compare_compilation(model), *compare_windows(model)]
     rows += compare_vq()
+    for dtype in args.dtypes:
+        model = build_model("GPT-XL", 32, getattr(torch, dtype), "cpu")
+        rows += [compare_sharing(model, batch_size, "GPT-XL") for batch_size in (1, 4)]
+        del model
     return "\n\n".join(
         [
             "# Decoding: pieces of the engine",
-            f"{machine} GPT-B at 256×256, one thread, milliseconds of processor time for a token in the middle of the "
-            f"target (a picture for the VQ tokenizer); medians, and the gain as median (least – most) of {ROUNDS} "
-            "pairs in alternating order. Made by `python benchmarks/bench_generation.py --pieces`.",
+            f"{machine} GPT-B at 256×256, and GPT-XL at 512×512 where named; one thread, milliseconds of processor "
+            "time for a token in the middle of the target (at its start for a shared source; a pass with drafts; a "
+            f"picture for the VQ tokenizer); medians, and the gain as median (least – most) of {ROUNDS} pairs in "
+            "alternating order. Made by `python benchmarks/bench_generation.py --pieces`.",
             format_table(["piece", "without, ms", "with, ms", "gain"], rows),
         ]
     )

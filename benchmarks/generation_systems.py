@@ -124,22 +124,30 @@ class RecordLogits(LogitsProcessor):
 
 
 def compute_guided_logits(model, source, prompt_embeds, tokens, grid: dict[str, int]) -> torch.Tensor:
-    """Compute, in one whole forward per branch, the guided logits `(N, vocab_size)` that choose `tokens` `(1, N)`."""
+    """Compute, in one whole forward per branch, the guided logits `(B, N, vocab_size)` that choose tokens `(B, N)`."""
     branches = [
         model(
             source,
             prompt_embeds,
             target_image_tokens=tokens[:, :-1],
-            drop_prompt=torch.tensor([is_dropped], device=source.device),
+            drop_prompt=torch.full((len(source),), is_dropped, device=source.device),
             **grid,
         ).logits.float()
         for is_dropped in (False, True)
     ]
-    return (branches[1] + GUIDANCE_SCALE * (branches[0] - branches[1]))[0]
+    return branches[1] + GUIDANCE_SCALE * (branches[0] - branches[1])
 
 
 @torch.no_grad()
-def check_parity(preset: str, grid_size: int, dtype: torch.dtype, num_tokens: int, device: str = "cpu") -> str:
+def check_parity(
+    preset: str,
+    grid_size: int,
+    dtype: torch.dtype,
+    num_tokens: int,
+    batch_size: int = 1,
+    device: str = "cpu",
+    is_compiled: bool = False,
+) -> str:
     """Compare teacher-forced logits, and in fp32 the tokens, with those of one forward over the whole sequence.
 
     In bf16 both are compared with the same weights in fp32: ours must not be further from it than the plain forward is.
@@ -148,7 +156,9 @@ def check_parity(preset: str, grid_size: int, dtype: torch.dtype, num_tokens: in
         AssertionError: If logits differ by more than rounding, or a token whose rival was not close.
     """
     model = build_model(preset, grid_size, dtype, device)
-    source, prompt_embeds = build_inputs(model, 1, device)
+    source, prompt_embeds = build_inputs(model, batch_size, device)
+    if is_compiled:
+        model.compile_passes()
     record = RecordLogits()
     grid = {"grid_height": grid_size, "grid_width": grid_size}
     tokens = model.generate(
@@ -160,22 +170,60 @@ def check_parity(preset: str, grid_size: int, dtype: torch.dtype, num_tokens: in
         edit_mask=build_edit_mask(source, range(num_tokens)),
         **grid,
     )[:, :num_tokens]
-    ours, plain = torch.cat(record.logits), compute_guided_logits(model, source, prompt_embeds, tokens, grid)
+    ours = torch.stack(record.logits, dim=1)
+    plain = compute_guided_logits(model, source, prompt_embeds, tokens, grid)
+    start = f"{'compiled' if is_compiled else 'eager'}, over {tokens.numel()} tokens, guided logits"
     if dtype != torch.float32:
         exact = compute_guided_logits(model.float(), source, prompt_embeds.float(), tokens, grid)
         our_error, plain_error = ((logits - exact).std() / exact.std() for logits in (ours, plain))
         assert our_error < MAX_ERROR_RATIO * plain_error, f"errors are {our_error}, of one whole forward {plain_error}"
         return (
-            f"over {num_tokens} tokens, guided logits are {our_error:.1%} of their spread away from those in fp32, and "
-            f"those of one whole forward {plain_error:.1%}"
+            f"{start} are {our_error:.1%} of their spread away from those in fp32, and those of one whole forward "
+            f"{plain_error:.1%}"
         )
     difference = ((ours - plain).abs().max() / plain.std()).item()
     best = plain.topk(2, dim=-1)
-    differing = (best.indices[:, 0] != tokens[0]).nonzero()[:, 0]
-    margins = (best.values[:, 0] - best.values[:, 1])[differing]
+    is_other = best.indices[..., 0] != tokens
+    margins = (best.values[..., 0] - best.values[..., 1])[is_other]
     assert difference < 1e-3, f"logits differ by {difference} of their spread"
     assert (margins < MAX_MARGIN).all(), f"tokens differ at margins {margins.tolist()}"
     return (
-        f"over {num_tokens} tokens, guided logits differ from one whole forward by at most {difference:.1e} of their "
-        f"spread; {len(differing)} tokens differ" + (f", at margins below {MAX_MARGIN}" if len(differing) else "")
+        f"{start} differ from one whole forward by at most {difference:.1e} of their spread; {len(margins)} tokens "
+        "differ" + (f", at margins below {MAX_MARGIN}" if len(margins) else "")
     )
+
+
+@torch.no_grad()
+def check_paths(preset: str, grid_size: int, num_tokens: int, device: str = "cpu") -> str:
+    """Compare the tokens of every other way to decode with those of exact decoding, in fp32, greedy and sampled.
+
+    Raises:
+        AssertionError: If any differs.
+    """
+    model = build_model(preset, grid_size, torch.float32, device)
+    source, prompt_embeds = build_inputs(model, 1, device)
+    grid = {"grid_height": grid_size, "grid_width": grid_size}
+    # Two runs of free positions, so that forced tokens lie between.
+    far = source.shape[1] // 2
+    edit_mask = build_edit_mask(source, [*range(num_tokens // 2), *range(far, far + num_tokens // 2)])
+    ways = {
+        "a source cache": {"source_cache": model.prepare_source_cache(source, **grid)},
+        "drafts": {"decoding": "speculative"},
+        "compiled passes": {},
+        "compiled passes and drafts": {"decoding": "speculative"},
+    }
+    for do_sample in (False, True):
+
+        def decode(do_sample=do_sample, **how) -> torch.LongTensor:
+            generator = torch.Generator(device).manual_seed(0)
+            how = {"edit_mask": edit_mask, "guidance_scale": GUIDANCE_SCALE, "generator": generator, **grid, **how}
+            return model.generate(source, prompt_embeds, do_sample=do_sample, **how)
+
+        exact = decode()
+        for name, how in ways.items():
+            if name.startswith("compiled"):
+                model.compile_passes()
+            num_different = (decode(**how) != exact).sum().item()
+            model.compiled_passes = None
+            assert num_different == 0, f"with {name}, do_sample={do_sample}, {num_different} tokens differ"
+    return f"greedy and sampled, {num_tokens} tokens under a mask are the same with {', with '.join(ways)}"
