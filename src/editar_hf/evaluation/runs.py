@@ -13,6 +13,7 @@ the same in every run. So the number of processes and where a run was interrupte
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
@@ -222,7 +223,7 @@ def check_same(recorded: dict, config: dict, output_dir: Path) -> None:
 
 def resolve(value):
     """Resolve what is a path; the same folder has many names."""
-    return str(Path(value).resolve()) if isinstance(value, str) and value and Path(value).exists() else value
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
