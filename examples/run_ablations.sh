@@ -32,7 +32,7 @@ evaluate() {  # NAME MODEL SCALE
         --output-dir "$RUNS/$1"
 }
 
-# Table and plots, without the contact sheets, and how they were made.
+# Table and plots, without the contact sheets; how they were made stands under the table.
 publish() {  # STUDY RUN...
     study=$1; shift
     editar-hf evaluate report "$@" --output-dir "$RUNS/$study-report"
@@ -40,8 +40,9 @@ publish() {  # STUDY RUN...
     cp "$RUNS/$study-report"/{report.md,categories.png} "$RESULTS/$study/"
     [ "$study" = distillation ] || cp "$RUNS/$study-report/guidance.png" "$RESULTS/$study/"
     sed -i -e '/-sheet\.png)$/,+1d' "$RESULTS/$study/report.md"
-    printf 'Made by `NUM_TEST=%s bash examples/run_ablations.sh %s` on %s; %s, %s cores. %s\n' \
-        "$NUM_TEST" "$study" "$(date -I)" "$(uname -m)" "$(nproc --all)" "$NOTE" >> "$RESULTS/$study/report.md"
+    printf '\nMade by `NUM_TEST=%s bash examples/run_ablations.sh %s` on %s; %s, %s cores. %s\n' \
+        "$NUM_TEST" "$study" "$(date -I)" "$(uname -m)" "$(nproc --all)" "$NOTE" > "$RUNS/$study-report/note.md"
+    sed -i -e "/^Scored on /r $RUNS/$study-report/note.md" "$RESULTS/$study/report.md"
 }
 
 guidance() {
@@ -82,6 +83,7 @@ distillation() {
     done
     note="Both trained for $STEPS steps of 32 pairs, of $NUM_TRAIN."
     [ "$TEACHER" != "$RUNS/stand-in-teacher" ] || note+=" The stand-in teacher is no DINOv2: it was trained on stickers."
+    note+=" With the paper's: \`TEACHER=facebook/dinov2-base bash examples/run_ablations.sh distillation\`."
     NOTE=$note publish distillation "$RUNS/$distilled" "$RUNS/undistilled"
 }
 

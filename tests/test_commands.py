@@ -1,5 +1,6 @@
 """The `editar-hf` command, run in this process through `main` and once as the installed program."""
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -11,6 +12,10 @@ import torch
 import editar_hf
 from editar_hf import commands
 from editar_hf.commands import env, main
+from editar_hf.evaluation.measures import METRICS
+from editar_hf.evaluation.protocols import PROTOCOLS
+from editar_hf.evaluation.systems import SYSTEMS
+from editar_hf.evaluation.tasks import TASKS
 
 
 def read_rows(output: str) -> dict[str, str]:
@@ -59,6 +64,21 @@ def test_help_names_every_command_without_importing_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for command in commands.COMMANDS:
         assert command.__name__.rpartition(".")[2].replace("_", "-") in result.stdout.split()
+
+
+def test_help_of_the_evaluation_names_every_metric_protocol_task_and_system(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "run", "--help"])
+    words = set(re.split(r"[\s,;]+", capsys.readouterr().out))
+    assert not [name for name in (*METRICS, *PROTOCOLS, *TASKS, *SYSTEMS) if name not in words]
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["convert-metric-model"]])
+def test_help_leaves_names_as_they_are_written(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    assert re.search("EditAR|LPIPS or FID", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("error", [ValueError("`model` is 3"), FileNotFoundError("no such file: a.png")])

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import datasets
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from evaluation_data import evaluate, make_magicbrush_folder, make_picture_folder
 from PIL import Image
 from tiny import draw_image
+from tiny_metrics import build_dino
 
 from editar_hf.evaluation import pictures, report, runs, scoring
-from editar_hf.evaluation.files import encode_numbers
+from editar_hf.evaluation.files import decode_number, encode_numbers, read_lines
 from editar_hf.evaluation.measures import METRICS
 from editar_hf.evaluation.systems import System
 from editar_hf.evaluation.tasks import TASKS, prepare_benchmark
@@ -75,7 +77,8 @@ def test_a_table_has_a_row_for_each_run_with_scaled_means(folders, tmp_path):
         means = [overall[name]["mean"] for name in overall]
         assert rows[folder.name] == [f"{means[0]:.4f}", f"{means[1]:.2f}", f"{100 * means[2]:.2f}"]
     # The last sample has neither truth nor mask.
-    assert "brightener (guidance_scale 6); 12 samples, L1 of 11, PSNR unedited of 11, SSIM unedited of 11" in page
+    made = "brightener (guidance_scale 6, seed 0, batch_size 1)"
+    assert f"{made}; 12 samples, L1 of 11, PSNR unedited of 11, SSIM unedited of 11" in page
     named = set(re.findall(r"\]\(([^)]+)\)", page))
     assert named == {path.name for path in (tmp_path / "report").iterdir()} - {"report.md"}
     assert {"guidance.png", "categories.png"} <= named
@@ -83,7 +86,7 @@ def test_a_table_has_a_row_for_each_run_with_scaled_means(folders, tmp_path):
 
 def test_categories_have_their_own_means(folders):
     run = report.Run(folders[0])
-    values = run.read_values("l1")
+    values = {line["id"]: decode_number(line["values"]["l1"]) for line in read_lines(folders[0] / "samples-0.jsonl")}
     kind = values.pop("first")
     assert run.get_scaled("l1", "kind") == pytest.approx(kind)
     # The last sample has no truth to be compared with.
@@ -113,6 +116,62 @@ def test_quoted_rows_name_their_source_and_stand_only_beside_comparable_figures(
     assert "3 samples, a part of the benchmark; not comparable" in pages["editar"]
 
 
+# Written down from the papers, in the order of the columns of METRICS; None where a paper has no figure.
+PUBLISHED = {
+    ("pie-bench", "pnp-2023"): {
+        "DDIM + Prompt-to-Prompt": (69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44),
+        "PnP-Inversion + Prompt-to-Prompt": (11.65, 27.22, 54.55, 32.86, 84.76, 25.02, 22.10),
+    },
+    ("pie-bench", "editar"): {
+        "InstructPix2Pix": (107.43, 16.69, 271.33, None, None, 23.49, 22.20),
+        "MGIE": (67.41, 21.20, 142.25, None, None, 24.28, 21.79),
+        "EditAR": (39.43, 21.32, 117.15, None, None, 24.87, 21.87),
+    },
+    ("canny", "editar"): {
+        "Uni-ControlNet": (27.32, None, None, 17.14),
+        "UniControl": (30.82, None, None, 19.94),
+        "ControlNet": (34.65, None, None, 14.73),
+        "ControlNet++": (37.04, None, None, 18.23),
+        "EditAR": (None, None, None, 13.91),
+    },
+    ("depth", "editar"): {
+        "Uni-ControlNet": (None, 20.27),
+        "UniControl": (None, 18.66),
+        "ControlNet": (None, 17.76),
+        "ControlNet++": (None, 16.66),
+        "EditAR": (None, 15.97),
+    },
+    ("segmentation", "editar"): {
+        "ControlNet": (27.46, 21.33),
+        "ControlNet++": (34.56, 19.29),
+        "EditAR": (None, 16.13),
+    },
+    ("magicbrush", "editar"): {"EditAR": (0.1028, 0.0285, 0.8679, 0.8042, None)},
+    ("magicbrush-multi-turn", "editar"): {"EditAR": (0.1341, 0.0433, 0.8256, 0.7200, None)},
+}
+
+
+class StandIn:
+    """A scored run of a task by a protocol, of which only that is known."""
+
+    name = "ours"
+
+    def __init__(self, task, protocol):
+        self.task, self.metrics = task, {"protocol": protocol, "is_comparable": True, "reasons": []}
+
+    def get_scaled(self, metric, category=None):
+        return math.nan
+
+
+@pytest.mark.parametrize("protocol", ["editar", "pnp-2023"])
+@pytest.mark.parametrize("task", TASKS)
+def test_quoted_figures_are_those_of_the_papers_and_stand_beside_their_protocol_alone(task, protocol):
+    names = TASKS[task].metrics
+    rows = report.compose_rows([StandIn(task, protocol)], names)[1:]
+    found = {row.partition(" (quoted")[0]: tuple(None if math.isnan(v) else v for v in values) for row, values in rows}
+    assert found == PUBLISHED.get((task, protocol), {})
+
+
 def test_every_quoted_row_belongs_to_a_task_and_its_columns():
     for row in report.QUOTED_ROWS:
         assert set(row.values) <= set(TASKS[row.task].metrics)
@@ -129,6 +188,59 @@ def test_what_is_wrong_with_a_run_stands_beside_its_name(folders, tmp_path):
     assert "2 of 12 predictions scored" in remarks
     assert "missing: s0, s1, s2, s3, s4, and 2 more" in remarks
     assert "predictions are .jpg files, which change pixels" in remarks
+
+
+def test_runs_scored_by_two_models_are_refused(benchmark, folders, tmp_path, capsys):
+    scored = []
+    for name in ("a", "b"):
+        model = build_dino()
+        model.embeddings.cls_token.data += len(scored)
+        model.save_pretrained(tmp_path / f"dino-{name}")
+        arguments = {"metrics": ["dino"], "models": {"dino": str(tmp_path / f"dino-{name}")}}
+        scored.append(tmp_path / name)
+        scoring.score_predictions(benchmark, folders[0] / "images", tmp_path / name, **arguments)
+    assert evaluate("report", *scored, "--output-dir", tmp_path / "report") == 2
+    message = capsys.readouterr().err
+    assert "`runs` differ in their dino model: a has sha256:" in message
+    assert ", b has sha256:" in message
+    # A run of other metrics needs no such model, and stands beside either; the page says which model is whose.
+    page = report.write_report([folders[0], tmp_path / "b"], tmp_path / "report").read_text()
+    assert re.search(r"^\* guidance-1: scored on cpu with .*\d\.$", page, flags=re.MULTILINE)
+    assert re.search(rf"^\* b: scored on cpu with .*; dino: {tmp_path}/dino-b\.$", page, flags=re.MULTILINE)
+
+
+def test_runs_whose_folders_are_called_alike_are_told_apart(folders, tmp_path, capsys):
+    for name, folder in zip(("a", "b"), folders, strict=False):
+        shutil.copytree(folder, tmp_path / name / "run")
+    page = report.write_report([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "report").read_text()
+    assert list(read_table(page)[1]) == ["a-run", "b-run"]
+    sheets = [tmp_path / "report" / f"{name}-run-sheet.png" for name in ("a", "b")]
+    assert sheets[0].read_bytes() != sheets[1].read_bytes()
+    assert evaluate("report", folders[0], folders[0], "--output-dir", tmp_path / "report") == 2
+    assert "`runs` has a folder twice" in capsys.readouterr().err
+
+
+def test_a_prediction_that_broke_after_it_was_scored_is_on_no_sheet(benchmark, folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "run")
+    images, names = tmp_path / "run" / "images", ["l1", "psnr_unedited", "ssim_unedited"]
+    score = lambda: scoring.score_predictions(benchmark, images, tmp_path / "run", metrics=names)  # noqa: E731
+    score()
+    (images / "00002.png").write_bytes((images / "00002.png").read_bytes()[:-300])
+    assert score()["num_scored"] == 11
+    report.write_report([tmp_path / "run"], tmp_path / "report")
+    assert (tmp_path / "report" / "run-sheet.png").exists()
+    for path in images.iterdir():
+        path.write_bytes(b"no picture")
+    assert score()["num_scored"] == 0
+    page = report.write_report([tmp_path / "run"], tmp_path / "broken").read_text()
+    assert "0 of 12 predictions scored" in page
+    assert not (tmp_path / "broken" / "run-sheet.png").exists()
+
+
+def test_a_page_claims_no_table_of_a_paper_for_a_task_that_has_none(folders):
+    page = report.compose_report([report.Run(folders[0])], [])
+    assert "tables" not in page
+    assert "quoted" not in page
 
 
 def test_runs_that_cannot_be_compared_are_refused(folders, benchmark, tmp_path, capsys):
@@ -151,6 +263,11 @@ def test_a_line_of_the_guidance_plot_joins_runs_that_differ_in_guidance_alone(fo
     found[1].system["top_k"] = 5
     lines = pictures.group_by_guidance(found)
     assert [[run.name for run in line] for line in lines.values()] == [["guidance-1", "guidance-6"], ["guidance-3"]]
+    for name in ("seed", "batch_size"):
+        found = [report.Run(folder) for folder in folders]
+        found[2].config["generation"][name] = 9
+        lines = pictures.group_by_guidance(found).values()
+        assert [[run.name for run in line] for line in lines] == [["guidance-1", "guidance-3"], ["guidance-6"]]
     found[0].system["guidance_scale"] = None
     assert sum(map(len, pictures.group_by_guidance(found).values())) == 2
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,15 +22,8 @@ from evaluation_data import (
     make_translation_data,
 )
 from PIL import Image
-from tiny import build_pipeline, draw_image
-from tiny_metrics import (
-    build_clip,
-    build_depth_model,
-    build_dino,
-    build_inception,
-    build_lpips,
-    build_segmentation_model,
-)
+from tiny import draw_image
+from tiny_metrics import build_dino, save_models
 
 from editar_hf.evaluation import image_metrics, runs, scorers, scoring
 from editar_hf.evaluation.distribution_metrics import compute_frechet_distance
@@ -54,16 +48,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folders of a tiny editor and of the tiny models that score."""
-    folder = tmp_path_factory.mktemp("models")
-    build_pipeline(grid_size=8).save_pretrained(folder / "editar")
-    build_dino().save_pretrained(folder / "structure")
-    build_lpips().save_pretrained(folder / "lpips")
-    build_inception().save_pretrained(folder / "inception")
-    builders = {"clip": build_clip, "depth": build_depth_model, "segmentation": build_segmentation_model}
-    for name, build in builders.items():
-        for part in build():
-            part.save_pretrained(folder / name)
-    return folder
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 def list_run_words(models, source, output_dir):
@@ -176,7 +161,11 @@ def test_two_processes_make_what_one_makes(models, sticker_source, straight_run,
         (["--guidance-scale", 2], "system.guidance_scale = None, and this one has 2.0"),
         (["--protocol", "corrected"], "protocol.name = 'editar', and this one has 'corrected'"),
         (["--metrics", "done"], r"holds a run with metrics"),
-        (["--source", "elsewhere"], "`source` is 'elsewhere', and "),
+        (["--batch-size", 3], "holds a run with batch_size = 2, and this one has 3"),
+        (["--source", "elsewhere"], "holds a run with source = "),
+        (["--task", "folder"], "holds a run with task = 'sticker-edits', and this one has 'folder'"),
+        (["--tokenizer", "/no/where"], "and this one has '/no/where'"),
+        (["--resolution", 7], "holds a run with resolution = None, and this one has 7"),
     ],
 )
 def test_runs_of_two_configurations_are_not_mixed(more, message, models, sticker_source, straight_run, capsys):
@@ -193,6 +182,111 @@ def test_runs_of_two_weights_under_one_name_are_not_mixed(models, straight_run, 
     words = ["--data", straight_run / "data", "--model", models / "editar", "--batch-size", 2]
     assert evaluate("generate", *words, "--output-dir", tmp_path) == 2
     assert "system.revisions.model = 'sha256:0'" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_under_another_spelling_of_its_paths(models, sticker_source, straight_run):
+    results = read_results(straight_run)
+    words = list_run_words(models / ".." / models.name, sticker_source / ".." / "stickers", straight_run)
+    assert evaluate(*words) == 0
+    assert read_results(straight_run) == results
+
+
+@pytest.mark.parametrize(
+    ("part", "path", "value"),
+    [
+        ("generation", ("data", "fingerprint"), "sha256:1"),
+        ("generation", ("versions", "torch"), "1.0"),
+        ("generation", ("device",), "abacus"),
+        ("scoring", ("data", "fingerprint"), "sha256:1"),
+        ("scoring", ("versions", "numpy"), "1.0"),
+    ],
+)
+def test_a_run_of_other_data_or_versions_is_not_gone_on_with(part, path, value, models, straight_run, tmp_path, capsys):
+    config = json.loads((straight_run / "config.json").read_text())
+    place = config[part]
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "images").mkdir()
+    words = ["--data", straight_run / "data", "--output-dir", tmp_path]
+    if part == "generation":
+        words += ["--model", models / "editar", "--batch-size", 2]
+    assert evaluate("generate" if part == "generation" else "score", *words) == 2
+    assert f"holds a run with {'.'.join(path)} = '{value}'" in capsys.readouterr().err
+    assert json.loads((tmp_path / "config.json").read_text()) == config
+
+
+def test_figures_of_two_scoring_models_are_not_mixed(models, pictures, tmp_path, capsys):
+    benchmark, folder = pictures
+    other = build_dino()
+    other.embeddings.cls_token.data += 1
+    other.save_pretrained(tmp_path / "other")
+    words = ["--data", benchmark.folder, "--images", folder, "--output-dir", tmp_path / "run", "--metrics", "dino"]
+    assert evaluate("score", *words, "--dino-model", models / "structure") == 0
+    assert evaluate("score", *words, "--dino-model", tmp_path / "other") == 2
+    assert "holds a run with models.dino" in capsys.readouterr().err
+
+
+def test_pictures_that_no_configuration_describes_are_not_taken_over(straight_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "images").mkdir(parents=True)
+    draw_image(0).save(folder / "images" / "00000.png")
+    words = ["--data", straight_run / "data", "--system", "copy-source", "--output-dir", folder]
+    assert evaluate("generate", *words) == 2
+    assert "holds pictures in images/, and no config.json says how they were made" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["images"]
+
+
+def test_predictions_from_elsewhere_are_not_scored_as_a_runs_own(straight_run, pictures, tmp_path, capsys):
+    results = read_results(straight_run)
+    copy = tmp_path / "copy"
+    words = ["--data", straight_run / "data", "--system", "copy-source"]
+    assert evaluate("generate", *words, "--output-dir", copy) == 0
+    words = ["--data", straight_run / "data", "--images", copy / "images", "--output-dir", straight_run]
+    assert evaluate("score", *words) == 2
+    assert f"`images` is '{copy / 'images'}', and `output_dir`" in capsys.readouterr().err
+    assert read_results(straight_run) == results
+    # Nor does a system make predictions where others have been scored.
+    benchmark, folder = pictures
+    words = ["--data", benchmark.folder, "--output-dir", tmp_path / "scored"]
+    assert evaluate("score", *words, "--images", folder, "--metrics", "l1") == 0
+    assert evaluate("generate", *words, "--system", "copy-source") == 2
+    assert "holds figures of predictions from elsewhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--system", "editar", "--use-masks"], "`use_masks` is True, and 1 of 4 samples have no mask, such as 00004"),
+        (
+            ["--system", "vq-reconstruction", "--reconstruct", "target"],
+            "`reconstruct` is 'target', and 1 of 4 samples have no target_image, such as 00004",
+        ),
+    ],
+)
+def test_a_system_that_needs_what_samples_lack_is_refused_before_it_begins(
+    words, message, models, pictures, tmp_path, capsys
+):
+    benchmark, _ = pictures
+    words = ["--data", benchmark.folder, "--model", models / "editar", "--output-dir", tmp_path / "run", *words]
+    assert evaluate("generate", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# Progress
+
+
+def test_progress_rate_and_time_left_are_written_where_there_is_no_terminal(pictures, tmp_path, capsys):
+    benchmark, _ = pictures
+    words = ["--data", benchmark.folder, "--output-dir", tmp_path / "run"]
+    assert evaluate("generate", *words, "--system", "copy-source") == 0
+    assert evaluate("score", *words, "--metrics", "l1") == 0
+    written = capsys.readouterr().err
+    for what in ("copy-source", "scoring"):
+        # Such as: scoring: 100%|██████████| 4/4 [00:01<00:00,  2.5picture/s]
+        assert re.search(rf"{what}: 100%.* 4/4 \[[0-9:]+<[0-9:]+, .*(picture/s|s/picture)\]", written)
 
 
 # Seeds and batches
@@ -215,10 +309,11 @@ class Recorder(System):
         return {"name": self.name}
 
     def load(self):
-        self.calls = []
+        self.calls, self.seeds = [], {}
 
     def edit(self, samples, seeds):
         self.calls.append([sample.id for sample in samples])
+        self.seeds |= dict(zip(self.calls[-1], seeds, strict=True))
         return [sample.source_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for sample in samples]
 
 
@@ -229,12 +324,22 @@ def test_a_turn_is_made_from_the_picture_of_the_turn_before(tmp_path):
     runs.generate(benchmark, system, tmp_path / "run", batch_size=2)
     # Both sessions go together, first their first turns, then the second turn of the one that has it.
     assert system.calls == [["30-1", "139-1"], ["30-2"]]
+    assert system.seeds == {name: runs.derive_seed(0, name) for name in benchmark.ids}
     source = np.asarray(draw_image(30, 24, 24))
     with Image.open(tmp_path / "run" / "images" / "30-2.png") as twice:
         assert np.array_equal(np.asarray(twice), source)
     summary = scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", metrics=["l1"])
     # The first of two turns is a step on the way.
     assert (summary["num_expected"], summary["problems"]["extra"]) == (2, [])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_system_gets_each_samples_own_seed_in_any_batch(batch_size, straight_run, tmp_path):
+    benchmark, system = Benchmark(straight_run / "data"), Recorder()
+    runs.generate(benchmark, system, tmp_path / "run", seed=7, batch_size=batch_size)
+    assert max(map(len, system.calls)) == batch_size
+    assert system.seeds == {name: runs.derive_seed(7, name) for name in benchmark.ids}
+    assert len(set(system.seeds.values())) == NUM_STICKERS
 
 
 # Predictions from anywhere
@@ -361,7 +466,8 @@ def test_a_pie_bench_folder_runs_from_the_source_to_the_report(models, tmp_path,
     page = (tmp_path / "run" / "report.md").read_text()
     assert "structure distance ×10³ ↓" in page
     assert "a part of the benchmark; not comparable" in page
-    assert "PnP-Inversion + Prompt-to-Prompt (quoted: PnPInversion, arXiv 2310.01506) | 11.65 | 27.22 |" in page
+    assert "| EditAR (quoted: EditAR, arXiv 2501.04699) | 39.43 | 21.32 | 117.15 | – | – | 24.87 | 21.87 |" in page
+    assert "PnPInversion" not in page
 
 
 def test_depth_rmse_and_fid_are_those_of_all_samples(models, tmp_path):

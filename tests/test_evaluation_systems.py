@@ -1,5 +1,8 @@
 """The systems that are compared: each gives what its own pipeline gives, seed by seed, at the size of the source."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -163,9 +166,6 @@ def test_vq_reconstruction_is_what_the_tokenizer_makes_of_source_or_target(model
         pictures = [getattr(sample, f"{name}_image") for sample in samples]
         expected = pipeline.decode_image_tokens(pipeline.encode_image(pictures))
         assert are_equal(edit("vq-reconstruction", samples, model=models / "editar", reconstruct=name), expected)
-    samples[1].target_image = None
-    with pytest.raises(ValueError, match="samples without a true result"):
-        edit("vq-reconstruction", samples, model=models / "editar", reconstruct="target")
 
 
 def test_instruct_pix2pix_edits_as_diffusers_does(models):
@@ -200,13 +200,35 @@ def test_the_description_tells_weights_apart_and_needs_none_loaded(models, tmp_p
     assert (again["name"], again["use_masks"], again["dtype"]) == ("editar", False, "float32")
 
 
+def test_a_card_makes_no_other_model_and_weights_and_configurations_do(models, tmp_path):
+    folder = tmp_path / "editar"
+    shutil.copytree(models / "editar", folder)
+    described = build_system("editar", model=folder).describe()["revisions"]
+    (folder / "README.md").write_text("A card.")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "notes.json").write_text("{}")
+    assert build_system("editar", model=folder).describe()["revisions"] == described
+    for name in ("transformer/model.safetensors", "processor/tokenizer/tokenizer_config.json"):
+        path = next(path for path in folder.rglob(Path(name).name) if name.split("/")[0] in path.parts)
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        assert build_system("editar", model=folder).describe()["revisions"] != described
+        path.write_bytes(content)
+
+
+def test_a_model_that_is_no_folder_and_no_id_is_named():
+    with pytest.raises(ValueError, match="`model` is '/no/where', which is no folder that exists and no Hub id"):
+        build_system("editar", model="/no/where").describe()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("dance", {}, "`system` is 'dance'; choose one of editar, instruct-pix2pix"),
         ("copy-source", {"model": "m"}, "`model` is 'm'; the system copy-source has no such option"),
         ("editar", {"model": "m", "controlnet": "c"}, "`controlnet` is 'c'; the system editar has no such option"),
-        ("editar", {}, "`system` editar needs an option more: .*model"),
+        ("editar", {}, "`model` is missing; the system editar needs it, a folder or Hub id"),
+        ("controlnet", {"model": "m"}, "`controlnet` is missing; the system controlnet needs it"),
         ("editar", {"model": "m", "dtype": "int8"}, "`dtype` is 'int8'; choose one of float32"),
         ("editar", {"model": "m", "quantize": "ceil"}, "`quantize` is 'ceil'; choose round or truncate"),
         ("vq-reconstruction", {"model": "m", "reconstruct": "mask"}, "`reconstruct` is 'mask'"),

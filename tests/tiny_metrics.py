@@ -1,7 +1,7 @@
 """Tiny networks with random weights for the metrics that ask one, and their processors."""
 
 import torch
-from tiny import redraw_weights
+from tiny import build_pipeline, redraw_weights
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -89,3 +89,16 @@ def build_inception():
     """Build FID's Inception, narrow: 128 features."""
     torch.manual_seed(0)
     return FIDInceptionModel(FIDInceptionConfig(width_divisor=16)).eval()
+
+
+def save_models(folder):
+    """Save a tiny editor and tiny models that score, each in a folder by its name."""
+    build_pipeline(grid_size=8).save_pretrained(folder / "editar")
+    build_dino().save_pretrained(folder / "structure")
+    build_lpips().save_pretrained(folder / "lpips")
+    build_inception().save_pretrained(folder / "inception")
+    builders = {"clip": build_clip, "depth": build_depth_model, "segmentation": build_segmentation_model}
+    for name, build in builders.items():
+        for part in build():
+            part.save_pretrained(folder / name)
+    return folder

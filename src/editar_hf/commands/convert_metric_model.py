@@ -7,7 +7,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `editar-hf convert-metric-model` to the command's parser."""
     summary = "convert the public weights of LPIPS or FID's Inception to a folder"
     parser = subparsers.add_parser(
-        "convert-metric-model", help=summary, description=f"{summary.capitalize()}, for `editar-hf evaluate`."
+        "convert-metric-model",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}, for `editar-hf evaluate`.",
     )
     networks = parser.add_subparsers(metavar="network", dest="network", required=True)
     lpips = networks.add_parser("lpips", help="LPIPS 0.1 on SqueezeNet 1.1")

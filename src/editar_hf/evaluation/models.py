@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from . import scorers
 from .protocols import Protocol
@@ -85,18 +86,30 @@ def find_revision(model: str | Path) -> str:
 
     Args:
         model (`str` or `Path`): A folder or a Hub id; without a network, one that was downloaded before.
+
+    Raises:
+        ValueError: If it is neither.
     """
     if Path(model).exists():
         return f"sha256:{compute_fingerprint(Path(model))}"
+    try:
+        validate_repo_id(str(model))
+    except HFValidationError as error:
+        raise ValueError(f"`model` is {str(model)!r}, which is no folder that exists and no Hub id.") from error
     # The last part of a snapshot's path is its commit; the configurations alone are enough to learn it.
     return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
 
 
 def compute_fingerprint(path: Path) -> str:
-    """Compute a SHA-256 over a file, or over the names and contents of a folder's files."""
+    """Compute a SHA-256 over a file, or over the names and contents of a folder's files.
+
+    Cards and hidden files, such as those of git, change no picture and are left out.
+    """
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:
+        if file.suffix == ".md" or any(part.startswith(".") for part in file.relative_to(path).parts):
+            continue
         digest.update(file.relative_to(path).as_posix().encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import write_file
+from .files import decode_number, write_file
 from .measures import METRICS
 from .runs import read_image
 from .samples import Benchmark, Sample
-from .scoring import find_predictions
+from .scoring import find_predictions, read_scores
 from .tasks import TASKS
 
 
@@ -78,7 +78,8 @@ def group_by_guidance(runs: Sequence) -> dict[str, list]:
     groups = {}
     for run in runs:
         if run.system.get("guidance_scale") is not None:
-            others = {name: value for name, value in run.system.items() if name != "guidance_scale"}
+            # A run's seed, batch size and versions too.
+            others = run.config["generation"] | {"system": run.system | {"guidance_scale": None}}
             groups.setdefault(json.dumps(others, sort_keys=True), []).append(run)
     return {key: sorted(group, key=lambda run: run.system["guidance_scale"]) for key, group in groups.items()}
 
@@ -114,19 +115,21 @@ def draw_sheet_of(run, output_dir: Path) -> tuple[str, Path] | None:
     benchmark = Benchmark(run.paths["data"])
     predictions = find_predictions(benchmark, run.paths["images"])
     metric = pick_metric(run)
-    values = run.read_values(metric) if metric else {}
-    chosen = choose_samples([name for name in benchmark.ids if name in predictions], values, metric)
+    # Only what was scored is shown, and as it was scored: not what does not decode, nor what was made anew since.
+    sound = {name: line["values"] for name, line in read_scores(run.folder, predictions).items() if "values" in line}
+    values = {name: decode_number(found.get(metric)) for name, found in sound.items()}
+    chosen = choose_samples([name for name in benchmark.ids if name in sound], values, metric)
     rows = []
     for title, sample_id in chosen:
         sample = benchmark[benchmark.ids.index(sample_id)]
-        value = METRICS[metric].format(values[sample_id] * METRICS[metric].factor) if sample_id in values else ""
+        value = METRICS[metric].format(values[sample_id] * METRICS[metric].factor) if metric else ""
         rows.append((f"{title} {value}", sample, read_image(predictions[sample_id].path)))
     if not rows:
         return None
     path = output_dir / f"{run.name}-sheet.png"
     sheet = draw_sheet(rows)
     write_file(path, lambda unfinished: sheet.save(unfinished, "PNG", optimize=True))
-    heading = f": best and worst by {METRICS[metric].title}" if values else ""
+    heading = f": best and worst by {METRICS[metric].title}" if metric else ""
     return f"{run.name}{heading}; source, mask, output, target", path
 
 

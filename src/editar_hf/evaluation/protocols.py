@@ -51,7 +51,7 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             name="editar",
-            description="As in EditAR's tables (arXiv 2501.04699).",
+            description="As EditAR's code scores (arXiv 2501.04699), quirks included.",
             is_comparable=True,
             quantize="truncate",
             ssim_border=0,
@@ -63,7 +63,7 @@ PROTOCOLS = {
         ),
         Protocol(
             name="pnp-2023",
-            description="As in PnPInversion's tables (arXiv 2310.01506), with the libraries of 2023.",
+            description="As PnPInversion's code scores (arXiv 2310.01506), with the libraries of 2023.",
             is_comparable=True,
             quantize="round",
             ssim_border=5,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import decode_number, read_lines, write_file
+from .files import decode_number, write_file
 from .measures import METRICS
 from .protocols import PROTOCOLS
 from .runs import CONFIG_FILE
@@ -19,6 +19,14 @@ PNPINVERSION = "PnPInversion, arXiv 2310.01506"
 EDITAR = "EditAR, arXiv 2501.04699"
 CONTROLNET_PP = "ControlNet++, arXiv 2404.07987"
 NEP = "NEP, arXiv 2508.06044"
+# Beside which protocols the figures of a source stand: that of the paper's own code; of ControlNet++ and NEP are quoted
+# figures that all protocols compute alike (FID, edge F1, mIoU, MagicBrush's), so they stand beside the default one.
+PROTOCOLS_OF = {
+    PNPINVERSION: ("pnp-2023",),
+    EDITAR: ("editar",),
+    CONTROLNET_PP: ("editar", "controlnet++"),
+    NEP: ("editar",),
+}
 
 
 @dataclass(frozen=True)
@@ -103,11 +111,6 @@ class Run:
         group = self.metrics["overall"] if category is None else self.metrics["categories"][category]
         return decode_number(group[metric]["scaled"]) if metric in group else float("nan")
 
-    def read_values(self, metric: str) -> dict[str, float]:
-        """Read what single samples have, by id."""
-        lines = (line for path in sorted(self.folder.glob("samples-*.jsonl")) for line in read_lines(path))
-        return {line["id"]: decode_number(line["values"].get(metric)) for line in lines if "values" in line}
-
     def list_remarks(self) -> list[str]:
         """List what keeps the figures from being compared with published ones, or makes them fewer."""
         metrics, problems = self.metrics, self.metrics["problems"]
@@ -143,14 +146,14 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
         The page.
 
     Raises:
-        ValueError: If the runs are not scored, not about the same samples, or not scored in the same way.
+        ValueError: If the runs are not scored, not about the same samples, not scored in the same way and by the same
+            models, or a folder is named twice.
     """
     from .pictures import draw_pictures
 
     runs = [Run(folder) for folder in folders]
-    for name in ("fingerprint", "protocol"):
-        if len(found := {run.metrics[name] for run in runs}) > 1:
-            raise ValueError(f"`runs` differ in their {name}: {', '.join(sorted(found))}; compare only like with like.")
+    name_runs(runs)
+    check_alike(runs)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(runs, output_dir)
@@ -158,6 +161,35 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
     text = compose_report(runs, pictures)
     write_file(page, lambda path: path.write_text(text, encoding="utf-8"))
     return page
+
+
+def name_runs(runs: Sequence[Run]) -> None:
+    """Name runs by the last part of their folders, and by as many more as tell them apart.
+
+    Raises:
+        ValueError: If a folder is there twice.
+    """
+    parts = [run.folder.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    else:
+        raise ValueError(f"`runs` has a folder twice, of {', '.join(str(run.folder) for run in runs)}; name each once.")
+    for run, name in zip(runs, names, strict=True):
+        run.name = name
+
+
+def check_alike(runs: Sequence[Run]) -> None:
+    """Refuse runs about other samples, or scored by another protocol or other models, and say which differ."""
+    found = {name: {run.name: run.metrics[name] for run in runs} for name in ("fingerprint", "protocol")}
+    for run in runs:
+        for name, model in run.config["scoring"]["models"].items():
+            found.setdefault(f"{name} model", {})[run.name] = model["revision"]
+    for name, values in found.items():
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{run} has {value}" for run, value in values.items())
+            raise ValueError(f"`runs` differ in their {name}: {listed}; compare only like with like.")
 
 
 def compose_report(runs: Sequence[Run], pictures: Iterable[tuple[str, Path]]) -> str:
@@ -169,7 +201,7 @@ def compose_report(runs: Sequence[Run], pictures: Iterable[tuple[str, Path]]) ->
         f"{TASKS[first.task].summary}\n\nProtocol `{protocol.name}`: {protocol.description}",
         compose_table("", names, compose_rows(runs, names)),
         "\n".join(describe_run(run) for run in runs),
-        describe_scoring(first),
+        "\n".join(describe_scorings(runs)),
     ]
     for run in runs:
         categories = run.metrics["categories"]
@@ -181,10 +213,11 @@ def compose_report(runs: Sequence[Run], pictures: Iterable[tuple[str, Path]]) ->
 
 
 def compose_rows(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list[float]]]:
-    """List a row for each run, then those that are quoted, where the protocol is that of published figures."""
+    """List a row for each run, then those that are quoted, where the protocol is theirs."""
     rows = [(run.name, [run.get_scaled(name) for name in names]) for run in runs]
     if runs[0].metrics["is_comparable"]:
-        quoted = (row for row in QUOTED_ROWS if row.task == runs[0].task)
+        protocol = runs[0].metrics["protocol"]
+        quoted = (row for row in QUOTED_ROWS if row.task == runs[0].task and protocol in PROTOCOLS_OF[row.source])
         rows += [
             (f"{row.name} (quoted: {row.source})", [row.values.get(name, float("nan")) for name in names])
             for row in quoted
@@ -206,11 +239,22 @@ def describe_run(run: Run) -> str:
     """Say in one list item how a run was made, and what to mind about it."""
     system = {name: value for name, value in run.system.items() if value is not None}
     elsewhere = ("name", "model", "revisions", "use_masks")
-    options = ", ".join(f"{name} {value}" for name, value in system.items() if name not in elsewhere)
+    drawn = {name: run.config["generation"][name] for name in ("seed", "batch_size")} if system else {}
+    options = ", ".join(f"{name} {value}" for name, value in (system | drawn).items() if name not in elsewhere)
     made = f"{system['name']} {system.get('model', '')}".strip() if system else "predictions of an unnamed system"
     remarks = "".join(f"; **{remark}**" for remark in run.list_remarks())
     samples = ", ".join([f"{run.metrics['num_scored']} samples", *run.list_fewer()])
     return f"* {run.name}: {made}{f' ({options})' if options else ''}; {samples}{remarks}"
+
+
+def describe_scorings(runs: Sequence[Run]) -> list[str]:
+    """Say how runs were scored, once for those that were scored in the same way."""
+    names = {}
+    for run in runs:
+        names.setdefault(describe_scoring(run), []).append(run.name)
+    if len(names) == 1:
+        return list(names)
+    return [f"* {', '.join(those)}: {how[0].lower()}{how[1:]}" for how, those in names.items()]
 
 
 def describe_scoring(run: Run) -> str:

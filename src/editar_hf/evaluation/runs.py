@@ -13,18 +13,18 @@ the same in every run. So the number of processes and where a run was interrupte
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from .. import __version__
 from ..processing_editar import prepare_rgb_picture
 from .files import write_file, write_json
-from .processes import get_process
+from .processes import get_process, show_progress
 from .samples import Benchmark, Sample
 from .systems import System
 
@@ -44,10 +44,12 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
         batch_size (`int`): Samples that go through the system together; published figures have 1.
 
     Raises:
-        ValueError: If `batch_size` is not positive, or the folder holds a run of another configuration.
+        ValueError: If `batch_size` is not positive, a sample lacks a picture that the system needs, or the folder holds
+            a run of another configuration or predictions from elsewhere.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+    check_pictures(benchmark, system)
     output_dir, process = Path(output_dir), get_process()
     config = {
         "data": describe_benchmark(benchmark),
@@ -56,7 +58,9 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
         "batch_size": batch_size,
         **describe_environment(),
     }
-    record_configuration(output_dir, "generation", config)
+    with process.main_process_first():
+        check_no_foreign_predictions(output_dir)
+        record_configuration(output_dir, "generation", config)
     batches = [
         batch
         for batch in list_batches(benchmark, batch_size)[process.process_index :: process.num_processes]
@@ -64,12 +68,36 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
     ]
     if batches:
         system.load()
-    is_silent = None if process.is_main_process else True
-    with tqdm(total=sum(map(len, batches)), unit="picture", desc=system.name, disable=is_silent) as progress:
+    with show_progress(total=sum(map(len, batches)), desc=system.name) as progress:
         for batch in batches:
             generate_batch(benchmark, system, output_dir, seed, batch)
             progress.update(len(batch))
     process.wait_for_everyone()
+
+
+def check_pictures(benchmark: Benchmark, system: System) -> None:
+    """Refuse a system that needs pictures that some samples do not have."""
+    for option, name in system.needs.items():
+        is_missing = benchmark.rows.data.column(name).is_null().to_pylist()
+        if without := [sample_id for sample_id, missing in zip(benchmark.ids, is_missing, strict=True) if missing]:
+            raise ValueError(
+                f"`{option}` is {getattr(system, option)!r}, and {len(without)} of {len(benchmark)} samples have no "
+                f"{name}, such as {without[0]}; leave the option out, or the samples."
+            )
+
+
+def check_no_foreign_predictions(output_dir: Path) -> None:
+    """Refuse a folder with predictions, or figures of predictions, that this command did not make."""
+    recorded, images = read_configuration(output_dir), output_dir / IMAGES
+    if "generation" in recorded:
+        return
+    if "scoring" in recorded:
+        raise ValueError(f"`output_dir` {str(output_dir)!r} holds figures of predictions from elsewhere; name another.")
+    if images.is_dir() and any(not path.name.startswith(".") for path in images.iterdir()):
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} holds pictures in {IMAGES}/, and no {CONFIG_FILE} says how they were "
+            "made; name another folder, or delete them."
+        )
 
 
 def list_batches(benchmark: Benchmark, batch_size: int) -> list[list[int]]:
@@ -145,38 +173,57 @@ def describe_environment() -> dict:
     return {"versions": versions, "device": get_process().device.type}
 
 
+def read_configuration(output_dir: Path) -> dict:
+    """Read what a run depends on, part by part; nothing of one that was not begun."""
+    path = output_dir / CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def record_configuration(output_dir: Path, part: str, config: dict) -> None:
     """Write a part of a run's configuration, or see that it is the one written before.
 
     Raises:
         ValueError: If the run was begun with another one.
     """
-    path = output_dir / CONFIG_FILE
-    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    recorded = read_configuration(output_dir)
     config = json.loads(json.dumps(config, default=str))
     if part in recorded:
         check_same(recorded[part], config, output_dir)
     elif get_process().is_main_process:
-        write_json(path, recorded | {part: config})
+        write_json(output_dir / CONFIG_FILE, recorded | {part: config})
+
+
+def check_images(output_dir: Path, images: Path) -> None:
+    """Refuse to score other predictions in the folder of a run that made its own."""
+    own = (output_dir / IMAGES).resolve()
+    if "generation" in read_configuration(output_dir) and images.resolve() != own:
+        raise ValueError(
+            f"`images` is {str(images)!r}, and `output_dir` {str(output_dir)!r} holds a run whose predictions are in "
+            f"{own}; name another `output_dir`."
+        )
 
 
 def record_paths(output_dir: Path, data: Path, images: Path) -> None:
     """Write where samples and predictions lie, for reports; they may be moved without making it another run."""
     if get_process().is_main_process:
-        path = output_dir / CONFIG_FILE
         paths = {"data": str(data.resolve()), "images": str(images.resolve())}
-        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"paths": paths})
+        write_json(output_dir / CONFIG_FILE, read_configuration(output_dir) | {"paths": paths})
 
 
 def check_same(recorded: dict, config: dict, output_dir: Path) -> None:
     """Refuse a configuration that differs, and say where."""
     before, now = flatten(recorded), flatten(config)
     for name in before | now:
-        if before.get(name) != now.get(name):
+        if resolve(before.get(name)) != resolve(now.get(name)):
             raise ValueError(
                 f"`output_dir` {str(output_dir)!r} holds a run with {name} = {before.get(name)!r}, and this one has "
                 f"{now.get(name)!r}; name another folder, or delete that one."
             )
+
+
+def resolve(value):
+    """Resolve what is a path; the same folder has many names."""
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def flatten(config: dict, prefix: str = "") -> dict:

@@ -17,14 +17,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from .files import append_line, decode_number, read_lines, repair_lines, write_file, write_json
 from .measures import METRICS, Metric, Pair, get_metric
 from .models import find_revision, load_models, resolve_models
-from .processes import get_process
+from .processes import get_process, show_progress
 from .protocols import Protocol, get_protocol
-from .runs import describe_benchmark, describe_environment, read_image, record_configuration, record_paths
+from .runs import (
+    check_images,
+    describe_benchmark,
+    describe_environment,
+    read_image,
+    record_configuration,
+    record_paths,
+)
 from .samples import Benchmark, Sample
 from .tasks import get_task
 
@@ -72,6 +78,7 @@ def score_predictions(
         "models": {name: {"id": model, "revision": find_revision(model)} for name, model in models.items()},
         **describe_environment(),
     }
+    check_images(output_dir, images_dir)
     record_configuration(output_dir, "scoring", config)
     record_paths(output_dir, benchmark.folder, images_dir)
     predictions = find_predictions(benchmark, images_dir)
@@ -137,7 +144,7 @@ def score_share(
         if sample_id in predictions and not is_done:
             waiting.append(index)
     loaded = load_models(models, process.device, protocol) if waiting else {}
-    for index in tqdm(waiting, unit="picture", desc="scoring", disable=None if process.is_main_process else True):
+    for index in show_progress(waiting, desc="scoring"):
         sample = benchmark[index]
         prediction = predictions[sample.id]
         score = score_prediction(sample, prediction.path, output_dir, protocol, names, loaded)

@@ -5,7 +5,7 @@ is loaded; `load()` loads it; `edit(samples, seeds)` makes a picture for each sa
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,10 +28,15 @@ class System(ABC):
     Attributes:
         name (`str`): What it is called on the command line.
         model_fields (tuple of `str`): The options that name models, whose revisions are described too.
+        needs (dict): Pictures that every sample must have, by the option that asks for them.
     """
 
     name: ClassVar[str]
     model_fields: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs(self) -> dict[str, str]:
+        return {}
 
     def describe(self) -> dict:
         """Say what the results depend on: the options, and the revisions of the models they name."""
@@ -76,6 +81,10 @@ class VQReconstruction(System):
         if self.reconstruct not in ("source", "target"):
             raise ValueError(f"`reconstruct` is {self.reconstruct!r}; choose source or target.")
 
+    @property
+    def needs(self) -> dict[str, str]:
+        return {"reconstruct": f"{self.reconstruct}_image"}
+
     def load(self) -> None:
         from ..pipeline_editar import EditARPipeline
 
@@ -84,8 +93,6 @@ class VQReconstruction(System):
 
     def edit(self, samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
         pictures = [getattr(sample, f"{self.reconstruct}_image") for sample in samples]
-        if None in pictures:
-            raise ValueError("`reconstruct` is 'target'; this benchmark has samples without a true result.")
         reconstructed = self.pipeline.decode_image_tokens(self.pipeline.encode_image(pictures), output_type="pt")
         return restore_pictures(self.pipeline, reconstructed, pictures, "round")
 
@@ -123,6 +130,10 @@ class EditAR(System):
         check_dtype(self.dtype)
         if self.quantize not in ("round", "truncate"):
             raise ValueError(f"`quantize` is {self.quantize!r}; choose round or truncate.")
+
+    @property
+    def needs(self) -> dict[str, str]:
+        return {"use_masks": "mask"} if self.use_masks else {}
 
     def load(self) -> None:
         from ..pipeline_editar import EditARPipeline
@@ -241,13 +252,12 @@ def build_system(name: str, **options) -> System:
     if name not in SYSTEMS:
         raise ValueError(f"`system` is {name!r}; choose one of {', '.join(SYSTEMS)}.")
     given = {option: value for option, value in options.items() if value is not None}
-    fields = SYSTEMS[name].__dataclass_fields__
-    if unknown := [option for option in given if option not in fields or option in ("name", "model_fields")]:
+    known = {field.name: field for field in fields(SYSTEMS[name])}
+    if unknown := [option for option in given if option not in known]:
         raise ValueError(f"`{unknown[0]}` is {given[unknown[0]]!r}; the system {name} has no such option.")
-    try:
-        return SYSTEMS[name](**given)
-    except TypeError as error:
-        raise ValueError(f"`system` {name} needs an option more: {error}.") from error
+    if missing := [option for option, field in known.items() if field.default is MISSING and option not in given]:
+        raise ValueError(f"`{missing[0]}` is missing; the system {name} needs it, a folder or Hub id.")
+    return SYSTEMS[name](**given)
 
 
 def check_dtype(dtype: str) -> None:

@@ -43,6 +43,7 @@ def open_benchmark(args: argparse.Namespace, is_main_process: bool):
     """Open the benchmark named, or the one prepared in the run's folder, which is prepared first if it is not there."""
     from pathlib import Path
 
+    from ...evaluation.runs import read_configuration, record_configuration
     from ...evaluation.samples import Benchmark
     from ...evaluation.tasks import get_task, prepare_benchmark
 
@@ -50,18 +51,20 @@ def open_benchmark(args: argparse.Namespace, is_main_process: bool):
     if args.data is not None:
         check_no_source(options | {"source": args.source, "allow_partial": args.allow_partial or None})
         return Benchmark(args.data)
-    folder = Path(args.output_dir) / "data"
-    if "tokenizer" in get_task(args.task).options:
+    output_dir, task = Path(args.output_dir), get_task(args.task)
+    folder, source = output_dir / "data", args.source or task.default_source
+    if "tokenizer" in task.options:
         options["tokenizer"] = args.tokenizer or args.model
+    config = {"task": args.task, "source": source, "allow_partial": args.allow_partial, **options}
     if not folder.exists():
-        prepare_benchmark(args.task, folder, args.source, args.allow_partial, **options)
+        prepare_benchmark(args.task, folder, source, args.allow_partial, **options)
+    elif "preparation" not in read_configuration(output_dir):
+        raise ValueError(
+            f"`output_dir` {args.output_dir!r} holds samples in data/ that this command did not prepare; give them as "
+            "`data`, or delete them."
+        )
+    record_configuration(output_dir, "preparation", config)
     benchmark = Benchmark(folder)
-    for name in ("task", "source"):
-        if getattr(args, name) not in (None, benchmark.info[name]):
-            raise ValueError(
-                f"`{name}` is {getattr(args, name)!r}, and {folder} holds samples of {benchmark.info[name]!r}; give "
-                "another `output_dir`."
-            )
     if is_main_process:
         print_contents(benchmark)
     return benchmark

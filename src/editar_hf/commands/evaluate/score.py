@@ -14,6 +14,13 @@ MODELS = {
     "inception": "FID's Inception, a folder that `editar-hf convert-metric-model` made",
 }
 
+PROTOCOL_HELP = "editar, pnp-2023, controlnet++, controlar or corrected"
+METRIC_HELP = (
+    "structure_distance, psnr_unedited, lpips_unedited, mse_unedited, ssim_unedited, clip_whole, clip_edited, "
+    "depth_rmse, edge_f1, edge_ms_ssim, edge_psnr, l1, l2, psnr, ssim, lpips, clip_i, clip_t, dino, fid, mean_iou, "
+    "outside_psnr, done, inside, outside, colour, shape, gone, stickers, placed or background"
+)
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the step to the parser of `editar-hf evaluate`."""
@@ -32,10 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says how predictions are scored."""
-    parser.add_argument(
-        "--protocol", metavar="P", default="editar", help="editar, pnp-2023 or corrected; default: editar"
-    )
-    parser.add_argument("--metrics", metavar="M", nargs="+", help="default: those of the task's table")
+    parser.add_argument("--protocol", metavar="P", default="editar", help=f"{PROTOCOL_HELP}; default: editar")
+    metrics = f"{METRIC_HELP}; default: those of the task's table"
+    parser.add_argument("--metrics", metavar="M", nargs="+", help=metrics)
     for name, help in MODELS.items():
         parser.add_argument(f"--{name}-model", metavar="M", help=help)
 

@@ -1,0 +1,150 @@
+"""The README's section on evaluation, as it stands: its commands in their order, on tiny data with tiny models.
+
+A shell runs the section's blocks with programs that only write down what they are called with, so that loops and
+scripts are what they are for a user. Then each command of `editar-hf` runs in this process, in an empty folder that
+holds what the section says one has: what it names must be there by then.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from fnmatch import fnmatch
+from pathlib import Path
+
+import datasets
+import pytest
+from evaluation_data import make_pie_folder, make_sticker_data, make_translation_data
+from tiny_metrics import save_models
+
+from editar_hf.commands import build_parser
+from editar_hf.commands.evaluate.generate import SYSTEM_OPTIONS
+from editar_hf.evaluation.measures import METRICS
+from editar_hf.evaluation.samples import Benchmark
+from editar_hf.evaluation.systems import build_system
+from editar_hf.evaluation.tasks import TASKS
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture")
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ("editar-hf", "python", "pip", "hf")
+# A program that appends its name and words to a file: a byte between words, another after the last.
+STUB = """#!/bin/sh
+{ printf '%s' "${0##*/}"; printf '\\037%s' "$@"; printf '\\036'; } >> "$CALLS"
+"""
+# Where the ControlNets lie: ids of their own, and folders of the repository of ControlNet++.
+CONTROLNETS = [f"lllyasviel/control_{name}" for name in ("v11f1p_sd15_depth", "v11p_sd15_canny", "v11p_sd15_seg")]
+CONTROLNETS_PP = ("checkpoints/depth/controlnet", "checkpoints/canny/controlnet", "checkpoints/cocostuff/reward_5k")
+
+
+def list_calls(folder):
+    """List what the README's section on evaluation calls, in order: name and words of each program."""
+    section = (ROOT / "README.md").read_text().partition("\n## Evaluate\n")[2].partition("\n## ")[0]
+    programs = folder / "programs"
+    programs.mkdir()
+    for name in PROGRAMS:
+        (programs / name).write_text(STUB)
+        (programs / name).chmod(0o755)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(folder / "calls")}
+    script = "\n".join(re.findall(r"```\w*\n(.*?)```", section, flags=re.DOTALL))
+    subprocess.run(["bash", "-euc", script], cwd=folder, env=environment, check=True)
+    return [call.split("\037") for call in (folder / "calls").read_text().split("\036")[:-1]]
+
+
+def shrink(args, folder, models):
+    """Put tiny data and models in place of what a command of `editar-hf evaluate` would download."""
+    task = getattr(args, "task", None)
+    if task in ("depth", "canny", "segmentation"):
+        args.source, args.resolution = str(folder / "translation"), 192
+    if task not in (None, "sticker-edits"):
+        args.allow_partial = True
+    task = task or Benchmark(args.data).info["task"]
+    if "system" in args:
+        # Its options must be those of its system; the diffusers' systems are then replaced by the floor.
+        build_system(args.system, **{name: getattr(args, name) for name in SYSTEM_OPTIONS})
+        if args.system in ("instruct-pix2pix", "controlnet"):
+            args.system = "copy-source"
+            vars(args).update(dict.fromkeys(SYSTEM_OPTIONS))
+    for name in {model for metric in TASKS[task].metrics for model in METRICS[metric].models}:
+        if getattr(args, f"{name}_model", "given") is None:
+            setattr(args, f"{name}_model", str(models / name))
+
+
+def make_folder(folder, models):
+    """Make what the section says one has: the repository's examples, a converted EditAR, and the benchmarks."""
+    (folder / "examples").mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "run_paper_tables.sh", folder / "examples")
+    for name in ("examples/sticker-editor", "editar"):
+        shutil.copytree(models / "editar", folder / name)
+    make_pie_folder(folder / "PIE-Bench_v1", 2)
+    make_translation_data(folder / "translation", 2, side=200, classes=(0, 3, 6, 255))
+
+
+def download(words):
+    """Make the folders that `hf download` would."""
+    target = Path(words[words.index("--local-dir") + 1])
+    patterns = [word for word, option in zip(words[1:], words, strict=False) if option == "--include"]
+    for name in CONTROLNETS_PP:
+        if any(fnmatch(f"{name}/config.json", pattern) for pattern in patterns):
+            (target / name).mkdir(parents=True)
+
+
+def run_command(words, folder, models):
+    """Run a command of `editar-hf` on tiny data with tiny models."""
+    args = build_parser().parse_args(words)
+    if words[0] == "convert-metric-model":
+        shutil.copytree(models / {"lpips": "lpips", "fid-inception": "inception"}[args.network], args.output_dir)
+        return
+    if getattr(args, "controlnet", None) is not None:
+        assert args.controlnet in CONTROLNETS or Path(args.controlnet).is_dir(), words
+    if words[1] != "report":
+        shrink(args, folder, models)
+    assert args.run(args) == 0, words
+
+
+def test_the_commands_of_the_evaluation_section_run_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    models, folder = save_models(tmp_path / "models"), tmp_path / "user"
+    make_folder(folder, models)
+    calls = list_calls(folder)
+    monkeypatch.chdir(folder)
+    for program, *words in calls:
+        if program == "python":
+            assert words[0] == "examples/make_sticker_edits.py"
+            make_sticker_data(Path(words[words.index("--output_dir") + 1]), 3)
+        elif program == "hf":
+            download(words)
+        elif program == "editar-hf":
+            run_command(words, folder, models)
+    rivals = dict.fromkeys(("depth", "canny", "segmentation"), ("controlnet", "controlnet++"))
+    for task, names in (rivals | {"pie-bench": ("instruct-pix2pix",)}).items():
+        page = Path("runs", task, "report.md").read_text()
+        assert all(f"\n| {name} | " in page for name in ("editar", *names)), task
+        assert "\n| EditAR (quoted: EditAR, arXiv 2501.04699) | " in page
+
+
+# The paper's studies
+
+REPORTER = """#!/bin/sh
+[ "$2" = report ] || exit 0
+for folder; do :; done
+mkdir -p "$folder"
+printf '| table |\\n\\nScored on cpu.\\n\\n![bars](categories.png)\\n' > "$folder/report.md"
+touch "$folder/categories.png"
+"""
+
+
+def test_the_table_of_distillation_has_the_command_for_the_papers_teacher_under_it(tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, code in {"editar-hf": REPORTER, "python": "#!/bin/sh\n"}.items():
+        (programs / name).write_text(code)
+        (programs / name).chmod(0o755)
+    folders = {"RUNS": f"{tmp_path}/runs", "RESULTS": f"{tmp_path}/results"}
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", **folders}
+    subprocess.run(["bash", ROOT / "examples" / "run_ablations.sh", "distillation"], env=environment, check=True)
+    page = (tmp_path / "results" / "distillation" / "report.md").read_text()
+    under, bars = page.partition("Scored on cpu.\n\nMade by ")[2].split("\n\n")
+    assert "The stand-in teacher is no DINOv2" in under
+    assert "`TEACHER=facebook/dinov2-base bash examples/run_ablations.sh distillation`" in under
+    assert bars == "![bars](categories.png)\n"
