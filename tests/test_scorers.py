@@ -162,6 +162,16 @@ def test_size_is_that_of_a_shorter_side_of_224_and_a_longer_one_of_480_at_most(s
     assert compute_size(*size, 224, 480) == expected
 
 
+@pytest.mark.parametrize("scorer", [StructureScorer, DINOScorer])
+def test_a_dino_that_is_loaded_has_its_authors_layer_norms_and_an_instance_its_own(scorer, tmp_path):
+    model = build_dino(layer_norm_eps=1e-12)
+    model.save_pretrained(tmp_path)
+    loaded = [module.eps for module in scorer(tmp_path).model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    # Two layers of two, and the last.
+    assert loaded == [1e-6] * 5
+    assert scorer(model).model.layernorm.eps == 1e-12
+
+
 @torch.no_grad()
 def test_dino_similarity_is_of_class_tokens_of_the_centre(images, references, photographs):
     model = build_dino()

@@ -40,11 +40,10 @@ def build_clip():
     return model, CLIPProcessor(CLIPImageProcessorPil(), tokenizer)
 
 
-def build_dino(patch_size=32):
+def build_dino(patch_size=32, layer_norm_eps=1e-6):
     """Build a DINO of 224 pixels."""
-    config = ViTConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=patch_size
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, patch_size=patch_size, layer_norm_eps=layer_norm_eps)
     return redraw_weights(ViTModel(config, add_pooling_layer=False), scale=0.3)
 
 
