@@ -116,8 +116,8 @@ class Run:
             remarks.append("mask-assisted: it was given the benchmark's masks; not comparable")
         if not metrics["is_complete"]:
             remarks.append(f"{metrics['num_samples']} samples, a part of the benchmark; not comparable")
-        if not metrics["is_comparable"]:
-            remarks.append(f"protocol {metrics['protocol']}; not comparable with published figures")
+        for entry in metrics["not_comparable"]:
+            remarks.append(f"{entry['reason']}; not comparable with published figures")
         if metrics["num_scored"] < metrics["num_expected"]:
             remarks.append(f"{metrics['num_scored']} of {metrics['num_expected']} predictions scored")
         remarks += [f"{kind}: {', '.join(shorten(names))}" for kind, names in problems.items() if names]
@@ -181,14 +181,14 @@ def compose_report(runs: Sequence[Run], pictures: Iterable[tuple[str, Path]]) ->
 
 
 def compose_rows(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list[float]]]:
-    """List a row for each run, then those that are quoted, where the protocol is that of published figures."""
+    """List a row for each run, then those that are quoted, as far as figures here are comparable with them."""
     rows = [(run.name, [run.get_scaled(name) for name in names]) for run in runs]
-    if runs[0].metrics["is_comparable"]:
-        quoted = (row for row in QUOTED_ROWS if row.task == runs[0].task)
-        rows += [
-            (f"{row.name} (quoted: {row.source})", [row.values.get(name, float("nan")) for name in names])
-            for row in quoted
-        ]
+    excluded = {name for entry in runs[0].metrics["not_comparable"] for name in entry["metrics"]}
+    for row in QUOTED_ROWS:
+        values = {name: value for name, value in row.values.items() if name in names and name not in excluded}
+        if row.task == runs[0].task and values:
+            title = f"{row.name} (quoted: {row.source})"
+            rows.append((title, [values.get(name, float("nan")) for name in names]))
     return rows
 
 

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from .files import append_line, decode_number, read_lines, repair_lines, write_file, write_json
 from .measures import METRICS, Metric, Pair, get_metric
-from .models import find_revision, load_models, resolve_models
+from .models import find_published, find_revision, load_models, resolve_models
 from .processes import get_process
 from .protocols import Protocol, get_protocol
 from .runs import describe_benchmark, describe_environment, read_image, record_configuration, record_paths
 from .samples import Benchmark, Sample
 from .tasks import get_task
+from .tasks.translation import RESOLUTION
 
 
 METRICS_FILE, FEATURES = "metrics.json", "features"
@@ -65,6 +66,7 @@ def score_predictions(
     protocol, names = get_protocol(protocol), list(dict.fromkeys(metrics or task.metrics))
     needed = [model for name in names for model in get_metric(name).models]
     models = resolve_models(needed, models or {}, task.models)
+    not_comparable = list_reasons(benchmark, protocol, names, models)
     config = {
         "data": describe_benchmark(benchmark),
         "protocol": asdict(protocol),
@@ -80,10 +82,33 @@ def score_predictions(
     process.wait_for_everyone()
     summary = {}
     if process.is_main_process:
-        summary = summarise(benchmark, predictions, images_dir, output_dir, protocol, names)
+        summary = {
+            **describe_benchmark(benchmark),
+            "protocol": protocol.name,
+            "not_comparable": not_comparable,
+            **summarise(benchmark, predictions, images_dir, output_dir, names),
+        }
         write_json(output_dir / METRICS_FILE, summary)
     process.wait_for_everyone()
     return summary
+
+
+def list_reasons(
+    benchmark: Benchmark, protocol: Protocol, names: Sequence[str], models: Mapping[str, str]
+) -> list[dict]:
+    """List why figures are not comparable with published ones: each reason, and the metrics that it is about."""
+    task, reasons = get_task(benchmark.info["task"]), []
+    if not protocol.is_comparable:
+        reasons.append({"reason": f"protocol {protocol.name}", "metrics": list(names)})
+    published = f"{RESOLUTION}×{RESOLUTION}"
+    if "resolution" in task.options and (others := sorted(set(benchmark.info["sizes"]) - {published})):
+        reasons.append({"reason": f"pictures of {', '.join(others)}, not {published}", "metrics": list(names)})
+    for model_name, model in models.items():
+        if published := find_published(model_name, model, task.models):
+            metrics = [name for name in names if model_name in METRICS[name].models]
+            titles = ", ".join(METRICS[name].title for name in metrics)
+            reasons.append({"reason": f"{titles} by {model}, not {published}", "metrics": metrics})
+    return reasons
 
 
 @dataclass(frozen=True)
@@ -189,10 +214,9 @@ def summarise(
     predictions: Mapping[str, Prediction],
     images_dir: Path,
     output_dir: Path,
-    protocol: Protocol,
     names: Sequence[str],
 ) -> dict:
-    """Reduce the lines of all samples, in the benchmark's order, to what `metrics.json` says."""
+    """Reduce the lines of all samples, in the benchmark's order, to figures."""
     scores, categories = read_scores(output_dir, predictions), benchmark.read_column("category")
     scored = [index for index in list_scored(benchmark) if benchmark.ids[index] in predictions]
     lines = {index: scores[benchmark.ids[index]] for index in scored}
@@ -200,9 +224,6 @@ def summarise(
     overall = {name: summarise_metric(name, [lines[index] for index in sound], output_dir) for name in names}
     groups = {category: [index for index in sound if categories[index] == category] for category in categories}
     return {
-        **describe_benchmark(benchmark),
-        "protocol": protocol.name,
-        "is_comparable": protocol.is_comparable,
         "num_expected": len(list_scored(benchmark)),
         "num_scored": len(sound),
         "formats": dict(sorted(Counter(prediction.path.suffix for prediction in predictions.values()).items())),

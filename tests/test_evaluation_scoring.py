@@ -1,0 +1,129 @@
+"""Scoring: why figures are not comparable, what becomes of bad predictions, and what presets and tables promise."""
+
+import json
+
+import datasets
+import pytest
+from evaluation_data import make_pie_folder, make_translation_data
+from tiny_metrics import (
+    build_clip,
+    build_depth_model,
+    build_dino,
+    build_inception,
+    build_lpips,
+    build_segmentation_model,
+)
+
+from editar_hf.evaluation import report, runs, scoring
+from editar_hf.evaluation.metric_models import FIDInceptionConfig
+from editar_hf.evaluation.protocols import PROTOCOLS, get_protocol
+from editar_hf.evaluation.systems import build_system
+from editar_hf.evaluation.tasks import prepare_benchmark
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of the tiny models that score."""
+    folder = tmp_path_factory.mktemp("models")
+    parts = {"structure": [build_dino()], "lpips": [build_lpips()], "inception": [build_inception()]}
+    parts |= {"clip": build_clip(), "depth": build_depth_model(), "segmentation": build_segmentation_model()}
+    for name, saved in parts.items():
+        for part in saved:
+            part.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in parts}
+
+
+@pytest.fixture(scope="module")
+def pie(tmp_path_factory):
+    """Two samples of PIE-Bench, and the floor's predictions."""
+    folder = tmp_path_factory.mktemp("pie")
+    source = make_pie_folder(folder / "source", num_samples=2)
+    return predict(prepare_benchmark("pie-bench", folder / "data", str(source), allow_partial=True), folder)
+
+
+@pytest.fixture(scope="module")
+def segmentation(tmp_path_factory):
+    """Four segmentation maps of 64 pixels, and the floor's predictions."""
+    folder = tmp_path_factory.mktemp("segmentation")
+    source = make_translation_data(folder / "source", num_samples=4, classes=(0, 3, 6, 255))
+    options = {"allow_partial": True, "resolution": 64}
+    return predict(prepare_benchmark("segmentation", folder / "data", str(source), **options), folder)
+
+
+def predict(benchmark, folder):
+    """Make the floor's predictions."""
+    runs.generate(benchmark, build_system("copy-source"), folder)
+    return benchmark, folder / "images"
+
+
+# Comparability
+
+
+def test_figures_by_other_models_are_not_comparable_and_the_others_are(pie, models, tmp_path):
+    chosen = {name: models[name] for name in ("structure", "lpips", "clip")}
+    summary = scoring.score_predictions(*pie, tmp_path, models=chosen)
+    assert summary["not_comparable"] == [
+        {
+            "reason": f"structure distance by {models['structure']}, not facebook/dino-vitb8",
+            "metrics": ["structure_distance"],
+        },
+        {
+            "reason": f"LPIPS unedited by {models['lpips']}, not the network at its full width",
+            "metrics": ["lpips_unedited"],
+        },
+        {
+            "reason": f"CLIP whole, CLIP edited by {models['clip']}, not openai/clip-vit-large-patch14",
+            "metrics": ["clip_whole", "clip_edited"],
+        },
+    ]
+    page = report.write_report([tmp_path], tmp_path).read_text()
+    for entry in summary["not_comparable"]:
+        assert f"**{entry['reason']}; not comparable with published figures**" in page
+    # Structure, PSNR, LPIPS, MSE, SSIM, CLIP, CLIP: what single pixels tell is quoted still.
+    assert "arXiv 2310.01506) | – | 27.22 | – | 32.86 | 84.76 | – | – |" in page
+
+
+@pytest.fixture(scope="module")
+def segmentation_run(segmentation, models, tmp_path_factory):
+    """The folder of a run on the segmentation maps, scored by tiny models."""
+    folder = tmp_path_factory.mktemp("scored")
+    chosen = {name: models[name] for name in ("segmentation", "inception")}
+    scoring.score_predictions(*segmentation, folder, models=chosen)
+    return folder
+
+
+def test_figures_at_another_resolution_are_not_comparable(segmentation_run):
+    metrics = json.loads((segmentation_run / "metrics.json").read_text())
+    assert {"reason": "pictures of 64×64, not 512×512", "metrics": ["mean_iou", "fid"]} in metrics["not_comparable"]
+    assert "quoted" not in report.compose_report([report.Run(segmentation_run)], [])
+
+
+def test_mean_iou_is_not_comparable_by_any_model_and_keeps_no_quoted_fid_away(segmentation, segmentation_run, tmp_path):
+    (benchmark, _), names = segmentation, ["mean_iou", "fid"]
+    FIDInceptionConfig().save_pretrained(tmp_path)
+    published = {"segmentation": "facebook/maskformer-resnet101-coco-stuff", "inception": str(tmp_path)}
+    reasons = scoring.list_reasons(benchmark, get_protocol("editar"), names, published)
+    # But for the size, these are the published models as far as there are any.
+    assert [entry["metrics"] for entry in reasons] == [names, ["mean_iou"]]
+    assert reasons[1]["reason"] == f"mIoU by {published['segmentation']}, not mmsegmentation's DeepLabV3-R101"
+    run = report.Run(segmentation_run)
+    run.metrics["not_comparable"] = reasons[1:]
+    page = report.compose_report([run], [])
+    assert "| ControlNet++ (quoted: ControlNet++, arXiv 2404.07987) | – | 19.29 |" in page
+    assert f"{reasons[1]['reason']}; not comparable with published figures" in page
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_models_of_published_figures_are_comparable_in_every_protocol_but_the_corrected(protocol, pie):
+    names = ["structure_distance", "clip_whole", "depth_rmse"]
+    published = {"structure": "facebook/dino-vitb8", "clip": "openai/clip-vit-large-patch14"}
+    reasons = scoring.list_reasons(pie[0], get_protocol(protocol), names, published | {"depth": "Intel/dpt-large"})
+    expected = [{"reason": "protocol corrected", "metrics": names}] if protocol == "corrected" else []
+    assert reasons == expected
