@@ -1,10 +1,14 @@
 """Scoring: why figures are not comparable, what becomes of bad predictions, and what presets and tables promise."""
 
 import json
+import struct
+import zlib
+from pathlib import Path
 
 import datasets
 import pytest
-from evaluation_data import make_pie_folder, make_translation_data
+from evaluation_data import make_picture_folder, make_pie_folder, make_translation_data
+from tiny import draw_image
 from tiny_metrics import (
     build_clip,
     build_depth_model,
@@ -127,3 +131,60 @@ def test_the_models_of_published_figures_are_comparable_in_every_protocol_but_th
     reasons = scoring.list_reasons(pie[0], get_protocol(protocol), names, published | {"depth": "Intel/dpt-large"})
     expected = [{"reason": "protocol corrected", "metrics": names}] if protocol == "corrected" else []
     assert reasons == expected
+
+
+# Bad predictions
+
+
+def write_bomb(path):
+    """Write a picture whose header promises 60000×60000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header)))
+
+
+UNREADABLE = {
+    "a folder": Path.mkdir,
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a bomb": write_bomb,
+    "an empty file": Path.touch,
+    "a text": lambda path: path.write_text("no picture"),
+}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A benchmark of five pictures at 16×16 with predictions, all sound."""
+    benchmark = prepare_benchmark("folder", tmp_path / "data", str(make_picture_folder(tmp_path / "pictures", 5)))
+    return predict(benchmark, tmp_path / "made")
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_named_and_keeps_nothing_away(kind, pictures, tmp_path):
+    path = pictures[1] / "00002.png"
+    path.unlink()
+    UNREADABLE[kind](path)
+    score = lambda: scoring.score_predictions(*pictures, tmp_path / "run", metrics=["l1"])  # noqa: E731
+    summary = score()
+    assert [entry.partition(": ")[0] for entry in summary["problems"]["unreadable"]] == ["00002"]
+    assert summary["problems"]["unreadable"][0].partition(": ")[2]
+    assert summary["num_scored"] == 4
+    assert score() == summary, "a second time adds nothing"
+    path.rmdir() if path.is_dir() else path.unlink()
+    draw_image(0).save(path)
+    assert score()["num_scored"] == 5
+
+
+def test_a_folder_without_predictions_is_refused_before_anything_is_recorded(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    draw_image(0).save(tmp_path / "empty" / "mine.png")
+    with pytest.raises(ValueError, match=r"`images` '.*empty' holds no prediction; a sample's is <id>\.png"):
+        scoring.score_predictions(pictures[0], tmp_path / "empty", tmp_path / "run", metrics=["l1"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_line_that_another_process_left_torn_within_a_letter_is_no_line(pictures, tmp_path):
+    score = lambda: scoring.score_predictions(*pictures, tmp_path / "run", metrics=["l1"])  # noqa: E731
+    summary = score()
+    torn = '{"id": "00002", "reason": "8×'.encode()[:-1]
+    (tmp_path / "run" / "samples-1.jsonl").write_bytes(torn)
+    assert score() == summary

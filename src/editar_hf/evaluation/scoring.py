@@ -74,9 +74,11 @@ def score_predictions(
         "models": {name: {"id": model, "revision": find_revision(model)} for name, model in models.items()},
         **describe_environment(),
     }
+    predictions = find_predictions(benchmark, images_dir)
+    if not predictions:
+        raise ValueError(f"`images` {str(images_dir)!r} holds no prediction; a sample's is <id>.png.")
     record_configuration(output_dir, "scoring", config)
     record_paths(output_dir, benchmark.folder, images_dir)
-    predictions = find_predictions(benchmark, images_dir)
     score_share(benchmark, predictions, output_dir, protocol, names, models)
     process = get_process()
     process.wait_for_everyone()
@@ -113,7 +115,7 @@ def list_reasons(
 
 @dataclass(frozen=True)
 class Prediction:
-    """A sample's prediction: its file, and a fingerprint of what is in it."""
+    """A sample's prediction: its file, and a fingerprint of what is in it, empty where it cannot be opened."""
 
     path: Path
     digest: str
@@ -126,9 +128,16 @@ def find_predictions(benchmark: Benchmark, images_dir: Path) -> dict[str, Predic
         names = (f"{sample_id}{suffix}" for suffix in IMAGE_SUFFIXES)
         path = next((there[name] for name in names if name in there), None)
         if path is not None:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            predictions[sample_id] = Prediction(path, digest)
+            predictions[sample_id] = Prediction(path, compute_digest(path))
     return predictions
+
+
+def compute_digest(path: Path) -> str:
+    """Compute a fingerprint of a file; of a folder or a link to nowhere, which scoring will name, an empty one."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def list_scored(benchmark: Benchmark) -> list[int]:
@@ -175,8 +184,8 @@ def score_prediction(
     """Score one prediction: its values, or what is the matter with it."""
     try:
         prediction = read_image(path)
-    except (OSError, SyntaxError, ValueError) as error:
-        return {"problem": "unreadable", "reason": str(error)}
+    except Exception as error:  # Decoders raise anything on broken files, and one must not keep the others away.
+        return {"problem": "unreadable", "reason": str(error) or type(error).__name__}
     if prediction.size != sample.size:
         return {"problem": "wrong size", "reason": "{}×{}, not {}×{}".format(*prediction.size, *sample.size)}
     pair = Pair(prediction, sample, protocol)
