@@ -6,8 +6,9 @@ import zlib
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
-from evaluation_data import make_picture_folder, make_pie_folder, make_translation_data
+from evaluation_data import make_magicbrush_folder, make_picture_folder, make_pie_folder, make_translation_data
 from tiny import draw_image
 from tiny_metrics import (
     build_clip,
@@ -18,7 +19,10 @@ from tiny_metrics import (
     build_segmentation_model,
 )
 
-from editar_hf.evaluation import report, runs, scoring
+from editar_hf.evaluation import report, runs, scorers, scoring
+from editar_hf.evaluation.files import read_lines
+from editar_hf.evaluation.image_metrics import compute_cosine_similarity
+from editar_hf.evaluation.measures import make_pixels
 from editar_hf.evaluation.metric_models import FIDInceptionConfig
 from editar_hf.evaluation.protocols import PROTOCOLS, get_protocol
 from editar_hf.evaluation.systems import build_system
@@ -188,3 +192,27 @@ def test_a_line_that_another_process_left_torn_within_a_letter_is_no_line(pictur
     torn = '{"id": "00002", "reason": "8×'.encode()[:-1]
     (tmp_path / "run" / "samples-1.jsonl").write_bytes(torn)
     assert score() == summary
+
+
+def test_predictions_for_magicbrush_may_have_any_size_and_are_resized_for_differences_alone(models, tmp_path):
+    folder = make_magicbrush_folder(tmp_path / "magicbrush")
+    benchmark, images = predict(
+        prepare_benchmark("magicbrush", tmp_path / "data", str(folder), allow_partial=True), tmp_path
+    )
+    chosen = {"clip": models["clip"], "dino": models["structure"]}
+    small = draw_image(7, 30, 20)
+    small.save(images / f"{benchmark.ids[0]}.png")
+    summary = scoring.score_predictions(benchmark, images, tmp_path / "run", models=chosen)
+    assert not any(summary["problems"].values())
+    values = next(read_lines(tmp_path / "run" / "samples-0.jsonl"))["values"]
+    target = benchmark[0].target_image
+    difference = (np.asarray(small.resize(target.size), float) - np.asarray(target, float)) / 255
+    assert values["l1"] == pytest.approx(np.abs(difference).mean(), rel=1e-5)
+    assert values["l2"] == pytest.approx(np.square(difference).mean(), rel=1e-5)
+    pixels = make_pixels(small), make_pixels(target)
+    assert values["dino"] == pytest.approx(scorers.DINOScorer(models["structure"])(*pixels).item(), rel=1e-5)
+    clip = scorers.CLIPScorer(models["clip"])
+    image, truth = map(clip.encode_images, pixels)
+    assert values["clip_i"] == pytest.approx(compute_cosine_similarity(image, truth).item(), rel=1e-5)
+    prompt = clip.encode_prompts([benchmark[0].target_prompt])
+    assert values["clip_t"] == pytest.approx(compute_cosine_similarity(image, prompt).item(), rel=1e-4)

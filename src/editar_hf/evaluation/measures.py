@@ -31,6 +31,9 @@ def make_pixels(picture: Image.Image | None) -> torch.Tensor | None:
 class Pair:
     """A prediction and its sample, as pixels (1, 3, height, width) in [0, 1]; what the sample does not have is `None`.
 
+    `image` has the size of the sample. A prediction of another size, which scoring lets through for MagicBrush alone,
+    is resized to it, as that benchmark's code does for L1 and L2; its CLIP and DINO see `image_as_made`.
+
     Args:
         prediction (`PIL.Image.Image`): The prediction, RGB.
         sample (`Sample`): The sample.
@@ -42,8 +45,14 @@ class Pair:
         self.target_prompt = sample.target_prompt
 
     @cached_property
-    def image(self) -> torch.Tensor:
+    def image_as_made(self) -> torch.Tensor:
         return make_pixels(self.prediction)
+
+    @cached_property
+    def image(self) -> torch.Tensor:
+        if self.prediction.size == self.sample.size:
+            return self.image_as_made
+        return make_pixels(self.prediction.resize(self.sample.size, Image.Resampling.BICUBIC))
 
     @cached_property
     def source(self) -> torch.Tensor:
@@ -135,13 +144,13 @@ def apply_unedited(function: Callable, pair: Pair, **switches) -> torch.Tensor:
 
 def compare_clip_images(pair: Pair, models: dict) -> torch.Tensor:
     """Compare prediction and truth by CLIP."""
-    embeds = (models["clip"].encode_images(pixels) for pixels in (pair.image, pair.target))
+    embeds = (models["clip"].encode_images(pixels) for pixels in (pair.image_as_made, pair.target))
     return image_metrics.compute_cosine_similarity(*embeds)
 
 
 def compare_clip_prompt(pair: Pair, models: dict) -> torch.Tensor:
     """Compare prediction and caption by CLIP, as a cosine."""
-    embeds = models["clip"].encode_images(pair.image), models["clip"].encode_prompts([pair.target_prompt])
+    embeds = models["clip"].encode_images(pair.image_as_made), models["clip"].encode_prompts([pair.target_prompt])
     return image_metrics.compute_cosine_similarity(*embeds)
 
 
@@ -264,7 +273,7 @@ METRICS = {
     "clip_t": Metric("CLIP-T", compare_clip_prompt, models=("clip",), needs=CAPTION, digits=4),
     "dino": Metric(
         "DINO",
-        lambda pair, models: models["dino"](pair.image, pair.target),
+        lambda pair, models: models["dino"](pair.image_as_made, pair.target),
         models=("dino",),
         needs=TRUTH,
         digits=4,

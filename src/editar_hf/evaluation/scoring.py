@@ -6,7 +6,7 @@ goes on where it was stopped and scores anew what was made anew. Then one proces
 the order of the benchmark: neither the number of processes nor an interruption changes a digit of `metrics.json`.
 
 Predictions that are missing, unreadable or of another size are counted and named there, and so are files that belong
-to no sample.
+to no sample. MagicBrush alone takes predictions of any size: its own evaluation resizes them (see `measures.Pair`).
 """
 
 import hashlib
@@ -33,6 +33,8 @@ from .tasks.translation import RESOLUTION
 METRICS_FILE, FEATURES = "metrics.json", "features"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROBLEMS = ("missing", "unreadable", "wrong size")
+# Source: the evaluation code of MagicBrush (arXiv 2306.10012), which brings predictions to the size of the truth.
+RESIZED_TASKS = ("magicbrush", "magicbrush-multi-turn")
 
 
 def score_predictions(
@@ -171,22 +173,29 @@ def score_share(
         if sample_id in predictions and not is_done:
             waiting.append(index)
     loaded = load_models(models, process.device, protocol) if waiting else {}
+    takes_any_size = benchmark.info["task"] in RESIZED_TASKS
     for index in tqdm(waiting, unit="picture", desc="scoring", disable=None if process.is_main_process else True):
         sample = benchmark[index]
         prediction = predictions[sample.id]
-        score = score_prediction(sample, prediction.path, output_dir, protocol, names, loaded)
+        score = score_prediction(sample, prediction.path, output_dir, protocol, names, loaded, takes_any_size)
         append_line(path, {"id": sample.id, "file": prediction.digest} | score)
 
 
 def score_prediction(
-    sample: Sample, path: Path, output_dir: Path, protocol: Protocol, names: Sequence[str], models: dict
+    sample: Sample,
+    path: Path,
+    output_dir: Path,
+    protocol: Protocol,
+    names: Sequence[str],
+    models: dict,
+    takes_any_size: bool,
 ) -> dict:
     """Score one prediction: its values, or what is the matter with it."""
     try:
         prediction = read_image(path)
     except Exception as error:  # Decoders raise anything on broken files, and one must not keep the others away.
         return {"problem": "unreadable", "reason": str(error) or type(error).__name__}
-    if prediction.size != sample.size:
+    if prediction.size != sample.size and not takes_any_size:
         return {"problem": "wrong size", "reason": "{}×{}, not {}×{}".format(*prediction.size, *sample.size)}
     pair = Pair(prediction, sample, protocol)
     measured = {name: METRICS[name].measure(pair, models) for name in names}
