@@ -1,6 +1,7 @@
 """Scoring: why figures are not comparable, what becomes of bad predictions, and what presets and tables promise."""
 
 import json
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from evaluation_data import make_magicbrush_folder, make_picture_folder, make_pie_folder, make_translation_data
+from evaluation_data import (
+    evaluate,
+    make_magicbrush_folder,
+    make_picture_folder,
+    make_pie_folder,
+    make_translation_data,
+)
+from PIL import Image
 from tiny import draw_image
 from tiny_metrics import (
     build_clip,
@@ -22,9 +30,10 @@ from tiny_metrics import (
 from editar_hf.evaluation import report, runs, scorers, scoring
 from editar_hf.evaluation.files import read_lines
 from editar_hf.evaluation.image_metrics import compute_cosine_similarity
-from editar_hf.evaluation.measures import make_pixels
+from editar_hf.evaluation.measures import METRICS, Pair, check_sizes, make_pixels
 from editar_hf.evaluation.metric_models import FIDInceptionConfig
 from editar_hf.evaluation.protocols import PROTOCOLS, get_protocol
+from editar_hf.evaluation.samples import Sample
 from editar_hf.evaluation.systems import build_system
 from editar_hf.evaluation.tasks import prepare_benchmark
 
@@ -216,3 +225,56 @@ def test_predictions_for_magicbrush_may_have_any_size_and_are_resized_for_differ
     assert values["clip_i"] == pytest.approx(compute_cosine_similarity(image, truth).item(), rel=1e-5)
     prompt = clip.encode_prompts([benchmark[0].target_prompt])
     assert values["clip_t"] == pytest.approx(compute_cosine_similarity(image, prompt).item(), rel=1e-4)
+
+
+# Before any work
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            [],
+            "`metrics` holds 'edge_ms_ssim', which needs sides of at least 176 pixels in the protocol editar",
+        ),
+        (
+            ["--metrics", "depth_rmse", "--protocol", "controlar"],
+            "are multiples of 32 pixels in the protocol controlar",
+        ),
+        (["--metrics", "beauty"], "`metrics` holds 'beauty'"),
+        (["--metrics", "fid"], "`inception_model` is missing"),
+    ],
+)
+def test_a_run_that_cannot_be_scored_makes_no_picture(words, message, tmp_path, capsys):
+    source = make_translation_data(tmp_path / "source")
+    words = ["--task", "canny", "--source", source, "--allow-partial", "--resolution", 40, *words]
+    assert evaluate("run", "--system", "copy-source", *words, "--output-dir", tmp_path / "run") == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+
+
+SMALLEST = {
+    ("ssim", "editar"): 11,
+    ("ssim", "pnp-2023"): 21,
+    ("edge_ms_ssim", "editar"): 176,
+    ("lpips", "editar"): 17,
+}
+
+
+@pytest.mark.parametrize(("name", "protocol"), SMALLEST)
+def test_the_smallest_picture_that_a_metric_is_said_to_take_is_the_smallest_it_takes(name, protocol):
+    side, protocol = SMALLEST[name, protocol], get_protocol(protocol)
+    models = {"lpips": scorers.LPIPSScorer(build_lpips())}
+    measure = lambda side: METRICS[name].measure(build_pair(side, protocol), models)  # noqa: E731
+    check_sizes([name], [f"{side}×{side + 9}"], protocol)
+    assert math.isfinite(measure(side))
+    with pytest.raises(ValueError, match=f"are samples of {side + 9}×{side - 1}; list other `metrics`"):
+        check_sizes([name], [f"{side + 9}×{side - 1}"], protocol)
+    with pytest.raises((ValueError, RuntimeError)):
+        measure(side - 1)
+
+
+def build_pair(side, protocol):
+    """Build a prediction that is like the truth of its sample."""
+    truth, other = draw_image(0, side, side), draw_image(1, side, side)
+    return Pair(Image.blend(truth, other, 0.3), Sample("0", "edit it", other, target_image=truth), protocol)

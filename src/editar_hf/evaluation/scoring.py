@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .files import append_line, decode_number, read_lines, repair_lines, write_file, write_json
-from .measures import METRICS, Metric, Pair, get_metric
+from .measures import METRICS, Metric, Pair, check_sizes, get_metric
 from .models import find_published, find_revision, load_models, resolve_models
 from .processes import get_process
 from .protocols import Protocol, get_protocol
@@ -59,15 +59,12 @@ def score_predictions(
         What `metrics.json` says; in all processes but the first, an empty dict.
 
     Raises:
-        ValueError: If a metric or protocol is unknown, a model is missing, there are no predictions, or the folder was
-            scored in another way.
+        ValueError: If `resolve_scoring` refuses, there are no predictions, or the folder was scored in another way.
     """
-    task, images_dir, output_dir = get_task(benchmark.info["task"]), Path(images_dir), Path(output_dir)
+    images_dir, output_dir = Path(images_dir), Path(output_dir)
     if not images_dir.is_dir():
         raise ValueError(f"`images` is {str(images_dir)!r}, which is no folder.")
-    protocol, names = get_protocol(protocol), list(dict.fromkeys(metrics or task.metrics))
-    needed = [model for name in names for model in get_metric(name).models]
-    models = resolve_models(needed, models or {}, task.models)
+    protocol, names, models = resolve_scoring(benchmark, protocol, metrics, models)
     not_comparable = list_reasons(benchmark, protocol, names, models)
     config = {
         "data": describe_benchmark(benchmark),
@@ -95,6 +92,27 @@ def score_predictions(
         write_json(output_dir / METRICS_FILE, summary)
     process.wait_for_everyone()
     return summary
+
+
+def resolve_scoring(
+    benchmark: Benchmark,
+    protocol: str = "editar",
+    metrics: Sequence[str] | None = None,
+    models: Mapping[str, str] | None = None,
+) -> tuple[Protocol, list[str], dict[str, str]]:
+    """Say how predictions will be scored: the protocol, the metrics, and where their models come from.
+
+    The arguments are those of `score_predictions`. Called before pictures are made, it tells what cannot be scored.
+
+    Raises:
+        ValueError: If a metric or protocol is unknown, a model is missing, or pictures of the benchmark's sizes cannot
+            have a metric.
+    """
+    task = get_task(benchmark.info["task"])
+    protocol, names = get_protocol(protocol), list(dict.fromkeys(metrics or task.metrics))
+    needed = [model for name in names for model in get_metric(name).models]
+    check_sizes(names, benchmark.info["sizes"], protocol)
+    return protocol, names, resolve_models(needed, models or {}, task.models)
 
 
 def list_reasons(

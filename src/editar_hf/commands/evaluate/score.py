@@ -33,11 +33,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says how predictions are scored."""
     parser.add_argument(
-        "--protocol", metavar="P", default="editar", help="editar, pnp-2023 or corrected; default: editar"
+        "--protocol",
+        metavar="P",
+        default="editar",
+        help="editar, pnp-2023, controlnet++ or controlar (depth), or corrected; default: editar",
     )
     parser.add_argument("--metrics", metavar="M", nargs="+", help="default: those of the task's table")
     for name, help in MODELS.items():
         parser.add_argument(f"--{name}-model", metavar="M", help=help)
+
+
+def get_models(args: argparse.Namespace) -> dict[str, str]:
+    """Get the models that were named."""
+    models = {name: getattr(args, f"{name}_model") for name in MODELS}
+    return {name: model for name, model in models.items() if model is not None}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,9 +65,7 @@ def score(args: argparse.Namespace, benchmark, images) -> int:
     from ...evaluation.measures import METRICS
     from ...evaluation.scoring import score_predictions
 
-    models = {name: getattr(args, f"{name}_model") for name in MODELS}
-    models = {name: model for name, model in models.items() if model is not None}
-    summary = score_predictions(benchmark, images, args.output_dir, args.protocol, args.metrics, models)
+    summary = score_predictions(benchmark, images, args.output_dir, args.protocol, args.metrics, get_models(args))
     if not summary:
         return 0
     for name, figure in summary["overall"].items():
