@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -278,3 +281,38 @@ def build_pair(side, protocol):
     """Build a prediction that is like the truth of its sample."""
     truth, other = draw_image(0, side, side), draw_image(1, side, side)
     return Pair(Image.blend(truth, other, 0.3), Sample("0", "edit it", other, target_image=truth), protocol)
+
+
+# Metrics over all predictions
+
+
+def test_fid_and_mean_iou_are_the_same_to_a_byte_after_a_stop_and_by_two_processes(
+    segmentation, segmentation_run, models, tmp_path, monkeypatch
+):
+    (benchmark, images), folder = segmentation, tmp_path / "run"
+    chosen = {name: models[name] for name in ("segmentation", "inception")}
+    replace = Path.replace
+
+    def stop(path, target):
+        if target.name == "00001.npz":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            scoring.score_predictions(benchmark, images, folder, models=chosen)
+    # The features of the second sample are there under their temporary name.
+    assert sorted(path.name[-9:] for path in (folder / "features").iterdir()) == ["00000.npz", "00001.npz"]
+    assert [line["id"] for line in read_lines(folder / "samples-0.jsonl")] == ["00000"]
+    words = ["score", "--data", benchmark.folder, "--images", images, "--output-dir", folder]
+    words += [word for name, model in chosen.items() for word in (f"--{name}-model", model)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29647"]
+    command = [*torchrun, "-m", "editar_hf.commands", "evaluate", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [len(list(read_lines(folder / f"samples-{rank}.jsonl"))) for rank in (0, 1)] == [2, 2]
+    assert (folder / "metrics.json").read_bytes() == (segmentation_run / "metrics.json").read_bytes()
+    overall = json.loads((folder / "metrics.json").read_text())["overall"]
+    assert all(overall[name]["mean"] > 0 and overall[name]["n"] == 4 for name in ("mean_iou", "fid"))
