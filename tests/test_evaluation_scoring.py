@@ -20,6 +20,7 @@ from evaluation_data import (
     make_translation_data,
 )
 from PIL import Image
+from skimage import data
 from tiny import draw_image
 from tiny_metrics import (
     build_clip,
@@ -30,15 +31,16 @@ from tiny_metrics import (
     build_segmentation_model,
 )
 
-from editar_hf.evaluation import report, runs, scorers, scoring
+from editar_hf.evaluation import image_metrics, report, runs, scorers, scoring
 from editar_hf.evaluation.files import read_lines
 from editar_hf.evaluation.image_metrics import compute_cosine_similarity
 from editar_hf.evaluation.measures import METRICS, Pair, check_sizes, make_pixels
 from editar_hf.evaluation.metric_models import FIDInceptionConfig
+from editar_hf.evaluation.models import find_published, load_models, resolve_models
 from editar_hf.evaluation.protocols import PROTOCOLS, get_protocol
 from editar_hf.evaluation.samples import Sample
 from editar_hf.evaluation.systems import build_system
-from editar_hf.evaluation.tasks import prepare_benchmark
+from editar_hf.evaluation.tasks import TASKS, prepare_benchmark
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -230,6 +232,104 @@ def test_predictions_for_magicbrush_may_have_any_size_and_are_resized_for_differ
     assert values["clip_t"] == pytest.approx(compute_cosine_similarity(image, prompt).item(), rel=1e-4)
 
 
+# Presets and tables
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_each_preset_scores_with_the_functions_and_switches_it_names(protocol, models):
+    """The table of `evaluation.md` written out once more, with the functions themselves."""
+    border = 5 if protocol.name == "pnp-2023" else 0
+    scale, is_masked = (1, True) if protocol.name == "corrected" else (255, False)
+    variant = protocol.name if protocol.name in ("controlnet++", "controlar") else "editar"
+    pair = build_pair(256, protocol)
+    image, source, mask = pair.image, pair.source, pair.mask
+    compared = {"mask": mask, "masked_mean": is_masked}
+    structure = scorers.StructureScorer(models["structure"], None, scale, antialias=protocol.name != "pnp-2023")
+    expected = {
+        "structure_distance": structure(image, source),
+        "psnr_unedited": image_metrics.compute_psnr(image, source, **compared),
+        "mse_unedited": image_metrics.compute_mse(image, source, **compared),
+        "ssim_unedited": image_metrics.compute_ssim(image, source, **compared, border=border),
+        "lpips_unedited": scorers.LPIPSScorer(models["lpips"])(image, source, **compared),
+        "ssim": image_metrics.compute_ssim(image, pair.target, border=border),
+        "depth_rmse": scorers.DepthScorer(models["depth"], variant=variant)(image, source[:, :1]),
+    }
+    loaded = load_models({name: models[name] for name in ("structure", "lpips", "depth")}, None, protocol)
+    for name, value in expected.items():
+        assert METRICS[name].measure(pair, loaded) == pytest.approx(value.item(), rel=1e-6), name
+
+
+def test_presets_differ_where_they_say_so(models):
+    """So that the test above tells them apart."""
+    values = {}
+    for name, protocol in PROTOCOLS.items():
+        loaded = load_models({name: models[name] for name in ("structure", "lpips", "depth")}, None, protocol)
+        names = ("structure_distance", "mse_unedited", "ssim_unedited", "lpips_unedited", "depth_rmse")
+        values[name] = [METRICS[metric].measure(build_pair(256, protocol), loaded) for metric in names]
+    differ = {
+        name: [not math.isclose(one, other, rel_tol=1e-4) for one, other in zip(found, values["editar"], strict=True)]
+        for name, found in values.items()
+    }
+    assert differ == {
+        "editar": [False, False, False, False, False],
+        "pnp-2023": [True, False, True, False, False],
+        "controlnet++": [False, False, False, False, True],
+        "controlar": [False, False, False, False, True],
+        "corrected": [True, True, True, True, False],
+    }
+
+
+# Source: the tables of EditAR, ControlNet++ and MagicBrush: what a heading says, and how many digits it has.
+HEADINGS = {
+    "structure_distance": ("structure distance ×10³ ↓", "123.46"),
+    "psnr_unedited": ("PSNR unedited ↑", "0.12"),
+    "lpips_unedited": ("LPIPS unedited ×10³ ↓", "123.46"),
+    "mse_unedited": ("MSE unedited ×10⁴ ↓", "1234.56"),
+    "ssim_unedited": ("SSIM unedited ×10² ↑", "12.35"),
+    "clip_whole": ("CLIP whole ↑", "0.12"),
+    "clip_edited": ("CLIP edited ↑", "0.12"),
+    "depth_rmse": ("depth RMSE ↓", "0.12"),
+    "edge_f1": ("edge F1 ×10² ↑", "12.35"),
+    "edge_ms_ssim": ("edge MS-SSIM ×10² ↑", "12.35"),
+    "edge_psnr": ("edge PSNR ↑", "0.12"),
+    "l1": ("L1 ↓", "0.1235"),
+    "l2": ("L2 ↓", "0.1235"),
+    "psnr": ("PSNR ↑", "0.12"),
+    "ssim": ("SSIM ×10² ↑", "12.35"),
+    "lpips": ("LPIPS ×10³ ↓", "123.46"),
+    "clip_i": ("CLIP-I ↑", "0.1235"),
+    "clip_t": ("CLIP-T ↑", "0.1235"),
+    "dino": ("DINO ↑", "0.1235"),
+    "fid": ("FID ↓", "0.12"),
+    "mean_iou": ("mIoU % ↑", "12.35"),
+    "outside_psnr": ("PSNR outside ↑", "0.12"),
+}
+SHARES = {"done", "inside", "outside", "colour", "shape", "gone", "stickers", "placed", "background"}
+
+
+def test_metrics_have_the_factors_directions_and_digits_of_the_published_tables():
+    value = 0.123456
+    found = {name: (metric.heading, metric.format(value * metric.factor)) for name, metric in METRICS.items()}
+    shares = {name: found.pop(name) for name in SHARES}
+    assert found == HEADINGS
+    assert all(heading.endswith(" % ↑") and text == "12.35" for heading, text in shares.values())
+
+
+def test_models_of_published_figures_are_the_defaults():
+    resolve = lambda task, *names: resolve_models(names, {}, TASKS[task].models)  # noqa: E731
+    assert resolve("pie-bench", "structure", "clip") == {
+        "structure": "facebook/dino-vitb8",
+        "clip": "openai/clip-vit-large-patch14",
+    }
+    assert resolve("depth", "depth") == {"depth": "Intel/dpt-large"}
+    assert resolve("segmentation", "segmentation") == {"segmentation": "facebook/maskformer-resnet101-coco-stuff"}
+    for task in ("magicbrush", "magicbrush-multi-turn"):
+        expected = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vits16"}
+        assert resolve(task, "clip", "dino") == expected
+        assert not any(find_published(name, model, TASKS[task].models) for name, model in expected.items())
+        assert find_published("clip", "openai/clip-vit-large-patch14", TASKS[task].models) == expected["clip"]
+
+
 # Before any work
 
 
@@ -278,9 +378,13 @@ def test_the_smallest_picture_that_a_metric_is_said_to_take_is_the_smallest_it_t
 
 
 def build_pair(side, protocol):
-    """Build a prediction that is like the truth of its sample."""
-    truth, other = draw_image(0, side, side), draw_image(1, side, side)
-    return Pair(Image.blend(truth, other, 0.3), Sample("0", "edit it", other, target_image=truth), protocol)
+    """Build a prediction that is like the truth of its sample, a photograph's, and a mask of its middle."""
+    photograph = Image.fromarray(data.astronaut()).crop((0, 0, side, side))
+    truth, other = photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT), draw_image(1, side, side)
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (side // 4, side // 4, side // 2, 3 * side // 4))
+    sample = Sample("0", "edit it", photograph, target_image=truth, mask=mask)
+    return Pair(Image.blend(truth, other, 0.3), sample, protocol)
 
 
 # Metrics over all predictions

@@ -143,6 +143,12 @@ def test_structure_distance_is_of_the_last_layers_keys(pixel_scale, antialias, i
     torch.testing.assert_close(scorer(images, references), compute_structure_distance(*keys), rtol=1e-4, atol=1e-9)
 
 
+def test_structure_distance_of_a_dino_of_seeded_weights_has_its_golden_value():
+    images, references = torch.rand(2, 2, 3, 80, 64, generator=torch.Generator().manual_seed(0))
+    expected = [0.00066484777, 0.00088699597]
+    assert StructureScorer(build_dino())(images, references).tolist() == pytest.approx(expected, rel=1e-4)
+
+
 def test_structure_distance_depends_on_both_switches(references):
     images = torch.rand(1, 3, 400, 300, generator=torch.Generator().manual_seed(0))
     references = F.interpolate(references[:1], (400, 300))
