@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from tiny_metrics import build_inception
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from editar_hf.evaluation.distribution_metrics import compute_frechet_distance
+from editar_hf.evaluation.measures import METRICS
+from editar_hf.evaluation.scorers import InceptionScorer
 
 
 def draw_features(num_samples, dim, seed):
@@ -44,6 +47,28 @@ def test_distance_is_that_of_torchmetrics():
     metric.update(sets[1], real=True)
     distance = compute_frechet_distance(*(pixels.flatten(1) for pixels in sets))
     assert distance == pytest.approx(metric.compute().item(), rel=1e-6)
+
+
+def test_fid_is_that_of_torchmetrics_with_the_packages_inception():
+    scorer = InceptionScorer(build_inception())
+
+    class Features(nn.Module):
+        """The package's scorer as torchmetrics calls one."""
+
+        num_features = 128
+
+        def forward(self, pixels):
+            return scorer(pixels)
+
+    metric = FrechetInceptionDistance(feature=Features(), input_img_size=(3, 32, 32)).set_dtype(torch.float64)
+    images, references = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    references = references / 2
+    metric.update(images, real=False)
+    metric.update(references, real=True)
+    names = {"features": images, "reference_features": references}
+    collected = {name: [scorer(picture[None]).numpy() for picture in pixels] for name, pixels in names.items()}
+    assert METRICS["fid"].reduce(**collected) == pytest.approx(metric.compute().item(), rel=1e-5)
+    assert metric.compute() > 1e-3
 
 
 def test_distance_of_a_set_to_itself_in_any_order_is_zero():

@@ -157,7 +157,7 @@ class StandIn:
     name = "ours"
 
     def __init__(self, task, protocol):
-        self.task, self.metrics = task, {"protocol": protocol, "is_comparable": True, "reasons": []}
+        self.task, self.metrics = task, {"protocol": protocol, "not_comparable": []}
 
     def get_scaled(self, metric, category=None):
         return math.nan

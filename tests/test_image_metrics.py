@@ -1,6 +1,7 @@
 """Metrics of pictures: against torchmetrics, scikit-image and sums written out, and on pictures one can reckon."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -231,17 +232,19 @@ def test_steps_of_a_file_are_the_nearest_or_the_one_below():
 
 def test_protocols_have_the_switches_of_the_published_evaluations():
     switches = {
-        name: (p.ssim_border, p.masked_mean, p.structure_pixel_scale, p.structure_antialias, p.is_comparable)
-        for name, p in PROTOCOLS.items()
+        name: [value for field, value in asdict(protocol).items() if field not in ("name", "description")]
+        for name, protocol in PROTOCOLS.items()
     }
     assert switches == {
-        "editar": (0, False, 255, True, True),
-        "pnp-2023": (5, False, 255, False, True),
-        "corrected": (0, True, 1, True, False),
+        "editar": [True, 0, False, 255, True, "editar"],
+        "pnp-2023": [True, 5, False, 255, False, "editar"],
+        "controlnet++": [True, 0, False, 255, True, "controlnet++"],
+        "controlar": [True, 0, False, 255, True, "controlar"],
+        "corrected": [False, 0, True, 1, True, "editar"],
     }
     assert get_protocol("editar") is PROTOCOLS["editar"]
 
 
 def test_unknown_protocol_is_refused():
-    with pytest.raises(ValueError, match="`protocol` is 'pnp'; choose one of editar, pnp-2023, corrected"):
+    with pytest.raises(ValueError, match=r"`protocol` is 'pnp'; choose one of editar, pnp-2023, controlnet\+\+, "):
         get_protocol("pnp")

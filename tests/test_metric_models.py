@@ -6,6 +6,7 @@ import plain_metric_models as plain
 import pytest
 import torch
 import torchmetrics
+from tiny import redraw_weights
 from tiny_metrics import build_inception, build_lpips
 
 from editar_hf.commands import main
@@ -113,6 +114,20 @@ def test_inception_of_torchvision_is_refused(inception, tmp_path):
 
 
 # Both
+
+
+@torch.no_grad()
+def test_narrow_networks_of_seeded_weights_have_their_golden_values():
+    """The values are also those of the plain implementations, at these widths and with these weights."""
+    lpips, inception = redraw_weights(build_lpips(), 0.3), build_inception()
+    for head in lpips.heads:
+        head.weight.data.abs_()
+    first, second = torch.rand(2, 2, 3, 80, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert lpips(first, second).tolist() == pytest.approx([0.118382618, 0.122984491], rel=1e-5)
+    features = inception(torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1)[0]
+    expected = [0.3009647, 0.6527016, 0.6432624, 0.0176184, 0.1511664, 0]
+    assert features[:6].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert [features.mean().item(), features.std().item()] == pytest.approx([0.45990199, 0.59126973], rel=1e-5)
 
 
 def test_narrow_networks_come_back_from_their_folders_as_they_were(tmp_path):

@@ -143,6 +143,12 @@ def test_structure_distance_is_of_the_last_layers_keys(pixel_scale, antialias, i
     torch.testing.assert_close(scorer(images, references), compute_structure_distance(*keys), rtol=1e-4, atol=1e-9)
 
 
+def test_structure_distance_of_a_dino_of_seeded_weights_has_its_golden_value():
+    images, references = torch.rand(2, 2, 3, 80, 64, generator=torch.Generator().manual_seed(0))
+    expected = [0.00066484777, 0.00088699597]
+    assert StructureScorer(build_dino())(images, references).tolist() == pytest.approx(expected, rel=1e-4)
+
+
 def test_structure_distance_depends_on_both_switches(references):
     images = torch.rand(1, 3, 400, 300, generator=torch.Generator().manual_seed(0))
     references = F.interpolate(references[:1], (400, 300))
@@ -160,6 +166,16 @@ def test_all_785_tokens_count():
 )
 def test_size_is_that_of_a_shorter_side_of_224_and_a_longer_one_of_480_at_most(size, expected):
     assert compute_size(*size, 224, 480) == expected
+
+
+@pytest.mark.parametrize("scorer", [StructureScorer, DINOScorer])
+def test_a_dino_that_is_loaded_has_its_authors_layer_norms_and_an_instance_its_own(scorer, tmp_path):
+    model = build_dino(layer_norm_eps=1e-12)
+    model.save_pretrained(tmp_path)
+    loaded = [module.eps for module in scorer(tmp_path).model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    # Two layers of two, and the last.
+    assert loaded == [1e-6] * 5
+    assert scorer(model).model.layernorm.eps == 1e-12
 
 
 @torch.no_grad()

@@ -40,16 +40,15 @@ def build_clip():
     return model, CLIPProcessor(CLIPImageProcessorPil(), tokenizer)
 
 
-def build_dino(patch_size=32):
+def build_dino(patch_size=32, layer_norm_eps=1e-6):
     """Build a DINO of 224 pixels."""
-    config = ViTConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=patch_size
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, patch_size=patch_size, layer_norm_eps=layer_norm_eps)
     return redraw_weights(ViTModel(config, add_pooling_layer=False), scale=0.3)
 
 
 def build_depth_model(patch_size=16):
-    """Build a depth model of 32 pixels, and its image processor."""
+    """Build a depth model of 32 pixels, and its image processor; no place is 0, and the variants of RMSE differ."""
     config = DPTConfig(
         hidden_size=16,
         num_hidden_layers=4,
@@ -62,8 +61,9 @@ def build_depth_model(patch_size=16):
         fusion_hidden_size=8,
         is_hybrid=False,
     )
-    torch.manual_seed(0)
-    return DPTForDepthEstimation(config).eval(), DPTImageProcessorPil(size={"height": 32, "width": 32})
+    return redraw_weights(DPTForDepthEstimation(config), scale=0.1), DPTImageProcessorPil(
+        size={"height": 32, "width": 32}
+    )
 
 
 def build_segmentation_model():
@@ -86,9 +86,17 @@ def build_lpips():
 
 
 def build_inception():
-    """Build FID's Inception, narrow: 128 features."""
-    torch.manual_seed(0)
-    return FIDInceptionModel(FIDInceptionConfig(width_divisor=16)).eval()
+    """Build FID's Inception, narrow: 128 features. Fresh weights would lose the picture on the way."""
+    model, generator = FIDInceptionModel(FIDInceptionConfig(width_divisor=16)), torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        draw = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim == 4:
+            tensor.copy_((2 / tensor[0].numel()) ** 0.5 * draw)
+        elif name.endswith(("weight", "running_var")):
+            tensor.copy_((1 + 0.2 * draw).abs())
+        elif tensor.ndim == 1:
+            tensor.copy_(0.2 * draw)
+    return model.eval()
 
 
 def save_models(folder):

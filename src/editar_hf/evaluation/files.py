@@ -39,7 +39,7 @@ def repair_lines(path: Path) -> None:
 
 def read_lines(path: Path) -> Iterator[dict]:
     """Read the whole lines of a file of JSON lines; a torn last one is left out."""
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in path.read_bytes().split(b"\n")[:-1]:
         yield json.loads(line)
 
 

@@ -16,6 +16,8 @@ SSIM_SIGMA, SSIM_WINDOW = 1.5, 11
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 # Source: Wang et al., "Multi-scale structural similarity for image quality assessment", section 3.2.
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+# So that the window still fits into the last scale.
+MS_SSIM_SMALLEST_SIDE = SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1)
 # Source: the published structure distance, which divides by at least this product of lengths.
 MIN_LENGTH_PRODUCT = 1e-8
 
@@ -155,7 +157,7 @@ def compute_ms_ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Ten
     Source: Wang et al., "Multi-scale structural similarity for image quality assessment", equation 7.
     """
     images, references, _ = prepare_pair(images, references)
-    check_side(images, SSIM_WINDOW * 2 ** (len(MS_SSIM_WEIGHTS) - 1))
+    check_side(images, MS_SSIM_SMALLEST_SIDE)
     product = 1
     radius = SSIM_WINDOW // 2
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):

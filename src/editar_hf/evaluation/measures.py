@@ -5,7 +5,7 @@ A metric of single predictions is a function of a `Pair` and of the models it ne
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from . import image_metrics, map_metrics
 from .distribution_metrics import compute_frechet_distance
+from .metric_models import LPIPS_SMALLEST_SIDE
 from .protocols import Protocol
 from .samples import Sample
 
@@ -31,6 +32,9 @@ def make_pixels(picture: Image.Image | None) -> torch.Tensor | None:
 class Pair:
     """A prediction and its sample, as pixels (1, 3, height, width) in [0, 1]; what the sample does not have is `None`.
 
+    `image` has the size of the sample. A prediction of another size, which scoring lets through for MagicBrush alone,
+    is resized to it, as that benchmark's code does for L1 and L2; its CLIP and DINO see `image_as_made`.
+
     Args:
         prediction (`PIL.Image.Image`): The prediction, RGB.
         sample (`Sample`): The sample.
@@ -42,8 +46,14 @@ class Pair:
         self.target_prompt = sample.target_prompt
 
     @cached_property
-    def image(self) -> torch.Tensor:
+    def image_as_made(self) -> torch.Tensor:
         return make_pixels(self.prediction)
+
+    @cached_property
+    def image(self) -> torch.Tensor:
+        if self.prediction.size == self.sample.size:
+            return self.image_as_made
+        return make_pixels(self.prediction.resize(self.sample.size, Image.Resampling.BICUBIC))
 
     @cached_property
     def source(self) -> torch.Tensor:
@@ -95,6 +105,8 @@ class Metric:
         digits (`int`): How many digits after the point tables have.
         is_share (`bool`): Whether it is a share, which tables give in per cent.
         reduce (`Callable`, *optional*): For a metric of all predictions: maps the lists of their arrays to a number.
+        sides (`Callable`): Maps a protocol to the fewest pixels that a side of a picture may have, and to what it must
+            be a multiple of.
     """
 
     title: str
@@ -106,6 +118,7 @@ class Metric:
     digits: int = 2
     is_share: bool = False
     reduce: Callable[..., float] | None = None
+    sides: Callable[[Protocol], tuple[int, int]] = lambda protocol: (1, 1)
 
     @property
     def heading(self) -> str:
@@ -135,13 +148,13 @@ def apply_unedited(function: Callable, pair: Pair, **switches) -> torch.Tensor:
 
 def compare_clip_images(pair: Pair, models: dict) -> torch.Tensor:
     """Compare prediction and truth by CLIP."""
-    embeds = (models["clip"].encode_images(pixels) for pixels in (pair.image, pair.target))
+    embeds = (models["clip"].encode_images(pixels) for pixels in (pair.image_as_made, pair.target))
     return image_metrics.compute_cosine_similarity(*embeds)
 
 
 def compare_clip_prompt(pair: Pair, models: dict) -> torch.Tensor:
     """Compare prediction and caption by CLIP, as a cosine."""
-    embeds = models["clip"].encode_images(pair.image), models["clip"].encode_prompts([pair.target_prompt])
+    embeds = models["clip"].encode_images(pair.image_as_made), models["clip"].encode_prompts([pair.target_prompt])
     return image_metrics.compute_cosine_similarity(*embeds)
 
 
@@ -170,6 +183,11 @@ def pick_sticker_score(name: str) -> Callable:
     return lambda pair, models: pair.stickers.get(name, math.nan)
 
 
+def get_ssim_sides(protocol: Protocol) -> tuple[int, int]:
+    """Say what sides structural similarity needs: room for the window and the border that is left out."""
+    return image_metrics.SSIM_WINDOW + 2 * protocol.ssim_border, 1
+
+
 EDIT, TRUTH, CAPTION = ("mask",), ("target",), ("target_prompt",)
 METRICS = {
     "structure_distance": Metric(
@@ -189,6 +207,7 @@ METRICS = {
         higher_is_better=False,
         models=("lpips",),
         needs=EDIT,
+        sides=lambda protocol: (LPIPS_SMALLEST_SIDE, 1),
     ),
     "mse_unedited": Metric(
         "MSE unedited",
@@ -202,6 +221,7 @@ METRICS = {
         lambda pair, models: apply_unedited(image_metrics.compute_ssim, pair, border=pair.protocol.ssim_border),
         factor=1e2,
         needs=EDIT,
+        sides=get_ssim_sides,
     ),
     "clip_whole": Metric(
         "CLIP whole",
@@ -220,12 +240,15 @@ METRICS = {
         lambda pair, models: models["depth"](pair.image, pair.source[:, :1]),
         higher_is_better=False,
         models=("depth",),
+        # Where the network sees the picture at its own size, it keeps that only of such sides.
+        sides=lambda protocol: (32, 32) if protocol.depth_variant == "controlar" else (1, 1),
     ),
     "edge_f1": Metric("edge F1", lambda pair, models: map_metrics.compute_edge_f1(*pair.edges), factor=1e2),
     "edge_ms_ssim": Metric(
         "edge MS-SSIM",
         lambda pair, models: image_metrics.compute_ms_ssim(*(edges.expand(-1, 3, -1, -1) for edges in pair.edges)),
         factor=1e2,
+        sides=lambda protocol: (image_metrics.MS_SSIM_SMALLEST_SIDE, 1),
     ),
     "edge_psnr": Metric(
         "edge PSNR",
@@ -251,6 +274,7 @@ METRICS = {
         lambda pair, models: image_metrics.compute_ssim(pair.image, pair.target, border=pair.protocol.ssim_border),
         factor=1e2,
         needs=TRUTH,
+        sides=get_ssim_sides,
     ),
     "lpips": Metric(
         "LPIPS",
@@ -259,12 +283,13 @@ METRICS = {
         higher_is_better=False,
         models=("lpips",),
         needs=TRUTH,
+        sides=lambda protocol: (LPIPS_SMALLEST_SIDE, 1),
     ),
     "clip_i": Metric("CLIP-I", compare_clip_images, models=("clip",), needs=TRUTH, digits=4),
     "clip_t": Metric("CLIP-T", compare_clip_prompt, models=("clip",), needs=CAPTION, digits=4),
     "dino": Metric(
         "DINO",
-        lambda pair, models: models["dino"](pair.image, pair.target),
+        lambda pair, models: models["dino"](pair.image_as_made, pair.target),
         models=("dino",),
         needs=TRUTH,
         digits=4,
@@ -302,6 +327,23 @@ METRICS = {
         }.items()
     },
 }
+
+
+def check_sizes(names: Iterable[str], sizes: Iterable[str], protocol: Protocol) -> None:
+    """Refuse metrics that pictures of the sizes "width×height" cannot have.
+
+    Raises:
+        ValueError: If a size is too small for a metric, or one that its network cannot keep.
+    """
+    for name in names:
+        least, factor = METRICS[name].sides(protocol)
+        for size in sizes:
+            if any(side < least or side % factor for side in map(int, size.split("×"))):
+                needed = f"of at least {least} pixels" if factor == 1 else f"that are multiples of {factor} pixels"
+                raise ValueError(
+                    f"`metrics` holds {name!r}, which needs sides {needed} in the protocol {protocol.name}, and there "
+                    f"are samples of {size}; list other `metrics`, or prepare the benchmark with other pictures."
+                )
 
 
 def get_metric(name: str) -> Metric:

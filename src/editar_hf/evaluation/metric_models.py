@@ -25,6 +25,8 @@ SQUEEZENET_WIDTH = 64
 FIRE_GROUPS = (((16, 64), (16, 64)), ((32, 128), (32, 128)), ((48, 192), (48, 192), (64, 256), (64, 256)))
 # Source: the official LPIPS, version 0.1: the layers whose outputs are compared.
 COMPARED_LAYERS = (1, 4, 7, 9, 10, 11, 12)
+# The side of the smallest picture of which the last pooling leaves something.
+LPIPS_SMALLEST_SIDE = 17
 
 
 class MetricModelConfig(PreTrainedConfig):

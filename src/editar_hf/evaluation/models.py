@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedConfig
 
 from . import scorers
 from .protocols import Protocol
@@ -18,11 +19,13 @@ class ScoringModel:
 
     Args:
         build (`Callable`): Builds its scorer from a folder or Hub id, a device and a protocol.
-        default (`str`, *optional*): The Hub id of the model in published figures.
+        default (`str`, *optional*): The Hub id that is used where none is given.
+        published (`str`, *optional*): The model of published figures, where that is not `default`.
     """
 
     build: Callable
     default: str | None = None
+    published: str | None = None
 
 
 SCORING_MODELS = {
@@ -46,6 +49,7 @@ SCORING_MODELS = {
     "segmentation": ScoringModel(
         lambda model, device, protocol: scorers.SegmentationScorer(model, device),
         "facebook/maskformer-resnet101-coco-stuff",
+        published="mmsegmentation's DeepLabV3-R101",
     ),
     # These two exist as no class of transformers: `editar-hf convert-metric-model` makes folders of the public files.
     "lpips": ScoringModel(lambda model, device, protocol: scorers.LPIPSScorer(model, device)),
@@ -74,6 +78,24 @@ def resolve_models(names: Iterable[str], given: Mapping[str, str], defaults: Map
             "public weights, or list other `metrics`."
         )
     return resolved
+
+
+def find_published(name: str, model: str, defaults: Mapping[str, str]) -> str | None:
+    """Say which model published figures were computed with, where it is another one than `model`; else `None`.
+
+    Models go by their Hub ids: a folder is not known to hold the same weights. Those that have none, which
+    `editar-hf convert-metric-model` made of public files, are known by their width alone.
+
+    Args:
+        name (`str`): A key of `SCORING_MODELS`.
+        model (`str`): The folder or Hub id that is used.
+        defaults (mapping): Models of the task's published figures, where they are not the general ones.
+    """
+    published = defaults.get(name) or SCORING_MODELS[name].published or SCORING_MODELS[name].default
+    if published is None:
+        config, _ = PreTrainedConfig.get_config_dict(model)
+        return None if config.get("width_divisor", 1) == 1 else "the network at its full width"
+    return None if model == published else published
 
 
 def load_models(models: Mapping[str, str], device, protocol: Protocol) -> dict:

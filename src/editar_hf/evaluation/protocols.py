@@ -1,11 +1,11 @@
 """Protocols: named sets of switches, each the way in which figures in one table were computed.
 
 Figures are comparable only within a protocol. The published ones contain quirks of the code that made them; they are
-kept here behind names, beside a protocol without them.
+kept here behind names, beside a protocol without them. Pictures are scored as they were saved: how a system rounds
+its pixels is an option of the system.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from .map_metrics import DepthVariant
 
@@ -18,7 +18,6 @@ class Protocol:
         name (`str`): What the protocol is called.
         description (`str`): One sentence for the report.
         is_comparable (`bool`): Whether figures can stand beside published ones.
-        quantize (`str`): How pixels that do not come from a file are brought to 256 steps: `"round"` or `"truncate"`.
         ssim_border (`int`): Pixels left out of the structural similarity at each side.
         masked_mean (`bool`): Whether metrics of the unedited region average over it alone, and not over the whole
             picture with the edited pixels set to 0.
@@ -38,7 +37,6 @@ class Protocol:
     name: str
     description: str
     is_comparable: bool
-    quantize: Literal["round", "truncate"]
     ssim_border: int
     masked_mean: bool
     structure_pixel_scale: int
@@ -46,42 +44,50 @@ class Protocol:
     depth_variant: DepthVariant
 
 
+EDITAR = Protocol(
+    name="editar",
+    description="As in the evaluation of EditAR (arXiv 2501.04699).",
+    is_comparable=True,
+    ssim_border=0,
+    masked_mean=False,
+    # Parity: the reference never divides pixels by 255 before it normalises them for DINO.
+    structure_pixel_scale=255,
+    structure_antialias=True,
+    depth_variant="editar",
+)
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol(
-            name="editar",
-            description="As EditAR's code scores (arXiv 2501.04699), quirks included.",
-            is_comparable=True,
-            quantize="truncate",
-            ssim_border=0,
-            masked_mean=False,
-            # Parity: the reference never divides pixels by 255 before it normalises them for DINO.
-            structure_pixel_scale=255,
-            structure_antialias=True,
-            depth_variant="editar",
-        ),
-        Protocol(
+        EDITAR,
+        replace(
+            EDITAR,
             name="pnp-2023",
             description="As PnPInversion's code scores (arXiv 2310.01506), with the libraries of 2023.",
-            is_comparable=True,
-            quantize="round",
             ssim_border=5,
-            masked_mean=False,
-            structure_pixel_scale=255,
             structure_antialias=False,
-            depth_variant="editar",
         ),
-        Protocol(
+        # The tables of these two have depth, and no edits: all but depth is as in `editar`.
+        replace(
+            EDITAR,
+            name="controlnet++",
+            description="Depth as in the evaluation of ControlNet++ (arXiv 2404.07987), whose estimates are divided by "
+            "their greatest value alone.",
+            depth_variant="controlnet++",
+        ),
+        replace(
+            EDITAR,
+            name="controlar",
+            description="Depth as in the evaluation of ControlAR (arXiv 2410.02705), estimated at the size of the "
+            "picture and never rounded.",
+            depth_variant="controlar",
+        ),
+        replace(
+            EDITAR,
             name="corrected",
             description="Without the quirks of the published code; not comparable with published figures.",
             is_comparable=False,
-            quantize="round",
-            ssim_border=0,
             masked_mean=True,
             structure_pixel_scale=1,
-            structure_antialias=True,
-            depth_variant="editar",
         ),
     )
 }

@@ -20,7 +20,7 @@ EDITAR = "EditAR, arXiv 2501.04699"
 CONTROLNET_PP = "ControlNet++, arXiv 2404.07987"
 NEP = "NEP, arXiv 2508.06044"
 # Beside which protocols the figures of a source stand: that of the paper's own code; of ControlNet++ and NEP are quoted
-# figures that all protocols compute alike (FID, edge F1, mIoU, MagicBrush's), so they stand beside the default one.
+# figures that all protocols compute alike (FID, edge F1, mIoU, MagicBrush's), so they stand beside the default one too.
 PROTOCOLS_OF = {
     PNPINVERSION: ("pnp-2023",),
     EDITAR: ("editar",),
@@ -54,7 +54,7 @@ def quote_pie_bench(name: str, source: str, metrics: Sequence[str], *values: flo
     return QuotedRow(name, "pie-bench", source, dict(zip(metrics, values, strict=True)))
 
 
-# ControlNet++'s tables also have the RMSE of depth: in a variant of its own, so it stands beside no figure of ours.
+# ControlNet++'s tables also have the RMSE of depth: in a variant of its own, which must not stand beside EditAR's.
 QUOTED_ROWS = (
     quote_pie_bench(
         "DDIM + Prompt-to-Prompt", PNPINVERSION, PIE_METRICS, 69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44
@@ -119,8 +119,8 @@ class Run:
             remarks.append("mask-assisted: it was given the benchmark's masks; not comparable")
         if not metrics["is_complete"]:
             remarks.append(f"{metrics['num_samples']} samples, a part of the benchmark; not comparable")
-        if not metrics["is_comparable"]:
-            remarks.append(f"protocol {metrics['protocol']}; not comparable with published figures")
+        for entry in metrics["not_comparable"]:
+            remarks.append(f"{entry['reason']}; not comparable with published figures")
         if metrics["num_scored"] < metrics["num_expected"]:
             remarks.append(f"{metrics['num_scored']} of {metrics['num_expected']} predictions scored")
         remarks += [f"{kind}: {', '.join(shorten(names))}" for kind, names in problems.items() if names]
@@ -213,15 +213,15 @@ def compose_report(runs: Sequence[Run], pictures: Iterable[tuple[str, Path]]) ->
 
 
 def compose_rows(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list[float]]]:
-    """List a row for each run, then those that are quoted, where the protocol is theirs."""
+    """List a row for each run, then those quoted that the protocol belongs to, as far as figures here compare."""
     rows = [(run.name, [run.get_scaled(name) for name in names]) for run in runs]
-    if runs[0].metrics["is_comparable"]:
-        protocol = runs[0].metrics["protocol"]
-        quoted = (row for row in QUOTED_ROWS if row.task == runs[0].task and protocol in PROTOCOLS_OF[row.source])
-        rows += [
-            (f"{row.name} (quoted: {row.source})", [row.values.get(name, float("nan")) for name in names])
-            for row in quoted
-        ]
+    task, protocol = runs[0].task, runs[0].metrics["protocol"]
+    excluded = {name for entry in runs[0].metrics["not_comparable"] for name in entry["metrics"]}
+    for row in QUOTED_ROWS:
+        values = {name: value for name, value in row.values.items() if name in names and name not in excluded}
+        if row.task == task and protocol in PROTOCOLS_OF[row.source] and values:
+            title = f"{row.name} (quoted: {row.source})"
+            rows.append((title, [values.get(name, float("nan")) for name in names]))
     return rows
 
 

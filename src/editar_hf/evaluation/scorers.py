@@ -46,6 +46,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STRUCTURE_SIDE, STRUCTURE_LONGEST_SIDE = 224, 480
 # Source: MagicBrush's evaluation: DINO's shorter side before, and both after, the crop of the centre.
 DINO_SIDE, DINO_CROP = 256, 224
+# Source: the code of DINO (arXiv 2104.14294), whose layer norms have 1e-6; copies of its weights on the Hub say 1e-12.
+DINO_KWARGS = {"add_pooling_layer": False, "layer_norm_eps": 1e-6}
 # Source: Parmar et al., "On aliased resizing and surprising subtleties in GAN evaluation" (arXiv 2104.11222).
 INCEPTION_SIDE = 299
 
@@ -127,7 +129,8 @@ class StructureScorer:
     """Compute the structure distance: how differently a DINO relates the places of two pictures to each other.
 
     Args:
-        model (`str` or `ViTModel`): A DINO as a Hub id, a folder or an instance.
+        model (`str` or `ViTModel`): A DINO as a Hub id or a folder, whose layer norms get its authors' ε, 1e-6; or an
+            instance, which stays as it is.
         device (`str`, *optional*): Where to compute; default: a GPU if there is one.
         pixel_scale (`int`): The value of white where pixels are normalised. 255 is what the published figures were
             computed with, 1 what the network was trained with.
@@ -153,7 +156,7 @@ class StructureScorer:
         pixel_scale: int = 255,
         antialias: bool = True,
     ):
-        self.model = load_network(model, ViTModel, device, add_pooling_layer=False)
+        self.model = load_network(model, ViTModel, device, **DINO_KWARGS)
         self.pixel_scale, self.antialias = pixel_scale, antialias
 
     def __call__(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -265,7 +268,8 @@ class DINOScorer:
     """Compute how alike pictures are in the eyes of a DINO.
 
     Args:
-        model (`str` or `ViTModel`): A DINO as a Hub id, a folder or an instance.
+        model (`str` or `ViTModel`): A DINO as a Hub id or a folder, whose layer norms get its authors' ε, 1e-6; or an
+            instance, which stays as it is.
         device (`str`, *optional*): Where to compute; default: a GPU if there is one.
 
     Example:
@@ -282,7 +286,7 @@ class DINOScorer:
     """
 
     def __init__(self, model: Source = "facebook/dino-vits16", device: str | torch.device | None = None):
-        self.model = load_network(model, ViTModel, device, add_pooling_layer=False)
+        self.model = load_network(model, ViTModel, device, **DINO_KWARGS)
 
     def __call__(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         """Compute the cosine (batch,), in [−1, 1], of the class tokens of pictures and references."""

@@ -6,7 +6,7 @@ goes on where it was stopped and scores anew what was made anew. Then one proces
 the order of the benchmark: neither the number of processes nor an interruption changes a digit of `metrics.json`.
 
 Predictions that are missing, unreadable or of another size are counted and named there, and so are files that belong
-to no sample.
+to no sample. MagicBrush alone takes predictions of any size: its own evaluation resizes them (see `measures.Pair`).
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from .files import append_line, decode_number, read_lines, repair_lines, write_file, write_json
-from .measures import METRICS, Metric, Pair, get_metric
-from .models import find_revision, load_models, resolve_models
+from .measures import METRICS, Metric, Pair, check_sizes, get_metric
+from .models import find_published, find_revision, load_models, resolve_models
 from .processes import get_process, show_progress
 from .protocols import Protocol, get_protocol
 from .runs import (
@@ -33,11 +33,14 @@ from .runs import (
 )
 from .samples import Benchmark, Sample
 from .tasks import get_task
+from .tasks.translation import RESOLUTION
 
 
 METRICS_FILE, FEATURES = "metrics.json", "features"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROBLEMS = ("missing", "unreadable", "wrong size")
+# Source: the evaluation code of MagicBrush (arXiv 2306.10012), which brings predictions to the size of the truth.
+RESIZED_TASKS = ("magicbrush", "magicbrush-multi-turn")
 
 
 def score_predictions(
@@ -62,15 +65,13 @@ def score_predictions(
         What `metrics.json` says; in all processes but the first, an empty dict.
 
     Raises:
-        ValueError: If a metric or protocol is unknown, a model is missing, there are no predictions, or the folder was
-            scored in another way.
+        ValueError: If `resolve_scoring` refuses, there are no predictions, or the folder was scored in another way.
     """
-    task, images_dir, output_dir = get_task(benchmark.info["task"]), Path(images_dir), Path(output_dir)
+    images_dir, output_dir = Path(images_dir), Path(output_dir)
     if not images_dir.is_dir():
         raise ValueError(f"`images` is {str(images_dir)!r}, which is no folder.")
-    protocol, names = get_protocol(protocol), list(dict.fromkeys(metrics or task.metrics))
-    needed = [model for name in names for model in get_metric(name).models]
-    models = resolve_models(needed, models or {}, task.models)
+    protocol, names, models = resolve_scoring(benchmark, protocol, metrics, models)
+    not_comparable = list_reasons(benchmark, protocol, names, models)
     config = {
         "data": describe_benchmark(benchmark),
         "protocol": asdict(protocol),
@@ -79,23 +80,69 @@ def score_predictions(
         **describe_environment(),
     }
     check_images(output_dir, images_dir)
+    predictions = find_predictions(benchmark, images_dir)
+    if not predictions:
+        raise ValueError(f"`images` {str(images_dir)!r} holds no prediction; a sample's is <id>.png.")
     record_configuration(output_dir, "scoring", config)
     record_paths(output_dir, benchmark.folder, images_dir)
-    predictions = find_predictions(benchmark, images_dir)
     score_share(benchmark, predictions, output_dir, protocol, names, models)
     process = get_process()
     process.wait_for_everyone()
     summary = {}
     if process.is_main_process:
-        summary = summarise(benchmark, predictions, images_dir, output_dir, protocol, names)
+        summary = {
+            **describe_benchmark(benchmark),
+            "protocol": protocol.name,
+            "not_comparable": not_comparable,
+            **summarise(benchmark, predictions, images_dir, output_dir, names),
+        }
         write_json(output_dir / METRICS_FILE, summary)
     process.wait_for_everyone()
     return summary
 
 
+def resolve_scoring(
+    benchmark: Benchmark,
+    protocol: str = "editar",
+    metrics: Sequence[str] | None = None,
+    models: Mapping[str, str] | None = None,
+) -> tuple[Protocol, list[str], dict[str, str]]:
+    """Say how predictions will be scored: the protocol, the metrics, and where their models come from.
+
+    The arguments are those of `score_predictions`. Called before pictures are made, it tells what cannot be scored.
+
+    Raises:
+        ValueError: If a metric or protocol is unknown, a model is missing, or pictures of the benchmark's sizes cannot
+            have a metric.
+    """
+    task = get_task(benchmark.info["task"])
+    protocol, names = get_protocol(protocol), list(dict.fromkeys(metrics or task.metrics))
+    needed = [model for name in names for model in get_metric(name).models]
+    check_sizes(names, benchmark.info["sizes"], protocol)
+    return protocol, names, resolve_models(needed, models or {}, task.models)
+
+
+def list_reasons(
+    benchmark: Benchmark, protocol: Protocol, names: Sequence[str], models: Mapping[str, str]
+) -> list[dict]:
+    """List why figures are not comparable with published ones: each reason, and the metrics that it is about."""
+    task, reasons = get_task(benchmark.info["task"]), []
+    if not protocol.is_comparable:
+        reasons.append({"reason": f"protocol {protocol.name}", "metrics": list(names)})
+    published = f"{RESOLUTION}×{RESOLUTION}"
+    if "resolution" in task.options and (others := sorted(set(benchmark.info["sizes"]) - {published})):
+        reasons.append({"reason": f"pictures of {', '.join(others)}, not {published}", "metrics": list(names)})
+    for model_name, model in models.items():
+        if published := find_published(model_name, model, task.models):
+            metrics = [name for name in names if model_name in METRICS[name].models]
+            titles = ", ".join(METRICS[name].title for name in metrics)
+            reasons.append({"reason": f"{titles} by {model}, not {published}", "metrics": metrics})
+    return reasons
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """A sample's prediction: its file, and a fingerprint of what is in it."""
+    """A sample's prediction: its file, and a fingerprint of what is in it, empty where it cannot be opened."""
 
     path: Path
     digest: str
@@ -108,9 +155,16 @@ def find_predictions(benchmark: Benchmark, images_dir: Path) -> dict[str, Predic
         names = (f"{sample_id}{suffix}" for suffix in IMAGE_SUFFIXES)
         path = next((there[name] for name in names if name in there), None)
         if path is not None:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            predictions[sample_id] = Prediction(path, digest)
+            predictions[sample_id] = Prediction(path, compute_digest(path))
     return predictions
+
+
+def compute_digest(path: Path) -> str:
+    """Compute a fingerprint of a file; of a folder or a link to nowhere, which scoring will name, an empty one."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def list_scored(benchmark: Benchmark) -> list[int]:
@@ -144,22 +198,29 @@ def score_share(
         if sample_id in predictions and not is_done:
             waiting.append(index)
     loaded = load_models(models, process.device, protocol) if waiting else {}
+    takes_any_size = benchmark.info["task"] in RESIZED_TASKS
     for index in show_progress(waiting, desc="scoring"):
         sample = benchmark[index]
         prediction = predictions[sample.id]
-        score = score_prediction(sample, prediction.path, output_dir, protocol, names, loaded)
+        score = score_prediction(sample, prediction.path, output_dir, protocol, names, loaded, takes_any_size)
         append_line(path, {"id": sample.id, "file": prediction.digest} | score)
 
 
 def score_prediction(
-    sample: Sample, path: Path, output_dir: Path, protocol: Protocol, names: Sequence[str], models: dict
+    sample: Sample,
+    path: Path,
+    output_dir: Path,
+    protocol: Protocol,
+    names: Sequence[str],
+    models: dict,
+    takes_any_size: bool,
 ) -> dict:
     """Score one prediction: its values, or what is the matter with it."""
     try:
         prediction = read_image(path)
-    except (OSError, SyntaxError, ValueError) as error:
-        return {"problem": "unreadable", "reason": str(error)}
-    if prediction.size != sample.size:
+    except Exception as error:  # Decoders raise anything on broken files, and one must not keep the others away.
+        return {"problem": "unreadable", "reason": str(error) or type(error).__name__}
+    if prediction.size != sample.size and not takes_any_size:
         return {"problem": "wrong size", "reason": "{}×{}, not {}×{}".format(*prediction.size, *sample.size)}
     pair = Pair(prediction, sample, protocol)
     measured = {name: METRICS[name].measure(pair, models) for name in names}
@@ -196,10 +257,9 @@ def summarise(
     predictions: Mapping[str, Prediction],
     images_dir: Path,
     output_dir: Path,
-    protocol: Protocol,
     names: Sequence[str],
 ) -> dict:
-    """Reduce the lines of all samples, in the benchmark's order, to what `metrics.json` says."""
+    """Reduce the lines of all samples, in the benchmark's order, to figures."""
     scores, categories = read_scores(output_dir, predictions), benchmark.read_column("category")
     scored = [index for index in list_scored(benchmark) if benchmark.ids[index] in predictions]
     lines = {index: scores[benchmark.ids[index]] for index in scored}
@@ -207,9 +267,6 @@ def summarise(
     overall = {name: summarise_metric(name, [lines[index] for index in sound], output_dir) for name in names}
     groups = {category: [index for index in sound if categories[index] == category] for category in categories}
     return {
-        **describe_benchmark(benchmark),
-        "protocol": protocol.name,
-        "is_comparable": protocol.is_comparable,
         "num_expected": len(list_scored(benchmark)),
         "num_scored": len(sound),
         "formats": dict(sorted(Counter(prediction.path.suffix for prediction in predictions.values()).items())),

@@ -4,7 +4,7 @@ import argparse
 
 from .generate import SYSTEM_OPTIONS, add_system_arguments
 from .prepare import TASK_HELP, add_source_arguments, print_contents
-from .score import add_scoring_arguments, score
+from .score import add_scoring_arguments, get_models, score
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -26,12 +26,15 @@ def run(args: argparse.Namespace) -> int:
     from ...evaluation.processes import get_process
     from ...evaluation.report import write_report
     from ...evaluation.runs import IMAGES, generate
+    from ...evaluation.scoring import resolve_scoring
     from ...evaluation.systems import build_system
 
     system = build_system(args.system, **{name: getattr(args, name) for name in SYSTEM_OPTIONS})
     process = get_process()
     with process.main_process_first():
         benchmark = open_benchmark(args, process.is_main_process)
+    # What cannot be scored is told before hours of generation.
+    resolve_scoring(benchmark, args.protocol, args.metrics, get_models(args))
     generate(benchmark, system, args.output_dir, args.seed, args.batch_size)
     status = score(args, benchmark, f"{args.output_dir}/{IMAGES}")
     if process.is_main_process:

@@ -46,6 +46,12 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}-model", metavar="M", help=help)
 
 
+def get_models(args: argparse.Namespace) -> dict[str, str]:
+    """Get the models that were named."""
+    models = {name: getattr(args, f"{name}_model") for name in MODELS}
+    return {name: model for name, model in models.items() if model is not None}
+
+
 def run(args: argparse.Namespace) -> int:
     """Score the predictions; exit status 1 where one cannot be."""
     from pathlib import Path
@@ -62,9 +68,7 @@ def score(args: argparse.Namespace, benchmark, images) -> int:
     from ...evaluation.measures import METRICS
     from ...evaluation.scoring import score_predictions
 
-    models = {name: getattr(args, f"{name}_model") for name in MODELS}
-    models = {name: model for name, model in models.items() if model is not None}
-    summary = score_predictions(benchmark, images, args.output_dir, args.protocol, args.metrics, models)
+    summary = score_predictions(benchmark, images, args.output_dir, args.protocol, args.metrics, get_models(args))
     if not summary:
         return 0
     for name, figure in summary["overall"].items():

@@ -14,7 +14,7 @@ class ImageFidelity(picture_metric.PictureMetric):
         Args:
             predictions, references (`list[str]`): Paths of pictures.
             masks (`list[str]`, *optional*): Paths of masks, white where edited.
-            protocol (`str`): "editar", "pnp-2023" or "corrected".
+            protocol (`str`): A name of `protocols.PROTOCOLS`.
         """
         switches = protocols.get_protocol(protocol)
         columns = [predictions, references, [None] * len(predictions) if masks is None else masks]

@@ -15,7 +15,7 @@ class StructureDistance(picture_metric.PictureMetric):
             predictions, references (`list[str]`): Paths of pictures.
             model: What `StructureScorer` takes.
             device (`str`, *optional*): Where to compute.
-            protocol (`str`): "editar", "pnp-2023" or "corrected".
+            protocol (`str`): A name of `protocols.PROTOCOLS`.
         """
         switches = protocols.get_protocol(protocol)
         scorer = scorers.StructureScorer(model, device, switches.structure_pixel_scale, switches.structure_antialias)

@@ -1,0 +1,422 @@
+"""Scoring: why figures are not comparable, what becomes of bad predictions, and what presets and tables promise."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from evaluation_data import (
+    evaluate,
+    make_magicbrush_folder,
+    make_picture_folder,
+    make_pie_folder,
+    make_translation_data,
+)
+from PIL import Image
+from skimage import data
+from tiny import draw_image
+from tiny_metrics import (
+    build_clip,
+    build_depth_model,
+    build_dino,
+    build_inception,
+    build_lpips,
+    build_segmentation_model,
+)
+
+from editar_hf.evaluation import image_metrics, report, runs, scorers, scoring
+from editar_hf.evaluation.files import read_lines
+from editar_hf.evaluation.image_metrics import compute_cosine_similarity
+from editar_hf.evaluation.measures import METRICS, Pair, check_sizes, make_pixels
+from editar_hf.evaluation.metric_models import FIDInceptionConfig
+from editar_hf.evaluation.models import find_published, load_models, resolve_models
+from editar_hf.evaluation.protocols import PROTOCOLS, get_protocol
+from editar_hf.evaluation.samples import Sample
+from editar_hf.evaluation.systems import build_system
+from editar_hf.evaluation.tasks import TASKS, prepare_benchmark
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of the tiny models that score."""
+    folder = tmp_path_factory.mktemp("models")
+    parts = {"structure": [build_dino()], "lpips": [build_lpips()], "inception": [build_inception()]}
+    parts |= {"clip": build_clip(), "depth": build_depth_model(), "segmentation": build_segmentation_model()}
+    for name, saved in parts.items():
+        for part in saved:
+            part.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in parts}
+
+
+@pytest.fixture(scope="module")
+def pie(tmp_path_factory):
+    """Two samples of PIE-Bench, and the floor's predictions."""
+    folder = tmp_path_factory.mktemp("pie")
+    source = make_pie_folder(folder / "source", num_samples=2)
+    return predict(prepare_benchmark("pie-bench", folder / "data", str(source), allow_partial=True), folder)
+
+
+@pytest.fixture(scope="module")
+def segmentation(tmp_path_factory):
+    """Four segmentation maps of 64 pixels, and the floor's predictions."""
+    folder = tmp_path_factory.mktemp("segmentation")
+    source = make_translation_data(folder / "source", num_samples=4, classes=(0, 3, 6, 255))
+    options = {"allow_partial": True, "resolution": 64}
+    return predict(prepare_benchmark("segmentation", folder / "data", str(source), **options), folder)
+
+
+def predict(benchmark, folder):
+    """Make the floor's predictions."""
+    runs.generate(benchmark, build_system("copy-source"), folder)
+    return benchmark, folder / "images"
+
+
+# Comparability
+
+
+def test_figures_by_other_models_are_not_comparable_and_the_others_are(pie, models, tmp_path):
+    chosen = {name: models[name] for name in ("structure", "lpips", "clip")}
+    summary = scoring.score_predictions(*pie, tmp_path, models=chosen)
+    assert summary["not_comparable"] == [
+        {
+            "reason": f"structure distance by {models['structure']}, not facebook/dino-vitb8",
+            "metrics": ["structure_distance"],
+        },
+        {
+            "reason": f"LPIPS unedited by {models['lpips']}, not the network at its full width",
+            "metrics": ["lpips_unedited"],
+        },
+        {
+            "reason": f"CLIP whole, CLIP edited by {models['clip']}, not openai/clip-vit-large-patch14",
+            "metrics": ["clip_whole", "clip_edited"],
+        },
+    ]
+    page = report.write_report([tmp_path], tmp_path).read_text()
+    for entry in summary["not_comparable"]:
+        assert f"**{entry['reason']}; not comparable with published figures**" in page
+    # Structure, PSNR, LPIPS, MSE, SSIM, CLIP, CLIP: what single pixels tell is quoted still.
+    assert "arXiv 2310.01506) | – | 27.22 | – | 32.86 | 84.76 | – | – |" in page
+
+
+@pytest.fixture(scope="module")
+def segmentation_run(segmentation, models, tmp_path_factory):
+    """The folder of a run on the segmentation maps, scored by tiny models."""
+    folder = tmp_path_factory.mktemp("scored")
+    chosen = {name: models[name] for name in ("segmentation", "inception")}
+    scoring.score_predictions(*segmentation, folder, models=chosen)
+    return folder
+
+
+def test_figures_at_another_resolution_are_not_comparable(segmentation_run):
+    metrics = json.loads((segmentation_run / "metrics.json").read_text())
+    assert {"reason": "pictures of 64×64, not 512×512", "metrics": ["mean_iou", "fid"]} in metrics["not_comparable"]
+    assert "quoted" not in report.compose_report([report.Run(segmentation_run)], [])
+
+
+def test_mean_iou_is_not_comparable_by_any_model_and_keeps_no_quoted_fid_away(segmentation, segmentation_run, tmp_path):
+    (benchmark, _), names = segmentation, ["mean_iou", "fid"]
+    FIDInceptionConfig().save_pretrained(tmp_path)
+    published = {"segmentation": "facebook/maskformer-resnet101-coco-stuff", "inception": str(tmp_path)}
+    reasons = scoring.list_reasons(benchmark, get_protocol("editar"), names, published)
+    # But for the size, these are the published models as far as there are any.
+    assert [entry["metrics"] for entry in reasons] == [names, ["mean_iou"]]
+    assert reasons[1]["reason"] == f"mIoU by {published['segmentation']}, not mmsegmentation's DeepLabV3-R101"
+    run = report.Run(segmentation_run)
+    run.metrics["not_comparable"] = reasons[1:]
+    page = report.compose_report([run], [])
+    assert "| ControlNet++ (quoted: ControlNet++, arXiv 2404.07987) | – | 19.29 |" in page
+    assert f"{reasons[1]['reason']}; not comparable with published figures" in page
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_models_of_published_figures_are_comparable_in_every_protocol_but_the_corrected(protocol, pie):
+    names = ["structure_distance", "clip_whole", "depth_rmse"]
+    published = {"structure": "facebook/dino-vitb8", "clip": "openai/clip-vit-large-patch14"}
+    reasons = scoring.list_reasons(pie[0], get_protocol(protocol), names, published | {"depth": "Intel/dpt-large"})
+    expected = [{"reason": "protocol corrected", "metrics": names}] if protocol == "corrected" else []
+    assert reasons == expected
+
+
+# Bad predictions
+
+
+def write_bomb(path):
+    """Write a picture whose header promises 60000×60000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header)))
+
+
+UNREADABLE = {
+    "a folder": Path.mkdir,
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a bomb": write_bomb,
+    "an empty file": Path.touch,
+    "a text": lambda path: path.write_text("no picture"),
+}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A benchmark of five pictures at 16×16 with predictions, all sound."""
+    benchmark = prepare_benchmark("folder", tmp_path / "data", str(make_picture_folder(tmp_path / "pictures", 5)))
+    return predict(benchmark, tmp_path / "made")
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_named_and_keeps_nothing_away(kind, pictures, tmp_path):
+    path = pictures[1] / "00002.png"
+    path.unlink()
+    UNREADABLE[kind](path)
+    score = lambda: scoring.score_predictions(*pictures, tmp_path / "run", metrics=["l1"])  # noqa: E731
+    summary = score()
+    assert [entry.partition(": ")[0] for entry in summary["problems"]["unreadable"]] == ["00002"]
+    assert summary["problems"]["unreadable"][0].partition(": ")[2]
+    assert summary["num_scored"] == 4
+    assert score() == summary, "a second time adds nothing"
+    path.rmdir() if path.is_dir() else path.unlink()
+    draw_image(0).save(path)
+    assert score()["num_scored"] == 5
+
+
+def test_a_folder_without_predictions_is_refused_before_anything_is_recorded(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    draw_image(0).save(tmp_path / "empty" / "mine.png")
+    with pytest.raises(ValueError, match=r"`images` '.*empty' holds no prediction; a sample's is <id>\.png"):
+        scoring.score_predictions(pictures[0], tmp_path / "empty", tmp_path / "run", metrics=["l1"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_line_that_another_process_left_torn_within_a_letter_is_no_line(pictures, tmp_path):
+    score = lambda: scoring.score_predictions(*pictures, tmp_path / "run", metrics=["l1"])  # noqa: E731
+    summary = score()
+    torn = '{"id": "00002", "reason": "8×'.encode()[:-1]
+    (tmp_path / "run" / "samples-1.jsonl").write_bytes(torn)
+    assert score() == summary
+
+
+def test_predictions_for_magicbrush_may_have_any_size_and_are_resized_for_differences_alone(models, tmp_path):
+    folder = make_magicbrush_folder(tmp_path / "magicbrush")
+    benchmark, images = predict(
+        prepare_benchmark("magicbrush", tmp_path / "data", str(folder), allow_partial=True), tmp_path
+    )
+    chosen = {"clip": models["clip"], "dino": models["structure"]}
+    small = draw_image(7, 30, 20)
+    small.save(images / f"{benchmark.ids[0]}.png")
+    summary = scoring.score_predictions(benchmark, images, tmp_path / "run", models=chosen)
+    assert not any(summary["problems"].values())
+    values = next(read_lines(tmp_path / "run" / "samples-0.jsonl"))["values"]
+    target = benchmark[0].target_image
+    difference = (np.asarray(small.resize(target.size), float) - np.asarray(target, float)) / 255
+    assert values["l1"] == pytest.approx(np.abs(difference).mean(), rel=1e-5)
+    assert values["l2"] == pytest.approx(np.square(difference).mean(), rel=1e-5)
+    pixels = make_pixels(small), make_pixels(target)
+    assert values["dino"] == pytest.approx(scorers.DINOScorer(models["structure"])(*pixels).item(), rel=1e-5)
+    clip = scorers.CLIPScorer(models["clip"])
+    image, truth = map(clip.encode_images, pixels)
+    assert values["clip_i"] == pytest.approx(compute_cosine_similarity(image, truth).item(), rel=1e-5)
+    prompt = clip.encode_prompts([benchmark[0].target_prompt])
+    assert values["clip_t"] == pytest.approx(compute_cosine_similarity(image, prompt).item(), rel=1e-4)
+
+
+# Presets and tables
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_each_preset_scores_with_the_functions_and_switches_it_names(protocol, models):
+    """The table of `evaluation.md` written out once more, with the functions themselves."""
+    border = 5 if protocol.name == "pnp-2023" else 0
+    scale, is_masked = (1, True) if protocol.name == "corrected" else (255, False)
+    variant = protocol.name if protocol.name in ("controlnet++", "controlar") else "editar"
+    pair = build_pair(256, protocol)
+    image, source, mask = pair.image, pair.source, pair.mask
+    compared = {"mask": mask, "masked_mean": is_masked}
+    structure = scorers.StructureScorer(models["structure"], None, scale, antialias=protocol.name != "pnp-2023")
+    expected = {
+        "structure_distance": structure(image, source),
+        "psnr_unedited": image_metrics.compute_psnr(image, source, **compared),
+        "mse_unedited": image_metrics.compute_mse(image, source, **compared),
+        "ssim_unedited": image_metrics.compute_ssim(image, source, **compared, border=border),
+        "lpips_unedited": scorers.LPIPSScorer(models["lpips"])(image, source, **compared),
+        "ssim": image_metrics.compute_ssim(image, pair.target, border=border),
+        "depth_rmse": scorers.DepthScorer(models["depth"], variant=variant)(image, source[:, :1]),
+    }
+    loaded = load_models({name: models[name] for name in ("structure", "lpips", "depth")}, None, protocol)
+    for name, value in expected.items():
+        assert METRICS[name].measure(pair, loaded) == pytest.approx(value.item(), rel=1e-6), name
+
+
+def test_presets_differ_where_they_say_so(models):
+    """So that the test above tells them apart."""
+    values = {}
+    for name, protocol in PROTOCOLS.items():
+        loaded = load_models({name: models[name] for name in ("structure", "lpips", "depth")}, None, protocol)
+        names = ("structure_distance", "mse_unedited", "ssim_unedited", "lpips_unedited", "depth_rmse")
+        values[name] = [METRICS[metric].measure(build_pair(256, protocol), loaded) for metric in names]
+    differ = {
+        name: [not math.isclose(one, other, rel_tol=1e-4) for one, other in zip(found, values["editar"], strict=True)]
+        for name, found in values.items()
+    }
+    assert differ == {
+        "editar": [False, False, False, False, False],
+        "pnp-2023": [True, False, True, False, False],
+        "controlnet++": [False, False, False, False, True],
+        "controlar": [False, False, False, False, True],
+        "corrected": [True, True, True, True, False],
+    }
+
+
+# Source: the tables of EditAR, ControlNet++ and MagicBrush: what a heading says, and how many digits it has.
+HEADINGS = {
+    "structure_distance": ("structure distance ×10³ ↓", "123.46"),
+    "psnr_unedited": ("PSNR unedited ↑", "0.12"),
+    "lpips_unedited": ("LPIPS unedited ×10³ ↓", "123.46"),
+    "mse_unedited": ("MSE unedited ×10⁴ ↓", "1234.56"),
+    "ssim_unedited": ("SSIM unedited ×10² ↑", "12.35"),
+    "clip_whole": ("CLIP whole ↑", "0.12"),
+    "clip_edited": ("CLIP edited ↑", "0.12"),
+    "depth_rmse": ("depth RMSE ↓", "0.12"),
+    "edge_f1": ("edge F1 ×10² ↑", "12.35"),
+    "edge_ms_ssim": ("edge MS-SSIM ×10² ↑", "12.35"),
+    "edge_psnr": ("edge PSNR ↑", "0.12"),
+    "l1": ("L1 ↓", "0.1235"),
+    "l2": ("L2 ↓", "0.1235"),
+    "psnr": ("PSNR ↑", "0.12"),
+    "ssim": ("SSIM ×10² ↑", "12.35"),
+    "lpips": ("LPIPS ×10³ ↓", "123.46"),
+    "clip_i": ("CLIP-I ↑", "0.1235"),
+    "clip_t": ("CLIP-T ↑", "0.1235"),
+    "dino": ("DINO ↑", "0.1235"),
+    "fid": ("FID ↓", "0.12"),
+    "mean_iou": ("mIoU % ↑", "12.35"),
+    "outside_psnr": ("PSNR outside ↑", "0.12"),
+}
+SHARES = {"done", "inside", "outside", "colour", "shape", "gone", "stickers", "placed", "background"}
+
+
+def test_metrics_have_the_factors_directions_and_digits_of_the_published_tables():
+    value = 0.123456
+    found = {name: (metric.heading, metric.format(value * metric.factor)) for name, metric in METRICS.items()}
+    shares = {name: found.pop(name) for name in SHARES}
+    assert found == HEADINGS
+    assert all(heading.endswith(" % ↑") and text == "12.35" for heading, text in shares.values())
+
+
+def test_models_of_published_figures_are_the_defaults():
+    resolve = lambda task, *names: resolve_models(names, {}, TASKS[task].models)  # noqa: E731
+    assert resolve("pie-bench", "structure", "clip") == {
+        "structure": "facebook/dino-vitb8",
+        "clip": "openai/clip-vit-large-patch14",
+    }
+    assert resolve("depth", "depth") == {"depth": "Intel/dpt-large"}
+    assert resolve("segmentation", "segmentation") == {"segmentation": "facebook/maskformer-resnet101-coco-stuff"}
+    for task in ("magicbrush", "magicbrush-multi-turn"):
+        expected = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vits16"}
+        assert resolve(task, "clip", "dino") == expected
+        assert not any(find_published(name, model, TASKS[task].models) for name, model in expected.items())
+        assert find_published("clip", "openai/clip-vit-large-patch14", TASKS[task].models) == expected["clip"]
+
+
+# Before any work
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            [],
+            "`metrics` holds 'edge_ms_ssim', which needs sides of at least 176 pixels in the protocol editar",
+        ),
+        (
+            ["--metrics", "depth_rmse", "--protocol", "controlar"],
+            "are multiples of 32 pixels in the protocol controlar",
+        ),
+        (["--metrics", "beauty"], "`metrics` holds 'beauty'"),
+        (["--metrics", "fid"], "`inception_model` is missing"),
+    ],
+)
+def test_a_run_that_cannot_be_scored_makes_no_picture(words, message, tmp_path, capsys):
+    source = make_translation_data(tmp_path / "source")
+    words = ["--task", "canny", "--source", source, "--allow-partial", "--resolution", 40, *words]
+    assert evaluate("run", "--system", "copy-source", *words, "--output-dir", tmp_path / "run") == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+
+
+SMALLEST = {
+    ("ssim", "editar"): 11,
+    ("ssim", "pnp-2023"): 21,
+    ("edge_ms_ssim", "editar"): 176,
+    ("lpips", "editar"): 17,
+}
+
+
+@pytest.mark.parametrize(("name", "protocol"), SMALLEST)
+def test_the_smallest_picture_that_a_metric_is_said_to_take_is_the_smallest_it_takes(name, protocol):
+    side, protocol = SMALLEST[name, protocol], get_protocol(protocol)
+    models = {"lpips": scorers.LPIPSScorer(build_lpips())}
+    measure = lambda side: METRICS[name].measure(build_pair(side, protocol), models)  # noqa: E731
+    check_sizes([name], [f"{side}×{side + 9}"], protocol)
+    assert math.isfinite(measure(side))
+    with pytest.raises(ValueError, match=f"are samples of {side + 9}×{side - 1}; list other `metrics`"):
+        check_sizes([name], [f"{side + 9}×{side - 1}"], protocol)
+    with pytest.raises((ValueError, RuntimeError)):
+        measure(side - 1)
+
+
+def build_pair(side, protocol):
+    """Build a prediction that is like the truth of its sample, a photograph's, and a mask of its middle."""
+    photograph = Image.fromarray(data.astronaut()).crop((0, 0, side, side))
+    truth, other = photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT), draw_image(1, side, side)
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (side // 4, side // 4, side // 2, 3 * side // 4))
+    sample = Sample("0", "edit it", photograph, target_image=truth, mask=mask)
+    return Pair(Image.blend(truth, other, 0.3), sample, protocol)
+
+
+# Metrics over all predictions
+
+
+def test_fid_and_mean_iou_are_the_same_to_a_byte_after_a_stop_and_by_two_processes(
+    segmentation, segmentation_run, models, tmp_path, monkeypatch
+):
+    (benchmark, images), folder = segmentation, tmp_path / "run"
+    chosen = {name: models[name] for name in ("segmentation", "inception")}
+    replace = Path.replace
+
+    def stop(path, target):
+        if target.name == "00001.npz":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            scoring.score_predictions(benchmark, images, folder, models=chosen)
+    # The features of the second sample are there under their temporary name.
+    assert sorted(path.name[-9:] for path in (folder / "features").iterdir()) == ["00000.npz", "00001.npz"]
+    assert [line["id"] for line in read_lines(folder / "samples-0.jsonl")] == ["00000"]
+    words = ["score", "--data", benchmark.folder, "--images", images, "--output-dir", folder]
+    words += [word for name, model in chosen.items() for word in (f"--{name}-model", model)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29647"]
+    command = [*torchrun, "-m", "editar_hf.commands", "evaluate", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [len(list(read_lines(folder / f"samples-{rank}.jsonl"))) for rank in (0, 1)] == [2, 2]
+    assert (folder / "metrics.json").read_bytes() == (segmentation_run / "metrics.json").read_bytes()
+    overall = json.loads((folder / "metrics.json").read_text())["overall"]
+    assert all(overall[name]["mean"] > 0 and overall[name]["n"] == 4 for name in ("mean_iou", "fid"))
