@@ -127,10 +127,10 @@ class PassRunner:
         first_slot = self.num_image_tokens + self.model.config.num_text_tokens + start
         fed = F.pad(tokens[:, start : positions[-1]], (0, length - num_new)).repeat(len(self.branches), 1)
         torch.compiler.cudagraph_mark_step_begin()
-        logits = compiled.forward(
-            target_image_tokens=fed,
+        logits = compiled.run(
+            self.cache,
+            fed,
             **self.grid,
-            past_key_values=self.cache,
             position_ids=torch.arange(first_slot, first_slot + length, device=fed.device)[None],
         ).logits
         # A copy: the next pass writes its logits over these.
@@ -140,7 +140,7 @@ class PassRunner:
     def close(self):
         """Hand a static cache back."""
         if self.cache is not None and self.model.compiled_passes is not None:
-            self.model.compiled_passes.give_back(self.cache, self.num_image_tokens - 1)
+            self.model.compiled_passes.give_back(self.cache)
 
     def build_cache(self) -> DecodingCache:
         """Make room for what the passes will bring, behind the sources that the rows read."""
