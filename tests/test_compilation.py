@@ -1,6 +1,7 @@
 """Compiled decoding: the same tokens, one compilation for all edits of a size, caches that are safe and freed."""
 
 import copy
+import shutil
 import threading
 
 import pytest
@@ -26,6 +27,13 @@ class CountingBackend:
 def backend():
     torch._dynamo.reset()
     return CountingBackend()
+
+
+def build_shallow_transformer():
+    """One layer: every layer makes a compilation longer."""
+    model = build_transformer(GRID_SIZE)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    return model
 
 
 def draw_inputs(seed, batch_size=1):
@@ -61,11 +69,25 @@ def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
     assert backend.num_compilations == 2, "other prompts, sources, masks and settings of one size need no other"
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_torchs_own_compiler_gives_the_same_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    model, compiled = (build_shallow_transformer() for _ in range(2))
+    compiled.compile_passes()
+    for seed in range(2):
+        inputs = draw_inputs(seed)
+        inputs["source_image_tokens"] = inputs["source_image_tokens"][:, :16]  # 16 tokens: passes of one token only
+        tokens, expected = (
+            one.generate(**inputs, do_sample=False, grid_height=4, grid_width=4) for one in (compiled, model)
+        )
+        assert torch.equal(tokens, expected)
+    assert len(compiled.compiled_passes.compiled) == 1
+
+
 def test_any_number_of_shapes_is_compiled(backend):
     """Rows, branches, grids, pass lengths and dtypes; torch itself stops at 8 compilations of one function."""
-    model, compiled = (build_transformer(GRID_SIZE) for _ in range(2))
-    for one in (model, compiled):  # a compilation takes its time for each layer
-        one.model.layers, one.config.num_hidden_layers = one.model.layers[:1], 1
+    model, compiled = (build_shallow_transformer() for _ in range(2))
     compiled.compile_passes(backend=backend)
     shapes = [(batch_size, 1, 3, {}) for batch_size in range(1, 6)]
     shapes += [(1, *grid, {"guidance_scale": 1}) for grid in ((2, 2), (1, 4), (4, 1))]
