@@ -1,5 +1,7 @@
 """Compiled decoding: the same tokens, one compilation for all edits of a size, caches that are safe and freed."""
 
+import copy
+import shutil
 import threading
 
 import pytest
@@ -25,6 +27,13 @@ class CountingBackend:
 def backend():
     torch._dynamo.reset()
     return CountingBackend()
+
+
+def build_shallow_transformer():
+    """One layer: every layer makes a compilation longer."""
+    model = build_transformer(GRID_SIZE)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    return model
 
 
 def draw_inputs(seed, batch_size=1):
@@ -58,6 +67,52 @@ def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
     for seed, way in enumerate(ways):
         assert torch.equal(compiled.generate(**draw_inputs(seed), **way), model.generate(**draw_inputs(seed), **way))
     assert backend.num_compilations == 2, "other prompts, sources, masks and settings of one size need no other"
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_torchs_own_compiler_gives_the_same_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    model, compiled = (build_shallow_transformer() for _ in range(2))
+    compiled.compile_passes()
+    for seed in range(2):
+        inputs = draw_inputs(seed)
+        inputs["source_image_tokens"] = inputs["source_image_tokens"][:, :16]  # 16 tokens: passes of one token only
+        tokens, expected = (
+            one.generate(**inputs, do_sample=False, grid_height=4, grid_width=4) for one in (compiled, model)
+        )
+        assert torch.equal(tokens, expected)
+    assert len(compiled.compiled_passes.compiled) == 1
+
+
+def test_any_number_of_shapes_is_compiled(backend):
+    """Rows, branches, grids, pass lengths and dtypes; torch itself stops at 8 compilations of one function."""
+    model, compiled = (build_shallow_transformer() for _ in range(2))
+    compiled.compile_passes(backend=backend)
+    shapes = [(batch_size, 1, 3, {}) for batch_size in range(1, 6)]
+    shapes += [(1, *grid, {"guidance_scale": 1}) for grid in ((2, 2), (1, 4), (4, 1))]
+    shapes += [(1, 2, 3, {"image_guidance_scale": 1.6}), (1, 4, 5, {"edit_mask": torch.arange(20)[None] % 7 < 2})]
+    for batch_size, height, width, how in shapes:
+        inputs = draw_inputs(0, batch_size)
+        inputs["source_image_tokens"] = inputs["source_image_tokens"][:, : height * width]
+        tokens, expected = (
+            one.generate(**inputs, **how, do_sample=False, grid_height=height, grid_width=width)
+            for one in (compiled, model)
+        )
+        assert torch.equal(tokens, expected)
+    assert backend.num_compilations == len(shapes) + 1, "one each, and two for the mask"
+
+
+def test_a_copy_of_a_compiled_model_decodes_without_compiled_passes(backend):
+    model = build_transformer(GRID_SIZE)
+    model.compile_passes(backend=backend)
+    expected = model.generate(**draw_inputs(0))
+    num_compilations = backend.num_compilations
+    copied = copy.deepcopy(model)
+    assert copied.compiled_passes is None
+    assert torch.equal(copied.generate(**draw_inputs(0)), expected)
+    assert torch.equal(model.generate(**draw_inputs(0)), expected)
+    assert backend.num_compilations == num_compilations
 
 
 def test_compiled_caches_stay_between_calls_until_they_are_freed(backend):

@@ -1,14 +1,18 @@
 """Masks, drafts and source caches: each gives the tokens of the plain loop, in fewer passes or with less work."""
 
 import copy
+import math
 from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from plain_decoding import compute_naive_logits, decode_batch_naively
 from tiny import NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, build_transformer
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+
+from editar_hf.generation.attention import SharedPrefix, apply_attention
 
 
 BATCH_SIZE, NUM_TOKENS = 2, 16
@@ -69,10 +73,10 @@ def select_row(inputs, row):
 
 
 class PassRecorder:
-    """Note how many positions of each segment the decoder's forwards bring, and how many logits they compute."""
+    """Note what forwards bring of each segment, the cache of the last one, and how many logits they compute."""
 
     def __init__(self, model):
-        self.passes, self.num_logits = [], []
+        self.passes, self.num_logits, self.cache = [], [], None
         self.handles = [
             model.register_forward_pre_hook(self.record_inputs, with_kwargs=True),
             model.lm_head.register_forward_hook(self.record_logits),
@@ -88,6 +92,7 @@ class PassRecorder:
     def record_inputs(self, module, args, kwargs):
         segments = ("source_image_tokens", "prompt_embeds", "target_image_tokens")
         self.passes.append({name: tuple(kwargs[name].shape[:2]) for name in segments if name in kwargs})
+        self.cache = kwargs.get("past_key_values")
 
     def record_logits(self, module, args, logits):
         self.num_logits.append(logits.shape[1])
@@ -171,7 +176,29 @@ def test_rows_with_different_masks_get_the_tokens_they_get_alone(model, inputs):
         assert torch.equal(alone.sequences[0], together[row])
 
 
+@pytest.mark.parametrize("free", [[140], [2, 140]], ids=str)
+def test_forced_runs_of_more_queries_than_a_chunk_give_the_logits_of_one_forward(free):
+    """With the text, 140 tokens are 150 queries; after it, 138."""
+    model, record, num_tokens = build_transformer(grid_size=12), RecordLogits(), 144
+    generator = torch.Generator().manual_seed(1)
+    row = {
+        "source_image_tokens": torch.randint(NUM_CODES, (1, num_tokens), generator=generator),
+        "prompt_embeds": torch.randn(1, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, generator=generator),
+    }
+    edit_mask = torch.isin(torch.arange(num_tokens), torch.tensor(free))[None]
+    generate(model, row, **GREEDY, edit_mask=edit_mask, logits_processor=[record], generator=None)
+    plain = torch.stack([compute_plain_guided_logits(model, row, tokens) for tokens in record.tokens])
+    assert [len(tokens) for tokens in record.tokens] == free
+    assert (torch.stack(record.logits) - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
 # Drafts
+
+
+def test_a_speculative_pass_on_a_cpu_brings_eight_drafts(zero_model, inputs):
+    with PassRecorder(zero_model) as recorder:
+        generate(zero_model, select_row(inputs, 0), **GREEDY, decoding="speculative", generator=None)
+    assert recorder.passes[1]["target_image_tokens"] == (2, 8), "for each branch"
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 3, 40])
@@ -273,12 +300,13 @@ def test_tokens_are_the_same_with_a_source_cache(model, inputs, settings, mask_s
         assert torch.equal(cached.sequences, generate(model, inputs, **settings, edit_mask=edit_mask).sequences)
 
 
-def test_source_is_not_run_again_with_a_cache(model, inputs):
-    cache = model.prepare_source_cache(inputs["source_image_tokens"])
+def test_source_is_not_run_again_with_a_cache(inputs):
+    model = build_transformer(grid_size=6)
+    cache = model.prepare_source_cache(torch.arange(72).view(2, 36) % NUM_CODES)
     with PassRecorder(model) as recorder:
-        generate(model, inputs, **GREEDY, source_cache=cache)
+        generate(model, {"prompt_embeds": inputs["prompt_embeds"]}, **GREEDY, source_cache=cache)
     sources = [bring["source_image_tokens"] for bring in recorder.passes if "source_image_tokens" in bring]
-    assert sources == [(1, 2)], "the two tokens that tell whether the decoder is the cache's"
+    assert sources == [(1, 16)], "the tokens that tell whether the decoder is the cache's"
 
 
 def test_one_cached_source_serves_every_prompt(model, inputs):
@@ -302,6 +330,59 @@ def test_images_of_one_source_share_its_prefill_and_get_the_tokens_they_get_alon
         assert torch.equal(alone[0], together[row])
 
 
+def test_text_takes_one_slot_where_its_rotary_is_zero(model, inputs):
+    with PassRecorder(model) as recorder:
+        generate(model, inputs, **GREEDY)
+    num_text_slots = {"zero": 1, "identity": NUM_TEXT_TOKENS}[model.config.text_rotary]
+    assert recorder.cache.keys[0].shape[2] == num_text_slots + NUM_TOKENS - 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_images", "is_shared"),
+    [(torch.float32, 1, True), (torch.float32, 2, True), (torch.bfloat16, 1, False), (torch.bfloat16, 2, True)],
+    ids=str,
+)
+def test_branches_and_images_read_one_stored_source_from_two_rows_on_in_fp32_and_four_in_bf16(
+    zero_model, inputs, dtype, num_images, is_shared
+):
+    model = copy.deepcopy(zero_model).to(dtype)
+    source, prompts = inputs["source_image_tokens"][:1].repeat(num_images, 1), inputs["prompt_embeds"][:num_images]
+    with PassRecorder(model) as recorder:
+        model.generate(source, prompts.to(dtype), **GREEDY)
+    slots_of_each_row = 1 + (NUM_TOKENS - 1) + (0 if is_shared else NUM_TOKENS)
+    assert recorder.cache.keys[0].shape[::2] == (2 * num_images, slots_of_each_row)
+    assert [len(prefix.keys) for prefix in recorder.cache.prefixes[0]] == ([1] if is_shared else [])
+
+
+def test_attention_to_shared_sources_in_bf16_is_that_to_copies_up_to_rounding():
+    """Two branches of four images, two of each source: rows 0, 1, 4 and 5 read the first."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, 4, 40, 16, generator=generator).bfloat16()
+
+    prefix_keys, prefix_values, (query, keys, values) = draw(2), draw(2), draw(3, 8)
+    bias = torch.full((40, 40), -math.inf).triu(1)
+    shared = apply_attention(query, [SharedPrefix(prefix_keys, prefix_values, 8, 4)], keys, values, bias, 0.25)
+    rows = [0, 0, 1, 1] * 2
+    keys, values = torch.cat([prefix_keys[rows], keys], dim=2), torch.cat([prefix_values[rows], values], dim=2)
+    bias = torch.cat([torch.zeros(40, 40), bias], dim=1).double()
+    exact = F.scaled_dot_product_attention(*(x.double() for x in (query, keys, values)), attn_mask=bias, scale=0.25)
+    assert (shared - exact).square().mean().sqrt() < torch.finfo(torch.bfloat16).eps * exact.std()
+
+
+def test_the_one_text_slot_weighs_exactly_as_much_as_its_tokens_in_bf16_too():
+    """The logarithm of 120, rounded to bf16 before the softmax, would make its weight 0.4 % too small."""
+    generator = torch.Generator().manual_seed(0)
+    query, prefix_keys = (torch.randn(n, 16, 128, 16, generator=generator).bfloat16() for n in (4, 1))
+    prefix = SharedPrefix(prefix_keys, torch.zeros_like(prefix_keys), 4, 2)
+    text_keys, text_values = query.new_zeros(4, 16, 1, 16), query.new_ones(4, 16, 1, 16)
+    bias = torch.full((128, 1), math.log(120))
+    weights = apply_attention(query, [prefix], text_keys, text_values, bias, 0.25)[..., 0].double()
+    scores = 0.25 * query.double() @ prefix_keys.double().transpose(2, 3)
+    assert abs((weights * (1 + scores.exp().sum(dim=-1) / 120)).mean() - 1) < 1e-3
+
+
 class RecordLogits(LogitsProcessor):
     def __init__(self):
         self.tokens, self.logits = [], []
@@ -314,9 +395,10 @@ class RecordLogits(LogitsProcessor):
 
 def compute_plain_guided_logits(model, row, tokens):
     source, prompt = row["source_image_tokens"][0], row["prompt_embeds"][0].to(model.dtype)
+    grid = (model.config.grid_size, model.config.grid_size)
     with torch.no_grad():
         both, image = (
-            torch.from_numpy(compute_naive_logits(model, source, prompt, False, drop, tokens, 4, 4))
+            torch.from_numpy(compute_naive_logits(model, source, prompt, False, drop, tokens, *grid))
             for drop in (False, True)
         )
     return image + 3.0 * (both - image)
@@ -332,16 +414,17 @@ def test_logits_are_those_of_one_forward_over_the_whole_sequence(model, inputs, 
     assert (torch.stack(record.logits) - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
-def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_one_forward(model, inputs):
+@pytest.mark.parametrize("num_images", [1, 2], ids=["source in copies", "source shared"])
+def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_one_forward(model, inputs, num_images):
     coarse = copy.deepcopy(model).bfloat16()
-    row = {name: tensor[:1] for name, tensor in inputs.items()}
+    row = select_row(inputs, 0)
     record = RecordLogits()
-    generate(
-        coarse,
-        {**row, "prompt_embeds": row["prompt_embeds"].bfloat16()},
-        edit_mask=draw_mask(7, part=0.6),
+    coarse.generate(
+        row["source_image_tokens"].repeat(num_images, 1),
+        inputs["prompt_embeds"][:num_images].bfloat16(),
+        edit_mask=draw_mask(7, part=0.6).repeat(num_images, 1),
         logits_processor=[record],
-        generator=seed_generators(1),
+        generator=seed_generators(*range(1, 1 + num_images)),
     )
     fine, plain = (
         torch.stack([compute_plain_guided_logits(one, row, tokens) for tokens in record.tokens])
@@ -371,6 +454,7 @@ def test_a_cache_that_does_not_fit_is_refused(zero_model, inputs):
         ({"source_cache": spoil(cache, fingerprint=cache.fingerprint.bfloat16())}, "is torch.bfloat16 on cpu and the"),
         ({"source_cache": spoil(cache, fingerprint=cache.fingerprint.to("meta"))}, "float32 on meta and the decoder"),
         ({"source_cache": zero_model.prepare_source_cache(torch.zeros(3, 16, dtype=torch.long))}, "holds 3 images and"),
+        ({"source_cache": "x"}, "is str; pass what `prepare_source_cache` returns"),
     ]
     for arguments, message in refusals:
         with PassRecorder(zero_model) as recorder, pytest.raises(ValueError, match=f"`source_cache`.*{message}"):
@@ -386,6 +470,29 @@ def test_a_cache_made_before_the_weights_changed_is_refused(inputs, name):
         getattr(model.model.layers[0].self_attn, name).weight[3, 5] += 0.05
     with pytest.raises(ValueError, match="`source_cache` is of another decoder, or of this one with other weights"):
         model.generate(prompt_embeds=inputs["prompt_embeds"], source_cache=cache)
+
+
+def change_slightly(weight):
+    weight *= 1 + 1e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+
+
+def replace_most_embeddings(weight):
+    if len(weight) == NUM_CODES:
+        weight[2:] = weight[2:].flip(0).clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [change_slightly, replace_most_embeddings])
+def test_a_cache_of_a_similar_decoder_is_refused(inputs, dtype, change):
+    model = build_transformer(text_rotary="zero").to(dtype)
+    prompts = {"prompt_embeds": inputs["prompt_embeds"].to(dtype)}
+    cache = model.prepare_source_cache(inputs["source_image_tokens"])
+    model.generate(**prompts, **GREEDY, source_cache=cache)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            change(parameter)
+    with pytest.raises(ValueError, match=r"`source_cache` is of another decoder.*prepare it again with"):
+        model.generate(**prompts, source_cache=cache)
 
 
 class DependOnBeams(LogitsProcessor):

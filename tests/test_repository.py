@@ -244,6 +244,43 @@ def test_diffusers_finds_out_how_to_load_a_component_recorded_under_editar_hf(na
     assert [base for base in candidates.values() if base is not None and issubclass(component, base)]
 
 
+READ_SWITCHES = """
+import pkgutil, sys
+from importlib import import_module
+import torch
+def read_switches():
+    return [
+        torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic, torch.backends.mkldnn.enabled,
+    ]
+"""
+
+
+def test_neither_importing_nor_editing_sets_a_global_switch_of_torch():
+    code = f"""{READ_SWITCHES}
+first = read_switches()
+import editar_hf
+for module in pkgutil.iter_modules(editar_hf.__path__):
+    import_module("editar_hf." + module.name)
+print(read_switches() == first)
+sys.path.append({str(ROOT / "tests")!r})
+from tiny import build_pipeline, draw_image
+build_pipeline()("make the red circle blue", image=draw_image(0))
+print(read_switches() == first)
+"""
+    assert run_python(code) == "True\nTrue\n"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_path)
+def test_no_line_sets_a_global_switch_of_torch(path):
+    """In modules that the test above does not import, and in functions that it does not call."""
+    text = path.read_text()
+    assert not re.findall(r"torch\.(?:set_(?!grad_enabled)\w+|use_deterministic_algorithms|(?:manual_)?seed)\(", text)
+    assert not re.findall(r"torch\.backends[\w.]* = |^ *torch\.set_grad_enabled", text, flags=re.MULTILINE)
+
+
 # Requirements
 
 

@@ -23,8 +23,8 @@ class SourceCache:
         source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Their tokens.
         keys, values (`list[torch.Tensor]`): A tensor `(sources, heads, N, head_dim)` for each layer.
         grid_height, grid_width (`int`): Tokens per column and row.
-        fingerprint (`torch.Tensor`): What the decoder makes of two fixed tokens; another decoder, or the same with
-            other weights or adapters, makes something else of them.
+        fingerprint (`torch.Tensor` of shape `(tokens, hidden_size)`): What the decoder makes of a few of the tokens;
+            another decoder, or the same with other weights or adapters, makes something else of them.
         pixel_values (`torch.Tensor` of shape `(sources, 3, height, width)`, *optional*): The pictures, in [−1, 1].
     """
 

@@ -170,7 +170,8 @@ class EditARGenerationMixin(GenerationMixin):
         check_edit_mask(edit_mask, source_image_tokens)
         check_decoding(decoding, num_draft_tokens, logits_processor or [], source_image_tokens is not None)
         if source_cache is not None:
-            check_fingerprint(source_cache, compute_fingerprint(self, device))
+            fingerprint = compute_fingerprint(self, source_cache.source_image_tokens, grid_height, grid_width)
+            check_fingerprint(source_cache, fingerprint)
 
         noise_keys = None
         if settings.do_sample:
@@ -239,8 +240,8 @@ class EditARGenerationMixin(GenerationMixin):
         """
         grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
         check_source_image_tokens(self.config, source_image_tokens, grid_height, grid_width)
-        device = source_image_tokens.device
         grid = {"grid_height": grid_height, "grid_width": grid_width}
-        is_null = torch.zeros(len(source_image_tokens), dtype=torch.bool, device=device)
+        is_null = torch.zeros(len(source_image_tokens), dtype=torch.bool, device=source_image_tokens.device)
         states = compute_source_states(self, source_image_tokens, is_null, grid)
-        return SourceCache(source_image_tokens, *states, **grid, fingerprint=compute_fingerprint(self, device))
+        fingerprint = compute_fingerprint(self, source_image_tokens, **grid)
+        return SourceCache(source_image_tokens, *states, **grid, fingerprint=fingerprint)

@@ -36,14 +36,20 @@ def compute_source_states(
     return SourceStates([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
 
 
-def compute_fingerprint(model, device: torch.device) -> torch.Tensor:
-    """Compute what the decoder makes of two fixed tokens, `(2, hidden_size)`: other weights or adapters change it.
+def compute_fingerprint(
+    model, source_image_tokens: torch.LongTensor, grid_height: int, grid_width: int
+) -> torch.Tensor:
+    """Compute what the decoder makes of up to 16 tokens from all over the sources, `(tokens, hidden_size)`.
 
-    Two, because a lone token attends to itself whatever its query is.
+    Other embeddings, weights or adapters change it, and the same decoder on the same machine repeats it bit by bit.
     """
-    grid_width = min(2, model.config.grid_size)
-    tokens = torch.arange(grid_width, device=device)[None] % model.config.vocab_size
-    outputs = model(source_image_tokens=tokens, grid_height=1, grid_width=grid_width, output_hidden_states=True)
+    grid_height, grid_width = min(4, grid_height), min(4, grid_width)
+    num_tokens = grid_height * grid_width
+    tokens = source_image_tokens.flatten()
+    tokens = tokens[:: len(tokens) // num_tokens][None, :num_tokens]
+    outputs = model(
+        source_image_tokens=tokens, grid_height=grid_height, grid_width=grid_width, output_hidden_states=True
+    )
     return outputs.hidden_states[-1][0]
 
 
@@ -127,10 +133,10 @@ class PassRunner:
         first_slot = self.num_image_tokens + self.model.config.num_text_tokens + start
         fed = F.pad(tokens[:, start : positions[-1]], (0, length - num_new)).repeat(len(self.branches), 1)
         torch.compiler.cudagraph_mark_step_begin()
-        logits = compiled.forward(
-            target_image_tokens=fed,
+        logits = compiled.run(
+            self.cache,
+            fed,
             **self.grid,
-            past_key_values=self.cache,
             position_ids=torch.arange(first_slot, first_slot + length, device=fed.device)[None],
         ).logits
         # A copy: the next pass writes its logits over these.
@@ -140,7 +146,7 @@ class PassRunner:
     def close(self):
         """Hand a static cache back."""
         if self.cache is not None and self.model.compiled_passes is not None:
-            self.model.compiled_passes.give_back(self.cache, self.num_image_tokens - 1)
+            self.model.compiled_passes.give_back(self.cache)
 
     def build_cache(self) -> DecodingCache:
         """Make room for what the passes will bring, behind the sources that the rows read."""
