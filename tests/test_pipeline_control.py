@@ -129,6 +129,20 @@ def test_a_mask_without_white_returns_the_source_with_a_warning(pipe, mask_blend
     assert output.num_passes == 0
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(draw_mask(size=(48, 16)), "white nowhere"), (draw_mask((0, 0, 5, 5), size=(48, 16)), "100% lies in what")],
+    ids=["empty", "cut away"],
+)
+def test_warning_of_a_mask_without_effect_points_at_the_call_and_names_the_cause(pipe, mask, message):
+    image = draw_image(0, 48, 16)
+    with pytest.warns(UserWarning, match=message) as record:
+        output = edit(pipe, image, mask_image=mask, restore_size=True)
+    (warning,) = (one for one in record if message in str(one.message))
+    assert warning.filename == __file__
+    assert np.array_equal(np.asarray(output.images[0]), np.asarray(image))
+
+
 def test_an_empty_mask_leaves_the_other_images_of_a_batch_alone(pipe):
     with pytest.warns(UserWarning, match="white nowhere"):
         output = edit(pipe, mask_image=[draw_mask(), MASK], generator=[seeded(1), seeded(0)], mask_blend=False)
@@ -264,6 +278,15 @@ def test_a_cache_of_several_images_pairs_up_with_prompts_and_returns_into_the_im
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
+def test_a_cache_of_one_picture_serves_each_of_a_list_of_it(pipe):
+    cache, generators = pipe.prepare_source_cache(draw_image(0)), [[seeded(0), seeded(1)] for _ in range(2)]
+    images = [draw_image(0), draw_image(0)]
+    output = pipe(PROMPT, image=images, source_cache=cache, restore_size=True, generator=generators[0])
+    assert torch.equal(output.image_tokens, pipe(PROMPT, image=images, generator=generators[1]).image_tokens)
+    with pytest.raises(ValueError, match="`source_cache` is of another picture than `image`"):
+        pipe(PROMPT, image=[draw_image(0), draw_image(1)], source_cache=cache, restore_size=True)
+
+
 def test_a_cache_of_another_picture_or_a_changed_decoder_is_refused():
     pipe = build_pipeline()
     cache = pipe.prepare_source_cache(draw_image(0))
@@ -365,7 +388,7 @@ def test_edit_map_is_how_much_the_instruction_lowers_the_likelihood_of_each_sour
 TOKENS = torch.zeros(1, NUM_TOKENS, dtype=torch.long)
 BAD_INPUT = {
     "mask of other proportions": ({"mask_image": draw_mask(size=(16, 20))}, "`mask_image` is 16×20 pixels and its"),
-    "mask that is no picture": ({"mask_image": "mask.png"}, "holds a str"),
+    "mask that is no picture": ({"mask_image": "mask.png"}, "`mask_image` holds a str"),
     "mask without image": ({"image": None, "mask_image": MASK}, "`mask_image` is given without an `image`"),
     "masks that do not pair up": ({"image": [draw_image(0)] * 2, "mask_image": [MASK] * 3}, "`mask_image` has 3"),
     "window without mask": ({"crop_to_mask": True}, "`crop_to_mask` is True; it needs `image` and `mask_image`"),
@@ -376,6 +399,10 @@ BAD_INPUT = {
     "window as an array": (
         {"crop_to_mask": True, "mask_image": MASK, "output_type": "np"},
         "`output_type` is 'np' with `crop_to_mask`",
+    ),
+    "window with a way to resize": (
+        {"crop_to_mask": True, "mask_image": MASK, "resize_mode": "crop"},
+        "`resize_mode` is 'crop' beside `crop_to_mask`",
     ),
     "unknown decoding": ({"decoding": "fast"}, "`decoding` is 'fast'"),
     "drafts without a source": (
@@ -399,6 +426,14 @@ def pipe_at_rest(pipe):
     yield pipe
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [], ["remove it", 5]], ids=str)
+def test_what_is_no_prompt_is_refused_before_a_network_runs(pipe_at_rest, prompt):
+    with pytest.raises(ValueError, match=r"`prompt` is .*; pass a string or a list of strings"):
+        pipe_at_rest.compute_edit_map(draw_image(0), prompt)
+    with pytest.raises(ValueError, match=r"`prompt` is .*; pass a string or a list of strings"):
+        pipe_at_rest.encode_prompt(prompt)
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)

@@ -29,6 +29,7 @@ from .pipeline_inputs import (
     check_output_options,
     check_prompts,
     check_source,
+    check_texts,
     compute_batch_size,
 )
 from .pipeline_lora import EditARLoraMixin
@@ -124,6 +125,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         """
         if self.text_encoder is None:
             raise ValueError(f"`prompt` is {prompt!r}, and the pipeline has no text encoder; pass `prompt_embeds`.")
+        check_texts("prompt", prompt)
         inputs = self.processor(text=prompt, task=task).to(self._execution_device)
         # Parity: the text encoder masks padding, the decoder attends to its states.
         states = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
@@ -181,6 +183,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         Raises:
             ValueError: If the inputs do not fit the model or each other.
         """
+        check_texts("prompt", prompt)
         grid = self.compute_grid(*self.resolve_size(height, width))
         pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
         prompts = add_task_prefixes(prompt, task)
@@ -318,13 +321,14 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
             restore_size (`bool`): Return images of the source's size: after a crop, the edited part in its place in the
                 full source; after a stretch, the inverse resize. Needs `image` and `output_type="pil"`.
             mask_image (*optional*): White where the image may change; one mask, or one per image, each of its image's
-                size (another size is resized with a warning). A token may change if any of its pixels is white; all
-                others keep their source tokens, and a pass is needed only for those that may. A mask without white
-                returns the source, with a warning.
+                size (another size is resized with a warning); transparency is black. A token may change if any of its
+                pixels is white; all others keep their source tokens, and a pass is needed only for those that may. A
+                mask without white returns the source, with a warning.
             mask_blend (`bool`): Lay the result over the source's own pixels, with a feather that ends at most one token
                 beyond those that may change; behind it no pixel differs from the source at the output's size.
             crop_to_mask (`bool`): Edit a window around the mask, of the proportions of `height` × `width`, at the
-                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`.
+                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`,
+                and no `resize_mode`.
             guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance. Default, as of the
                 next four: the setting in `transformer/generation_config.json`.
             image_guidance_scale (`float`, *optional*): Weight of the source image, in guidance with two knobs; 1 is the
@@ -363,7 +367,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         settings = dict(zip(names, (guidance_scale, do_sample, temperature, top_k, top_p), strict=True))
         resolve_generation_config(self.transformer.generation_config, None, settings)
         check_prompts(self.transformer.config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
-        given = SourceArguments(image, mask_image, crop_to_mask, source_image_tokens, source_cache)
+        given = SourceArguments(image, resize_mode, mask_image, crop_to_mask, source_image_tokens, source_cache)
         device, grid = self._execution_device, self.compute_grid(*size)
         check_source(self.transformer, device, given, image_guidance_scale, restore_size, decoding, grid)
         check_output_options(output_type, restore_size, crop_to_mask, num_images_per_prompt)
@@ -373,7 +377,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
 
         # 2. Prepare prompts, pictures and masks, and see how many images they ask for
         prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
-        sources = self.prepare_sources(given, size, resize_mode)
+        sources = self.prepare_sources(given, size)
         texts = {"prompt": prompts or prompt_embeds, "negative_prompt": negative_prompts or negative_prompt_embeds}
         batch_size = compute_batch_size(**texts, **sources.count())
         check_generator(generator, batch_size * num_images_per_prompt)

@@ -16,7 +16,15 @@ from .generation import SourceCache
 from .pipeline_inputs import SourceArguments, check_cached_pictures, compute_batch_size
 from .pipeline_steps import RowPreview
 from .processing_editar import list_pictures, prepare_rgb_picture
-from .processing_masks import Window, apply_blend, compute_edit_mask, compute_feather, compute_window, prepare_mask
+from .processing_masks import (
+    Window,
+    apply_blend,
+    compute_edit_mask,
+    compute_feather,
+    compute_window,
+    describe_lost_white,
+    prepare_mask,
+)
 
 
 @dataclass
@@ -127,10 +135,10 @@ class EditARSourcesMixin:
         self.maybe_free_model_hooks()
         return cache
 
-    def prepare_sources(self, given: SourceArguments, size: tuple[int, int], resize_mode: str | None) -> Sources:
+    def prepare_sources(self, given: SourceArguments, size: tuple[int, int]) -> Sources:
         """Prepare pictures and masks, and cut windows where they are asked for; no network runs."""
         height, width = size
-        resize_mode = self.processor.image_processor.resize_mode if resize_mode is None else resize_mode
+        resize_mode = self.processor.image_processor.resize_mode if given.resize_mode is None else given.resize_mode
         pictures = None if given.image is None else list_pictures(given.image)
         masks, frames = None, None
         if given.mask_image is not None:
@@ -171,9 +179,9 @@ class EditARSourcesMixin:
             return None
         stride, num_rows = self.vq_model.config.stride, len(source_image_tokens)
         edit_mask = torch.stack([compute_edit_mask(mask, *size, stride, sources.resize_mode) for mask in sources.masks])
+        for message in {describe_lost_white(mask, *size, sources.resize_mode) for mask in sources.masks} - {None}:
+            warnings.warn(message, stacklevel=4)  # torch's no_grad stands between the pipeline and its caller
         has_free = edit_mask.flatten(1).any(dim=1)
-        if not has_free.all():
-            warnings.warn("`mask_image` is white nowhere in an image; its source is returned.", stacklevel=3)
         weights = has_free.float()[:, None, None, None].expand(-1, 1, *size)
         if is_blended:
             weights = compute_feather(edit_mask, stride)
