@@ -147,14 +147,16 @@ def test_an_error_that_is_not_of_the_input_stops_no_folder_either(pictures, tmp_
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (write_huge, "huge.png is no picture to open: Image size (900000000 pixels) exceeds limit"),
+        (write_huge, "bad.png is no picture that opens: Image size (900000000 pixels) exceeds limit"),
         (lambda path: write_truncated(path, path.parent / "b.png"), "which does not decode: image file is truncated"),
+        (lambda path: path.write_bytes(b"P6 12345678901 1 255 "), "bad.png is no picture that opens: "),
+        (lambda path: path.write_bytes(b"P3 9 9 255 few"), "bad.png', which does not decode: invalid literal"),
     ],
-    ids=["huge", "truncated"],
+    ids=["huge", "truncated", "header", "pixels"],
 )
 def test_one_edit_says_in_a_line_what_is_wrong_with_its_file(write, message, model, pictures, tmp_path, capsys):
-    write(pictures / "huge.png")
-    words = ["edit", "--model", model, "--image", str(pictures / "huge.png"), "--prompt", PROMPT]
+    write(pictures / "bad.png")
+    words = ["edit", "--model", model, "--image", str(pictures / "bad.png"), "--prompt", PROMPT]
     assert main([*words, "--output", str(tmp_path / "edited.png")]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
     assert line.startswith("editar-hf: error: ")

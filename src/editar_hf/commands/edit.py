@@ -137,13 +137,15 @@ def load_pipeline(model: str):
 
 
 def open_picture(path: Path):
-    """Open a picture; what PIL calls a decompression bomb cannot be used either."""
+    """Open a picture. What PIL raises for a broken header is of many kinds, and not all of it names the file."""
     from PIL import Image
 
     try:
         return Image.open(path)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is no picture to open: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no picture that opens: {error}") from error
 
 
 def edit(pipeline, job: Job) -> None:
