@@ -341,18 +341,22 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
                 image depends on its own seed alone, not on its place in the batch.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): From `encode_prompt`, in place of text.
             source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): From `encode_image` or an
-                earlier output, in place of `image`; beside it with `restore_size=True` or `mask_image`.
+                earlier output, in place of `image`. With `restore_size=True` or `mask_image` the picture of these
+                tokens, and no other, may stand beside them: the result is laid over it. In a session at full size that
+                is the last turn's result, `image=output.images[0]`; over the first photograph earlier turns are lost.
             source_cache (`SourceCache`, *optional*): From `prepare_source_cache`, in place of `image`: the source costs
                 nothing any more. Beside `image` with `restore_size=True` or `mask_image`.
-            decoding (`str`): `"exact"`, one token per pass; or `"speculative"`, the same tokens (in bf16 up to
-                rounding at near-ties) in fewer passes where the result is easy to foresee.
+            decoding (`str`): `"exact"`, one token per pass; or `"speculative"`, the same tokens in fewer passes where
+                the result is easy to foresee. Rounding can turn a near-tie, in bf16 often; from there on the tokens
+                are others, as likely.
             callback_on_step_end (`Callable`, *optional*): Called after every token as
                 `callback(pipe, step, step, tensors)`; a step is the index of a token. What it returns is not looked at.
             callback_on_step_end_tensor_inputs (sequence of `str`): What `tensors` holds: `"image_tokens"` (those so
                 far), `"source_image_tokens"`, `"prompt_embeds"`.
             preview_every (`int`, *optional*): After so many rows of tokens `tensors` also holds `"preview"`, a PIL
-                image for each result: what is decoded so far, above the source. Strips are drawn by themselves, so
-                that a preview is cheap and near to the result, not equal.
+                image for each result: what is decoded so far, above the source, under the mask and of the size that
+                the result will have. Strips are drawn by themselves, so that a preview is cheap and near to the
+                result, not equal.
             output_type (`str`): `"pil"`, `"np"` (batch, height, width, 3) in [0, 1], `"pt"` (batch, 3, height, width)
                 in [0, 1], or `"tokens"`.
             return_dict (`bool`): Return an `EditARPipelineOutput`, or its values as a tuple.
@@ -397,7 +401,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         settings |= {"image_guidance_scale": image_guidance_scale, "generator": generator}
         settings |= {"decoding": decoding, "source_cache": source_cache}
         settings["edit_mask"] = None if region is None else region.edit_mask
-        preview = self.prepare_preview(sources, rows, size, preview_every)
+        preview = self.prepare_preview(sources, rows, region, size, restore_size, preview_every)
         image_tokens, num_passes = self.generate_image_tokens(rows, settings, grid, *observers, preview)
 
         # 5. Draw them

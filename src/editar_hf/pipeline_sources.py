@@ -6,6 +6,7 @@ size.
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -207,17 +208,23 @@ class EditARSourcesMixin:
         self,
         sources: Sources,
         rows: dict[str, torch.Tensor | None],
+        region: EditRegion | None,
         size: tuple[int, int],
+        restore_size: bool,
         rows_per_preview: int | None,
     ) -> RowPreview | None:
-        """Begin the previews of a batch with its sources, or with grey where there are none."""
+        """Begin the previews of a batch with its sources, or with grey where there are none.
+
+        They are laid over the sources and brought to their sizes as the results will be.
+        """
         if rows_per_preview is None:
             return None
         if rows["source_image_tokens"] is None:
             pixel_values = torch.zeros(len(rows["prompt_embeds"]), 3, *size, device=self._execution_device)
         else:
             pixel_values = self.compute_source_pixels(sources, rows["source_image_tokens"], size)
-        return RowPreview(self, pixel_values, self.compute_grid(*size)[1], rows_per_preview)
+        compose = partial(self.compose_images, sources=sources, region=region, size=size, restore_size=restore_size)
+        return RowPreview(self, pixel_values, self.compute_grid(*size)[1], rows_per_preview, compose)
 
     def restore_images(
         self, images: list[Image.Image], sources: Sources, region: EditRegion | None, size: tuple[int, int]
@@ -248,10 +255,22 @@ class EditARSourcesMixin:
         restore_size: bool,
         output_type: str,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Draw the results, lay them over their sources in a region, and where wanted bring them to their sizes."""
+        """Draw the results and compose them."""
         if output_type == "tokens":
             return image_tokens
         pixel_values = self.vq_model.decode(image_tokens, *self.compute_grid(*size)).float()
+        return self.compose_images(pixel_values, sources, region, size, restore_size, output_type)
+
+    def compose_images(
+        self,
+        pixel_values: torch.Tensor,
+        sources: Sources,
+        region: EditRegion | None,
+        size: tuple[int, int],
+        restore_size: bool,
+        output_type: str = "pil",
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Lay what was drawn over its sources in a region, and where wanted bring it to their sizes."""
         if restore_size or sources.frames is not None:
             return self.restore_images(self.processor.postprocess(pixel_values), sources, region, size)
         if region is not None:
