@@ -10,6 +10,7 @@ from editar_hf.processing_masks import (
     compute_edit_mask,
     compute_feather,
     compute_window,
+    describe_lost_white,
     prepare_mask,
 )
 
@@ -64,6 +65,50 @@ def test_grey_counts_as_white_from_the_middle_on_in_every_kind_of_picture():
     pictures += [torch.from_numpy(levels), torch.from_numpy(levels >= 128), Image.fromarray(levels >= 128)]
     for picture in pictures:
         assert prepare_mask(picture, (4, 1)).tolist() == expected
+
+
+def test_transparency_of_a_mask_is_black():
+    stroke = Image.new("RGBA", (16, 8), (0, 0, 0, 0))
+    stroke.paste((255, 255, 255, 255), (4, 2, 6, 4))
+    erased = Image.new("RGBA", (16, 8), (255, 255, 255, 0))
+    erased.paste((255, 255, 255, 255), (4, 2, 6, 4))
+    expected = draw_points(8, 16, (2, 4), (2, 5), (3, 4), (3, 5))
+    palette = Image.fromarray(expected.astype(np.uint8), "P")
+    palette.putpalette([255] * 6)
+    palette.info["transparency"] = 0
+    tensor = torch.from_numpy(np.asarray(stroke).copy()).permute(2, 0, 1)
+    for picture in (stroke, erased, np.asarray(stroke), tensor, stroke.convert("LA"), palette):
+        assert np.array_equal(prepare_mask(picture, (16, 8)), expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("mask.png", "`mask_image` holds a str; pass PIL images"),
+        (None, "`mask_image` holds a NoneType"),
+        (np.ones((8, 8), np.int64), "`mask_image` holds pixels of type int64"),
+        (np.full((8, 8), 2.0), r"`mask_image` holds floats in \[2"),
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), "`mask_image` holds a picture of shape"),
+        (Image.new("L", (0, 8)), "`mask_image` holds a picture of 0×8 pixels"),
+    ],
+    ids=["path", "None", "int64", "range", "channels", "no pixel"],
+)
+def test_what_is_no_mask_is_refused_by_its_own_name(mask, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_mask(mask, (8, 8))
+
+
+def test_white_that_cannot_be_edited_is_described_with_its_cause_and_remedy():
+    nothing, inside, outside = draw_points(16, 48), draw_points(16, 48, (8, 16)), draw_points(16, 48, (8, 3))
+    assert "white nowhere in an image, whose source is returned; white is 128 to 255" in describe_lost_white(
+        nothing, 16, 16, "stretch"
+    )
+    assert describe_lost_white(inside, 16, 16, "crop") is None
+    assert describe_lost_white(outside, 16, 16, "stretch") is None
+    message = describe_lost_white(outside, 16, 16, "crop")
+    assert "100% lies in what the centre crop cuts away" in message
+    assert 'pass `resize_mode="stretch"`' in message
+    assert "of `mask_image` 50% lies" in describe_lost_white(inside | outside, 16, 16, "crop")
 
 
 def test_a_mask_of_another_size_is_resized_with_a_warning():

@@ -9,6 +9,7 @@ Edges need kornia, the extra `maps`.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -25,12 +26,18 @@ def make_canny_map(image: Image.Image, low_threshold: float = 0.1, high_threshol
             edge or begins one.
 
     Raises:
+        ImportError: If kornia is not installed.
         ValueError: If the thresholds are not positive and in order.
 
     Source: the detector of the published training, kornia's with its thresholds on RGB in [0, 1].
     """
-    from kornia.filters import canny
-
+    try:
+        from kornia.filters import canny
+    except ImportError as error:
+        raise ImportError(
+            "`make_canny_map` needs kornia, which is not installed; it comes with the extra `maps`: "
+            "pip install 'editar-hf[maps]'."
+        ) from error
     if not 0 < low_threshold <= high_threshold:
         raise ValueError(
             f"`low_threshold` is {low_threshold} and `high_threshold` {high_threshold}; both are positive, and the low "
@@ -51,16 +58,31 @@ def make_depth_map(
         image (`PIL.Image.Image`): The photograph.
         model (`PreTrainedModel`): Any depth model of transformers (`AutoModelForDepthEstimation`).
         image_processor (`BaseImageProcessor`): Its own.
-        is_distance (`bool`): Whether the model's values grow with the distance (metric models, such as ZoeDepth) and
-            not with the nearness (MiDaS, DPT, Depth Anything).
+        is_distance (`bool`): Whether the model's values grow with the distance (metric models, such as ZoeDepth, GLPN
+            and Depth Pro) and not with the nearness (MiDaS, DPT, Depth Anything).
     """
     outputs, size = run_model(image, model, image_processor)
-    (result,) = image_processor.post_process_depth_estimation(outputs, target_sizes=[size])
-    depth = result["predicted_depth"].float().cpu()
+    if model.config.model_type == "zoedepth":  # whose processor does this with torchvision
+        depth = resize_padded_depth(outputs.predicted_depth[0].float(), size, image_processor.do_pad)
+    else:
+        (result,) = image_processor.post_process_depth_estimation(outputs, target_sizes=[size])
+        depth = result["predicted_depth"].float()
+    depth = depth.cpu()
     depth = -depth if is_distance else depth
     # A wall that is everywhere as far away has no range to spread.
     spread = (depth - depth.min()) / (depth.max() - depth.min()).clamp(min=torch.finfo(torch.float32).tiny)
     return Image.fromarray((spread * 255).round().byte().numpy()).convert("RGB")
+
+
+def resize_padded_depth(depth: torch.Tensor, size: tuple[int, int], is_padded: bool) -> torch.Tensor:
+    """Bring depth (rows, columns) of an image that was padded to that of its inside, of `size` (height, width).
+
+    Source: the padding of ZoeDepth (arXiv 2302.12288): 3 √(side / 2) pixels before and behind each side.
+    """
+    padding = [int(3 * (side / 2) ** 0.5) if is_padded else 0 for side in size]
+    padded_size = [side + 2 * before for side, before in zip(size, padding, strict=True)]
+    padded = F.interpolate(depth[None, None], padded_size, mode="bicubic")[0, 0]
+    return padded[padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
 
 
 @torch.no_grad()

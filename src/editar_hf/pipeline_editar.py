@@ -29,6 +29,7 @@ from .pipeline_inputs import (
     check_output_options,
     check_prompts,
     check_source,
+    check_texts,
     compute_batch_size,
 )
 from .pipeline_lora import EditARLoraMixin
@@ -124,6 +125,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         """
         if self.text_encoder is None:
             raise ValueError(f"`prompt` is {prompt!r}, and the pipeline has no text encoder; pass `prompt_embeds`.")
+        check_texts("prompt", prompt)
         inputs = self.processor(text=prompt, task=task).to(self._execution_device)
         # Parity: the text encoder masks padding, the decoder attends to its states.
         states = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
@@ -181,6 +183,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         Raises:
             ValueError: If the inputs do not fit the model or each other.
         """
+        check_texts("prompt", prompt)
         grid = self.compute_grid(*self.resolve_size(height, width))
         pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
         prompts = add_task_prefixes(prompt, task)
@@ -318,13 +321,14 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
             restore_size (`bool`): Return images of the source's size: after a crop, the edited part in its place in the
                 full source; after a stretch, the inverse resize. Needs `image` and `output_type="pil"`.
             mask_image (*optional*): White where the image may change; one mask, or one per image, each of its image's
-                size (another size is resized with a warning). A token may change if any of its pixels is white; all
-                others keep their source tokens, and a pass is needed only for those that may. A mask without white
-                returns the source, with a warning.
+                size (another size is resized with a warning); transparency is black. A token may change if any of its
+                pixels is white; all others keep their source tokens, and a pass is needed only for those that may. A
+                mask without white returns the source, with a warning.
             mask_blend (`bool`): Lay the result over the source's own pixels, with a feather that ends at most one token
                 beyond those that may change; behind it no pixel differs from the source at the output's size.
             crop_to_mask (`bool`): Edit a window around the mask, of the proportions of `height` × `width`, at the
-                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`.
+                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`,
+                and no `resize_mode`.
             guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance. Default, as of the
                 next four: the setting in `transformer/generation_config.json`.
             image_guidance_scale (`float`, *optional*): Weight of the source image, in guidance with two knobs; 1 is the
@@ -337,18 +341,22 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
                 image depends on its own seed alone, not on its place in the batch.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): From `encode_prompt`, in place of text.
             source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): From `encode_image` or an
-                earlier output, in place of `image`; beside it with `restore_size=True` or `mask_image`.
+                earlier output, in place of `image`. With `restore_size=True` or `mask_image` the picture of these
+                tokens, and no other, may stand beside them: the result is laid over it. In a session at full size that
+                is the last turn's result, `image=output.images[0]`; over the first photograph earlier turns are lost.
             source_cache (`SourceCache`, *optional*): From `prepare_source_cache`, in place of `image`: the source costs
                 nothing any more. Beside `image` with `restore_size=True` or `mask_image`.
-            decoding (`str`): `"exact"`, one token per pass; or `"speculative"`, the same tokens (in bf16 up to
-                rounding at near-ties) in fewer passes where the result is easy to foresee.
+            decoding (`str`): `"exact"`, one token per pass; or `"speculative"`, the same tokens in fewer passes where
+                the result is easy to foresee. Rounding can turn a near-tie, in bf16 often; from there on the tokens
+                are others, as likely.
             callback_on_step_end (`Callable`, *optional*): Called after every token as
                 `callback(pipe, step, step, tensors)`; a step is the index of a token. What it returns is not looked at.
             callback_on_step_end_tensor_inputs (sequence of `str`): What `tensors` holds: `"image_tokens"` (those so
                 far), `"source_image_tokens"`, `"prompt_embeds"`.
             preview_every (`int`, *optional*): After so many rows of tokens `tensors` also holds `"preview"`, a PIL
-                image for each result: what is decoded so far, above the source. Strips are drawn by themselves, so
-                that a preview is cheap and near to the result, not equal.
+                image for each result: what is decoded so far, above the source, under the mask and of the size that
+                the result will have. Strips are drawn by themselves, so that a preview is cheap and near to the
+                result, not equal.
             output_type (`str`): `"pil"`, `"np"` (batch, height, width, 3) in [0, 1], `"pt"` (batch, 3, height, width)
                 in [0, 1], or `"tokens"`.
             return_dict (`bool`): Return an `EditARPipelineOutput`, or its values as a tuple.
@@ -363,7 +371,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         settings = dict(zip(names, (guidance_scale, do_sample, temperature, top_k, top_p), strict=True))
         resolve_generation_config(self.transformer.generation_config, None, settings)
         check_prompts(self.transformer.config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
-        given = SourceArguments(image, mask_image, crop_to_mask, source_image_tokens, source_cache)
+        given = SourceArguments(image, resize_mode, mask_image, crop_to_mask, source_image_tokens, source_cache)
         device, grid = self._execution_device, self.compute_grid(*size)
         check_source(self.transformer, device, given, image_guidance_scale, restore_size, decoding, grid)
         check_output_options(output_type, restore_size, crop_to_mask, num_images_per_prompt)
@@ -373,7 +381,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
 
         # 2. Prepare prompts, pictures and masks, and see how many images they ask for
         prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
-        sources = self.prepare_sources(given, size, resize_mode)
+        sources = self.prepare_sources(given, size)
         texts = {"prompt": prompts or prompt_embeds, "negative_prompt": negative_prompts or negative_prompt_embeds}
         batch_size = compute_batch_size(**texts, **sources.count())
         check_generator(generator, batch_size * num_images_per_prompt)
@@ -393,7 +401,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         settings |= {"image_guidance_scale": image_guidance_scale, "generator": generator}
         settings |= {"decoding": decoding, "source_cache": source_cache}
         settings["edit_mask"] = None if region is None else region.edit_mask
-        preview = self.prepare_preview(sources, rows, size, preview_every)
+        preview = self.prepare_preview(sources, rows, region, size, restore_size, preview_every)
         image_tokens, num_passes = self.generate_image_tokens(rows, settings, grid, *observers, preview)
 
         # 5. Draw them

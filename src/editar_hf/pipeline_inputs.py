@@ -39,12 +39,10 @@ def compute_batch_size(**inputs: Sequence | torch.Tensor | None) -> int:
     return batch_size
 
 
-def check_texts(name: str, texts: str | Sequence[str] | None):
+def check_texts(name: str, texts: str | Sequence[str]):
     """Refuse what is neither a string nor a list of strings."""
     listed = [texts] if isinstance(texts, str) else texts
-    if texts is not None and not (
-        isinstance(listed, list | tuple) and listed and all(isinstance(text, str) for text in listed)
-    ):
+    if not (isinstance(listed, list | tuple) and listed and all(isinstance(text, str) for text in listed)):
         raise ValueError(f"`{name}` is {texts!r}; pass a string or a list of strings.")
 
 
@@ -61,7 +59,8 @@ def check_prompts(
         raise ValueError("`prompt` is None and so is `prompt_embeds`; pass one of them.")
     texts = (("prompt", prompt, prompt_embeds), ("negative_prompt", negative_prompt, negative_prompt_embeds))
     for name, text, embeds in texts:
-        check_texts(name, text)
+        if text is not None:
+            check_texts(name, text)
         if text is not None and embeds is not None:
             raise ValueError(f"`{name}` is {text!r} beside `{name}_embeds`; pass one of them.")
         if embeds is not None:
@@ -76,6 +75,7 @@ class SourceArguments(NamedTuple):
     """The arguments of a call that say what is edited, and where."""
 
     image: ImageInput | None
+    resize_mode: str | None
     mask_image: ImageInput | None
     crop_to_mask: bool
     source_image_tokens: torch.LongTensor | None
@@ -123,14 +123,20 @@ def check_source(
             "`crop_to_mask` is True; it needs `image` and `mask_image`, and neither `source_image_tokens` nor "
             "`source_cache`, which stand for the whole image."
         )
+    if given.crop_to_mask and given.resize_mode is not None:
+        raise ValueError(
+            f"`resize_mode` is {given.resize_mode!r} beside `crop_to_mask`, whose window has the model's proportions; "
+            "leave it out."
+        )
     check_decoding(decoding, None, (), has_source)
 
 
 def check_cached_pictures(source_cache: SourceCache | None, pixel_values: torch.Tensor | None):
-    """Refuse a cache of other pictures than those given beside it."""
+    """Refuse a cache of other pictures than those given beside it; one may stand for many."""
     if source_cache is None or source_cache.pixel_values is None or pixel_values is None:
         return
-    if not torch.equal(source_cache.pixel_values, pixel_values):
+    compute_batch_size(source_cache=source_cache.pixel_values, image=pixel_values)
+    if not (source_cache.pixel_values == pixel_values).all():
         raise ValueError(
             "`source_cache` is of another picture than `image`, or of the same in another `resize_mode`; prepare it of "
             "this one."

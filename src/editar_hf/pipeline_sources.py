@@ -6,6 +6,7 @@ size.
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,15 @@ from .generation import SourceCache
 from .pipeline_inputs import SourceArguments, check_cached_pictures, compute_batch_size
 from .pipeline_steps import RowPreview
 from .processing_editar import list_pictures, prepare_rgb_picture
-from .processing_masks import Window, apply_blend, compute_edit_mask, compute_feather, compute_window, prepare_mask
+from .processing_masks import (
+    Window,
+    apply_blend,
+    compute_edit_mask,
+    compute_feather,
+    compute_window,
+    describe_lost_white,
+    prepare_mask,
+)
 
 
 @dataclass
@@ -127,10 +136,10 @@ class EditARSourcesMixin:
         self.maybe_free_model_hooks()
         return cache
 
-    def prepare_sources(self, given: SourceArguments, size: tuple[int, int], resize_mode: str | None) -> Sources:
+    def prepare_sources(self, given: SourceArguments, size: tuple[int, int]) -> Sources:
         """Prepare pictures and masks, and cut windows where they are asked for; no network runs."""
         height, width = size
-        resize_mode = self.processor.image_processor.resize_mode if resize_mode is None else resize_mode
+        resize_mode = self.processor.image_processor.resize_mode if given.resize_mode is None else given.resize_mode
         pictures = None if given.image is None else list_pictures(given.image)
         masks, frames = None, None
         if given.mask_image is not None:
@@ -171,9 +180,9 @@ class EditARSourcesMixin:
             return None
         stride, num_rows = self.vq_model.config.stride, len(source_image_tokens)
         edit_mask = torch.stack([compute_edit_mask(mask, *size, stride, sources.resize_mode) for mask in sources.masks])
+        for message in {describe_lost_white(mask, *size, sources.resize_mode) for mask in sources.masks} - {None}:
+            warnings.warn(message, stacklevel=4)  # torch's no_grad stands between the pipeline and its caller
         has_free = edit_mask.flatten(1).any(dim=1)
-        if not has_free.all():
-            warnings.warn("`mask_image` is white nowhere in an image; its source is returned.", stacklevel=3)
         weights = has_free.float()[:, None, None, None].expand(-1, 1, *size)
         if is_blended:
             weights = compute_feather(edit_mask, stride)
@@ -199,17 +208,23 @@ class EditARSourcesMixin:
         self,
         sources: Sources,
         rows: dict[str, torch.Tensor | None],
+        region: EditRegion | None,
         size: tuple[int, int],
+        restore_size: bool,
         rows_per_preview: int | None,
     ) -> RowPreview | None:
-        """Begin the previews of a batch with its sources, or with grey where there are none."""
+        """Begin the previews of a batch with its sources, or with grey where there are none.
+
+        They are laid over the sources and brought to their sizes as the results will be.
+        """
         if rows_per_preview is None:
             return None
         if rows["source_image_tokens"] is None:
             pixel_values = torch.zeros(len(rows["prompt_embeds"]), 3, *size, device=self._execution_device)
         else:
             pixel_values = self.compute_source_pixels(sources, rows["source_image_tokens"], size)
-        return RowPreview(self, pixel_values, self.compute_grid(*size)[1], rows_per_preview)
+        compose = partial(self.compose_images, sources=sources, region=region, size=size, restore_size=restore_size)
+        return RowPreview(self, pixel_values, self.compute_grid(*size)[1], rows_per_preview, compose)
 
     def restore_images(
         self, images: list[Image.Image], sources: Sources, region: EditRegion | None, size: tuple[int, int]
@@ -240,10 +255,22 @@ class EditARSourcesMixin:
         restore_size: bool,
         output_type: str,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Draw the results, lay them over their sources in a region, and where wanted bring them to their sizes."""
+        """Draw the results and compose them."""
         if output_type == "tokens":
             return image_tokens
         pixel_values = self.vq_model.decode(image_tokens, *self.compute_grid(*size)).float()
+        return self.compose_images(pixel_values, sources, region, size, restore_size, output_type)
+
+    def compose_images(
+        self,
+        pixel_values: torch.Tensor,
+        sources: Sources,
+        region: EditRegion | None,
+        size: tuple[int, int],
+        restore_size: bool,
+        output_type: str = "pil",
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Lay what was drawn over its sources in a region, and where wanted bring it to their sizes."""
         if restore_size or sources.frames is not None:
             return self.restore_images(self.processor.postprocess(pixel_values), sources, region, size)
         if region is not None:

@@ -19,13 +19,23 @@ class RowPreview:
             [−1, 1].
         grid_width (`int`): Tokens in a row.
         rows_per_preview (`int`): Rows between two previews.
+        compose (`Callable`, *optional*): Makes pictures of such pixels, as those of the results are made; default as
+            they are.
     """
 
-    def __init__(self, pipeline, pixel_values: torch.Tensor, grid_width: int, rows_per_preview: int):
+    def __init__(
+        self,
+        pipeline,
+        pixel_values: torch.Tensor,
+        grid_width: int,
+        rows_per_preview: int,
+        compose: Callable[[torch.Tensor], list[Image.Image]] | None = None,
+    ):
         self.pipeline = pipeline
         self.canvas = pixel_values.clone()
         self.grid_width = grid_width
         self.rows_per_preview = rows_per_preview
+        self.compose = pipeline.processor.postprocess if compose is None else compose
         self.num_drawn_rows = 0
 
     def is_due(self, num_tokens: int) -> bool:
@@ -40,7 +50,7 @@ class RowPreview:
         rows = slice(self.num_drawn_rows * stride, num_rows * stride)
         self.canvas[:, :, rows] = pixels[:, :, (self.num_drawn_rows - first) * stride :]
         self.num_drawn_rows = num_rows
-        return self.pipeline.processor.postprocess(self.canvas)
+        return self.compose(self.canvas)
 
 
 class StepReporter(StoppingCriteria):

@@ -104,48 +104,54 @@ def compute_crop_geometry(source_height: int, source_width: int, height: int, wi
     return CropGeometry(resized_height, resized_width, top, left, box, cut_fraction)
 
 
-def _quantise(array: np.ndarray) -> np.ndarray:
+def _quantise(array: np.ndarray, name: str) -> np.ndarray:
     """Bring pixels of 8 bits, of 16 bits or in [0, 1] to 8 bits, rounding to nearest."""
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind != "f":
-        raise ValueError(f"`images` holds pixels of type {array.dtype}; pass uint8, uint16, or floats in [0, 1].")
+        raise ValueError(f"`{name}` holds pixels of type {array.dtype}; pass uint8, uint16, or floats in [0, 1].")
     if not (array.min() >= 0 and array.max() <= 1):  # so written, it catches NaN too
         raise ValueError(
-            f"`images` holds floats in [{array.min()}, {array.max()}]; scale them to [0, 1], or pass uint8 pixels."
+            f"`{name}` holds floats in [{array.min()}, {array.max()}]; scale them to [0, 1], or pass uint8 pixels."
         )
     return np.round(array * 255).astype(np.uint8)
 
 
-def _make_picture(array: np.ndarray) -> Image.Image:
+def _make_picture(array: np.ndarray, name: str = "images") -> Image.Image:
     """Make a picture of an array of shape (height, width) or (height, width, channels)."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
         raise ValueError(
-            f"`images` holds a picture of shape {array.shape}, read as (height, width, channels); pass arrays of that "
+            f"`{name}` holds a picture of shape {array.shape}, read as (height, width, channels); pass arrays of that "
             "layout, or tensors of (channels, height, width), with 1, 3 or 4 channels and at least one pixel."
         )
-    return Image.fromarray(_quantise(array))
+    return Image.fromarray(_quantise(array, name))
 
 
-def _decode_picture(image: Image.Image) -> Image.Image:
+def _decode_picture(image: Image.Image, name: str) -> Image.Image:
     """Read the pixels of a picture, turned upright."""
     try:
         return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError) as error:  # PIL reads a file's pixels late: broken data shows only now
-        raise ValueError(f"`images` holds {image.filename or 'a file'!r}, which does not decode: {error}.") from error
+    # PIL reads a file's pixels late, and what its decoders raise on broken data is of many kinds.
+    except Exception as error:
+        file_name = getattr(image, "filename", None) or "a file"
+        raise ValueError(f"`{name}` holds {file_name!r}, which does not decode: {error}.") from error
 
 
-def prepare_rgb_picture(image: Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
-    """Bring one picture to upright 8-bit RGB, transparency over white.
+def prepare_rgb_picture(
+    image: Image.Image | np.ndarray | torch.Tensor, background: str = "white", name: str = "images"
+) -> Image.Image:
+    """Bring one picture to upright 8-bit RGB, without transparency.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): A picture of any mode ("I" is read as 16 bits, "F"
             as [0, 1]), an array (height, width, channels), or a tensor (channels, height, width). Arrays and tensors
             hold uint8, uint16, or floats in [0, 1].
+        background (`str`): The colour that transparency is laid over.
+        name (`str`): The argument that brought the picture, for messages.
 
     Raises:
         ValueError: If it is none of these, does not decode, is empty, or its values are out of range.
@@ -153,25 +159,25 @@ def prepare_rgb_picture(image: Image.Image | np.ndarray | torch.Tensor) -> Image
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image
-        image = _make_picture((image.movedim(0, -1) if image.ndim == 3 else image).numpy())
+        image = _make_picture((image.movedim(0, -1) if image.ndim == 3 else image).numpy(), name)
     elif isinstance(image, np.ndarray):
-        image = _make_picture(image)
+        image = _make_picture(image, name)
     elif isinstance(image, Image.Image):
-        image = _decode_picture(image)
+        image = _decode_picture(image, name)
     else:
         raise ValueError(
-            f"`images` holds a {type(image).__name__}; pass PIL images (open files with `PIL.Image.open`), numpy "
+            f"`{name}` holds a {type(image).__name__}; pass PIL images (open files with `PIL.Image.open`), numpy "
             "arrays, torch tensors, or a list of them."
         )
     if image.mode.startswith("I"):
-        image = _make_picture(np.asarray(image).clip(0, 65535).astype(np.uint16))
+        image = _make_picture(np.asarray(image).clip(0, 65535).astype(np.uint16), name)
     elif image.mode == "F":
-        image = _make_picture(np.asarray(image))
+        image = _make_picture(np.asarray(image), name)
     if 0 in image.size:
-        raise ValueError(f"`images` holds a picture of {image.width}×{image.height} pixels; it needs at least one.")
+        raise ValueError(f"`{name}` holds a picture of {image.width}×{image.height} pixels; it needs at least one.")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .processing_editar import compute_crop_geometry, prepare_rgb_picture
+from .processing_editar import MAX_SILENT_CUT, compute_crop_geometry, prepare_rgb_picture
 
 
 # From this grey on, of 0 to 255, a pixel of a mask is white.
@@ -27,7 +27,7 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
 
     Args:
         mask_image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): The mask; read as `prepare_rgb_picture` does,
-            and arrays and tensors of bool as well.
+            and arrays and tensors of bool as well. Transparency is black: a white stroke on nothing frees the stroke.
         source_size (`tuple[int, int]`): Width and height of the source, in pixels.
 
     Raises:
@@ -35,7 +35,7 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
     """
     if isinstance(mask_image, np.ndarray | torch.Tensor) and mask_image.dtype in (bool, torch.bool):
         mask_image = mask_image * np.uint8(255) if isinstance(mask_image, np.ndarray) else mask_image.byte() * 255
-    mask = prepare_rgb_picture(mask_image).convert("L")
+    mask = prepare_rgb_picture(mask_image, background="black", name="mask_image").convert("L")
     is_white = np.asarray(mask) >= WHITE
     if mask.size == source_size:
         return is_white
@@ -76,6 +76,32 @@ def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int
         coverage = coverage[crop.top : crop.top + height, crop.left : crop.left + width]
     tokens = torch.from_numpy(coverage > 0).unflatten(0, (-1, stride)).unflatten(2, (-1, stride))
     return tokens.any(dim=3).any(dim=1)
+
+
+def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mode: str) -> str | None:
+    """Say why of a mask less may change than its owner may think; `None` where all is well.
+
+    Args:
+        is_white (`np.ndarray`): Bool (height, width) at the size of the source.
+        height, width (`int`): Pixels the model works at.
+        resize_mode (`str`): How the source is brought there.
+    """
+    num_white = is_white.sum()
+    if not num_white:
+        return (
+            f"`mask_image` is white nowhere in an image, whose source is returned; white is {WHITE} to 255, so pass a "
+            "mask of 0 and 1 as bool."
+        )
+    if resize_mode == "stretch":
+        return None
+    left, top, right, bottom = compute_crop_geometry(*is_white.shape, height, width).box
+    part = 1 - is_white[top:bottom, left:right].sum() / num_white
+    if part <= MAX_SILENT_CUT:
+        return None
+    return (
+        f"Of the white of `mask_image` {part:.0%} lies in what the centre crop cuts away, and cannot change; pass "
+        '`resize_mode="stretch"`, a `height` and `width` of the image\'s proportions, or `crop_to_mask=True`.'
+    )
 
 
 def compute_feather(edit_mask: torch.BoolTensor, stride: int) -> torch.Tensor:

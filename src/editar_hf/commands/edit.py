@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Edit one picture, or all that are not there yet; exit status 1 where one failed."""
     if args.prompts is None:
         job = Job(args.image, args.prompt, args.output, args.task, args.seed, args.mask)
+        check_seed("`--seed`", job.seed)
         check_output(job.output)
         edit(load_pipeline(args.model), job)
         return 0
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(jobs)} edits, {len(jobs) - len(waiting)} of them done before")
     failures = run_jobs(args.model, waiting)
     for job, error in failures:
-        print(f"{job.image}: {error}", file=sys.stderr)
+        print(f"{job.image}: {type(error).__name__}: {error}", file=sys.stderr)
     print(f"{len(waiting) - len(failures)} done, {len(failures)} failed")
     return 1 if failures else 0
 
@@ -70,7 +71,7 @@ def run_jobs(model: str, jobs: list[Job]) -> list[tuple[Job, Exception]]:
     for job in tqdm(jobs, unit="edit", disable=None):
         try:
             edit(pipeline, job)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever is wrong with one picture, the others are not
             failures.append((job, error))
     return failures
 
@@ -106,6 +107,7 @@ def read_job(args: argparse.Namespace, line: str, place: str) -> Job:
     check_output(output)
     mask = args.image / entry["mask"] if "mask" in entry else args.mask
     task, seed = entry.get("task", args.task), entry.get("seed", args.seed)
+    check_seed(f"`--prompts` {place}: `seed`", seed)
     return Job(args.image / entry["image"], entry["prompt"], output, task, seed, mask)
 
 
@@ -115,6 +117,12 @@ def check_output(path: Path) -> None:
 
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"`--output` is {path}; end it in a picture format such as .png.")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Refuse a seed that torch does not take, before any work."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{name} is {seed}; pass one from -2**63 to 2**64 - 1.")
 
 
 def load_pipeline(model: str):
@@ -128,12 +136,23 @@ def load_pipeline(model: str):
     return pipeline
 
 
+def open_picture(path: Path):
+    """Open a picture. What PIL raises for a broken header is of many kinds, and not all of it names the file."""
+    from PIL import Image
+
+    try:
+        return Image.open(path)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no picture that opens: {error}") from error
+
+
 def edit(pipeline, job: Job) -> None:
     """Edit one picture and write it, at its own size, under a temporary name first."""
     import torch
-    from PIL import Image
 
-    with Image.open(job.image) as image, nullcontext() if job.mask is None else Image.open(job.mask) as mask:
+    with open_picture(job.image) as image, nullcontext() if job.mask is None else open_picture(job.mask) as mask:
         generator = torch.Generator().manual_seed(job.seed)
         how = {"task": job.task, "mask_image": mask, "restore_size": True, "generator": generator}
         edited = pipeline(job.prompt, image=image, **how).images[0]
