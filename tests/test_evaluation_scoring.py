@@ -109,7 +109,7 @@ def test_figures_by_other_models_are_not_comparable_and_the_others_are(pie, mode
     for entry in summary["not_comparable"]:
         assert f"**{entry['reason']}; not comparable with published figures**" in page
     # Structure, PSNR, LPIPS, MSE, SSIM, CLIP, CLIP: what single pixels tell is quoted still.
-    assert "arXiv 2310.01506) | – | 27.22 | – | 32.86 | 84.76 | – | – |" in page
+    assert "| EditAR (quoted: EditAR, arXiv 2501.04699) | – | 21.32 | – | – | – | – | – |" in page
 
 
 @pytest.fixture(scope="module")
