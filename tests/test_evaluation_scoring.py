@@ -353,7 +353,7 @@ def test_a_run_that_cannot_be_scored_makes_no_picture(words, message, tmp_path, 
     words = ["--task", "canny", "--source", source, "--allow-partial", "--resolution", 40, *words]
     assert evaluate("run", "--system", "copy-source", *words, "--output-dir", tmp_path / "run") == 2
     assert message in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"data", "config.json"}
 
 
 SMALLEST = {
