@@ -23,12 +23,8 @@ from PIL import Image
 from skimage import data
 from tiny import draw_image
 from tiny_metrics import (
-    build_clip,
-    build_depth_model,
-    build_dino,
-    build_inception,
     build_lpips,
-    build_segmentation_model,
+    save_models,
 )
 
 from editar_hf.evaluation import image_metrics, report, runs, scorers, scoring
@@ -53,13 +49,8 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folders of the tiny models that score."""
-    folder = tmp_path_factory.mktemp("models")
-    parts = {"structure": [build_dino()], "lpips": [build_lpips()], "inception": [build_inception()]}
-    parts |= {"clip": build_clip(), "depth": build_depth_model(), "segmentation": build_segmentation_model()}
-    for name, saved in parts.items():
-        for part in saved:
-            part.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in parts}
+    folder = save_models(tmp_path_factory.mktemp("models"))
+    return {path.name: str(path) for path in folder.iterdir() if path.name != "editar"}
 
 
 @pytest.fixture(scope="module")
