@@ -74,7 +74,8 @@ distillation() {
     for name in "$distilled" undistilled; do
         options=()
         [ $name = undistilled ] || options=(--distillation_model "$TEACHER")
-        python examples/train_editar.py --model "$RUNS/untrained" --dataset "$RUNS/pairs" \
+        [ -d "$RUNS/editor-$name/pipeline" ] || \
+            python examples/train_editar.py --model "$RUNS/untrained" --dataset "$RUNS/pairs" \
             --output_dir "$RUNS/editor-$name" --train_text_encoder --edit_region_weight 6 --optimizer muon \
             --muon_learning_rate 3e-3 --learning_rate 1e-3 --lr_scheduler linear --lr_warmup_steps 50 \
             --target_token_dropout 0.3 --batch_size 32 --max_train_steps "$STEPS" --checkpointing_steps 250 \

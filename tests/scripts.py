@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import build_pipeline, redraw_weights
 from transformers import Dinov2Config, Dinov2Model
 
-from editar_hf import EditARForConditionalGeneration
+from editar_hf import EditARForConditionalGeneration, EditARVQConfig, EditARVQModel
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -148,3 +148,24 @@ def tokens(pictures, editor, tmp_path_factory) -> Path:
     options = {"vq_model": editor / "vq_model", "resolution": TOKEN_RESOLUTION, "batch_size": 3, "shard_size": 5}
     run_script("precompute_tokens.py", dataset=pictures, output_dir=folder, **options)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sticker_editor(pictures, tmp_path_factory) -> Path:
+    """What create_sticker_editor.py makes, with a random tokenizer of stride 8."""
+    folder = tmp_path_factory.mktemp("sticker-editor")
+    torch.manual_seed(0)
+    config = EditARVQConfig(
+        num_embeddings=32,
+        base_channels=8,
+        latent_channels=8,
+        channel_multipliers=(1,) * 4,
+        num_res_blocks=1,
+        norm_num_groups=4,
+    )
+    EditARVQModel(config).save_pretrained(folder / "tokenizer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text_sizes = {"text_hidden_size": 64, "text_num_layers": 1, "num_text_tokens": 40}
+    paths = {"dataset": pictures, "vq_model": folder / "tokenizer", "output_dir": folder / "editor"}
+    run_script("create_sticker_editor.py", **paths, **sizes, **text_sizes, seed=5)
+    return folder / "editor"

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,7 +209,7 @@ def test_a_run_of_other_data_or_versions_is_not_gone_on_with(part, path, value, 
         place = place[name]
     place[path[-1]] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "images").mkdir()
+    shutil.copytree(straight_run / "images", tmp_path / "images")
     words = ["--data", straight_run / "data", "--output-dir", tmp_path]
     if part == "generation":
         words += ["--model", models / "editar", "--batch-size", 2]

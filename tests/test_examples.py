@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import datasets
 import make_sticker_edits as stickers
@@ -16,7 +15,7 @@ from PIL import Image
 from scripts import EXAMPLES, TOKEN_RESOLUTION, list_words, name_changed, reset_accelerate, run_script, write_teacher
 from tiny import STRIDE
 
-from editar_hf import EditARPipeline, EditARVQConfig, EditARVQModel
+from editar_hf import EditARPipeline, EditARVQModel
 from editar_hf.processing_editar import apply_task_prefix
 
 
@@ -66,27 +65,6 @@ def test_precomputing_again_makes_only_the_missing_shards(tokens, pictures, edit
 
 
 # create_sticker_editor.py and evaluate_sticker_editor.py
-
-
-@pytest.fixture(scope="module")
-def sticker_editor(pictures, tmp_path_factory) -> Path:
-    """What create_sticker_editor.py makes, with a random tokenizer of stride 8."""
-    folder = tmp_path_factory.mktemp("sticker-editor")
-    torch.manual_seed(0)
-    config = EditARVQConfig(
-        num_embeddings=32,
-        base_channels=8,
-        latent_channels=8,
-        channel_multipliers=(1,) * 4,
-        num_res_blocks=1,
-        norm_num_groups=4,
-    )
-    EditARVQModel(config).save_pretrained(folder / "tokenizer")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text_sizes = {"text_hidden_size": 64, "text_num_layers": 1, "num_text_tokens": 40}
-    paths = {"dataset": pictures, "vq_model": folder / "tokenizer", "output_dir": folder / "editor"}
-    run_script("create_sticker_editor.py", **paths, **sizes, **text_sizes, seed=5)
-    return folder / "editor"
 
 
 def test_created_editor_has_the_sizes_asked_for_and_reads_every_prompt(sticker_editor, pictures):
