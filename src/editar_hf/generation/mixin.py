@@ -31,7 +31,8 @@ from .sampling import TokenSelector, compute_noise_keys, draw_seeds, select_bran
 
 
 # Drafts of a speculative pass. Where reading the weights is what takes time, drafts are almost free; on a CPU every row
-# costs arithmetic, and a pass of 18 rows about 3.5 times one of 2 (measured on one thread, layers of GPT-B).
+# costs arithmetic: a pass of GPT-B with 8 drafts takes about 1.9 times one without in fp32, and 2.3 in bf16
+# (`benchmarks/results/generation-pieces.md`).
 NUM_DRAFT_TOKENS = {"cpu": 8}
 NUM_DRAFT_TOKENS_ELSEWHERE = 16
 
