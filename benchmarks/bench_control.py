@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -107,19 +108,12 @@ def benchmark_second_edit(model, vq_model, source, prompt_embeds, num_rounds: in
     return format_table(["VQ encoder and prefill", "s", "of the first"], rows)
 
 
-class PreviewParts:
-    """What `RowPreview` needs of a pipeline."""
-
-    def __init__(self, vq_model, processor):
-        self.vq_model, self.processor = vq_model, processor
-
-
 def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_rounds: int) -> str:
     """Time an edit, its picture included, and its previews of every row by themselves; and those of a larger one."""
 
     def draw_previews(grid_size: int, num_rows: int):
         pixels = torch.zeros(1, 3, grid_size * STRIDE, grid_size * STRIDE, device=source.device)
-        preview = RowPreview(PreviewParts(vq_model, processor), pixels, grid_size, 1)
+        preview = RowPreview(SimpleNamespace(vq_model=vq_model), pixels, grid_size, 1, processor.postprocess)
         tokens = torch.zeros(1, grid_size**2, dtype=torch.long, device=source.device)
         for row in range(1, num_rows + 1):
             preview.draw(tokens[:, : row * grid_size])

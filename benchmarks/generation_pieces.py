@@ -1,11 +1,11 @@
 """Pieces of the decoding engine with and without, each by itself; run by `bench_generation.py --pieces`."""
 
 import statistics
-import time
+from functools import partial
 
 import torch
 from generation_systems import GUIDANCE_SCALE, build_edit_mask, build_inputs, build_model
-from report import describe_machine, format_table
+from report import describe_machine, format_table, time_call
 
 from editar_hf import EditARVQConfig, EditARVQModel
 from editar_hf.generation import passes
@@ -26,11 +26,8 @@ def time_tokens(model, source, prompt_embeds, first: int | None = None, num_afte
 
     def run(count: int) -> float:
         edit_mask = build_edit_mask(source, range(first, first + count))
-        start = time.process_time()
-        model.generate(
-            source, prompt_embeds, do_sample=False, guidance_scale=GUIDANCE_SCALE, edit_mask=edit_mask, **how
-        )
-        return time.process_time() - start
+        edit = partial(model.generate, source, prompt_embeds, do_sample=False, guidance_scale=GUIDANCE_SCALE, **how)
+        return time_call(lambda: edit(edit_mask=edit_mask), "cpu")[0]
 
     return 1000 * (run(1 + num_after + NUM_TIMED) - run(1 + num_after)) / NUM_TIMED
 
@@ -106,9 +103,7 @@ def compare_compilation(model) -> list[str]:
 
     model.compile_passes()
     compiled = model.compiled_passes
-    start = time.process_time()
-    run(compiled)
-    spent = time.process_time() - start
+    spent, _ = time_call(lambda: run(compiled), "cpu")
     row = alternate(lambda: run(None), lambda: run(compiled))
     model.compiled_passes = None
     return [f"`compile()`, {str(model.dtype)[6:]} (the first call took {spent:.0f} s)", *row]
@@ -121,11 +116,9 @@ def compare_vq() -> list[list[str]]:
     coarse = coarse.to(torch.bfloat16, memory_format=torch.channels_last)
     tokens, pixels = torch.randint(16384, (1, 256)), torch.rand(1, 3, 256, 256) * 2 - 1
 
+    @torch.no_grad()
     def run(call) -> float:
-        start = time.process_time()
-        with torch.no_grad():
-            call()
-        return 1000 * (time.process_time() - start)
+        return 1000 * time_call(call, "cpu")[0]
 
     halves = {"decoder": lambda model: model.decode(tokens), "encoder": lambda model: model.encode(pixels)}
     rows = []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -99,6 +100,14 @@ def name_changed(before: Path, after: Path) -> set[str]:
     before, after = load_weights(before), load_weights(after)
     assert before.keys() == after.keys()
     return {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.fixture(scope="module")
+def own_datasets_cache(tmp_path_factory):
+    """Keep what `datasets` caches apart from that of other test files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 # What the scripts work on

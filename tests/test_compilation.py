@@ -1,12 +1,19 @@
 """Compiled decoding: the same tokens, one compilation for all edits of a size, caches that are safe and freed."""
 
 import copy
-import shutil
 import threading
 
 import pytest
 import torch
-from tiny import NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, build_pipeline, build_transformer, draw_image
+from tiny import (
+    NUM_CODES,
+    NUM_TEXT_TOKENS,
+    TEXT_HIDDEN_SIZE,
+    build_pipeline,
+    build_transformer,
+    draw_image,
+    needs_compiler,
+)
 
 
 GRID_SIZE, NUM_TOKENS = 5, 25
@@ -69,7 +76,7 @@ def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
     assert backend.num_compilations == 2, "other prompts, sources, masks and settings of one size need no other"
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@needs_compiler
 def test_torchs_own_compiler_gives_the_same_tokens(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 
-import datasets
 import numpy as np
 import pytest
 from evaluation_data import evaluate, make_magicbrush_folder, make_picture_folder
@@ -20,11 +19,7 @@ from editar_hf.evaluation.systems import System
 from editar_hf.evaluation.tasks import TASKS, prepare_benchmark
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 class Brightener(System):

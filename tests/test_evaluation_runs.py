@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -34,16 +33,12 @@ from editar_hf.evaluation.systems import System, build_system
 from editar_hf.evaluation.tasks import prepare_benchmark
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture"),
+    pytest.mark.usefixtures("own_datasets_cache"),
+]
 ROOT = Path(__file__).parents[1]
 NUM_STICKERS = 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from evaluation_data import (
@@ -39,11 +38,7 @@ from editar_hf.evaluation.systems import build_system
 from editar_hf.evaluation.tasks import TASKS, prepare_benchmark
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from scripts import (
     run_script,
     write_teacher,
 )
-from tiny import NUM_CODES, STRIDE, draw_image, redraw_weights
+from tiny import NUM_CODES, STRIDE, draw_image, needs_compiler, redraw_weights
 from torch._dynamo.utils import counters
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -337,7 +337,7 @@ def test_mixed_precision_and_recomputed_activations_train_as_float32_does(
     assert {tensor.dtype for name, tensor in weights.items() if "transformer" in name} == {torch.float32}
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_step_trains_as_the_uncompiled_one_does(calm_editor, tokens, tmp_path, run_here, capsys):
     options = {"model": calm_editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "batch_size": 4}
     options |= {"max_train_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}

@@ -1,6 +1,9 @@
 """Tiny components with random weights, whose tokens and pictures still depend on every input."""
 
+import shutil
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
@@ -17,6 +20,9 @@ from editar_hf import (
 from editar_hf.training.tokenizer import train_tokenizer
 
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler"
+)
 NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, STRIDE = 40, 10, 16, 4
 
 

@@ -19,8 +19,7 @@ class RowPreview:
             [−1, 1].
         grid_width (`int`): Tokens in a row.
         rows_per_preview (`int`): Rows between two previews.
-        compose (`Callable`, *optional*): Makes pictures of such pixels, as those of the results are made; default as
-            they are.
+        compose (`Callable`): Makes pictures of such pixels, as those of the results are made.
     """
 
     def __init__(
@@ -29,13 +28,13 @@ class RowPreview:
         pixel_values: torch.Tensor,
         grid_width: int,
         rows_per_preview: int,
-        compose: Callable[[torch.Tensor], list[Image.Image]] | None = None,
+        compose: Callable[[torch.Tensor], list[Image.Image]],
     ):
         self.pipeline = pipeline
         self.canvas = pixel_values.clone()
         self.grid_width = grid_width
         self.rows_per_preview = rows_per_preview
-        self.compose = pipeline.processor.postprocess if compose is None else compose
+        self.compose = compose
         self.num_drawn_rows = 0
 
     def is_due(self, num_tokens: int) -> bool:

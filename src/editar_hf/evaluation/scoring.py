@@ -39,8 +39,6 @@ from .tasks.translation import RESOLUTION
 METRICS_FILE, FEATURES = "metrics.json", "features"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROBLEMS = ("missing", "unreadable", "wrong size")
-# Source: the evaluation code of MagicBrush (arXiv 2306.10012), which brings predictions to the size of the truth.
-RESIZED_TASKS = ("magicbrush", "magicbrush-multi-turn")
 
 
 def score_predictions(
@@ -198,7 +196,7 @@ def score_share(
         if sample_id in predictions and not is_done:
             waiting.append(index)
     loaded = load_models(models, process.device, protocol) if waiting else {}
-    takes_any_size = benchmark.info["task"] in RESIZED_TASKS
+    takes_any_size = get_task(benchmark.info["task"]).takes_any_size
     for index in show_progress(waiting, desc="scoring"):
         sample = benchmark[index]
         prediction = predictions[sample.id]

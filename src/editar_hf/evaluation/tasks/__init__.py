@@ -24,6 +24,7 @@ class Task:
         expected (mapping or `int`, *optional*): How many samples it has as published, by category or in all.
         options (tuple of `str`): Keyword arguments of `read_samples`.
         models (mapping): Models its published figures were computed with, where they are not the default ones.
+        takes_any_size (`bool`): Whether predictions of another size than the sample's are scored too.
         trade_off (tuple of two `str`): Metrics that guidance plots show: how much is kept, and how well it is edited.
     """
 
@@ -34,11 +35,12 @@ class Task:
     expected: Mapping[str, int] | int | None = None
     options: tuple[str, ...] = ()
     models: Mapping[str, str] = field(default_factory=dict)
+    takes_any_size: bool = False
     trade_off: tuple[str, str] = ("l1", "clip_t")
 
 
 MAGICBRUSH_METRICS = ("l1", "l2", "clip_i", "dino", "clip_t")
-# Source: evaluation of MagicBrush (arXiv 2306.10012).
+# Source: evaluation of MagicBrush (arXiv 2306.10012), which also brings predictions to the size of the truth.
 MAGICBRUSH_MODELS = {"clip": "openai/clip-vit-base-patch32"}
 
 TASKS = {
@@ -85,6 +87,7 @@ TASKS = {
         MAGICBRUSH_METRICS,
         expected=magicbrush.NUM_TURNS,
         models=MAGICBRUSH_MODELS,
+        takes_any_size=True,
     ),
     "magicbrush-multi-turn": Task(
         "MagicBrush's test set, each turn from the turn before, of which the last counts; its unzipped folder",
@@ -92,6 +95,7 @@ TASKS = {
         MAGICBRUSH_METRICS,
         expected=magicbrush.NUM_TURNS,
         models=MAGICBRUSH_MODELS,
+        takes_any_size=True,
     ),
     "folder": Task(
         "any folder of pictures with metadata.jsonl",

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..processes import show_progress
 from ..samples import Sample
-from .sources import check_entry, open_picture, parse_json, read_text, track_progress
+from .sources import check_entry, open_picture, parse_json, read_text
 
 
 PICTURE_FIELDS = {"source_image": "RGB", "target_image": "RGB", "mask": "L"}
@@ -30,7 +31,7 @@ def read_samples(source: str) -> Iterator[Sample]:
         raise ValueError(f"`source` {source!r} has no metadata.jsonl; its lines name pictures and prompts.")
     known = {*WORDS, *(f"{name}_file_name" for name in PICTURE_FIELDS)}
     lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    for number, line in track_progress(lines):
+    for number, line in show_progress(lines, desc="preparing"):
         entry, where = parse_json(line, path, number), f"line {number} of {path}"
         if not entry.keys() <= known:
             raise ValueError(f"`source`: {where} has {', '.join(entry)}; there are {', '.join(known)}.")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..processes import show_progress
 from ..samples import Sample
-from .sources import check_entry, open_picture, parse_json, read_text, track_progress
+from .sources import check_entry, open_picture, parse_json, read_text
 
 
 NUM_TURNS = 1053
@@ -42,7 +43,7 @@ def read_turns(source: str, is_multi_turn: bool) -> Iterator[Sample]:
     check_entry(sessions, dict.fromkeys(sessions, list), f"{sessions_file}")
     check_entry(captions, dict.fromkeys(sessions, dict), f"{captions_file}")
     turns = [(session, number, turn) for session in sessions for number, turn in enumerate(sessions[session], 1)]
-    for session, number, turn in track_progress(turns):
+    for session, number, turn in show_progress(turns, desc="preparing"):
         sample_id, pictures = f"{session}-{number}", folder / "images" / session
         check_entry(turn, {"input": str, "output": str, "instruction": str}, f"{sample_id} in {sessions_file}")
         check_entry(captions[session], {turn["output"]: str}, f"{session} in {captions_file}")

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..processes import show_progress
 from ..samples import Sample
-from .sources import check_entry, open_picture, parse_json, read_text, track_progress
+from .sources import check_entry, open_picture, parse_json, read_text
 
 
 SIZE = 512
@@ -48,7 +49,7 @@ def read_samples(source: str) -> Iterator[Sample]:
     if not mapping_file.exists():
         raise ValueError(f"`source` {source!r} has no mapping_file.json; give the folder that its authors share.")
     mapping = parse_json(read_text(mapping_file), mapping_file)
-    for key, entry in track_progress(mapping.items()):
+    for key, entry in show_progress(mapping.items(), desc="preparing"):
         check_entry(entry, {}, f"{key} in {mapping_file}")
         if missing := [name for name in FIELDS if name not in entry]:
             raise ValueError(

@@ -1,30 +1,20 @@
-"""Reading what authors share: JSON, tables and pictures of which any part may be broken, with progress shown.
+"""Reading what authors share: JSON and pictures of which any part may be broken.
 
 What is not as it should be is refused with its place: the file and line, or the entry.
 """
 
 import json
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as shorten
 
 from PIL import Image
-from tqdm import tqdm
 
 from ...processing_editar import prepare_rgb_picture
 
 
 # How messages call the types that entries have.
 KINDS = {str: "text", list: "a list", dict: "an object", Image.Image: "a picture, of a column of type `datasets.Image`"}
-# How often progress is written into a log, in seconds.
-LOG_INTERVAL = 30
-
-
-def track_progress(items: Iterable, total: int | None = None) -> tqdm:
-    """Show, while items are taken, how many are done, the rate and, where their number is known, the time left."""
-    interval = {} if sys.stderr.isatty() else {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL}
-    return tqdm(items, total=total, unit="picture", desc="preparing", **interval)
 
 
 def read_text(path: Path) -> str:

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ...condition_maps import make_canny_map
+from ..processes import show_progress
 from ..samples import Sample, crop_labels, crop_picture
-from .sources import check_entry, track_progress
+from .sources import check_entry
 
 
 RESOLUTION = 512
@@ -42,7 +43,7 @@ def read_rows(source: str, split: str, columns: Mapping[str, type]) -> Iterator[
         raise ValueError(f"`source` {source!r} lacks {', '.join(missing)}; it has {', '.join(rows.column_names)}.")
     index = 0
     try:
-        for row in track_progress(rows, total):
+        for row in show_progress(rows, total=total, desc="preparing"):
             check_entry(row, columns, f"row {index}")
             yield index, row
             index += 1
