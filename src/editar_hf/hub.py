@@ -1,13 +1,56 @@
-"""Folders to the Hub, so that a card that is somebody's work stays, and a failed upload costs nothing."""
+"""Folders and the Hub: which of the two a name stands for, and uploads that keep a card somebody has written."""
 
+import os
 from pathlib import Path
 
+from huggingface_hub import constants, repo_exists
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import logging
 
 from .model_card import CARD_FILE
 
 
 logger = logging.get_logger(__name__)
+
+
+def check_folder_or_hub_id(value: str | os.PathLike, argument: str, repo_type: str = "model"):
+    """Refuse a name of a folder or file that is missing, before the Hub is asked for it.
+
+    A name such as `examples/my-model` could be either. It is a Hub id unless there is a folder `examples` here, and
+    neither the local cache nor the Hub knows the id.
+
+    Args:
+        value (`str` or `os.PathLike`): What the user gave.
+        argument (`str`): The name of the user's argument, for the message.
+        repo_type (`str`): `"model"` or `"dataset"`.
+
+    Raises:
+        ValueError: If there is no such folder or file, and it is no Hub id either.
+    """
+    name = os.fspath(value)
+    if os.path.exists(name) or (isinstance(value, str) and is_hub_id(name, repo_type)):
+        return
+    raise ValueError(
+        f"`{argument}` is {name!r}: there is no such folder or file, and it is not a Hub id (`owner/name`). Check the "
+        f"path; relative ones start in {os.getcwd()}."
+    )
+
+
+def is_hub_id(name: str, repo_type: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    owner, slash, _ = name.partition("/")
+    if not (slash and os.path.isdir(owner)):
+        return True
+    if Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type)).is_dir():
+        return True
+    try:
+        return repo_exists(name, repo_type=repo_type)
+    except Exception:  # whatever it is that keeps the Hub out of reach
+        return False
 
 
 def upload_folder(folder: str | Path, repo_id: str, previous_card: str | None = None) -> str:
