@@ -23,8 +23,9 @@ class SourceCache:
         source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Their tokens.
         keys, values (`list[torch.Tensor]`): A tensor `(sources, heads, N, head_dim)` for each layer.
         grid_height, grid_width (`int`): Tokens per column and row.
-        fingerprint (`torch.Tensor` of shape `(tokens, hidden_size)`): What the decoder makes of a few of the tokens;
-            another decoder, or the same with other weights or adapters, makes something else of them.
+        weight_samples (`dict[str, list[float]]`): A few numbers of each of the decoder's parameters. A call whose
+            decoder has others is refused: another decoder, trained or fused weights, other adapters or scales. A change
+            of single numbers, such as one embedding, may go unnoticed.
         pixel_values (`torch.Tensor` of shape `(sources, 3, height, width)`, *optional*): The pictures, in [−1, 1].
     """
 
@@ -33,7 +34,7 @@ class SourceCache:
     values: list[torch.Tensor]
     grid_height: int
     grid_width: int
-    fingerprint: torch.Tensor
+    weight_samples: dict[str, list[float]]
     pixel_values: torch.Tensor | None = None
 
     def __len__(self) -> int:

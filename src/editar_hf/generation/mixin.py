@@ -20,13 +20,13 @@ from .configuration import EditARGenerationConfig, resolve_generation_config
 from .inputs import (
     check_decoding,
     check_edit_mask,
-    check_fingerprint,
     check_generate_inputs,
     check_source_cache,
     check_source_image_tokens,
+    check_weight_samples,
 )
 from .loop import Reporter, decode_target_tokens, plan_target
-from .passes import PassRunner, compute_fingerprint, compute_source_states
+from .passes import PassRunner, compute_source_states, sample_weights
 from .sampling import TokenSelector, compute_noise_keys, draw_seeds, select_branches
 
 
@@ -171,8 +171,7 @@ class EditARGenerationMixin(GenerationMixin):
         check_edit_mask(edit_mask, source_image_tokens)
         check_decoding(decoding, num_draft_tokens, logits_processor or [], source_image_tokens is not None)
         if source_cache is not None:
-            fingerprint = compute_fingerprint(self, source_cache.source_image_tokens, grid_height, grid_width)
-            check_fingerprint(source_cache, fingerprint)
+            check_weight_samples(source_cache, sample_weights(self.model), self.config)
 
         noise_keys = None
         if settings.do_sample:
@@ -244,5 +243,4 @@ class EditARGenerationMixin(GenerationMixin):
         grid = {"grid_height": grid_height, "grid_width": grid_width}
         is_null = torch.zeros(len(source_image_tokens), dtype=torch.bool, device=source_image_tokens.device)
         states = compute_source_states(self, source_image_tokens, is_null, grid)
-        fingerprint = compute_fingerprint(self, source_image_tokens, **grid)
-        return SourceCache(source_image_tokens, *states, **grid, fingerprint=fingerprint)
+        return SourceCache(source_image_tokens, *states, **grid, weight_samples=sample_weights(self.model))

@@ -1,5 +1,6 @@
 """The forwards of decoding: the source prefix, the text, and the passes of the loop."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from .sampling import GuidanceBranch
 # faster than plain matrix products of few rows: a layer of GPT-B took 0.16 ms for 2 rows, and 0.43 with products; from
 # 4 rows on they were even (torch 2.13, one thread; `benchmarks/bench_generation.py --pieces`).
 MIN_SHARING_ROWS = {("cpu", torch.bfloat16): 4}
+# PEFT's names of an adapter's own parameters.
+ADAPTER_PARAMETER = re.compile(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)")
 
 
 class SourceStates(NamedTuple):
@@ -36,21 +39,25 @@ def compute_source_states(
     return SourceStates([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
 
 
-def compute_fingerprint(
-    model, source_image_tokens: torch.LongTensor, grid_height: int, grid_width: int
-) -> torch.Tensor:
-    """Compute what the decoder makes of up to 16 tokens from all over the sources, `(tokens, hidden_size)`.
+def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
+    """Read some 32 numbers of every parameter and the scales of adapters, as far as they act; no forward.
 
-    Other embeddings, weights or adapters change it, and the same decoder on the same machine repeats it bit by bit.
+    They are the same on every device and in every process. Weights that are not in memory, as under sequential offload,
+    give no numbers.
     """
-    grid_height, grid_width = min(4, grid_height), min(4, grid_width)
-    num_tokens = grid_height * grid_width
-    tokens = source_image_tokens.flatten()
-    tokens = tokens[:: len(tokens) // num_tokens][None, :num_tokens]
-    outputs = model(
-        source_image_tokens=tokens, grid_height=grid_height, grid_width=grid_width, output_hidden_states=True
-    )
-    return outputs.hidden_states[-1][0]
+    samples, acting = {}, set()
+    for path, module in decoder.named_modules():
+        if hasattr(module, "adapter_layer_names") and not (module.disable_adapters or getattr(module, "merged", False)):
+            acting.update(module.active_adapters)
+            scales = getattr(module, "scaling", {})
+            samples |= {f"{path}: {name}": [scales[name]] for name in module.active_adapters if name in scales}
+    for name, parameter in decoder.named_parameters():
+        adapter = ADAPTER_PARAMETER.search(name)
+        if adapter is None or adapter[1] in acting:
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 32)]
+            name = name.replace(".base_layer", "").replace(".original_module", "")
+            samples[name] = [] if parameter.is_meta else values.tolist()
+    return samples
 
 
 def find_sources(source_image_tokens: torch.LongTensor) -> torch.LongTensor:
