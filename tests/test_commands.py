@@ -54,6 +54,13 @@ def test_installed_program_runs_env():
     assert read_rows(result.stdout)["torch"] == metadata.version("torch")
 
 
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"editar-hf {editar_hf.__version__}\n"
+
+
 def test_help_names_every_command_without_importing_torch():
     code = (
         "import sys, editar_hf.commands as c\n"
@@ -81,7 +88,7 @@ def test_help_leaves_names_as_they_are_written(command, capsys):
     assert re.search("EditAR|LPIPS or FID", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("error", [ValueError("`model` is 3"), FileNotFoundError("no such file: a.png")])
+@pytest.mark.parametrize("error", [ValueError("`model` is 3"), TypeError("`a` is b"), FileNotFoundError("no a.png")])
 def test_bad_input_is_one_line_and_exit_status_two(error, capsys, monkeypatch):
     def refuse(args):
         raise error
