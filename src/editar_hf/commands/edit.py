@@ -1,12 +1,30 @@
-"""`editar-hf edit`: one picture and one instruction, or a folder of pictures and a file of instructions."""
+"""`editar-hf edit`: edit one image, or many images of a folder."""
 
 import argparse
+import io
 import json
+import os
 import sys
+import tempfile
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+
+# Arguments that go to the pipeline under the same names.
+PIPELINE_OPTIONS = (
+    *("resize_mode", "crop_to_mask", "restore_size", "guidance_scale", "image_guidance_scale", "negative_prompt"),
+    "num_images_per_prompt",
+)
+# With Pillow's defaults these formats change pixels that the edit left alone.
+SAVE_OPTIONS = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+    "WEBP": {"lossless": True},
+}
+# In the output folder: what each output was made from, one JSON object per line, the last line of an output counts.
+RECORD_FILE = ".editar-edits.jsonl"
 
 
 @dataclass
@@ -23,121 +41,312 @@ class Job:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `editar-hf edit` to the command's parser."""
-    summary = "edit a picture, or a folder of pictures"
+    summary = "edit an image, or a folder of images"
     description = (
-        f"{summary.capitalize()}. A line of the file of prompts is a JSON object with `image`, a name in the folder, "
-        "and `prompt`, and where wanted `output`, `task`, `seed` and `mask`, again a name in the folder. Edits whose "
-        "output is there are skipped; one that fails is reported, the others go on, and the exit status is 1."
+        f"{summary.capitalize()}. With --prompt, every image of a folder gets the same edit. With --prompts, a line of "
+        "the file is a JSON object with `image`, a name in the folder, and `prompt`, and optionally `output`, `task`, "
+        "`seed` and `mask`, again a name in the folder; `task`, `seed` and `mask` default to the options below. In the "
+        "output folder, edits that were made before with the same image, prompt and options are skipped. Edits that "
+        "fail are listed at the end, and the exit status is 1."
     )
     parser = subparsers.add_parser("edit", help=summary, description=description)
     parser.add_argument("--model", metavar="M", required=True, help="the pipeline, a folder or Hub id")
-    parser.add_argument("--image", metavar="PATH", type=Path, required=True, help="a picture; with --prompts, a folder")
+    parser.add_argument("--image", metavar="PATH", type=Path, required=True, help="an image, or a folder of images")
     wish = parser.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--prompt", metavar="P", help="what to do")
-    wish.add_argument("--prompts", metavar="FILE", type=Path, help="JSON lines: what to do with which picture")
-    parser.add_argument("--mask", metavar="FILE", type=Path, help="white where the picture may change")
+    wish.add_argument("--prompt", metavar="P", help="the instruction")
+    wish.add_argument("--prompts", metavar="FILE", type=Path, help="JSON lines: an instruction for each image")
+    output_help = "the image to write, such as edited.png; for a folder of images, a folder"
+    parser.add_argument("--output", metavar="PATH", type=Path, required=True, help=output_help)
+    parser.add_argument("--mask", metavar="FILE", type=Path, help="an image, white where the result may change")
     parser.add_argument("--task", metavar="T", default="edit", help="edit, canny, depth or segmentation; default: edit")
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sampling; default: 0")
-    parser.add_argument(
-        "--output", metavar="PATH", type=Path, required=True, help="the picture to write; with --prompts, a folder"
-    )
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="seed of the sampling; default: 0")
+    add_pipeline_arguments(parser)
     parser.set_defaults(run=run)
 
 
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is the same for all images."""
+    parser.add_argument(
+        "--resize-mode", choices=("crop", "stretch"), help="how an image is brought to the model's size; default: its"
+    )
+    parser.add_argument(
+        "--crop-to-mask", action="store_true", default=None, help="edit only a window around the mask, at full size"
+    )
+    parser.add_argument(
+        "--restore-size",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write results at their images' sizes (default), or at the model's size",
+    )
+    parser.add_argument("--guidance-scale", metavar="X", type=float, help="weight of the prompt; default: the model's")
+    parser.add_argument("--image-guidance-scale", metavar="X", type=float, help="weight of the image; default: none")
+    parser.add_argument("--negative-prompt", metavar="P", help="what the result should not show")
+    parser.add_argument(
+        "--num-images",
+        metavar="N",
+        type=int,
+        dest="num_images_per_prompt",
+        help="results per edit, edited-0.png, edited-1.png, ...; default: 1, edited.png",
+    )
+    parser.add_argument("--lora", metavar="L", help="an adapter, a folder or Hub id")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: as in the model's files; default: what this machine computes fast",
+    )
+    parser.add_argument("--device", metavar="D", help="such as cpu or cuda:1; default: the GPU if there is one")
+    parser.add_argument(
+        "--quality",
+        metavar="Q",
+        type=int,
+        help="1 to 100, of .jpg, .avif and .webp; default: 95 for .jpg and .avif, lossless for .webp",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
-    """Edit one picture, or all that are not there yet; exit status 1 where one failed."""
-    if args.prompts is None:
+    """Edit one image, or all that were not edited yet; exit status 1 where one failed."""
+    check_options(args)
+    if args.prompts is None and not args.image.is_dir():
         job = Job(args.image, args.prompt, args.output, args.task, args.seed, args.mask)
-        check_seed("`--seed`", job.seed)
-        check_output(job.output)
-        edit(load_pipeline(args.model), job)
+        check_job(job, args)
+        for name in ("image", "mask"):
+            if (path := getattr(job, name)) is not None and not path.is_file():
+                raise ValueError(f"`--{name}` is {path}, which is not a file; give the path of an image.")
+        check_writable(job.output.parent)
+        edit(load_pipeline(args), job, args)
         return 0
-    jobs = read_jobs(args)
-    waiting = [job for job in jobs if not job.output.exists()]
+    return edit_folder(args)
+
+
+def edit_folder(args: argparse.Namespace) -> int:
+    """Edit image after image, and say which failed; exit status 1 where one did."""
+    from tqdm import tqdm
+
+    jobs = read_folder(args) if args.prompts is None else read_prompts(args)
+    check_outputs(jobs, args)
+    record = read_record(args.output)
+    waiting = [job for job in jobs if not is_done(job, args, record)]
     print(f"{len(jobs)} edits, {len(jobs) - len(waiting)} of them done before")
-    failures = run_jobs(args.model, waiting)
+    failures = []
+    if waiting:
+        check_writable(args.output)
+        pipeline = load_pipeline(args)
+    for job in tqdm(waiting, unit="edit", disable=None):
+        made_from = describe_job(job, args)
+        try:
+            write_record(job, args, None)  # a run that is killed between image and record must not keep the old record
+            edit(pipeline, job, args)
+            write_record(job, args, made_from)
+        except Exception as error:  # whatever is wrong with one image, the others are not
+            failures.append((job, error))
     for job, error in failures:
         print(f"{job.image}: {type(error).__name__}: {error}", file=sys.stderr)
     print(f"{len(waiting) - len(failures)} done, {len(failures)} failed")
     return 1 if failures else 0
 
 
-def run_jobs(model: str, jobs: list[Job]) -> list[tuple[Job, Exception]]:
-    """Edit picture after picture; return those that failed, with the reason."""
-    from tqdm import tqdm
-
-    failures = []
-    pipeline = load_pipeline(model) if jobs else None
-    for job in tqdm(jobs, unit="edit", disable=None):
-        try:
-            edit(pipeline, job)
-        except Exception as error:  # whatever is wrong with one picture, the others are not
-            failures.append((job, error))
-    return failures
+# What to do
 
 
-def read_jobs(args: argparse.Namespace) -> list[Job]:
+def read_folder(args: argparse.Namespace) -> list[Job]:
+    """List the images of the folder, in alphabetical order.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    from PIL import Image
+
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = sorted(path for path in args.image.iterdir() if path.is_file() and path.suffix.lower() in suffixes)
+    images = [path for path in images if not path.name.startswith(".")]
+    if not images:
+        raise ValueError(f"`--image` is {args.image}, a folder without images; give an image, or a folder of some.")
+    jobs = []
+    for path in images:
+        jobs.append(Job(path, args.prompt, args.output / f"{path.stem}.png", args.task, args.seed, args.mask))
+        check_job(jobs[-1], args)
+    return jobs
+
+
+def read_prompts(args: argparse.Namespace) -> list[Job]:
     """Read the file of prompts.
 
     Raises:
-        ValueError: If a line is not what it should be, or two lines write the same file.
+        ValueError: If it is not UTF-8, or a line is not what it should be.
     """
-    lines = args.prompts.read_text(encoding="utf-8").splitlines()
-    jobs = [read_job(args, line, f"{args.prompts}, line {k}") for k, line in enumerate(lines, 1) if line.strip()]
-    twice = [str(path) for path, count in Counter(job.output for job in jobs).items() if count > 1]
-    if twice:
-        raise ValueError(f"`--prompts` {args.prompts} writes {twice[0]} more than once; give those lines an `output`.")
-    return jobs
+    if not args.image.is_dir():
+        raise ValueError(f"`--image` is {args.image}, which is not a folder; `--prompts` names images in a folder.")
+    try:
+        text = args.prompts.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`--prompts` {args.prompts} is not UTF-8: {error}. Save it in that encoding.") from error
+    # Prompts may hold characters at which `str.splitlines` splits too.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [read_job(args, line, f"{args.prompts}, line {number}") for number, line in lines]
 
 
 def read_job(args: argparse.Namespace, line: str, place: str) -> Job:
     """Read one line; what it leaves out, the command's arguments say."""
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`--prompts` {place} is no JSON: {error}.") from error
     kinds = {"image": str, "prompt": str, "output": str, "task": str, "seed": int, "mask": str}
     is_sound = isinstance(entry, dict) and {"image", "prompt"} <= entry.keys() <= kinds.keys()
-    if not is_sound or not all(isinstance(value, kinds[name]) for name, value in entry.items()):
+    # `type`, because `True` is an instance of `int`.
+    if not is_sound or not all(type(value) is kinds[name] and value != "" for name, value in entry.items()):
         raise ValueError(
-            f"`--prompts` {place} is {line.strip()!r}; give an object with `image` and `prompt`, and where wanted "
-            "`output`, `task`, `seed`, `mask`."
+            f"`--prompts` {place} is {line.strip()!r}; give an object with `image` and `prompt`, and optionally "
+            "`output`, `task`, `seed`, `mask`. `seed` is a whole number; the others are text, and not empty."
         )
     output = args.output / entry.get("output", f"{Path(entry['image']).stem}.png")
-    check_output(output)
     mask = args.image / entry["mask"] if "mask" in entry else args.mask
     task, seed = entry.get("task", args.task), entry.get("seed", args.seed)
-    check_seed(f"`--prompts` {place}: `seed`", seed)
-    return Job(args.image / entry["image"], entry["prompt"], output, task, seed, mask)
+    job = Job(args.image / entry["image"], entry["prompt"], output, task, seed, mask)
+    check_job(job, args, f"`--prompts` {place}: ")
+    return job
 
 
-def check_output(path: Path) -> None:
-    """Refuse a file name that says no picture format, before any work."""
+# Checks before any work
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that no job could run with."""
+    import torch
+
+    from ..hub import check_folder_or_hub_id
+
+    limits = (("--quality", args.quality, 100), ("--num-images", args.num_images_per_prompt, 1000))
+    for option, value, highest in limits:
+        if value is not None and not 1 <= value <= highest:
+            raise ValueError(f"`{option}` is {value}; pass a whole number from 1 to {highest}.")
+    if args.device is not None:
+        try:
+            torch.empty(1, device=args.device).cpu()
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+            raise ValueError(f"`--device` is {args.device!r}, which torch cannot use here: {error}") from error
+    check_folder_or_hub_id(args.model, "--model")
+    if args.lora is not None:
+        check_folder_or_hub_id(args.lora, "--lora")
+
+
+def check_job(job: Job, args: argparse.Namespace, place: str = "") -> None:
+    """Refuse what the pipeline or torch would refuse later, and outputs that cannot be written.
+
+    Args:
+        place (`str`): Which line of a file the job comes from; begins the message.
+    """
     from PIL import Image
 
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"`--output` is {path}; end it in a picture format such as .png.")
+    from ..processing_editar import apply_task_prefix
+
+    dashes = "" if place else "--"
+    if not job.prompt.strip():
+        raise ValueError(f"{place}`{dashes}prompt` is empty; say what to change.")
+    try:
+        apply_task_prefix(job.prompt, job.task)
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from error
+    if not -(2**63) <= job.seed < 2**64:  # what torch takes
+        raise ValueError(f"{place}`{dashes}seed` is {job.seed}; pass one from -2**63 to 2**64 - 1.")
+    if job.output.is_dir():
+        raise ValueError(f"{place}`--output` is {job.output}, which is a folder; give the name of an image to write.")
+    options = choose_save_options(job.output, args.quality)
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{place}`--output` is {job.output}; end it in an image format that Pillow writes, such as .png."
+        ) from error
 
 
-def check_seed(name: str, seed: int) -> None:
-    """Refuse a seed that torch does not take, before any work."""
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{name} is {seed}; pass one from -2**63 to 2**64 - 1.")
+def check_outputs(jobs: list[Job], args: argparse.Namespace) -> None:
+    """Refuse jobs that write the same file, or a file that another job reads."""
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"`--output` is {args.output}, which is a file; give a folder for the results.")
+    outputs = [os.path.abspath(path) for job in jobs for path in list_outputs(job, args)]
+    twice = [path for path, count in Counter(outputs).items() if count > 1]
+    if twice and args.prompts is None:
+        raise ValueError(f"`--image` {args.image} has two images for {twice[0]}; rename one, or use `--prompts`.")
+    if twice:
+        raise ValueError(f"`--prompts` {args.prompts} writes {twice[0]} more than once; give those lines an `output`.")
+    read = {os.path.abspath(path) for job in jobs for path in (job.image, job.mask) if path is not None}
+    if overwritten := sorted(read & set(outputs)):
+        raise ValueError(f"`--output` is {args.output}; {overwritten[0]} would be overwritten. Give another folder.")
 
 
-def load_pipeline(model: str):
-    """Load the pipeline onto the GPU if there is one."""
+def check_writable(folder: Path) -> None:
+    """Make the folder, and refuse one that takes no file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+# What was done before
+
+
+def describe_job(job: Job, args: argparse.Namespace) -> dict | None:
+    """Describe all that a job's outputs depend on; `None` if a file is missing.
+
+    Files are described by name and time of change, so that a folder may be moved between two runs.
+    """
+    try:
+        files = [path and [path.name, path.stat().st_mtime_ns] for path in (job.image, job.mask)]
+    except OSError:
+        return None
+    options = {name: getattr(args, name) for name in (*PIPELINE_OPTIONS, "model", "lora", "dtype", "quality")}
+    return {"files": files, "prompt": job.prompt, "task": job.task, "seed": job.seed, **options}
+
+
+def is_done(job: Job, args: argparse.Namespace, record: dict) -> bool:
+    """Tell whether a job's outputs are there, and made from what the job says."""
+    made_from = describe_job(job, args)
+    is_recorded = made_from is not None and record.get(name_output(job, args)) == made_from
+    return is_recorded and all(path.exists() for path in list_outputs(job, args))
+
+
+def name_output(job: Job, args: argparse.Namespace) -> str:
+    """Name a job's output in the record: by its path from the output folder."""
+    return Path(os.path.relpath(job.output, args.output)).as_posix()
+
+
+def read_record(folder: Path) -> dict[str, dict | None]:
+    """Read what each output in the folder was made from."""
+    record = {}
+    path = folder / RECORD_FILE
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError, TypeError):  # a run that was killed may have left a part of a line
+            record |= json.loads(line)
+    return record
+
+
+def write_record(job: Job, args: argparse.Namespace, made_from: dict | None) -> None:
+    """Add a line to the record; in front of it a line break, because the last line may be a part of one."""
+    with (args.output / RECORD_FILE).open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps({name_output(job, args): made_from}) + "\n")
+
+
+# The work
+
+
+def load_pipeline(args: argparse.Namespace):
+    """Load the pipeline, and the adapter if one was given."""
     import torch
 
     from ..pipeline_editar import EditARPipeline
 
-    pipeline = EditARPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {}
+    if args.dtype is not None:
+        dtype = {"dtype": "auto" if args.dtype == "auto" else getattr(torch, args.dtype)}
+    pipeline = EditARPipeline.from_pretrained(args.model, **dtype)
+    if args.lora is not None:
+        pipeline.load_lora_weights(args.lora)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def open_picture(path: Path):
-    """Open a picture. What PIL raises for a broken header is of many kinds, and not all of it names the file."""
+def open_image(path: Path):
+    """Open an image. What PIL raises for a broken header is of many kinds, and not all of it names the file."""
     from PIL import Image
 
     try:
@@ -148,15 +357,46 @@ def open_picture(path: Path):
         raise ValueError(f"{path} is no picture that opens: {error}") from error
 
 
-def edit(pipeline, job: Job) -> None:
-    """Edit one picture and write it, at its own size, under a temporary name first."""
+def list_outputs(job: Job, args: argparse.Namespace) -> list[Path]:
+    """List the files that a job writes."""
+    count = args.num_images_per_prompt or 1
+    if count == 1:
+        return [job.output]
+    return [job.output.with_stem(f"{job.output.stem}-{index}") for index in range(count)]
+
+
+def choose_save_options(path: Path, quality: int | None) -> dict:
+    """Choose the format and Pillow's options for it.
+
+    Raises:
+        ValueError: If `quality` is given for a format that has none.
+    """
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if quality is None:
+        return {"format": kind, **SAVE_OPTIONS.get(kind, {})}
+    if kind not in SAVE_OPTIONS:
+        raise ValueError(f"`--quality` is {quality}, but {path} has none; leave it out, or write .jpg, .avif or .webp.")
+    return {"format": kind, **SAVE_OPTIONS[kind], "quality": quality, "lossless": False}
+
+
+def edit(pipeline, job: Job, args: argparse.Namespace) -> None:
+    """Edit one image and write the results."""
     import torch
 
-    with open_picture(job.image) as image, nullcontext() if job.mask is None else open_picture(job.mask) as mask:
+    given = {name: getattr(args, name) for name in PIPELINE_OPTIONS if getattr(args, name) is not None}
+    with open_image(job.image) as image, nullcontext() if job.mask is None else open_image(job.mask) as mask:
         generator = torch.Generator().manual_seed(job.seed)
-        how = {"task": job.task, "mask_image": mask, "restore_size": True, "generator": generator}
-        edited = pipeline(job.prompt, image=image, **how).images[0]
+        images = pipeline(job.prompt, image=image, task=job.task, mask_image=mask, generator=generator, **given).images
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = job.output.with_name(f".unfinished-{job.output.name}")
-    edited.save(unfinished)
-    unfinished.replace(job.output)
+    for edited, path in zip(images, list_outputs(job, args), strict=True):
+        save_image(edited, path, args.quality)
+
+
+def save_image(image, path: Path, quality: int | None) -> None:
+    """Save an image under a temporary name, then rename it."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    # Not every format takes the profile from the image.
+    image.save(unfinished, icc_profile=image.info.get("icc_profile"), **choose_save_options(path, quality))
+    unfinished.replace(path)
