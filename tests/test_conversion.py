@@ -497,12 +497,14 @@ def test_push_uploads_the_folder_with_its_card_and_leaves_a_card_that_is_there(p
         (["--push-to-hub", "me/editar", "--transformer", "absent.pt"], "`--license` is missing"),
         (["--push-to-hub", "editar", "--license", "mit"], "`--push-to-hub` is editar"),
         (["--model", "somewhere"], "`--model` is somewhere"),
+        (["--text-encoder", "./absent", "--transformer", "absent.pt"], "`text_encoder` is './absent': there is no"),
+        (["--reverse", "--model", "./absent"], "`model` is './absent': there is no such folder"),
         (["--reverse"], "`--model` is missing"),
         (["--reverse", "--model", "m", "--license", "mit"], "`--license` is mit"),
         (["--reverse", "--model", "m", "--transformer", "t.pt"], "`--transformer` is t.pt"),
     ],
 )
-def test_arguments_that_contradict_each_other_are_refused_first(tmp_path, capsys, arguments, named):
+def test_arguments_that_cannot_be_right_are_refused_first(tmp_path, capsys, arguments, named):
     assert main(["convert", "--output-dir", str(tmp_path / "out"), *arguments]) == 2
     assert named in capsys.readouterr().err
 

@@ -301,6 +301,11 @@ def test_metrics_have_the_factors_directions_and_digits_of_the_published_tables(
     assert all(heading.endswith(" % ↑") and text == "12.35" for heading, text in shares.values())
 
 
+def test_a_model_that_is_missing_is_called_missing():
+    with pytest.raises(ValueError, match="`clip_model` is '/no/where': there is no such folder"):
+        resolve_models(["clip"], {"clip": "/no/where"}, {})
+
+
 def test_models_of_published_figures_are_the_defaults():
     resolve = lambda task, *names: resolve_models(names, {}, TASKS[task].models)  # noqa: E731
     assert resolve("pie-bench", "structure", "clip") == {

@@ -21,7 +21,7 @@ from tiny_metrics import build_clip
 from transformers import CLIPTextModel
 
 from editar_hf.evaluation.samples import Sample
-from editar_hf.evaluation.systems import build_system
+from editar_hf.evaluation.systems import EditAR, build_system
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer")
@@ -216,9 +216,18 @@ def test_a_card_makes_no_other_model_and_weights_and_configurations_do(models, t
         path.write_bytes(content)
 
 
-def test_a_model_that_is_no_folder_and_no_id_is_named():
-    with pytest.raises(ValueError, match="`model` is '/no/where', which is no folder that exists and no Hub id"):
-        build_system("editar", model="/no/where").describe()
+def test_a_model_that_is_missing_is_called_missing():
+    with pytest.raises(ValueError, match="`model` is '/no/where': there is no such folder"):
+        EditAR(model="/no/where").describe()
+    for name, options in {
+        "editar": {"model": "/no/where"},
+        "instruct-pix2pix": {"model": "/no/where"},
+        "vq-reconstruction": {"model": "/no/where"},
+    }.items():
+        with pytest.raises(ValueError, match="`model` is '/no/where': there is no such folder"):
+            build_system(name, **options)
+    with pytest.raises(ValueError, match="`lora` is '/no/where': there is no such folder"):
+        build_system("editar", model="m", lora="/no/where")
 
 
 @pytest.mark.parametrize(

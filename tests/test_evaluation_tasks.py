@@ -498,6 +498,7 @@ def test_the_fingerprint_tells_one_changed_pixel_and_one_changed_word(tmp_path):
         (["--task", "pie-bench"], "`source` is missing"),
         (["--task", "pie-bench", "--source", "nowhere"], "`source` 'nowhere' has no mapping_file.json"),
         (["--task", "folder", "--source", "nowhere"], "`source` 'nowhere' has no metadata.jsonl"),
+        (["--task", "depth", "--source", "./nowhere"], "`source` is './nowhere': there is no such folder"),
         (["--task", "magicbrush", "--source", "nowhere"], "`source` 'nowhere' has no edit_sessions.json"),
         (["--task", "folder", "--source", "x", "--resolution", "32"], "the task folder has no such option"),
     ],

@@ -50,9 +50,9 @@ MAY_IMPORT = {
         *(*PIPELINE, "pipeline_inputs", "pipeline_lora", "pipeline_sharing", "pipeline_sources", "pipeline_steps"),
     },
     "self_check": PIPELINE,
-    "conversion": {*PIPELINE, "model_card", "pipeline_loading", "self_check"},
+    "conversion": {*PIPELINE, "hub", "model_card", "pipeline_loading", "self_check"},
     "training": {*PIPELINE, "hub", "model_card", "pipeline_lora", "condition_maps", "__init__"},
-    "evaluation": {*PIPELINE, "condition_maps", "conversion", "pipeline_loading", "__init__"},
+    "evaluation": {*PIPELINE, "condition_maps", "conversion", "hub", "pipeline_loading", "__init__"},
     "__init__": PIPELINE,
     "commands": {*PIPELINE, "condition_maps", "conversion", "hub", "self_check", "training", "evaluation", "__init__"},
 }

@@ -323,6 +323,15 @@ def test_examples_in_docstrings_run(module):
     assert runner.failures == 0
 
 
+@pytest.mark.parametrize(
+    "scorer",
+    [CLIPScorer, DepthScorer, SegmentationScorer, DINOScorer, InceptionScorer, LPIPSScorer, StructureScorer],
+)
+def test_a_missing_folder_is_called_missing(scorer):
+    with pytest.raises(ValueError, match="`model` is '/no/where': there is no such folder"):
+        scorer("/no/where")
+
+
 @pytest.mark.parametrize("scorer", [CLIPScorer, DepthScorer, SegmentationScorer])
 def test_instance_without_its_processor_is_refused(scorer):
     with pytest.raises(ValueError, match="`processor` is missing; give that of the LPIPSModel"):

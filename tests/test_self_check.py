@@ -173,3 +173,5 @@ def test_check_exits_with_zero_on_a_trained_pipeline(trained, tmp_path, capsys):
 def test_check_refuses_a_folder_without_a_pipeline(tmp_path, capsys):
     assert main(["check", str(tmp_path)]) == 2
     assert "model_index.json" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "missing")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err

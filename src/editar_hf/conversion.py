@@ -23,6 +23,7 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedConfig, T5Config, T5EncoderModel, T5Tokenizer
 
 from .configuration_editar import EditARConfig, EditARVQConfig
+from .hub import check_folder_or_hub_id
 from .model_card import compose_snippet
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
@@ -423,6 +424,8 @@ def convert_pipeline(
     Raises:
         ValueError: If a file is not what it should be, or the three do not fit together.
     """
+    if text_encoder is not None:
+        check_folder_or_hub_id(text_encoder, "text_encoder")
     transformer = transformer or hf_hub_download(**PUBLISHED_TRANSFORMER)
     decoder = convert_transformer(load_published_weights(transformer), num_attention_heads, dtype, grid_size)
     vq_model = vq_model or hf_hub_download(**PUBLISHED_VQ_MODEL)
@@ -454,10 +457,11 @@ def revert_pipeline(model: str | Path, output_dir: str | Path):
     """Write the decoder and the tokenizer of a pipeline folder as `editar.pt` and `vq.pt`, in the published formats.
 
     Raises:
-        ValueError: If `model` is a folder without a pipeline, cannot be said in the published formats, or a file is
-            already there.
+        ValueError: If `model` is missing or a folder without a pipeline, cannot be said in the published formats, or a
+            file is already there.
     """
     output_dir = Path(output_dir)
+    check_folder_or_hub_id(model, "model")
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"`model` is {model}, a folder without `model_index.json`; give a pipeline folder.")
     for name in (REVERTED_TRANSFORMER, REVERTED_VQ_MODEL):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedConfig
 
+from ..hub import check_folder_or_hub_id
 from . import scorers
 from .protocols import Protocol
 
@@ -66,11 +66,13 @@ def resolve_models(names: Iterable[str], given: Mapping[str, str], defaults: Map
         defaults (mapping): Those of the task, where they are not the general ones.
 
     Raises:
-        ValueError: If one has no default and none was given, or one was given that no metric needs.
+        ValueError: If one has no default and none was given, or one was given that no metric needs or that is missing.
     """
     names = list(dict.fromkeys(names))
     if unused := sorted(set(given) - set(names)):
         raise ValueError(f"`{unused[0]}_model` is {given[unused[0]]!r}; none of the metrics asked for needs it.")
+    for name, model in given.items():
+        check_folder_or_hub_id(model, f"{name}_model")
     resolved = {name: given.get(name) or defaults.get(name) or SCORING_MODELS[name].default for name in names}
     if missing := [name for name, model in resolved.items() if model is None]:
         raise ValueError(
@@ -114,10 +116,7 @@ def find_revision(model: str | Path) -> str:
     """
     if Path(model).exists():
         return f"sha256:{compute_fingerprint(Path(model))}"
-    try:
-        validate_repo_id(str(model))
-    except HFValidationError as error:
-        raise ValueError(f"`model` is {str(model)!r}, which is no folder that exists and no Hub id.") from error
+    check_folder_or_hub_id(model, "model")
     # The last part of a snapshot's path is its commit; the configurations alone are enough to learn it.
     return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
 

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..hub import check_folder_or_hub_id
 from .image_metrics import (
     check_mask,
     check_pair,
@@ -62,9 +63,10 @@ def load_network(model: Source, model_class: type, device: str | torch.device | 
         kwargs: For `from_pretrained`.
 
     Raises:
-        ValueError: If `model` is an instance and its weights are not fp32.
+        ValueError: If `model` is a folder that is missing, or an instance and its weights are not fp32.
     """
     if not isinstance(model, PreTrainedModel):
+        check_folder_or_hub_id(model, "model")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = model_class.from_pretrained(model, dtype=torch.float32, **kwargs)
     if model.dtype != torch.float32:
@@ -259,9 +261,10 @@ class CLIPScorer:
 
 
 def check_has_processor(model: Source) -> None:
-    """Refuse an instance without its processor."""
+    """Refuse an instance without its processor, and a folder that is missing."""
     if isinstance(model, PreTrainedModel):
         raise ValueError(f"`processor` is missing; give that of the {type(model).__name__}, or the model as a folder.")
+    check_folder_or_hub_id(model, "model")
 
 
 class DINOScorer:

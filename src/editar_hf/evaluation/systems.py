@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from PIL import Image
 
+from ..hub import check_folder_or_hub_id
 from .image_metrics import quantize_pixels
 from .models import find_revision
 from .processes import get_process
@@ -247,7 +248,8 @@ def build_system(name: str, **options) -> System:
     """Build a system from its name and those options that are not `None`.
 
     Raises:
-        ValueError: If there is none of that name, or an option is not its own, is missing or out of range.
+        ValueError: If there is none of that name, or an option is not its own, is missing or out of range, or names a
+            folder that is missing.
     """
     if name not in SYSTEMS:
         raise ValueError(f"`system` is {name!r}; choose one of {', '.join(SYSTEMS)}.")
@@ -257,7 +259,11 @@ def build_system(name: str, **options) -> System:
         raise ValueError(f"`{unknown[0]}` is {given[unknown[0]]!r}; the system {name} has no such option.")
     if missing := [option for option, field in known.items() if field.default is MISSING and option not in given]:
         raise ValueError(f"`{missing[0]}` is missing; the system {name} needs it, a folder or Hub id.")
-    return SYSTEMS[name](**given)
+    system = SYSTEMS[name](**given)
+    for option in system.model_fields:
+        if (model := getattr(system, option)) is not None:
+            check_folder_or_hub_id(model, option)
+    return system
 
 
 def check_dtype(dtype: str) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ...condition_maps import make_canny_map
+from ...hub import check_folder_or_hub_id
 from ..processes import show_progress
 from ..samples import Sample, crop_labels, crop_picture
 from .sources import check_entry
@@ -28,7 +29,8 @@ def read_rows(source: str, split: str, columns: Mapping[str, type]) -> Iterator[
     """Read a split of a folder of parquet files or of a data set on the Hub, as it is downloaded: (number, row).
 
     Raises:
-        ValueError: If there is no such split, a column is missing, or a row cannot be read or holds something else.
+        ValueError: If there is no such folder or split, a column is missing, or a row cannot be read or holds something
+            else.
     """
     files = sorted(glob(f"{escape(source)}/**/{split}*.parquet", recursive=True))
     if not files and Path(source).exists():
@@ -37,6 +39,7 @@ def read_rows(source: str, split: str, columns: Mapping[str, type]) -> Iterator[
         total = sum(map(count_rows, files))
         rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     else:
+        check_folder_or_hub_id(source, "source", "dataset")
         rows = datasets.load_dataset(source, split=split, streaming=True)
         total = rows.info.splits[split].num_examples if split in (rows.info.splits or {}) else None
     if rows.column_names is not None and (missing := sorted(set(columns) - set(rows.column_names))):
