@@ -386,8 +386,9 @@ def check_format_constants(config: PreTrainedConfig, names: tuple[str, ...]):
     for name in names:
         if getattr(config, name) != getattr(published, name):
             raise ValueError(
-                f"`{name}` is {getattr(config, name)!r}; the published format only knows {getattr(published, name)!r}, "
-                "so this model cannot be written in it."
+                f"`{name}` is {getattr(config, name)!r}. Published files store weights alone, and the published code "
+                f"always computes with {getattr(published, name)!r} (see `{type(config).__name__}`): it would load "
+                "these weights without an error and make other images. Share this model as a pipeline folder instead."
             )
 
 
@@ -467,10 +468,10 @@ def revert_pipeline(model: str | Path, output_dir: str | Path):
     for name in (REVERTED_TRANSFORMER, REVERTED_VQ_MODEL):
         if (output_dir / name).exists():
             raise ValueError(f"`output_dir` already holds {name}; give another folder.")
+    check_format_constants(EditARConfig.from_pretrained(model, subfolder="transformer"), TRANSFORMER_CONSTANTS)
+    check_format_constants(EditARVQConfig.from_pretrained(model, subfolder="vq_model"), VQ_CONSTANTS)
     transformer = EditARForConditionalGeneration.from_pretrained(model, subfolder="transformer", dtype="auto")
     vq_model = EditARVQModel.from_pretrained(model, subfolder="vq_model", dtype="auto")
-    check_format_constants(transformer.config, TRANSFORMER_CONSTANTS)
-    check_format_constants(vq_model.config, VQ_CONSTANTS)
     output_dir.mkdir(parents=True, exist_ok=True)
     save_published_weights(revert_transformer_weights(transformer), output_dir / REVERTED_TRANSFORMER)
     save_published_weights(revert_vq_weights(vq_model), output_dir / REVERTED_VQ_MODEL)
