@@ -288,6 +288,12 @@ def test_a_row_of_a_sheet_shows_source_mask_output_and_target(benchmark):
         assert np.array_equal(shown, np.asarray(picture.resize((160, 160), Image.Resampling.NEAREST)))
 
 
+def test_a_sheet_says_which_checks_a_prediction_passed():
+    values = {"done": 0.0, "inside": 0.0, "outside": 1.0, "placed": 0.5, "gone": None, "psnr_unedited": "inf"}
+    assert pictures.describe_checks(values, "done") == ", right inside: no, kept outside: yes, colours placed: 50.00"
+    assert pictures.describe_checks({"l1": 0.5}, "l1") == ""
+
+
 def test_a_report_of_a_run_whose_predictions_are_gone_has_no_sheet(folders, tmp_path):
     config, metrics = (json.loads((folders[0] / name).read_text()) for name in ("config.json", "metrics.json"))
     config["paths"]["images"] = str(tmp_path / "nowhere")

@@ -123,7 +123,8 @@ def draw_sheet_of(run, output_dir: Path) -> tuple[str, Path] | None:
     for title, sample_id in chosen:
         sample = benchmark[benchmark.ids.index(sample_id)]
         value = METRICS[metric].format(values[sample_id] * METRICS[metric].factor) if metric else ""
-        rows.append((f"{title} {value}", sample, read_image(predictions[sample_id].path)))
+        checks = describe_checks(sound[sample_id], metric)
+        rows.append((f"{title} {value}{checks}", sample, read_image(predictions[sample_id].path)))
     if not rows:
         return None
     path = output_dir / f"{run.name}-sheet.png"
@@ -142,6 +143,22 @@ def choose_samples(ids: Sequence[str], values: dict[str, float], metric: str | N
     best = ranked[:NUM_EACH]
     worst = ranked[len(best) :][::-1][:NUM_EACH]
     return [("best:", sample_id) for sample_id in best] + [("worst:", sample_id) for sample_id in worst]
+
+
+def describe_checks(values: dict[str, float | str | None], metric: str | None) -> str:
+    """Say which checks a prediction passed, so that a sheet shows why one failed.
+
+    Args:
+        values (`dict`): The prediction's values, as they are recorded.
+        metric (`str`, *optional*): The metric that ranks the predictions, which is left out.
+    """
+    found = {name: decode_number(value) for name, value in values.items() if METRICS[name].is_share and name != metric}
+    answers = {0: "no", 1: "yes"}
+    return "".join(
+        f", {METRICS[name].title}: {answers.get(value) or METRICS[name].format(value * METRICS[name].factor)}"
+        for name, value in found.items()
+        if not math.isnan(value)
+    )
 
 
 def draw_sheet(rows: Sequence[tuple[str, Sample, Image.Image]]) -> Image.Image:
