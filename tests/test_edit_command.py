@@ -134,12 +134,13 @@ def test_a_picture_that_fails_in_any_way_is_reported_and_the_others_go_on(model,
         "missing.png": "FileNotFoundError: [Errno 2]",
         "huge.png": "ValueError: ",
         "truncated.png": "ValueError: `images` holds ",
+        "a\0.png": "ValueError: ",
     }
     lines = [{"image": name, "prompt": PROMPT} for name in (*expected, "a.png")]
     lines.insert(0, {"image": "b.png", "prompt": PROMPT, "output": "b.jpg", "mask": "truncated.png"})
     assert run_folder(model, pictures, write_prompts(tmp_path, *lines), tmp_path / "out") == 1
     captured = capsys.readouterr()
-    assert "1 done, 5 failed" in captured.out
+    assert "1 done, 6 failed" in captured.out
     for name, message in expected.items():
         assert f"{pictures / name}: {message}" in captured.err
     assert f"{pictures / 'b.png'}: ValueError: `mask_image` holds '{pictures / 'truncated.png'}'" in captured.err

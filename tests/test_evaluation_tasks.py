@@ -319,6 +319,8 @@ def test_magicbrush_entries_that_are_not_as_published_are_refused(name, content,
     [
         ("folder", make_picture_folder, "metadata.jsonl", b"\n\n{no", "line 3 of {} is no JSON: Expecting"),
         ("folder", make_picture_folder, "metadata.jsonl", b'{"id": "\xe9"}', "{} is not UTF-8"),
+        pytest.param("folder", make_picture_folder, "metadata.jsonl", b"[" * 100_000, "line 1 of {} is no JSON", id="["),
+        pytest.param("folder", make_picture_folder, "metadata.jsonl", b"9" * 5000, "line 1 of {} is no JSON", id="9"),
         ("pie-bench", make_pie_folder, "mapping_file.json", b'{"1":\n no}', "line 2 of {} is no JSON: Expecting"),
         ("magicbrush", make_magicbrush_folder, "edit_sessions.json", b"", "line 1 of {} is no JSON: Expecting"),
     ],

@@ -67,10 +67,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is the same for all images."""
     parser.add_argument(
-        "--resize-mode", choices=("crop", "stretch"), help="how an image is brought to the model's size; default: its"
+        "--resize-mode", choices=("crop", "stretch"), help="how images get the model's size; default: the model's own"
     )
     parser.add_argument(
-        "--crop-to-mask", action="store_true", default=None, help="edit only a window around the mask, at full size"
+        "--crop-to-mask", action="store_true", default=None, help="edit a window around the mask at the model's size"
     )
     parser.add_argument(
         "--restore-size",
@@ -292,7 +292,7 @@ def describe_job(job: Job, args: argparse.Namespace) -> dict | None:
     """
     try:
         files = [path and [path.name, path.stat().st_mtime_ns] for path in (job.image, job.mask)]
-    except OSError:
+    except (OSError, ValueError):  # the latter for names that no file can have
         return None
     options = {name: getattr(args, name) for name in (*PIPELINE_OPTIONS, "model", "lora", "dtype", "quality")}
     return {"files": files, "prompt": job.prompt, "task": job.task, "seed": job.seed, **options}

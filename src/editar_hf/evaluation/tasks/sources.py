@@ -37,9 +37,9 @@ def parse_json(text: str, path: Path | str, first_line: int = 1) -> dict:
     """
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"`source`: line {line} of {path} is no JSON: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:  # also numbers that are too long, and lists that are too deep
+        line = first_line + getattr(error, "lineno", 1) - 1
+        raise ValueError(f"`source`: line {line} of {path} is no JSON: {getattr(error, 'msg', error)}.") from error
     check_entry(content, {}, f"line {first_line} of {path}")
     return content
 
