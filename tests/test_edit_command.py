@@ -266,7 +266,9 @@ def test_a_line_that_cannot_be_done_is_refused_before_any_work(values, message, 
         (["--output", "."], "`--output` is ., which is a folder"),
         (["--output", "edited"], "`--output` is edited; end it in an image format"),
         (["--output", "edited.wmf"], "`--output` is edited.wmf; end it in an image format"),
-        (["--output", "pictures/a.png/edited.png"], "pictures/a.png"),
+        (["--output", "pictures/a.png/edited.png"], "no file can be written to pictures/a.png"),
+        (["--crop-to-mask"], "`--crop-to-mask` needs a mask"),
+        (["--image", "pictures", "--output", "out", "--mask", "pictures"], "`--mask` is pictures, which is not a file"),
         (["--model", "pictures/missing"], "`--model` is 'pictures/missing': there is no such folder"),
         (["--lora", "./missing"], "`--lora` is './missing': there is no such folder"),
     ],
@@ -322,9 +324,10 @@ def test_a_window_around_a_mask_is_edited(model, pictures, tmp_path):
 
 
 def test_a_refusal_of_the_pipeline_is_one_line(model, pictures, tmp_path, capsys):
-    assert run_edit(model, pictures / "a.png", PROMPT, tmp_path / "edited.png", "--crop-to-mask") == 2
+    words = ["--mask", pictures / "a.png", "--crop-to-mask", "--resize-mode", "crop"]
+    assert run_edit(model, pictures / "a.png", PROMPT, tmp_path / "edited.png", *words) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
-    assert line.startswith("editar-hf: error: `crop_to_mask` is True; it needs")
+    assert line.startswith("editar-hf: error: `resize_mode` is 'crop' beside `crop_to_mask`")
 
 
 def test_an_adapter_and_a_dtype_are_loaded(model, pictures, tmp_path):
@@ -370,7 +373,8 @@ def test_a_colour_profile_is_saved(suffix, tmp_path):
 
 def test_an_image_is_replaced_by_its_edit_only_once_that_is_written(model, pictures, capsys):
     before = (pictures / "b.png").read_bytes()
-    assert run_edit(model, pictures / "b.png", PROMPT, pictures / "b.png", "--crop-to-mask") == 2
+    words = ["--mask", pictures / "broken.png"]
+    assert run_edit(model, pictures / "b.png", PROMPT, pictures / "b.png", *words) == 2
     assert (pictures / "b.png").read_bytes() == before
     expected = np.asarray(edit_directly(pictures / "b.png", PROMPT, 0))
     assert run_edit(model, pictures / "b.png", PROMPT, pictures / "b.png") == 0

@@ -109,9 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts is None and not args.image.is_dir():
         job = Job(args.image, args.prompt, args.output, args.task, args.seed, args.mask)
         check_job(job, args)
-        for name in ("image", "mask"):
-            if (path := getattr(job, name)) is not None and not path.is_file():
-                raise ValueError(f"`--{name}` is {path}, which is not a file; give the path of an image.")
+        if not job.image.is_file():
+            raise ValueError(f"`--image` is {job.image}, which is not a file; give the path of an image.")
         check_writable(job.output.parent)
         edit(load_pipeline(args), job, args)
         return 0
@@ -220,6 +219,8 @@ def check_options(args: argparse.Namespace) -> None:
     for option, value, highest in limits:
         if value is not None and not 1 <= value <= highest:
             raise ValueError(f"`{option}` is {value}; pass a whole number from 1 to {highest}.")
+    if args.mask is not None and not args.mask.is_file():
+        raise ValueError(f"`--mask` is {args.mask}, which is not a file; give the path of an image.")
     if args.device is not None:
         try:
             torch.empty(1, device=args.device).cpu()
@@ -249,6 +250,8 @@ def check_job(job: Job, args: argparse.Namespace, place: str = "") -> None:
         raise ValueError(f"{place}{error}") from error
     if not -(2**63) <= job.seed < 2**64:  # what torch takes
         raise ValueError(f"{place}`{dashes}seed` is {job.seed}; pass one from -2**63 to 2**64 - 1.")
+    if args.crop_to_mask and job.mask is None:
+        raise ValueError(f"{place}`--crop-to-mask` needs a mask; give one, or leave the option out.")
     if job.output.is_dir():
         raise ValueError(f"{place}`--output` is {job.output}, which is a folder; give the name of an image to write.")
     options = choose_save_options(job.output, args.quality)
@@ -277,9 +280,12 @@ def check_outputs(jobs: list[Job], args: argparse.Namespace) -> None:
 
 def check_writable(folder: Path) -> None:
     """Make the folder, and refuse one that takes no file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"`--output`: no file can be written to {folder}: {error}.") from error
 
 
 # What was done before

@@ -117,8 +117,11 @@ def find_revision(model: str | Path) -> str:
     if Path(model).exists():
         return f"sha256:{compute_fingerprint(Path(model))}"
     check_folder_or_hub_id(model, "model")
-    # The last part of a snapshot's path is its commit; the configurations alone are enough to learn it.
-    return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
+    try:
+        # The last part of a snapshot's path is its commit; the configurations alone are enough to learn it.
+        return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
+    except OSError as error:  # which need not name the model
+        raise OSError(f"`{model}` is not a folder here, and could not be downloaded from the Hub: {error}") from error
 
 
 def compute_fingerprint(path: Path) -> str:
