@@ -283,7 +283,15 @@ def test_an_edit_that_cannot_be_done_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "words", [["--quality", "abc"], ["--dtype", "int8"], ["--resize-mode", "fit"], ["--seed", "x"]]
+    "words",
+    [
+        ["--quality", "abc"],
+        ["--dtype", "int8"],
+        ["--resize-mode", "a"],
+        ["--seed", "x"],
+        ["--image", ""],
+        ["--mask", ""],
+    ],
 )
 def test_an_option_of_another_kind_is_refused_by_the_parser(words, pictures, tmp_path):
     with pytest.raises(SystemExit) as stop:

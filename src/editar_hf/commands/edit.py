@@ -51,17 +51,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser = subparsers.add_parser("edit", help=summary, description=description)
     parser.add_argument("--model", metavar="M", required=True, help="the pipeline, a folder or Hub id")
-    parser.add_argument("--image", metavar="PATH", type=Path, required=True, help="an image, or a folder of images")
+    parser.add_argument(
+        "--image", metavar="PATH", type=parse_path, required=True, help="an image, or a folder of images"
+    )
     wish = parser.add_mutually_exclusive_group(required=True)
     wish.add_argument("--prompt", metavar="P", help="the instruction")
-    wish.add_argument("--prompts", metavar="FILE", type=Path, help="JSON lines: an instruction for each image")
+    wish.add_argument("--prompts", metavar="FILE", type=parse_path, help="JSON lines: an instruction for each image")
     output_help = "the image to write, such as edited.png; for a folder of images, a folder"
-    parser.add_argument("--output", metavar="PATH", type=Path, required=True, help=output_help)
-    parser.add_argument("--mask", metavar="FILE", type=Path, help="an image, white where the result may change")
+    parser.add_argument("--output", metavar="PATH", type=parse_path, required=True, help=output_help)
+    parser.add_argument("--mask", metavar="FILE", type=parse_path, help="an image, white where the result may change")
     parser.add_argument("--task", metavar="T", default="edit", help="edit, canny, depth or segmentation; default: edit")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="seed of the sampling; default: 0")
     add_pipeline_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def parse_path(text: str) -> Path:
+    """Read a path; an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
