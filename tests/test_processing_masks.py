@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw
 
 from editar_hf.processing_masks import (
     Window,
@@ -79,6 +79,82 @@ def test_transparency_of_a_mask_is_black():
     tensor = torch.from_numpy(np.asarray(stroke).copy()).permute(2, 0, 1)
     for picture in (stroke, erased, np.asarray(stroke), tensor, stroke.convert("LA"), palette):
         assert np.array_equal(prepare_mask(picture, (16, 8)), expected)
+
+
+def draw_openai_mask(photograph):
+    """Make a part of a photograph transparent: that part is to be edited."""
+    mask = photograph.convert("RGBA")
+    mask.paste((0, 0, 0, 0), (20, 20, 50, 40))
+    return mask
+
+
+def draw_photograph(size=(96, 64)):
+    """Draw smooth colours, as photographs have them."""
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    pixels = np.stack([80 + columns, 200 - rows, 60 + rows + columns / 2], axis=2)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+NIGHT = Image.new("L", (96, 64))
+NIGHT.paste(150, (60, 10, 80, 30))
+REFUSED = {
+    "photograph": draw_openai_mask(draw_photograph()),
+    "grey photograph": draw_openai_mask(draw_photograph().convert("L")),
+    "dark photograph": draw_openai_mask(NIGHT),
+    "black with a hole": draw_openai_mask(Image.new("L", (96, 64))),
+    "as an array": np.asarray(draw_openai_mask(draw_photograph())),
+}
+
+
+@pytest.mark.parametrize("mask", REFUSED.values(), ids=REFUSED)
+def test_a_mask_whose_transparent_part_may_be_meant_is_refused_with_both_remedies(mask):
+    with pytest.raises(ValueError, match=r"white where the image may change.*`ImageChops\.invert\(mask\.getchannel"):
+        prepare_mask(mask, (96, 64))
+
+
+def test_the_remedy_for_a_transparent_part_frees_it():
+    mask = REFUSED["photograph"]
+    is_white = prepare_mask(ImageChops.invert(mask.getchannel("A")), mask.size)
+    expected = np.zeros((64, 96), dtype=bool)
+    expected[20:40, 20:50] = True
+    assert np.array_equal(is_white, expected)
+
+
+def draw_strokes(width, colour="white", background=(0, 0, 0, 0)):
+    """Draw lines with soft edges: large, then made smaller."""
+    strokes = Image.new("RGBA", (96 * 8, 64 * 8), background)
+    drawing = ImageDraw.Draw(strokes)
+    drawing.line((80, 80, 600, 420), fill=colour, width=8 * width)
+    drawing.line((80, 420, 600, 100), fill=colour, width=8 * width)
+    return strokes.resize((96, 64), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("width", [1, 2, 12])
+def test_strokes_with_soft_edges_on_transparency_pass(width):
+    strokes = draw_strokes(width)
+    is_white = prepare_mask(strokes, strokes.size)
+    assert np.array_equal(is_white, np.asarray(strokes.getchannel("A")) >= 128)
+    assert is_white.any()
+    # Soft edges between black and white, beside a part where nothing was painted.
+    painted = draw_strokes(width, background="black")
+    painted.paste((0, 0, 0, 0), (0, 50, 96, 64))
+    expected = np.asarray(painted.convert("L")) >= 128
+    expected[50:] = False
+    assert np.array_equal(prepare_mask(painted, painted.size), expected)
+
+
+def test_faint_and_missing_strokes_free_nothing():
+    for mask in (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), Image.new("RGBA", (8, 8), (255, 255, 255, 100))):
+        assert not prepare_mask(mask, (8, 8)).any()
+    for colour, is_free in (("white", True), ("black", False)):
+        assert (prepare_mask(Image.new("RGBA", (8, 8), colour), (8, 8)) == is_free).all()
+
+
+def test_colours_count_by_their_luminance_without_transparency_and_are_refused_with_it():
+    for colour, is_free in (("yellow", True), ("lime", True), ("red", False), ("blue", False)):
+        assert (prepare_mask(Image.new("RGB", (8, 8), colour), (8, 8)) == is_free).all()
+        with pytest.raises(ValueError, match="has transparency, and what is opaque is no white mask"):
+            prepare_mask(draw_strokes(4, colour), (96, 64))
 
 
 @pytest.mark.parametrize(

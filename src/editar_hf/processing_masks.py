@@ -11,13 +11,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 
 from .processing_editar import MAX_SILENT_CUT, compute_crop_geometry, prepare_rgb_picture
 
 
 # From this grey on, of 0 to 255, a pixel of a mask is white.
 WHITE = 128
+# A pixel of a clean mask is black or white, within these greys; other colours are coloured if their channels differ by
+# more; of what is drawn on transparency this part may be neither.
+CLEAN_TOLERANCE = 32
+MAX_UNCLEAN_FRACTION = 0.01
 # How much larger than the white part of its mask a window is, per side: what is around tells the model where it is.
 WINDOW_MARGIN = 1.5
 
@@ -27,15 +31,19 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
 
     Args:
         mask_image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): The mask; read as `prepare_rgb_picture` does,
-            and arrays and tensors of bool as well. Transparency is black: a white stroke on nothing frees the stroke.
+            and arrays and tensors of bool as well. A pixel is white if its luminance is 128 or more of 255, whatever
+            its colour. Transparency is black: a white stroke on nothing frees the stroke.
         source_size (`tuple[int, int]`): Width and height of the source, in pixels.
 
     Raises:
-        ValueError: If it is no picture, or of other proportions than the source.
+        ValueError: If it is no picture, or of other proportions than the source; or if it has transparency and what is
+            drawn on it is no white mask, as where transparency means what may change.
     """
     if isinstance(mask_image, np.ndarray | torch.Tensor) and mask_image.dtype in (bool, torch.bool):
         mask_image = mask_image * np.uint8(255) if isinstance(mask_image, np.ndarray) else mask_image.byte() * 255
-    mask = prepare_rgb_picture(mask_image, background="black", name="mask_image").convert("L")
+    picture = prepare_rgb_picture(mask_image, background="black", name="mask_image")
+    check_transparency(picture, prepare_rgb_picture(mask_image, background="white", name="mask_image"))
+    mask = picture.convert("L")
     is_white = np.asarray(mask) >= WHITE
     if mask.size == source_size:
         return is_white
@@ -51,6 +59,33 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
         stacklevel=2,
     )
     return compute_coverage(is_white, source_size) > 0
+
+
+def check_transparency(on_black: Image.Image, on_white: Image.Image):
+    """Refuse a mask with transparency whose opaque part is no mask; given as it looks on black and on white.
+
+    White strokes on nothing free the strokes. Elsewhere (OpenAI) a transparent part of the photograph is what may
+    change. The opaque part tells them apart: white strokes are black and white, with greys no more than two pixels wide
+    at their edges.
+    """
+    # They differ by 255 less the alpha channel.
+    is_opaque = np.asarray(ImageChops.difference(on_white, on_black).convert("L")) < 256 - WHITE
+    if is_opaque.all() or not is_opaque.any():
+        return
+    on_black, on_white = np.asarray(on_black), np.asarray(on_white)
+    highest, lowest = on_black.max(axis=2), on_white.min(axis=2)
+    is_unclean = is_opaque & (highest > CLEAN_TOLERANCE) & (lowest < 255 - CLEAN_TOLERANCE)
+    most = MAX_UNCLEAN_FRACTION * is_opaque.sum()
+    if is_unclean.sum() > most:  # the filter is slow
+        is_near_clean = np.asarray(Image.fromarray(~is_unclean).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
+        is_coloured = np.ptp(on_black, axis=2) > CLEAN_TOLERANCE
+        is_unclean &= is_coloured | ~is_near_clean
+    if is_unclean.sum() > most or not (is_opaque & (highest >= WHITE)).any():
+        raise ValueError(
+            "`mask_image` has transparency, and what is opaque is no white mask. Pass a mask that is white where the "
+            "image may change. If its transparent part is what may change, pass "
+            '`ImageChops.invert(mask.getchannel("A"))`, with `mask` in mode "RGBA".'
+        )
 
 
 def compute_coverage(is_white: np.ndarray, size: tuple[int, int]) -> np.ndarray:
