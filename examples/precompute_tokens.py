@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARVQModel
-from editar_hf.training.data import compute_edit_mask, pack_states
+from editar_hf.training.data import pack_states
 from editar_hf.training.rows import BadRowCount, RowReader, UnusableRow
 from editar_hf.training.sources import DataSource, load_recipe, open_source
 
@@ -92,9 +92,8 @@ class Encoder:
             {"source_image_tokens": s, "target_image_tokens": t, "prompt": row["prompt"], "task": row["task"]}
             for row, s, t in zip(rows, source, target, strict=True)
         ]
-        if "mask" in rows[0]:
-            masks = compute_edit_mask(self.prepare([row["mask"] for row in rows]), self.vq_model.config.stride)
-            encoded = [{**row, "edit_mask": mask} for row, mask in zip(encoded, masks.tolist(), strict=True)]
+        if "edit_mask" in rows[0]:
+            encoded = [{**new, "edit_mask": row["edit_mask"]} for new, row in zip(encoded, rows, strict=True)]
         if self.pipeline is not None:
             states = self.pipeline.encode_prompt([row["prompt"] for row in rows], [row["task"] for row in rows]).cpu()
             encoded = [{**row, "prompt_embeds": pack_states(s)} for row, s in zip(encoded, states, strict=True)]
@@ -149,7 +148,7 @@ def main():
     vq_model, pipeline = load_networks(args)
     size = args.resolution, args.resolution
     image_processor = EditARImageProcessor(size=args.resolution, stride=vq_model.config.stride)
-    row_reader = RowReader(image_processor, *size, args.resize_mode)
+    row_reader = RowReader(image_processor, *size, args.resize_mode, vq_model.config.stride)
     bad_rows = BadRowCount(args.max_bad_rows_fraction)
     encoder = Encoder(source, vq_model, row_reader, bad_rows, args.batch_size, pipeline)
     output_dir = Path(args.output_dir)

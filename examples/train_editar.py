@@ -39,7 +39,7 @@ from editar_hf.training.lora import TARGET_MODULES, add_lora
 from editar_hf.training.nonfinite import NonFiniteGuard
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
 from editar_hf.training.results import check_push_arguments, save_result
-from editar_hf.training.rows import RowReader
+from editar_hf.training.rows import BadRowCount, RowReader
 from editar_hf.training.sharding import callable_parts, whole_parameters
 from editar_hf.training.sources import DataSource, load_recipe, open_source
 from editar_hf.training.step import TrainingStep, draw_dropout
@@ -186,7 +186,8 @@ def build_data(
     sources, collator = build_sources(args), build_collator(args, pipeline)
     opened = [open_checked(source, pipeline, collator) for source in sources]
     check_data(args, pipeline, opened)
-    reader = RowReader(pipeline.processor.image_processor, collator.height, collator.width, args.resize_mode)
+    size = collator.height, collator.width
+    reader = RowReader(pipeline.processor.image_processor, *size, args.resize_mode, collator.stride)
     processes = accelerator.process_index, accelerator.num_processes
     rows = MixedRows(sources, opened, reader, args.max_bad_rows_fraction, args.seed, *processes)
     dataloader = build_dataloader(rows, collator, args.batch_size, args.num_workers)
@@ -194,7 +195,8 @@ def build_data(
     if args.validation_dataset is not None:
         source = DataSource(args.validation_dataset, "validation", columns=name_columns(args), streaming=args.streaming)
         rows = open_checked(source, pipeline, collator)
-        held_out = collate_first_rows(rows, source, reader, collator, args.batch_size, args.num_validation_batches)
+        num_batches, bad_rows = args.num_validation_batches, BadRowCount(args.max_bad_rows_fraction)
+        held_out = collate_first_rows(rows, source, reader, collator, args.batch_size, num_batches, bad_rows)
     is_counted = all(isinstance(dataset, datasets.Dataset) for dataset in opened)
     return dataloader, held_out, sum(map(len, opened)) if is_counted else None
 

@@ -411,6 +411,29 @@ def test_a_mask_that_marks_the_edit_with_a_small_number_is_refused(dtype, tmp_pa
         prepare(tmp_path, "folder", folder)
 
 
+@pytest.mark.filterwarnings("ignore:`mask_image` is 8×8 pixels and its image 16×16; it was resized")
+def test_masks_of_a_folder_are_read_as_the_pipeline_reads_them(tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    strokes = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    strokes.paste("white", (2, 4, 4, 6))
+    strokes.save(folder / "1-mask.png")
+    expected = np.zeros((16, 16), dtype=np.uint8)
+    expected[8:12, 4:8] = 255
+    assert np.array_equal(to_array(prepare(tmp_path, "folder", folder)[1].mask), expected)
+
+
+def test_a_mask_of_other_proportions_or_of_another_convention_is_refused(tmp_path):
+    folder = make_picture_folder(tmp_path / "pictures")
+    Image.new("L", (16, 4)).save(folder / "1-mask.png")
+    with pytest.raises(ValueError, match=r"1-mask\.png of line 2 of .* of other proportions"):
+        prepare(tmp_path, "folder", folder)
+    mask = Image.new("RGBA", (16, 16), (90, 120, 60, 255))
+    mask.paste((0, 0, 0, 0), (2, 4, 4, 6))
+    mask.save(folder / "1-mask.png")
+    with pytest.raises(ValueError, match=r"1-mask\.png of line 2 .* has transparency"):
+        prepare(tmp_path, "folder", folder)
+
+
 def test_a_mask_may_be_empty(tmp_path):
     folder = make_picture_folder(tmp_path / "pictures")
     Image.new("L", (16, 16)).save(folder / "1-mask.png")

@@ -15,7 +15,8 @@ from tiny import NUM_CODES, NUM_TEXT_TOKENS, STRIDE, TEXT_HIDDEN_SIZE, build_pip
 
 from editar_hf.condition_maps import make_canny_map
 from editar_hf.processing_editar import TASK_PREFIXES
-from editar_hf.training.data import EditCollator, check_image_tokens, compute_edit_mask, pack_states, unpack_states
+from editar_hf.processing_masks import compute_edit_mask, prepare_mask
+from editar_hf.training.data import EditCollator, check_image_tokens, pack_states, unpack_states
 from editar_hf.training.rows import RowReader, UnusableRow, ask_for_removal, decode_image
 from editar_hf.training.sources import DataSource, find_files, load_recipe, open_source, rename_columns
 
@@ -159,14 +160,6 @@ def test_tokens_must_fill_the_grid_and_be_codes_of_the_model():
         check_image_tokens(build_token_dataset(edit_mask=[[True] * 4] * 2), NUM_CODES, 2, 3)
 
 
-def test_token_may_change_if_any_of_its_pixels_is_white():
-    mask = -torch.ones(2, 3, 8, 12)
-    mask[0, :, 3, 4] = 1
-    mask[1, :, 4:, 8:] = 1
-    upper, lower = [False, True, False], [False, False, True]
-    assert compute_edit_mask(mask, 4).tolist() == [[*upper, False, False, False], [False, False, False, *lower]]
-
-
 # Rows to batches
 
 
@@ -179,14 +172,9 @@ def build_collator(pipe, height=16, width=16, resize_mode="stretch"):
 
 
 def test_rows_of_pictures_become_what_the_processor_makes_of_each(pipe):
-    mask = Image.new("L", (12, 8))
-    mask.paste(255, (0, 0, 6, 4))
-    rows = [
-        {"source_image": draw_image(k, 20, 10), "target_image": draw_image(k + 9), "mask": mask, **READ}
-        for k in range(2)
-    ]
-    # A row of a source without masks may change everywhere.
-    del rows[1]["mask"]
+    rows = [{"source_image": draw_image(k, 20, 10), "target_image": draw_image(k + 9), **READ} for k in range(2)]
+    # A row without a mask, of a source that has none, may change everywhere.
+    rows[0]["edit_mask"] = [True, True, False, False, False, False]
     batch = build_collator(pipe, 8, 12)(rows)
     assert batch.pop("groups") == {"task": ["edit"] * 2, "source": ["pairs"] * 2}
     shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
@@ -205,6 +193,58 @@ def test_rows_of_pictures_become_what_the_processor_makes_of_each(pipe):
             alone = row[f"{name}_image"].resize((12, 8), Image.Resampling.LANCZOS)
             expected = np.asarray(alone).transpose(2, 0, 1) / 127.5 - 1
             assert np.allclose(batch[f"{name}_pixel_values"][k], expected, atol=1e-6)
+
+
+def draw_masks():
+    """Draw masks of a 64×32 picture: white on black, on nothing, thin, coloured, and of half the size."""
+    rows, columns = slice(8, 24), slice(40, 56)
+    opaque = np.zeros((32, 64), dtype=np.uint8)
+    opaque[rows, columns] = 255
+    on_nothing = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
+    on_nothing.paste("white", (40, 8, 56, 24))
+    thin = Image.new("L", (64, 32))
+    thin.putpixel((41, 9), 255)
+    coloured = Image.new("RGB", (64, 32))
+    coloured.paste("yellow", (40, 8, 56, 24))
+    opaque = Image.fromarray(opaque)
+    return {
+        "opaque": opaque,
+        "on nothing": on_nothing,
+        "thin": thin,
+        "coloured": coloured,
+        "half": opaque.resize((32, 16), Image.Resampling.NEAREST),
+        "none": Image.new("L", (64, 32)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`mask_image` is 32×16 pixels and its image 64×32; it was resized")
+@pytest.mark.parametrize("resize_mode", ["crop", "stretch"])
+@pytest.mark.parametrize("name", draw_masks())
+def test_masks_are_read_as_the_pipeline_reads_them(name, resize_mode, pipe):
+    picture, mask = draw_image(0, 64, 32), draw_masks()[name]
+    row_reader = RowReader(pipe.processor.image_processor, 16, 16, resize_mode, STRIDE)
+    row = {"source_image": picture, "target_image": picture, "mask": mask, "prompt": "a circle"}
+    row = row_reader.read(row, DataSource("pairs"))
+    assert "mask" not in row
+    tokens = compute_edit_mask(prepare_mask(mask, (64, 32)), 16, 16, STRIDE, resize_mode)
+    assert row["edit_mask"] == tokens.flatten().tolist()
+    # In the crop the edit begins at column 24 of 32, and in the stretched picture at 40 of 64.
+    right_half = {"opaque", "on nothing", "coloured", "half"}
+    expected = ([3] if resize_mode == "crop" else [2, 3]) if name in right_half else []
+    if name in right_half:
+        assert tokens.any(dim=0).nonzero().flatten().tolist() == expected
+    assert tokens.any() == (name != "none")
+
+
+@pytest.mark.parametrize("stored", [None, [1, 2, 3], [0] * 5])
+def test_tokens_that_do_not_fill_the_grid_make_a_row_unusable(stored, pipe):
+    row_reader = RowReader(pipe.processor.image_processor, 8, 8, "crop", STRIDE)
+    row = {"source_image_tokens": [0] * 4, "target_image_tokens": stored, "prompt": "a circle"}
+    with pytest.raises(UnusableRow, match="`target_image_tokens` does not hold 4 tokens"):
+        row_reader.read(row, DataSource("pairs"))
+    assert row_reader.read(row | {"target_image_tokens": [1] * 4}, DataSource("pairs"))["task"] == "edit"
+    with pytest.raises(UnusableRow, match="`prompt_embeds` is empty"):
+        row_reader.read(row | {"target_image_tokens": [1] * 4, "prompt_embeds": None}, DataSource("pairs"))
 
 
 @pytest.mark.filterwarnings("ignore:A prompt is longer")
@@ -271,7 +311,7 @@ def read_source(name, path, pipe, **changes):
     """Read all rows of a source of the published recipe, with its data set replaced by a file."""
     (source,) = (source for source in load_recipe(RECIPE) if source.name == name)
     source = replace(source, dataset=str(path), **changes)
-    row_reader = RowReader(pipe.processor.image_processor, 16, 16, "crop")
+    row_reader = RowReader(pipe.processor.image_processor, 16, 16, "crop", STRIDE)
     return [row_reader.read(row, source) for row in open_source(source)]
 
 

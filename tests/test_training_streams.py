@@ -1,7 +1,9 @@
 """Endless streams of rows: every pair once an epoch, mixed by probability, resumed exactly, bad rows counted."""
 
+import io
 import itertools
 import logging
+import re
 from collections import Counter
 
 import datasets
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import build_pipeline
+from tiny import STRIDE, build_pipeline
 
 from editar_hf.training.rows import BadRowCount, RowReader, UnusableRow, decode_image
 from editar_hf.training.sources import DataSource
@@ -34,7 +36,7 @@ STREAMED = build_dataset([str(100 + k) for k in range(NUM_STREAMED)])
 
 @pytest.fixture(scope="module")
 def row_reader():
-    return RowReader(build_pipeline().processor.image_processor, 16, 16, "crop")
+    return RowReader(build_pipeline().processor.image_processor, 16, 16, "crop", STRIDE)
 
 
 def list_pairs(rows):
@@ -164,6 +166,50 @@ def test_unusable_rows_are_skipped_counted_and_logged(spoiled, row_reader, caplo
         assert f"Skipped pairs, row {index}: {reason}" in caplog.text
 
 
+def encode(picture, kind="png"):
+    stream = io.BytesIO()
+    picture.save(stream, kind)
+    return stream.getvalue()
+
+
+REFUSED = {
+    "thin": ({"source_image": encode(Image.new("RGB", (2000, 1)))}, "`images` holds a picture of 2000×1 pixels"),
+    "float": (
+        {"target_image": encode(Image.fromarray(np.full((8, 8), 7.5, np.float32)), "tiff")},
+        "`target_image` holds floats in",
+    ),
+    "task": ({"task": "recolour"}, "`task` is 'recolour'; the tasks are edit"),
+    "task type": ({"task": ["edit"]}, "`task` is "),
+    "no bytes": ({"source_image": b""}, "`source_image` does not decode: it is in no known format"),
+    "bomb": ({"source_image": encode(Image.new("L", (512, 512)))}, "`source_image` does not decode: Image size"),
+    "mask": ({"mask": encode(Image.new("L", (8, 2)))}, "`mask_image` is 8×2 pixels and its image 2×2"),
+    "cut file": ({"source_image": encode(Image.new("RGB", (64, 64)))[:60]}, "`source_image` does not decode"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_row_that_cannot_be_prepared_is_skipped_in_training_and_validation(name, row_reader, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    changes, reason = REFUSED[name]
+    rows = [
+        {"prompt": str(k), "source_image": encode(PICTURE), "target_image": encode(PICTURE)}
+        | ({"mask": encode(PICTURE)} if "mask" in changes else {})
+        for k in range(4)
+    ]
+    rows[2] |= changes
+    source, bad_rows = DataSource("pairs"), BadRowCount(0.5)
+
+    def collate(rows):
+        return {"pairs": list_pairs(rows), "groups": "for logs"}
+
+    batches = collate_first_rows(rows, source, row_reader, collate, 3, 1, bad_rows)
+    assert batches == [{"pairs": [0, 1, 3]}]
+    assert (bad_rows.num_read, bad_rows.num_bad) == (4, 1)
+    assert bad_rows.offenders[0].startswith(f"pairs, row 2: {reason}")
+    with pytest.raises(UnusableRow, match=re.escape(reason)):
+        row_reader.read(rows[2], DataSource("pairs", rewrite="canny"))
+
+
 def test_too_many_unusable_rows_stop_a_run_and_the_first_are_named(spoiled, row_reader):
     rows = MixedRows([DataSource("pairs")], [spoiled], row_reader, max_bad_rows_fraction=0.3, seed=0)
     with pytest.raises(ValueError, match=r"4 of 12 rows .* `max_bad_rows_fraction` 0.3 .* first: pairs, row \d+: `"):
@@ -186,11 +232,13 @@ def test_the_first_usable_rows_are_what_a_run_is_validated_on(spoiled, row_reade
         return {"pairs": list_pairs(rows), "groups": "for logs"}
 
     source = DataSource("pairs", split="validation")
-    batches = collate_first_rows(spoiled, source, row_reader, collate, batch_size=3, num_batches=2)
+    bad_rows = BadRowCount(0.0)
+    batches = collate_first_rows(spoiled, source, row_reader, collate, 3, 2, bad_rows)
+    assert (bad_rows.num_read, bad_rows.num_bad) == (9, 3)
     assert batches == [{"pairs": [0, 1, 3]}, {"pairs": [6, 7, 8]}]
     unusable = spoil(AT_HAND, {k: {"prompt": ""} for k in range(NUM_AT_HAND)})
     with pytest.raises(ValueError, match="`validation_dataset` 'pairs' has no usable row"):
-        collate_first_rows(unusable, source, row_reader, collate, batch_size=3, num_batches=2)
+        collate_first_rows(unusable, source, row_reader, collate, 3, 2, bad_rows)
 
 
 def test_pictures_decode_from_bytes_structs_and_paths(tmp_path):

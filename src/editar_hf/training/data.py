@@ -1,13 +1,12 @@
 """Rows of pairs, as pictures or as tokens made in advance, collated into batches; and the checks of such tokens."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import datasets
 import pyarrow.compute as pc
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
 from ..processing_editar import EditARProcessor
 
@@ -57,15 +56,6 @@ def unpack_states(packed: bytes, num_text_tokens: int, text_hidden_size: int) ->
     return torch.frombuffer(bytearray(packed), dtype=dtype).view(num_text_tokens, text_hidden_size)
 
 
-def compute_edit_mask(mask_pixel_values: torch.Tensor, stride: int) -> torch.BoolTensor:
-    """Compute which tokens may change, `(batch, N)`, from masks as pixels in [−1, 1], `(batch, 3, height, width)`.
-
-    White may change; a token is free if any of its pixels is white.
-    """
-    is_white = (mask_pixel_values.mean(dim=1, keepdim=True) > 0).float()
-    return F.max_pool2d(is_white, stride).flatten(1).bool()
-
-
 @dataclass
 class EditCollator:
     """Collate rows that `RowReader` made ready, of pictures or of tokens, into one batch.
@@ -83,7 +73,7 @@ class EditCollator:
         processor (`EditARProcessor`): Prepares pictures and prompts.
         height, width (`int`): Pixels the pictures are brought to.
         resize_mode (`str`): `"crop"` or `"stretch"`.
-        stride (`int`): Pixels per token and side, for masks.
+        stride (`int`): Pixels per token and side.
         text_hidden_size (`int`): Width of text states that were made in advance.
     """
 
@@ -116,11 +106,10 @@ class EditCollator:
             for name, column in (("images", "source_image"), ("target_images", "target_image"))
         }
         batch = dict(self.processor(**pictures, **geometry))
-        if any("mask" in row for row in rows):
+        if any("edit_mask" in row for row in rows):
             # A row without a mask, of a source that has none, may change everywhere.
-            masks = [row.get("mask") or Image.new("L", row["target_image"].size, "white") for row in rows]
-            masks = self.processor(images=masks, **geometry).source_pixel_values
-            batch["edit_mask"] = compute_edit_mask(masks, self.stride)
+            everywhere = [True] * math.prod(self.grid)
+            batch["edit_mask"] = torch.tensor([row.get("edit_mask", everywhere) for row in rows])
         return batch
 
     def collate_tokens(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:

@@ -9,12 +9,14 @@ from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
 from ..condition_maps import make_canny_map
-from ..processing_editar import EditARImageProcessor
+from ..processing_editar import TASK_PREFIXES, EditARImageProcessor, compute_crop_geometry, prepare_rgb_picture
+from ..processing_masks import compute_edit_mask, prepare_mask
 from .sources import DataSource
 
 
 logger = logging.get_logger(__name__)
 IMAGES = ("source_image", "target_image", "mask")
+TOKENS = ("source_image_tokens", "target_image_tokens", "edit_mask")
 ADDITION = "add "
 # Below as many rows a few bad ones say little about a data set; its end is judged in any case.
 MIN_ROWS_TO_JUDGE = 100
@@ -43,46 +45,83 @@ def decode_image(value: Image.Image | Mapping | bytes | str, image_folder: str |
         value.load()
     except UnidentifiedImageError as error:
         raise UnusableRow("does not decode: it is in no known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnusableRow:
+        raise
+    # What PIL's decoders raise on broken data is of many kinds.
+    except Exception as error:
         raise UnusableRow(f"does not decode: {error}") from error
     return value
 
 
 @dataclass
 class RowReader:
-    """Make rows ready for collation: images decoded, what a recipe rewrites rewritten, the task and source named.
+    """Make rows ready for collation: all that can fail for a single row is done here.
+
+    Images are decoded and made upright RGB, a mask becomes `edit_mask`, what a recipe rewrites is rewritten, and the
+    task and the source are named.
 
     Args:
         image_processor (`EditARImageProcessor`): Brings pictures to the size that edges are found at.
-        height, width (`int`): That size, in pixels.
+        height, width (`int`): Pixels the pictures will be brought to.
         resize_mode (`str`): `"crop"` or `"stretch"`.
+        stride (`int`): Pixels per token and side, for masks.
     """
 
     image_processor: EditARImageProcessor
     height: int
     width: int
     resize_mode: str
+    stride: int
 
     def read(self, row: Mapping, source: DataSource) -> dict:
         """Return a row of `source` made ready.
 
         Raises:
-            UnusableRow: If it has no instruction, or a picture that does not decode.
+            UnusableRow: If it has no instruction, an unknown task, or an image or tokens that cannot be used.
         """
         row = {**row, "source": source.name, "task": source.task or row.get("task") or "edit"}
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise UnusableRow("`prompt` is empty")
+        if row["task"] not in tuple(TASK_PREFIXES):
+            raise UnusableRow(f"`task` is {row['task']!r}; the tasks are {', '.join(TASK_PREFIXES)}")
+        self.check_tokens(row)
         for name in IMAGES:
             if name in row:
                 try:
                     row[name] = decode_image(row[name], source.image_folder)
                 except UnusableRow as error:
                     raise UnusableRow(f"`{name}` {error}") from error
-        if source.rewrite == "canny":
-            row["source_image"] = self.find_edges(row["target_image"])
-        elif source.rewrite == "removal":
+        try:
+            self.prepare_images(row)
+            if source.rewrite == "canny":
+                row["source_image"] = self.find_edges(row["target_image"])
+        except ValueError as error:
+            raise UnusableRow(str(error)) from error
+        if source.rewrite == "removal":
             row["prompt"] = ask_for_removal(row["prompt"])
         return row
+
+    def check_tokens(self, row: Mapping):
+        """Refuse tokens that are missing or do not fill the grid, and text states that are missing."""
+        num_tokens = self.height // self.stride * (self.width // self.stride)
+        for name in TOKENS:
+            if name in row and (row[name] is None or len(row[name]) != num_tokens):
+                raise UnusableRow(f"`{name}` does not hold {num_tokens} tokens")
+        if "prompt_embeds" in row and row["prompt_embeds"] is None:
+            raise UnusableRow("`prompt_embeds` is empty")
+
+    def prepare_images(self, row: dict):
+        """Make the images of a row upright RGB and its mask tokens, in place; a `ValueError` says what is refused."""
+        pictures = [name for name in ("source_image", "target_image") if name in row]
+        for name in pictures:
+            row[name] = prepare_rgb_picture(row[name], name=name)
+            if self.resize_mode == "crop":
+                compute_crop_geometry(row[name].height, row[name].width, self.height, self.width)
+        if "mask" in row:
+            # Of the source's size; a source that is made of the target's edges comes later.
+            is_white = prepare_mask(row.pop("mask"), row[pictures[0]].size)
+            edit_mask = compute_edit_mask(is_white, self.height, self.width, self.stride, self.resize_mode)
+            row["edit_mask"] = edit_mask.flatten().tolist()
 
     def find_edges(self, picture: Image.Image) -> Image.Image:
         """Find a picture's edges at the size the model works at: resized edges would be grey."""

@@ -6,7 +6,6 @@ content then; streamed data sets have their shards shuffled instead, anew each e
 shards are.
 """
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -218,16 +217,20 @@ def collate_first_rows(
     collator: EditCollator,
     batch_size: int,
     num_batches: int,
+    bad_rows: BadRowCount,
 ) -> list[dict]:
     """Collate the first usable rows of an opened source, in their order: what a run is validated on.
 
     Raises:
-        ValueError: If there is no usable row.
+        ValueError: If there is no usable row, or of many rows too many are not.
     """
     rows = []
-    for row in opened:
-        with contextlib.suppress(UnusableRow):
+    for position, row in enumerate(opened):
+        bad_rows.num_read += 1
+        try:
             rows.append(row_reader.read(row, source))
+        except UnusableRow as error:
+            bad_rows.add(source, position, error)
         if len(rows) == batch_size * num_batches:
             break
     if not rows:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from ..processes import show_progress
 from ..samples import Sample
-from .sources import check_entry, open_picture, parse_json, read_text
+from .sources import check_entry, open_mask, open_picture, parse_json, read_text
 
 
-PICTURE_FIELDS = {"source_image": "RGB", "target_image": "RGB", "mask": "L"}
+PICTURE_FIELDS = ("source_image", "target_image", "mask")
 WORDS = ("id", "prompt", "target_prompt", "category", "task")
 
 
@@ -43,8 +43,9 @@ def read_samples(source: str) -> Iterator[Sample]:
 
 def read_pictures(folder: Path, entry: dict, where: str) -> dict[str, Image.Image]:
     """Read the pictures that a line names."""
-    return {
-        name: open_picture(folder / entry[f"{name}_file_name"], where).convert(mode)
-        for name, mode in PICTURE_FIELDS.items()
-        if f"{name}_file_name" in entry
-    }
+    files = {name: folder / entry[f"{name}_file_name"] for name in PICTURE_FIELDS if f"{name}_file_name" in entry}
+    mask_file = files.pop("mask", None)
+    pictures = {name: open_picture(file, where) for name, file in files.items()}
+    if mask_file is not None:
+        pictures["mask"] = open_mask(mask_file, pictures["source_image"].size, where)
+    return pictures

@@ -4,13 +4,15 @@ What is not as it should be is refused with its place: the file and line, or the
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as shorten
 
 from PIL import Image
 
 from ...processing_editar import prepare_rgb_picture
+from ...processing_masks import prepare_mask
 
 
 # How messages call the types that entries have.
@@ -60,8 +62,28 @@ def open_picture(path: Path, where: str) -> Image.Image:
     Raises:
         ValueError: If it is not there or does not decode.
     """
+    with refusing(path, where), Image.open(path) as picture:
+        return prepare_rgb_picture(picture)
+
+
+def open_mask(path: Path, source_size: tuple[int, int], where: str) -> Image.Image:
+    """Open a mask as the pipeline reads it, as mode "L" of the size of its source: 255 where the edit is, 0 elsewhere.
+
+    Raises:
+        ValueError: If it is not there, does not decode, or is no mask of this source.
+    """
+    with refusing(path, where), Image.open(path) as mask:
+        is_white = prepare_mask(mask, source_size)
+        if is_white.any():
+            return Image.fromarray(is_white).convert("L")
+        # It is empty, or its white is too dark, which `check_sample` refuses.
+        return prepare_rgb_picture(mask, background="black").convert("L")
+
+
+@contextmanager
+def refusing(path: Path, where: str) -> Iterator[None]:
+    """Turn an error of any kind, as PIL's decoders raise them, into a `ValueError` that names the picture."""
     try:
-        with Image.open(path) as picture:
-            return prepare_rgb_picture(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        yield
+    except Exception as error:
         raise ValueError(f"`source`: the picture {path} of {where} cannot be read: {error}") from error
