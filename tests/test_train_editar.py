@@ -33,7 +33,7 @@ from scripts import (
     run_script,
     write_teacher,
 )
-from tiny import NUM_CODES, STRIDE, draw_image, needs_compiler, redraw_weights
+from tiny import NUM_CODES, STRIDE, are_near, draw_image, needs_compiler, redraw_weights
 from torch._dynamo.utils import counters
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -106,7 +106,7 @@ def test_validation_pictures_show_source_edit_and_target_in_rows(straight_run, p
     pipeline = EditARPipeline.from_pretrained(editor)
     row = datasets.Dataset.from_parquet(str(pictures / "validation-00000-of-00001.parquet"))[0]
     source = pipeline.encode_image(row["source_image"], height=8, width=8)
-    assert np.array_equal(corner, np.asarray(pipeline.decode_image_tokens(source, height=8, width=8)[0]))
+    assert are_near(corner, pipeline.decode_image_tokens(source, height=8, width=8)[0])
 
 
 def test_card_says_what_the_pipeline_was_trained_on_and_how(straight_run, tokens, editor):
@@ -281,9 +281,12 @@ def test_tokens_and_text_states_made_in_advance_train_as_the_pictures_do(
         reset_accelerate()
         printed.append(read_figures(capsys.readouterr().out))
     assert list(printed[0]) == [1, 2, 3, 4]
-    assert printed[0] == printed[1] == printed[2]
+    assert printed[0] == printed[1]
     assert not name_changed(tmp_path / "pictures" / "pipeline", tmp_path / "tokens" / "pipeline")
     # In other batches the text encoder rounds otherwise.
+    for step, figures in printed[0].items():
+        expected = {name: float(figure) for name, figure in figures.items()}
+        assert {name: float(figure) for name, figure in printed[2][step].items()} == pytest.approx(expected, rel=2e-3)
     before, after = (load_weights(tmp_path / name / "pipeline") for name in ("pictures", "text states"))
     assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
 
