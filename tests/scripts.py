@@ -5,7 +5,6 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from processes import run_python
 from safetensors.torch import load_file
 from tiny import build_pipeline, redraw_weights
 from transformers import Dinov2Config, Dinov2Model
@@ -38,10 +38,9 @@ def list_words(options: dict) -> list[str]:
 
 
 def run_script(name: str, *words: str, environment: dict | None = None, **options) -> str:
-    """Run a script in a fresh interpreter and return what it printed."""
-    command = [sys.executable, "-W", "ignore", EXAMPLES / name, *list_words(options), *words]
+    """Run a script in a process of its own and return what it printed."""
     environment = {**(environment or os.environ), "ACCELERATE_USE_CPU": "true"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = run_python(EXAMPLES / name, *list_words(options), *words, environment=environment)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from PIL import Image
+from processes import CONTEXT, read_launch_environment, run_python, run_ranks
 from safetensors.torch import load_file
 from tiny import NUM_CODES, build_pipeline, draw_image
 from torch.distributed.device_mesh import init_device_mesh
@@ -94,7 +94,11 @@ def train_sharded(process: int, folder: Path, recomputes: bool):
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_sharded_steps_are_those_of_one_process(recomputes, tmp_path):
     arguments = (tmp_path, recomputes)
-    torch.multiprocessing.spawn(train_sharded, arguments, nprocs=NUM_PROCESSES)
+    processes = [CONTEXT.Process(target=train_sharded, args=(rank, *arguments)) for rank in range(NUM_PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
     results = [torch.load(tmp_path / f"{process}.pt", weights_only=True) for process in range(NUM_PROCESSES)]
     step = build_step(recomputes)
     before = copy.deepcopy(dict(step.named_parameters()))
@@ -146,30 +150,32 @@ def calm_pairs(tmp_path_factory) -> Path:
     return folder
 
 
-def train_by_script(folder: Path, output: str, launch: list, *words) -> str:
-    """Run the script on the pairs, all of them in two steps, and return what it printed."""
+def train_by_script(folder: Path, output: str, environment: dict[str, str] | None, *words) -> str:
+    """Run the script on the pairs, all of them in two steps, and return what it printed.
+
+    Given an environment of `accelerate launch`, run it in two processes.
+    """
     options = ["--model", folder / "editor", "--dataset", folder, "--validation_dataset", folder]
     options += ["--output_dir", folder / output, "--learning_rate", 0.01, "--logging_steps", 1, "--validation_steps", 2]
     options += ["--num_validation_pictures", 2, "--no_conditioning_dropout"]
-    command = [sys.executable, "-W", "ignore", *launch, EXAMPLES / "train_editar.py", "--train_text_encoder"]
-    command = [*map(str, [*command, *options, *words])]
-    environment = {**os.environ, **({} if launch else {"ACCELERATE_USE_CPU": "true"})}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    command = [EXAMPLES / "train_editar.py", "--train_text_encoder", *options, *words]
+    if environment is None:
+        finished = run_python(*command, environment={**os.environ, "ACCELERATE_USE_CPU": "true"})
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+    return run_ranks(NUM_PROCESSES, folder / "on_gloo.py", *command, environment=environment)
 
 
 def test_script_on_shards_trains_checkpoints_resumes_and_saves_what_one_process_does(calm_pairs):
     """By the configuration for FSDP2; the second step is taken by another launch than the first."""
     (calm_pairs / "on_gloo.py").write_text(ON_GLOO)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / "fsdp2.yaml"]
-    launch += ["--num_processes", NUM_PROCESSES, "--main_process_port", 0, calm_pairs / "on_gloo.py"]
+    launch = read_launch_environment(CONFIGS / "fsdp2.yaml", dict(os.environ), calm_pairs)
     sizes = ("--batch_size", BATCH_SIZE // NUM_PROCESSES)
     train_by_script(calm_pairs, "sharded", launch, *sizes, "--max_train_steps", 1)
     assert (calm_pairs / "sharded" / "checkpoint-1" / "pytorch_model_fsdp_0").is_dir()
     words = ("--max_train_steps", 2, "--resume_from_checkpoint", "latest")
     printed = train_by_script(calm_pairs, "sharded", launch, *sizes, *words)
-    straight = train_by_script(calm_pairs, "straight", [], "--batch_size", BATCH_SIZE, "--max_train_steps", 2)
+    straight = train_by_script(calm_pairs, "straight", None, "--batch_size", BATCH_SIZE, "--max_train_steps", 2)
 
     last, expected = (
         [float(line.split("loss ")[1].split(",")[0]) for line in text.splitlines() if line.startswith("step 2: ")]

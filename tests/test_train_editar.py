@@ -5,9 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import torch.nn.functional as F
 import yaml
 from hub_server import HubServer, Repository
 from PIL import Image
+from processes import PythonProcess, read_launch_environment, start_ranks
 from safetensors.torch import load_file
 from scripts import (
     EXAMPLES,
@@ -163,46 +161,40 @@ def recipe(pictures, tmp_path_factory) -> Path:
     return folder
 
 
-def find_free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
-
-
-def train_on_recipe(editor, recipe, folder, hub, *words: str, kill_at: str | None = None) -> str:
-    """Train in two processes, by the configuration for GPUs, with two workers each.
+def train_on_recipe(editor, recipe, folder, environment, *words: str, kill_at: str | None = None) -> str:
+    """Train in two processes with two workers each.
 
     With `kill_at`, they are killed by SIGKILL as soon as that checkpoint is there.
     """
     options = {"model": editor, "recipe": recipe / "recipe.yaml", "output_dir": folder, "resolution": TOKEN_RESOLUTION}
     options |= {"batch_size": 2, "num_workers": 2, "max_train_steps": 6, "checkpointing_steps": 3, "logging_steps": 1}
-    launch = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    launch += ["--config_file", EXAMPLES / "accelerate_configs" / "ddp.yaml", "--main_process_port", find_free_port()]
-    command = [*map(str, launch), EXAMPLES / "train_editar.py", "--ema_decay", "0.9", *list_words(options), *words]
-    environment = {**hub.get_environment(recipe / "home"), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while kill_at is not None and not (folder / kill_at).exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        if kill_at is not None:
-            # The launcher's processes are in sessions of their own.
+    command = [EXAMPLES / "train_editar.py", "--ema_decay", "0.9", *list_words(options), *words]
+    processes = start_ranks(2, *command, environment=environment)
+    while kill_at is not None and not (folder / kill_at).exists():
+        assert all(process.is_running() for process in processes), processes[0].read("stderr")
+        time.sleep(0.01)
+    if kill_at is not None:
+        for process in processes:
             for part in [*psutil.Process(process.pid).children(recursive=True), process]:
                 part.kill()
-        printed, errors = process.communicate()
-    assert kill_at is not None or process.returncode == 0, errors
-    return printed
+    finished = [process.wait() for process in processes]
+    assert kill_at is not None or not any(one.returncode for one in finished), finished[0].stderr
+    return finished[0].stdout
 
 
 def test_killed_run_of_two_processes_on_mixed_streams_goes_on_bit_for_bit(editor, recipe, tmp_path):
     with HubServer() as hub:
         repository = hub.repositories["datasets/tester/streamed"] = Repository()
         repository.commit({file.name: file.read_bytes() for file in recipe.glob("*.parquet")})
-        printed = train_on_recipe(editor, recipe, tmp_path / "straight", hub)
-        train_on_recipe(editor, recipe, tmp_path / "killed", hub, kill_at="checkpoint-3")
+        environment = {**hub.get_environment(recipe / "home"), "ACCELERATE_USE_CPU": "true"}
+        # By the configuration for GPUs.
+        config = EXAMPLES / "accelerate_configs" / "ddp.yaml"
+        environment = read_launch_environment(config, environment, tmp_path)
+        printed = train_on_recipe(editor, recipe, tmp_path / "straight", environment)
+        train_on_recipe(editor, recipe, tmp_path / "killed", environment, kill_at="checkpoint-3")
         assert not (tmp_path / "killed" / "pipeline").exists()
         words = ("--resume_from_checkpoint", "checkpoint-3")
-        resumed = train_on_recipe(editor, recipe, tmp_path / "killed", hub, *words)
+        resumed = train_on_recipe(editor, recipe, tmp_path / "killed", environment, *words)
     straight = read_figures(printed)
     assert list(straight) == [1, 2, 3, 4, 5, 6]
     assert any("token_loss/source/streamed" in figures for figures in straight.values())
@@ -218,17 +210,18 @@ def is_saving(folder: Path) -> bool:
     return bool(complete and unfinished) and set(os.listdir(unfinished[0])) < set(os.listdir(complete[-1]))
 
 
-def kill_while_saving(process: subprocess.Popen, folder: Path):
+def kill_while_saving(process: PythonProcess, folder: Path):
     """Kill a process inside the saving of a checkpoint; it is stopped to make sure that it is there."""
     while True:
-        assert process.poll() is None, "the run is over, and was not caught while it saved"
+        assert process.is_running(), "the run is over, and was not caught while it saved"
         with contextlib.suppress(FileNotFoundError):  # Renamed meanwhile.
             if is_saving(folder):
-                process.send_signal(signal.SIGSTOP)
-                os.waitpid(process.pid, os.WUNTRACED)
+                os.kill(process.pid, signal.SIGSTOP)
+                while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+                    time.sleep(0.001)
                 if is_saving(folder):
                     break
-                process.send_signal(signal.SIGCONT)
+                os.kill(process.pid, signal.SIGCONT)
         time.sleep(0.001)
     process.kill()
     process.wait()
@@ -240,10 +233,9 @@ def test_run_killed_while_it_saves_goes_on_bit_for_bit_from_the_checkpoint_befor
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     options = {"model": editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "batch_size": 4}
     options |= {"learning_rate": 1e-2, "logging_steps": 1}
-    command = [sys.executable, EXAMPLES / "train_editar.py", *list_words(options | {"output_dir": killed})]
+    command = [EXAMPLES / "train_editar.py", *list_words(options | {"output_dir": killed})]
     command += ["--max_train_steps", "200", "--checkpointing_steps", "1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        kill_while_saving(process, killed)
+    kill_while_saving(PythonProcess(*command, environment={**os.environ, "ACCELERATE_USE_CPU": "true"}), killed)
     (unfinished,) = killed.glob("unfinished-checkpoint-*")
     step = int(unfinished.name.rpartition("-")[2])
     assert list_checkpoints(killed)[-1].name == f"checkpoint-{step - 1}"
