@@ -3,8 +3,6 @@
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub.constants import HF_HUB_CACHE
 from plain_editar import PlainEditAR, PlainVQ, redraw
+from processes import run_python
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from editar_hf import EditARPipeline
@@ -478,8 +477,9 @@ def test_push_uploads_the_folder_with_its_card_and_leaves_a_card_that_is_there(p
     sources = ["--transformer", "editar_release.pt", "--vq-model", "vq_ds16_t2i.pt", "--text-encoder", "t5"]
     options = ["--num-attention-heads", "2", "--license", "cc-by-4.0", "--push-to-hub", "tester/editar"]
     with HubServer() as hub:
-        command = [sys.executable, "-c", PUSH, str(tmp_path / "out"), *sources, *options]
-        subprocess.run(command, check=True, cwd=published.folder, env=hub.get_environment(tmp_path / "home"))
+        words = ["-c", PUSH, tmp_path / "out", *sources, *options]
+        finished = run_python(*words, cwd=published.folder, environment=hub.get_environment(tmp_path / "home"))
+        assert finished.returncode == 0, finished.stderr
         pushed, kept = hub.read_files("tester/editar"), hub.read_files("tester/mine")
     written = {
         str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()

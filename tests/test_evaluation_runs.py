@@ -2,13 +2,9 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +18,7 @@ from evaluation_data import (
     make_translation_data,
 )
 from PIL import Image
+from processes import run_python, run_ranks
 from tiny import draw_image
 from tiny_metrics import build_dino, save_models
 
@@ -37,7 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture"),
     pytest.mark.usefixtures("own_datasets_cache"),
 ]
-ROOT = Path(__file__).parents[1]
 NUM_STICKERS = 8
 
 
@@ -72,12 +68,10 @@ def read_results(folder):
     return images, (folder / "metrics.json").read_bytes(), (folder / "report.md").read_text().replace(folder.name, "")
 
 
-def start_process(words, code=None, *launcher):
+def start_process(words, code):
     """Run `editar-hf evaluate` in a process of its own, after `code`."""
-    code = f"{code or ''}\nimport sys\nfrom editar_hf.commands import main\nsys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run([*command, "evaluate", *map(str, words)], env=environment, capture_output=True, text=True)
+    code = f"{code}\nimport sys\nfrom editar_hf.commands import main\nsys.exit(main(sys.argv[1:]))"
+    return run_python("-c", code, "evaluate", *words)
 
 
 def test_sticker_edits_run_from_the_source_to_the_report(straight_run):
@@ -136,11 +130,7 @@ def test_a_run_killed_while_it_scores_ends_as_if_it_had_not_been(models, sticker
 def test_two_processes_make_what_one_makes(models, sticker_source, straight_run, tmp_path):
     folder = tmp_path / "run"
     words = list_run_words(models, sticker_source, folder)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
-    command = [*torchrun, "-m", "editar_hf.commands", "evaluate", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_ranks(2, "-m", "editar_hf.commands", "evaluate", *words)
     counts = [len((folder / f"samples-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
     assert counts == [4, 4]
     assert read_results(folder) == read_results(straight_run)

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from evaluation_data import (
     make_translation_data,
 )
 from PIL import Image
+from processes import run_ranks
 from skimage import data
 from tiny import draw_image
 from tiny_metrics import (
@@ -402,11 +400,7 @@ def test_fid_and_mean_iou_are_the_same_to_a_byte_after_a_stop_and_by_two_process
     assert [line["id"] for line in read_lines(folder / "samples-0.jsonl")] == ["00000"]
     words = ["score", "--data", benchmark.folder, "--images", images, "--output-dir", folder]
     words += [word for name, model in chosen.items() for word in (f"--{name}-model", model)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29647"]
-    command = [*torchrun, "-m", "editar_hf.commands", "evaluate", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_ranks(2, "-m", "editar_hf.commands", "evaluate", *words)
     assert [len(list(read_lines(folder / f"samples-{rank}.jsonl"))) for rank in (0, 1)] == [2, 2]
     assert (folder / "metrics.json").read_bytes() == (segmentation_run / "metrics.json").read_bytes()
     overall = json.loads((folder / "metrics.json").read_text())["overall"]

@@ -1,16 +1,15 @@
 """The pipeline on the Hub: push, load, cached, out of reach, variant, card; against a server that plays the Hub.
 
-huggingface_hub reads its endpoint when it is imported, so what talks to the server is a subprocess. Starting one costs
-seconds: one pushes and one loads, each writes down what it saw, and the tests look at that.
+What talks to the server is a process with an environment of its own: one pushes and one loads, each writes down what it
+saw, and the tests look at that.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, HubServer
+from processes import run_python
 from tiny import build_pipeline
 
 from editar_hf.model_card import compose_pipeline_card
@@ -79,9 +78,8 @@ seen["doubled"] = doubled.transformer.lm_head.weight[0, 0].item()
 
 
 def run(script, environment):
-    """Run a script in a fresh interpreter and return what it has seen."""
-    command = [sys.executable, "-W", "ignore", "-c", f"{HEADER}{script}\nprint(json.dumps(seen))"]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    """Run a script in a process of its own and return what it has seen."""
+    finished = run_python("-c", f"{HEADER}{script}\nprint(json.dumps(seen))", environment=environment)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])
 

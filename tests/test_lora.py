@@ -12,6 +12,7 @@ import torch
 from hub_server import HubServer, Repository
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from processes import run_python
 from tiny import build_pipeline, build_transformer
 
 from editar_hf import EditARPipeline
@@ -180,13 +181,7 @@ def test_adapter_loads_by_hub_id(tmp_path):
             "pipe = build_pipeline(); pipe.load_lora_weights('tester/style')\n"
             "torch.save(compute_logits(pipe.transformer), sys.argv[1])"
         )
-        result = subprocess.run(
-            [sys.executable, "-c", script, tmp_path / "logits.pt"],
-            env=hub.get_environment(tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = run_python("-c", script, tmp_path / "logits.pt", environment=hub.get_environment(tmp_path / "home"))
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), compute_logits(model.eval()))
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from processes import run_python
 from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
@@ -71,7 +72,7 @@ def parquet_file(tmp_path_factory) -> Path:
 
 def run_script(parquet_file: Path, output_dir: Path, cache: Path, *arguments: str) -> subprocess.CompletedProcess:
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", *np.atleast_1d(value).astype(str))]
-    command = [sys.executable, SCRIPT, "--dataset", parquet_file, "--output_dir", output_dir, *sizes]
+    command = [SCRIPT, "--dataset", parquet_file, "--output_dir", output_dir, *sizes]
     options = {
         "image_columns": "source_image,target_image",
         "validation_rows": 4,
@@ -86,8 +87,8 @@ def run_script(parquet_file: Path, output_dir: Path, cache: Path, *arguments: st
         "seed": 3,
     }
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = {**os.environ, "HF_HOME": str(cache), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "HF_HOME": str(cache), "ACCELERATE_USE_CPU": "true"}
+    return run_python(*command, *arguments, environment=environment)
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

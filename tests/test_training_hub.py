@@ -1,8 +1,6 @@
 """Training that uploads pipelines, adapters and tokenizers, loaded by id in a fresh process, against a played Hub."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -11,6 +9,7 @@ import pytest
 import yaml
 from hub_server import TOKEN, HubServer, Repository
 from PIL import Image
+from processes import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import build_pipeline
 
@@ -84,8 +83,7 @@ def write_pairs(path, num_rows, seed):
 
 
 def run(words, environment):
-    command = [sys.executable, "-W", "ignore", *map(str, words)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = run_python(*words, environment=environment)
     assert finished.returncode == 0, finished.stderr
     return finished
 
