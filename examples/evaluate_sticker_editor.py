@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import load_dataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
+from editar_hf.data_files import load_files
 from editar_hf.evaluation.stickers import aggregate_scores, compute_outside_psnr, score_sample
 from editar_hf.training.sources import find_files
 
@@ -59,7 +59,7 @@ def load_samples(args: Arguments) -> list[dict]:
     files = find_files(args.dataset, args.split)
     if not files:
         raise ValueError(f"`dataset` {args.dataset!r} has no parquet file whose name starts with {args.split!r}.")
-    dataset = load_dataset("parquet", data_files=files, split="train")
+    dataset = load_files("parquet", files, "train")
     if args.max_samples is not None and args.max_samples < len(dataset):
         dataset = dataset.select(np.linspace(0, len(dataset) - 1, args.max_samples).astype(int))
     samples = []

@@ -10,12 +10,15 @@ Started by `torchrun` or `accelerate launch` in several processes, each makes ev
 source is encoded at a time: `--recipe examples/recipes/editar.yaml --source pipe-add`.
 """
 
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
@@ -24,7 +27,7 @@ from transformers import HfArgumentParser
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARVQModel
 from editar_hf.training.data import pack_states
 from editar_hf.training.rows import BadRowCount, RowReader, UnusableRow
-from editar_hf.training.sources import DataSource, load_recipe, open_source
+from editar_hf.training.sources import MADE_FROM_KEY, DataSource, load_recipe, open_source
 
 
 @dataclass
@@ -112,7 +115,11 @@ class Encoder:
             encoded += self.encode_batch(batch)
         self.bad_rows.judge()
         unfinished = path.with_suffix(".unfinished")
-        datasets.Dataset.from_list(encoded).to_parquet(str(unfinished))
+        table = datasets.Dataset.from_list(encoded).data.table
+        # Validation on the pictures that the tokens were made of is refused by this.
+        made_from = json.dumps({"dataset": os.path.abspath(self.source.dataset), "split": self.source.split})
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), MADE_FROM_KEY: made_from})
+        pq.write_table(table, unfinished)
         unfinished.rename(path)
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
+from editar_hf.data_files import load_files
 from editar_hf.model_card import CARD_FILE
 from editar_hf.pipeline_lora import CONFIG_FILE, WEIGHTS_FILE
 from editar_hf.training.validation import build_contact_sheet
@@ -141,8 +141,7 @@ def average(rates: dict[str, tuple[int, float]]) -> tuple[int, float]:
 
 def draw_copies(args: Arguments) -> Image.Image:
     """Draw the first test samples as source | without | with | target."""
-    files = {"test": f"{args.dataset}/test.parquet"}
-    samples = load_dataset("parquet", data_files=files, split=f"test[:{NUM_SHOWN}]")
+    samples = load_files("parquet", [f"{args.dataset}/test.parquet"], f"test[:{NUM_SHOWN}]")
     pipeline = EditARPipeline.from_pretrained(args.model)
     pipeline.set_progress_bar_config(disable=True)
 

@@ -41,7 +41,7 @@ from editar_hf.training.optimization import build_muon, build_optimizer, split_h
 from editar_hf.training.results import check_push_arguments, save_result
 from editar_hf.training.rows import BadRowCount, RowReader
 from editar_hf.training.sharding import callable_parts, whole_parameters
-from editar_hf.training.sources import DataSource, load_recipe, open_source
+from editar_hf.training.sources import DataSource, check_held_out, load_recipe, open_source
 from editar_hf.training.step import TrainingStep, draw_dropout
 from editar_hf.training.streams import MixedRows, build_dataloader, collate_first_rows
 from editar_hf.training.validation import draw_validation_pictures
@@ -184,6 +184,12 @@ def build_data(
 ) -> tuple[StatefulDataLoader, list[dict], int | None]:
     """Open the data; return the endless loader, the batches held out, and the number of pairs where it is known."""
     sources, collator = build_sources(args), build_collator(args, pipeline)
+    held_out_source = None
+    if args.validation_dataset is not None:
+        held_out_source = DataSource(
+            args.validation_dataset, "validation", columns=name_columns(args), streaming=args.streaming
+        )
+        check_held_out(sources, held_out_source)
     opened = [open_checked(source, pipeline, collator) for source in sources]
     check_data(args, pipeline, opened)
     size = collator.height, collator.width
@@ -192,11 +198,10 @@ def build_data(
     rows = MixedRows(sources, opened, reader, args.max_bad_rows_fraction, args.seed, *processes)
     dataloader = build_dataloader(rows, collator, args.batch_size, args.num_workers)
     held_out = []
-    if args.validation_dataset is not None:
-        source = DataSource(args.validation_dataset, "validation", columns=name_columns(args), streaming=args.streaming)
-        rows = open_checked(source, pipeline, collator)
-        num_batches, bad_rows = args.num_validation_batches, BadRowCount(args.max_bad_rows_fraction)
-        held_out = collate_first_rows(rows, source, reader, collator, args.batch_size, num_batches, bad_rows)
+    if held_out_source is not None:
+        rows, bad_rows = open_checked(held_out_source, pipeline, collator), BadRowCount(args.max_bad_rows_fraction)
+        how_many = args.batch_size, args.num_validation_batches
+        held_out = collate_first_rows(rows, held_out_source, reader, collator, *how_many, bad_rows)
     is_counted = all(isinstance(dataset, datasets.Dataset) for dataset in opened)
     return dataloader, held_out, sum(map(len, opened)) if is_counted else None
 

@@ -25,6 +25,7 @@ from editar_hf.training.card import PICTURE_FILE, compose_tokenizer_training_car
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.optimization import build_optimizer
 from editar_hf.training.results import check_push_arguments, save_result
+from editar_hf.training.rows import BadRowCount
 from editar_hf.training.vq import (
     DeadCodeReviver,
     decode_pictures,
@@ -52,6 +53,7 @@ class Arguments:
     )
     validation_rows: int = field(default=256, metadata={"help": "most rows measured on"})
     resolution: int = field(default=256, metadata={"help": "pixels per side"})
+    max_bad_rows_fraction: float = field(default=0.05, metadata={"help": "rows that may be unusable, and are skipped"})
 
     model: str | None = field(
         default=None, metadata={"help": "folder or Hub id of a tokenizer to go on from; the sizes below do not apply"}
@@ -111,7 +113,10 @@ def load_pixels(args: Arguments):
     else:
         validation = load_pictures(args.dataset, args.validation_split, columns)
         validation = validation.select(range(min(args.validation_rows, len(validation))))
-    return tuple(decode_pictures(part, args.resolution, args.output_dir) for part in (training, validation))
+    return tuple(
+        decode_pictures(part, args.resolution, args.output_dir, BadRowCount(args.max_bad_rows_fraction))
+        for part in (training, validation)
+    )
 
 
 def build_tokenizer(args: Arguments) -> EditARVQModel:

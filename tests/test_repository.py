@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "processing_masks": {"processing_editar"},
     "condition_maps": {"processing_editar"},
     "model_card": set(),
+    "data_files": set(),
     "hub": {"model_card"},
     "pipeline_inputs": {"configuration_editar", "generation", "processing_editar"},
     "pipeline_loading": set(),
@@ -51,8 +52,14 @@ MAY_IMPORT = {
     },
     "self_check": PIPELINE,
     "conversion": {*PIPELINE, "hub", "model_card", "pipeline_loading", "self_check"},
-    "training": {*PIPELINE, "hub", "model_card", "pipeline_lora", "condition_maps", "__init__"},
-    "evaluation": {*PIPELINE, "condition_maps", "conversion", "hub", "pipeline_loading", "__init__"},
+    "training": {
+        *(*PIPELINE, "condition_maps", "data_files", "hub", "model_card", "pipeline_lora", "processing_masks"),
+        "__init__",
+    },
+    "evaluation": {
+        *(*PIPELINE, "condition_maps", "conversion", "data_files", "hub", "pipeline_loading", "processing_masks"),
+        "__init__",
+    },
     "__init__": PIPELINE,
     "commands": {*PIPELINE, "condition_maps", "conversion", "hub", "self_check", "training", "evaluation", "__init__"},
 }

@@ -1,5 +1,6 @@
 """The tokenizer's training: its pieces against formulas, and the real script run on a handful of pictures."""
 
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
 from editar_hf import EditARVQConfig, EditARVQModel
+from editar_hf.training.rows import BadRowCount
 from editar_hf.training.vq import (
     DeadCodeReviver,
     compute_perplexity,
@@ -115,7 +117,7 @@ def test_script_lowers_the_loss_and_writes_a_tokenizer_that_loads(straight_run, 
     model = EditARVQModel.from_pretrained(straight_run / "tokenizer")
     assert {name: getattr(model.config, name) for name in SIZES} == {**SIZES, "channel_multipliers": [1, 2, 2]}
     dataset = load_pictures(str(parquet_file), "train[8:]", ["source_image", "target_image"])
-    pixels = decode_pictures(dataset, 16, straight_run)
+    pixels = decode_pictures(dataset, 16, straight_run, BadRowCount(0.0))
     reported = next(line for line in reversed(metrics) if "psnr" in line)
     assert evaluate_tokenizer(model.eval(), pixels, 8) == pytest.approx(
         {name: reported[name] for name in ("psnr", "code_usage", "perplexity")}, rel=1e-3
@@ -173,9 +175,37 @@ def test_folder_of_pictures_loads(tmp_path):
     for seed in range(3):
         draw_picture(seed).save(tmp_path / f"{seed}.png")
     dataset = load_pictures(str(tmp_path), "train", ["image"])
-    assert sorted(map(np.ndarray.tolist, decode_pictures(dataset, 16, tmp_path))) == sorted(
+    assert sorted(map(np.ndarray.tolist, decode_pictures(dataset, 16, tmp_path, BadRowCount(0.0)))) == sorted(
         np.asarray(draw_picture(seed)).tolist() for seed in range(3)
     )
+
+
+def test_pictures_that_cannot_be_used_are_skipped_and_counted(tmp_path):
+    def encode(picture):
+        stream = io.BytesIO()
+        picture.save(stream, "png")
+        return {"bytes": stream.getvalue(), "path": None}
+
+    good, thin = encode(draw_picture(0)), encode(Image.new("RGB", (2000, 1)))
+    rows = {"image": [good, {"bytes": b"no picture", "path": None}, good, thin, None, good]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    dataset, bad_rows = load_pictures(str(tmp_path), "train", ["image"]), BadRowCount(0.5)
+    pixels = decode_pictures(dataset, 16, tmp_path, bad_rows)
+    assert pixels.tolist() == [np.asarray(draw_picture(0)).tolist()] * 3
+    assert (bad_rows.num_read, bad_rows.num_bad) == (6, 3)
+    with pytest.raises(ValueError, match=r"3 of 6 rows .* row 1: `image` cannot be used: does not decode"):
+        decode_pictures(dataset, 16, tmp_path, BadRowCount(0.4))
+
+
+@pytest.mark.parametrize("name", ["pairs[1]", "pairs*", "pairs?"])
+def test_a_path_that_exists_is_no_pattern(name, tmp_path):
+    for folder, seed in ((name, 0), ("pairs1", 1)):
+        (tmp_path / folder).mkdir()
+        draw_picture(seed).save(tmp_path / folder / "a.png")
+    dataset = load_pictures(str(tmp_path / name), "train", ["image"])
+    pixels = decode_pictures(dataset, 16, tmp_path, BadRowCount(0.0))
+    assert pixels.tolist() == [np.asarray(draw_picture(0)).tolist()]
 
 
 def test_pictures_are_cut_to_the_centre_and_transparency_is_white(tmp_path):
@@ -183,7 +213,7 @@ def test_pictures_are_cut_to_the_centre_and_transparency_is_white(tmp_path):
     clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     features = datasets.Features({"image": datasets.Image()})
     dataset = datasets.Dataset.from_dict({"image": [wide, clear]}, features=features)
-    pixels = decode_pictures(dataset, 16, tmp_path)
+    pixels = decode_pictures(dataset, 16, tmp_path, BadRowCount(0.0))
     assert pixels[0, 3, :, 1].tolist() == list(range(40, 200, 10))
     assert (pixels[1] == 255).all()
     assert not list(tmp_path.iterdir())

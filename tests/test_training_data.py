@@ -18,7 +18,7 @@ from editar_hf.processing_editar import TASK_PREFIXES
 from editar_hf.processing_masks import compute_edit_mask, prepare_mask
 from editar_hf.training.data import EditCollator, check_image_tokens, pack_states, unpack_states
 from editar_hf.training.rows import RowReader, UnusableRow, ask_for_removal, decode_image
-from editar_hf.training.sources import DataSource, find_files, load_recipe, open_source, rename_columns
+from editar_hf.training.sources import DataSource, check_held_out, find_files, load_recipe, open_source, rename_columns
 
 
 RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "editar.yaml"
@@ -108,6 +108,82 @@ def test_folder_gives_the_files_of_a_split_in_order(tmp_path):
     assert find_files(f"{tmp_path}/*-1.parquet", "validation") == files[1:]
 
 
+def write_image_folder(folder, prompt):
+    folder.mkdir(parents=True)
+    draw_image(0).save(folder / "a.png")
+    row = {"source_image_file_name": "a.png", "target_image_file_name": "a.png", "prompt": prompt}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+
+
+@pytest.mark.parametrize("name", ["pairs[1]", "my [pairs]", "pairs*", "pairs?"])
+@pytest.mark.parametrize("kind", ["pictures", "parquet", "tar", "jsonl"])
+def test_a_path_that_exists_is_no_pattern(name, kind, tmp_path):
+    columns, suffix = {}, ""
+    for folder, prompt in (("pairs1", "another folder's"), (name, "right")):
+        folder = tmp_path / folder
+        write_image_folder(folder, prompt)
+        if kind != "pictures":
+            (folder / "metadata.jsonl").rename(folder / "rows.jsonl")
+        if kind == "parquet":
+            rows = {"source_image": [draw_image(0)], "target_image": [draw_image(0)], "prompt": [prompt]}
+            features = {"source_image": datasets.Image(), "target_image": datasets.Image()}
+            features = datasets.Features({**features, "prompt": datasets.Value("string")})
+            datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+        elif kind == "tar":
+            write_tar(folder / "train-0.tar", [0 if prompt == "right" else 1])
+            columns = TAR_COLUMNS
+        elif kind == "jsonl":
+            columns = {n: f"{n}_file_name" for n in ("source_image", "target_image")}
+            suffix = "/rows.jsonl"
+    row = next(iter(open_pairs(f"{tmp_path / name}{suffix}", columns=columns)))
+    assert row["prompt"] == ("prompt 0" if kind == "tar" else "right")
+    if kind != "pictures":
+        pattern = {"parquet": "*.parquet", "tar": "*.tar", "jsonl": "*.jsonl"}[kind]
+        assert find_files(f"{tmp_path / name}/{pattern}", "x") == [str(next((tmp_path / name).glob(pattern)))]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cause"),
+    [
+        ("train.parquet", b"no parquet", "Parquet magic bytes not found"),
+        ("rows.jsonl", b'{"prompt": "p"}\n{"prompt": ', r"generating the dataset \(\w+: .*JSON parse error"),
+    ],
+)
+def test_errors_of_datasets_are_told_with_their_cause(file, content, cause, tmp_path):
+    draw_image(0).save(tmp_path / "a.png")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"`dataset` '.*' does not load: .*{cause}"):
+        open_pairs(tmp_path / "rows.jsonl" if file == "rows.jsonl" else tmp_path)
+
+
+def test_validation_on_what_is_trained_on_is_refused(tmp_path):
+    flat, apart = tmp_path / "flat", tmp_path / "apart"
+    write_image_folder(flat, "p")
+    write_image_folder(apart / "train", "p")
+    write_image_folder(apart / "validation", "q")
+
+    def check(training, validation):
+        check_held_out([DataSource(str(training))], DataSource(str(validation), "validation"))
+
+    for training, validation in ((flat, flat), (flat, f"{flat}/."), (apart, apart / "train")):
+        with pytest.raises(
+            ValueError, match=r"`validation_dataset` '.*' holds what is trained on, such as .*folder `v"
+        ):
+            check(training, validation)
+    check(apart, apart)
+    check(flat, apart)
+    check("owner/name", "owner/name")
+    # A folder `validation` inside the folder of pictures that is trained on.
+    write_image_folder(flat / "validation", "q")
+    with pytest.raises(ValueError, match=r"such as .*flat/validation/a\.png"):
+        check(flat, flat)
+    for name in ("train", "validation"):
+        write_pairs(tmp_path / f"{name}-0.parquet")
+    check(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"such as .*train-0\.parquet"):
+        check(tmp_path, f"{tmp_path}/*.parquet")
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -123,8 +199,10 @@ def test_missing_columns_are_listed_beside_those_there_are(tmp_path, columns, me
 
 
 def test_data_sets_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`dataset` '.*nowhere' does not load"):
+    with pytest.raises(ValueError, match=r"`dataset` is '.*nowhere': there is no such folder or file"):
         open_pairs(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="`dataset` is empty; give a Hub id"):
+        open_pairs("")
     with pytest.raises(ValueError, match="no parquet or tar or jsonl file matches"):
         open_pairs(tmp_path / "train-*.parquet")
     with pytest.raises(ValueError, match=r"`dataset` '.*' does not load: .* that has the split 'train'"):

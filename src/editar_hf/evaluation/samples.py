@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from ..data_files import load_files
 from ..processing_editar import TASK_PREFIXES, compute_crop_geometry, prepare_rgb_picture
 from .files import write_json
 
@@ -105,7 +106,7 @@ class Benchmark:
         if not (self.folder / INFO_FILE).exists():
             raise ValueError(f"`data` {str(folder)!r} has no {INFO_FILE}; make it with `editar-hf evaluate prepare`.")
         self.info = json.loads((self.folder / INFO_FILE).read_text(encoding="utf-8"))
-        self.rows = datasets.Dataset.from_parquet(str(self.folder / SAMPLES_FILE), features=FEATURES)
+        self.rows = load_files("parquet", [self.folder / SAMPLES_FILE], "train").cast(FEATURES)
         self.ids = self.read_column("id")
 
     def __len__(self) -> int:

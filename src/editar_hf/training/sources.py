@@ -4,13 +4,19 @@ Images stay encoded here, so that one broken file is one bad row and not the end
 """
 
 import glob
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet as pq
 import yaml
+from datasets.data_files import FILES_TO_IGNORE
 
+from ..data_files import load_files, name_split
+from ..hub import check_folder_or_hub_id
 from ..processing_editar import TASK_PREFIXES
 
 
@@ -23,6 +29,8 @@ OPTIONAL_COLUMNS = ("mask", "edit_mask", "task", "prompt_embeds")
 REWRITES = {"canny": "source_image", "removal": None}
 # Files that data sets are read from, by the last part of their names, and what `datasets` calls them.
 FILE_KINDS = {"parquet": "parquet", "tar": "webdataset", "jsonl": "json"}
+# Where a parquet file of tokens says what they were made of.
+MADE_FROM_KEY = b"editar_made_from"
 
 
 @dataclass
@@ -54,10 +62,11 @@ class DataSource:
         rewrite (`str`, *optional*): `"canny"` makes the source image of the target's edges; `"removal"` turns an
             instruction "add …" into "Remove …".
         image_folder (`str`, *optional*): Where image columns hold paths, the folder these start from.
-        streaming (`bool`): Whether a data set on the Hub is read while it is downloaded, and not downloaded first.
+        streaming (`bool`): Whether a data set on the Hub is read while it is downloaded, and tars as they lie, and not
+            made ready on the disk first.
 
     Raises:
-        ValueError: If the probability is not positive, or the task or rewrite is unknown.
+        ValueError: If there is no data set, the probability is not positive, or the task or rewrite is unknown.
     """
 
     dataset: str
@@ -72,6 +81,8 @@ class DataSource:
     streaming: bool = True
 
     def __post_init__(self):
+        if not self.dataset:
+            raise ValueError("`dataset` is empty; give a Hub id, a folder or a pattern of files.")
         self.name = self.name or self.dataset
         if not self.probability > 0:
             raise ValueError(f"`probability` of {self.name!r} is {self.probability}; it must be positive.")
@@ -151,38 +162,97 @@ def find_columns(source: DataSource, present: Sequence[str]) -> dict[str, str]:
 
 
 def load_split(source: DataSource) -> datasets.Dataset | datasets.IterableDataset:
-    """Load a split with the columns it has; a `ValueError` says where nothing was found."""
-    path, split = source.dataset, source.split
+    """Load a split with the columns it has; a `ValueError` says where nothing was found, and why."""
+    path, split, streaming = source.dataset, source.split, source.streaming
+    files = list_files(source)
+    if not files:
+        check_folder_or_hub_id(path, "dataset", repo_type="dataset")
+    try:
+        if not files:
+            return datasets.load_dataset(path, source.config_name, split=split, streaming=streaming)
+        if not find_files(path, name_split(split)):
+            return load_files("imagefolder", files, split)
+        kind = files[0].rpartition(".")[2]
+        return load_files(FILE_KINDS[kind], files, split, streaming and kind == "tar")
+    except Exception as error:  # `datasets` passes on what its many readers raise
+        raise ValueError(
+            f"`dataset` {path!r} does not load: {describe_error(error)} Give a Hub id, a folder of parquet files or "
+            f"pictures, or a pattern of files, that has the split {split!r}."
+        ) from error
+
+
+def describe_error(error: BaseException) -> str:
+    """Say what went wrong, with the first cause: errors of `datasets` do not repeat it."""
+    first = error.__cause__ or error.__context__ or error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    cause = "" if first is error else f" ({type(first).__name__}: {first})"
+    return f"{str(error) or type(error).__name__}{cause}"
+
+
+def list_files(source: DataSource) -> list[str]:
+    """List the files here that a source is read from, in their order; none if it is on the Hub.
+
+    Raises:
+        ValueError: If there is a folder or a pattern of files, and no file of the split.
+    """
+    path, split = source.dataset, name_split(source.split)
+    if files := find_files(path, split):
+        return files
     folder = Path(path)
-    files = find_files(path, split)
-    if not files and ("*" in path or path.endswith(tuple(f".{kind}" for kind in FILE_KINDS))):
-        raise ValueError(f"`dataset` is {path!r}; no {' or '.join(FILE_KINDS)} file matches it.")
+    if not folder.is_dir():
+        if "*" in path or path.endswith(tuple(f".{kind}" for kind in FILE_KINDS)):
+            raise ValueError(f"`dataset` is {path!r}; no {' or '.join(FILE_KINDS)} file matches it.")
+        return []
     others = sorted(file.name for kind in ("parquet", "tar") for file in folder.glob(f"*.{kind}"))
-    if others and not files:
+    if others:
         raise ValueError(
             f"`dataset` {path!r} has no file whose name starts with {split!r}; it has {', '.join(others[:5])}. Rename "
             "the files, or give a pattern such as `folder/*.parquet`."
         )
-    try:
-        if files:
-            kind = files[0].rpartition(".")[2]
-            streaming = kind == "tar"
-            return datasets.load_dataset(FILE_KINDS[kind], data_files={split: files}, split=split, streaming=streaming)
-        if not folder.is_dir():
-            return datasets.load_dataset(path, source.config_name, split=split, streaming=source.streaming)
-        pictures = folder / split if (folder / split).is_dir() else folder
-        return datasets.load_dataset("imagefolder", data_files={split: f"{pictures}/**"}, split=split)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    pictures = folder / split if (folder / split).is_dir() else folder
+    found = sorted(glob.glob(f"{glob.escape(str(pictures))}/**", recursive=True))
+    files = [file for file in found if os.path.isfile(file) and os.path.basename(file) not in FILES_TO_IGNORE]
+    if not files:
         raise ValueError(
-            f"`dataset` {path!r} does not load: {error} Give a Hub id, a folder of parquet files or pictures, or a "
-            f"pattern of files, that has the split {split!r}."
-        ) from error
+            f"`dataset` {path!r} does not load: it is an empty folder. Give a Hub id, a folder of parquet files or "
+            f"pictures, or a pattern of files, that has the split {split!r}."
+        )
+    return files
 
 
 def find_files(path: str, split: str) -> list[str]:
     """Find the files that `path` stands for: itself, a pattern, or a folder's parquet or tar files of this split."""
     folder = Path(path)
     if not folder.is_dir():
-        return sorted(file for file in glob.glob(path) if file.rpartition(".")[2] in FILE_KINDS)
+        # What exists of a pattern is meant as it stands, brackets and all.
+        present = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        pattern = Path(glob.escape(str(present)), *folder.parts[len(present.parts) :])
+        return sorted(file for file in glob.glob(str(pattern)) if file.rpartition(".")[2] in FILE_KINDS)
+    split = glob.escape(split)
     kinds = (sorted(glob.glob(f"{glob.escape(path)}/{split}*.{kind}")) for kind in ("parquet", "tar"))
     return next((files for files in kinds if files), [])
+
+
+def check_held_out(training: Sequence[DataSource], validation: DataSource):
+    """Refuse to validate on what is trained on: the same files, or the files that tokens were made of.
+
+    Raises:
+        ValueError: If a file of `validation` is read for training too.
+    """
+    trained_on = {os.path.realpath(file) for source in training for file in list_origins(source)}
+    if shared := [file for file in list_files(validation) if os.path.realpath(file) in trained_on]:
+        raise ValueError(
+            f"`validation_dataset` {validation.dataset!r} holds what is trained on, such as {shared[0]}; no pair would "
+            "be held out. Move some pairs into a folder `validation` beside a folder `train`, each with its "
+            "`metadata.jsonl`, or into files whose names start so."
+        )
+
+
+def list_origins(source: DataSource) -> list[str]:
+    """List the files here that a source is read from, or that its tokens were made of where they say so."""
+    files = list_files(source)
+    parquet_files = [file for file in files if file.endswith(".parquet")]
+    made_from = {(pq.read_schema(file).metadata or {}).get(MADE_FROM_KEY) for file in parquet_files} - {None}
+    origins = [DataSource(**json.loads(content)) for content in made_from]
+    return files + [file for origin in origins if Path(origin.dataset).exists() for file in list_files(origin)]

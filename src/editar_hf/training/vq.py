@@ -13,7 +13,9 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from ..modeling_editar_vq import EditARVQModel, compute_nearest_codes
-from ..processing_editar import prepare_rgb_picture
+from ..processing_editar import compute_crop_geometry, prepare_rgb_picture
+from .rows import BadRowCount, UnusableRow, decode_image
+from .sources import DataSource, load_split
 from .validation import build_contact_sheet
 
 
@@ -28,30 +30,58 @@ def load_pictures(name: str, split: str, image_columns: Sequence[str]) -> datase
     Raises:
         ValueError: If a column is not there.
     """
-    if name.endswith(".parquet"):
-        dataset = datasets.load_dataset("parquet", data_files={split.partition("[")[0]: name}, split=split)
-    else:
-        dataset = datasets.load_dataset(name, split=split)
+    dataset = load_split(DataSource(name, split, streaming=False))
     missing = [column for column in image_columns if column not in dataset.column_names]
     if missing:
         raise ValueError(f"`image_columns` names {missing}, but {name!r} has {dataset.column_names}.")
-    return dataset.select_columns(list(image_columns))
+    dataset = dataset.select_columns(list(image_columns))
+    # Pictures stay encoded, so that one broken file is one bad row.
+    images = [name for name in image_columns if isinstance(dataset.features[name], datasets.Image)]
+    features = dataset.features.copy() | dict.fromkeys(images, datasets.Image(decode=False))
+    return dataset.cast(datasets.Features(features))
 
 
-def decode_pictures(dataset: datasets.Dataset, resolution: int, folder: str | Path) -> np.ndarray:
+def decode_pictures(
+    dataset: datasets.Dataset, resolution: int, folder: str | Path, bad_rows: BadRowCount
+) -> np.ndarray:
     """Decode every picture of every column once, to uint8 pixels (pictures, resolution, resolution, 3).
 
     The pixels lie in a nameless file in `folder`, mapped into memory: the system keeps them in RAM as far as they fit.
-    Pictures are scaled until the shortest side is `resolution` and cut to the centre, transparency over white.
+    Pictures are scaled until the shortest side is `resolution` and cut to the centre, transparency over white. A row
+    with a picture that cannot be used is skipped and counted.
+
+    Raises:
+        ValueError: If too many rows cannot be used.
     """
     shape = (len(dataset) * len(dataset.column_names), resolution, resolution, 3)
     with tempfile.TemporaryFile(dir=folder) as file:
         pixels = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
-    pictures = (picture for row in dataset for picture in row.values())
-    for index, picture in enumerate(pictures):
-        picture = prepare_rgb_picture(picture)
-        pixels[index] = ImageOps.fit(picture, (resolution, resolution), method=Image.Resampling.LANCZOS)
-    return pixels
+    num_pictures, source = 0, DataSource("pictures")
+    for position, row in enumerate(dataset):
+        bad_rows.num_read += 1
+        try:
+            pictures = [prepare_picture(value, name, resolution) for name, value in row.items()]
+        except UnusableRow as error:
+            bad_rows.add(source, position, error)
+            continue
+        pixels[num_pictures : num_pictures + len(pictures)] = pictures
+        num_pictures += len(pictures)
+    bad_rows.judge()
+    return pixels[:num_pictures]
+
+
+def prepare_picture(value, name: str, resolution: int) -> np.ndarray:
+    """Decode a picture, however it is stored, to a square of uint8 pixels (resolution, resolution, 3).
+
+    Raises:
+        UnusableRow: If it does not decode, or is too thin.
+    """
+    try:
+        picture = prepare_rgb_picture(decode_image(value), name=name)
+        compute_crop_geometry(picture.height, picture.width, resolution, resolution)
+    except (UnusableRow, ValueError) as error:
+        raise UnusableRow(f"`{name}` cannot be used: {error}") from error
+    return np.asarray(ImageOps.fit(picture, (resolution, resolution), method=Image.Resampling.LANCZOS))
 
 
 def prepare_pixel_values(pixels: np.ndarray, device: torch.device) -> torch.Tensor:

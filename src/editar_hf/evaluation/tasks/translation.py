@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ...condition_maps import make_canny_map
+from ...data_files import load_files
 from ...hub import check_folder_or_hub_id
 from ..processes import show_progress
 from ..samples import Sample, crop_labels, crop_picture
@@ -32,12 +33,13 @@ def read_rows(source: str, split: str, columns: Mapping[str, type]) -> Iterator[
         ValueError: If there is no such folder or split, a column is missing, or a row cannot be read or holds something
             else.
     """
+    check_folder_or_hub_id(source, "source", repo_type="dataset")
     files = sorted(glob(f"{escape(source)}/**/{split}*.parquet", recursive=True))
     if not files and Path(source).exists():
         raise ValueError(f"`source` {source!r} has no parquet file whose name starts with {split!r}.")
     if files:
         total = sum(map(count_rows, files))
-        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        rows = load_files("parquet", files, "train", streaming=True)
     else:
         check_folder_or_hub_id(source, "source", "dataset")
         rows = datasets.load_dataset(source, split=split, streaming=True)
