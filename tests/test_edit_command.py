@@ -379,6 +379,14 @@ def test_a_colour_profile_is_saved(suffix, tmp_path):
         assert saved.info["icc_profile"] == image.info["icc_profile"]
 
 
+def test_an_image_that_cannot_be_saved_leaves_the_old_file(tmp_path):
+    path = tmp_path / "edited.webp"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match="16383"):
+        edit.save_image(Image.new("RGB", (16384, 1)), path, None)
+    assert path.read_bytes() == b"old"
+
+
 def test_an_image_is_replaced_by_its_edit_only_once_that_is_written(model, pictures, capsys):
     before = (pictures / "b.png").read_bytes()
     words = ["--mask", pictures / "broken.png"]
@@ -446,34 +454,28 @@ def test_a_folder_that_cannot_be_edited_is_refused_before_any_work(pictures, tmp
 
 
 def test_an_edit_is_made_again_where_anything_it_depends_on_has_changed(model, pictures, tmp_path, capsys):
-    out, mask = tmp_path / "out", pictures / "mask.bmp"
+    out, mask, line = tmp_path / "out", pictures / "mask.bmp", {"image": "a.png", "prompt": PROMPT}
     Image.new("L", (16, 16), 255).save(mask)
-    (pictures / "broken.png").unlink()
-    (pictures / "b.png").unlink()
-    prompts = write_prompts(tmp_path, {"image": "a.png", "prompt": PROMPT})
 
-    def count_done(*options, lines=prompts):
+    def count_done(*options, model=model, **values):
         capsys.readouterr()
-        assert run_folder(model, pictures, lines, out, *options) == 0
+        assert run_folder(model, pictures, write_prompts(tmp_path, line | values), out, *options) == 0
         (done,) = re.findall(r"^(\d+) done", capsys.readouterr().out, flags=re.MULTILINE)
         return int(done)
 
     assert [count_done(), count_done()] == [1, 0]
-    changed = [
-        ["--seed", 1],
-        ["--guidance-scale", 2],
-        ["--mask", mask],
-        ["--negative-prompt", "red"],
-        ["--num-images", 2],
-    ]
-    for options in changed:
-        assert [count_done(*options), count_done(*options)] == [1, 0], options
+    changed = [["--guidance-scale", 2], ["--negative-prompt", "red"], ["--num-images", 2], ["--dtype", "float32"]]
+    for options in (*changed, ["--seed", 1], ["--mask", mask]):
+        assert [count_done(*options), count_done(*options), count_done()] == [1, 0, 1], options
     for values in ({"prompt": "make the red square blue"}, {"task": "canny"}):
-        lines = write_prompts(tmp_path, {"image": "a.png", "prompt": PROMPT} | values)
-        assert [count_done(lines=lines), count_done(lines=lines)] == [1, 0], values
-    assert np.array_equal(read_pixels(out / "a.png"), np.asarray(edit_directly(pictures / "a.png", PROMPT, 0, "canny")))
+        assert [count_done(**values), count_done(**values), count_done()] == [1, 0, 1], values
+    assert count_done(model=f"{model}/") == 1
     draw_image(7).save(pictures / "a.png")
-    assert [count_done(lines=lines), count_done(lines=lines)] == [1, 0]
+    assert [count_done(), count_done()] == [1, 0]
+    assert np.array_equal(read_pixels(out / "a.png"), np.asarray(edit_directly(pictures / "a.png", PROMPT, 0)))
+    (pictures / "a.png").unlink()
+    for _ in range(2):
+        assert run_folder(model, pictures, write_prompts(tmp_path, line), out) == 1
 
 
 def test_a_kill_between_an_image_and_its_record_costs_one_edit(model, pictures, tmp_path, capsys):
