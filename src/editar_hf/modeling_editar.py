@@ -11,6 +11,7 @@ from N+L on target.
 Source: EditAR (arXiv 2501.04699), LlamaGen (arXiv 2406.06525).
 """
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -319,12 +320,12 @@ class EditARModel(EditARPreTrainedModel):
         grid_size = self.config.grid_size
         grid_height = grid_size if grid_height is None else grid_height
         grid_width = grid_size if grid_width is None else grid_width
-        if not (1 <= grid_height <= grid_size and 1 <= grid_width <= grid_size):
+        if not all(isinstance(side, numbers.Integral) and 1 <= side <= grid_size for side in (grid_height, grid_width)):
             raise ValueError(
                 f"`grid_height` × `grid_width` is {grid_height} × {grid_width}; this model covers 1 to {grid_size} "
                 "tokens a side."
             )
-        return grid_height, grid_width
+        return int(grid_height), int(grid_width)
 
     def embed_segments(
         self, source_image_tokens, prompt_embeds, target_image_tokens, drop_source, drop_prompt, grid_height, grid_width

@@ -2,6 +2,8 @@
 
 from transformers import GenerationConfig
 
+from ..checks import check_flag, check_integer, check_number
+
 
 # Source: the defaults of the published sampling script; the scale is that of EditAR (arXiv 2501.04699), section 4.
 PUBLISHED_SETTINGS = {"do_sample": True, "temperature": 1.0, "top_k": 1000, "top_p": 1.0, "guidance_scale": 3.0}
@@ -56,14 +58,16 @@ class EditARGenerationConfig(GenerationConfig):
         return settings
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None):
-        """Check ranges; every finding is an error, so the two arguments of transformers' signature change nothing."""
+        """Check types and ranges; every finding is an error, so transformers' two arguments change nothing."""
+        check_flag("do_sample", self.do_sample)
+        for name in ("temperature", "top_p", "guidance_scale"):
+            setattr(self, name, check_number(name, getattr(self, name)))
+        self.top_k = check_integer("top_k", self.top_k, minimum=0)
         if not self.temperature >= 0 or (self.do_sample and self.temperature == 0):
             raise ValueError(
                 f"`temperature` is {self.temperature}; sampling needs a positive one. For the likeliest tokens pass "
                 "`do_sample=False`."
             )
-        if self.top_k < 0:
-            raise ValueError(f"`top_k` is {self.top_k}; give a positive number of tokens, or 0 for all of them.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` is {self.top_p}; it is a probability in (0, 1], and 1 keeps all tokens.")
         known = {*PUBLISHED_SETTINGS, "transformers_version"}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor
 
+from ..checks import check_integer, check_number
 from ..configuration_editar import EditARConfig
 from .cache import SourceCache
 
@@ -13,13 +14,28 @@ from .cache import SourceCache
 DECODINGS = ("exact", "speculative")
 
 
+def check_tensor(name: str, value):
+    """Refuse what is no tensor, and a tensor without rows."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or not len(value):
+        found = f"empty, of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.80}"
+        raise ValueError(f"`{name}` is {found}; pass a tensor with a row for each image.")
+
+
 def check_prompt_embeds(config: EditARConfig, name: str, prompt_embeds: torch.Tensor):
-    """Refuse text states that are not `(batch, num_text_tokens, text_hidden_size)`."""
+    """Refuse text states that are not finite floats of shape `(batch, num_text_tokens, text_hidden_size)`."""
+    check_tensor(name, prompt_embeds)
     expected = (config.num_text_tokens, config.text_hidden_size)
     if prompt_embeds.ndim != 3 or prompt_embeds.shape[1:] != expected:
         raise ValueError(
             f"`{name}` has shape {tuple(prompt_embeds.shape)}; expected (batch, {expected[0]}, {expected[1]}), the "
             "states of the text encoder that belongs to this model, padded to its text length."
+        )
+    if not prompt_embeds.is_floating_point():
+        raise ValueError(f"`{name}` holds {prompt_embeds.dtype}; pass the floating-point states of `encode_prompt`.")
+    if not prompt_embeds.isfinite().all():
+        raise ValueError(
+            f"`{name}` holds NaN or infinity. The text encoder may have overflowed in float16: encode the prompt in "
+            "bfloat16 or float32."
         )
 
 
@@ -36,6 +52,9 @@ def check_source_image_tokens(
     config: EditARConfig, source_image_tokens: torch.LongTensor, grid_height: int, grid_width: int
 ):
     """Refuse source tokens that are not `(batch, grid_height · grid_width)` codes of the vocabulary."""
+    check_tensor("source_image_tokens", source_image_tokens)
+    if source_image_tokens.dtype != torch.long:
+        raise ValueError(f"`source_image_tokens` holds {source_image_tokens.dtype}; pass tokens as torch.long.")
     if source_image_tokens.ndim != 2 or source_image_tokens.shape[1] != grid_height * grid_width:
         raise ValueError(
             f"`source_image_tokens` has shape {tuple(source_image_tokens.shape)}; a grid of {grid_height} × "
@@ -80,9 +99,18 @@ def check_generate_inputs(
             f"`image_guidance_scale` is {image_guidance_scale} without `source_image_tokens`; pass a source image, or "
             "leave the scale out."
         )
-    if isinstance(generator, Sequence) and len(generator) != batch_size:
+    check_number("image_guidance_scale", image_guidance_scale)
+    check_generator(generator, batch_size)
+
+
+def check_generator(generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int):
+    """Refuse what is no generator, and a list of generators that is not one per image."""
+    generators = generator if isinstance(generator, list | tuple) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"`generator` is {generator!r}; pass `torch.Generator().manual_seed(0)`, or a list of them.")
+    if generators is generator and len(generators) != num_images:
         raise ValueError(
-            f"`generator` is a list of {len(generator)} for {batch_size} images; pass one, or one per image."
+            f"`generator` is a list of {len(generators)} for {num_images} images; pass one, or one per image."
         )
 
 
@@ -92,6 +120,7 @@ def check_edit_mask(edit_mask: torch.BoolTensor | None, source_image_tokens: tor
         return
     if source_image_tokens is None:
         raise ValueError("`edit_mask` is given without `source_image_tokens`, of which it keeps some; pass them too.")
+    check_tensor("edit_mask", edit_mask)
     if edit_mask.dtype != torch.bool or edit_mask.shape != source_image_tokens.shape:
         raise ValueError(
             f"`edit_mask` is {edit_mask.dtype} of shape {tuple(edit_mask.shape)}; give torch.bool of shape "
@@ -112,8 +141,8 @@ def check_decoding(
         raise ValueError("`decoding` is 'speculative', which drafts from the source; pass one, or decode 'exact'.")
     if num_draft_tokens is not None and decoding == "exact":
         raise ValueError(f"`num_draft_tokens` is {num_draft_tokens} in exact decoding; pass `decoding='speculative'`.")
-    if num_draft_tokens is not None and (not isinstance(num_draft_tokens, int) or num_draft_tokens < 1):
-        raise ValueError(f"`num_draft_tokens` is {num_draft_tokens!r}; pass a positive whole number.")
+    if num_draft_tokens is not None:
+        check_integer("num_draft_tokens", num_draft_tokens)
     for processor in logits_processor:
         extra = list(inspect.signature(processor.__call__).parameters)[2:]
         if extra:

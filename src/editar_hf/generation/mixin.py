@@ -141,6 +141,7 @@ class EditARGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If a setting is out of range, or a tensor, the grid or the generators do not fit the model or
                 each other; before the first forward.
+            RuntimeError: If logits were NaN or infinite; at the end of decoding.
 
         Source: EditAR (arXiv 2501.04699), section 3.
         """
@@ -194,6 +195,7 @@ class EditARGenerationMixin(GenerationMixin):
             sequences, num_passes = decode_target_tokens(run_pass, select_tokens, plan, reporter)
         finally:
             run_pass.close()
+        select_tokens.check_logits()
         if streamer is not None:
             streamer.end()
         if not return_dict_in_generate:

@@ -7,6 +7,7 @@ Sources: Gumbel-max, E. J. Gumbel (1954); noise fixed ahead of the sample, predi
 counters in place of a generator's state, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -172,6 +173,8 @@ class TokenSelector:
         self.image_guidance_scale = image_guidance_scale
         self.noise_keys = noise_keys
         self.edit_mask = edit_mask
+        # Stays finite as long as all guided logits are; read once, at the end, so that no token waits for the device.
+        self.sum_of_highest = 0.0
         self.processors = LogitsProcessorList(logits_processor)
         self.warpers = LogitsProcessorList()
         if noise_keys is not None:
@@ -195,6 +198,7 @@ class TokenSelector:
             at which a row's choice is not what was proposed.
         """
         logits = apply_guidance(branch_logits, self.guidance_scale, self.image_guidance_scale)
+        self.sum_of_highest = self.sum_of_highest + logits.amax(dim=-1).sum()
         if not self.processors:
             return self.choose(logits, tokens, positions)
         chosen = []
@@ -205,6 +209,15 @@ class TokenSelector:
             if not is_last and not torch.equal(chosen[-1][:, 0], tokens[:, position]):
                 break
         return torch.cat(chosen, dim=1)
+
+    def check_logits(self):
+        """Raise a `RuntimeError` if the guided logits of any pass so far were NaN or infinite."""
+        if not math.isfinite(self.sum_of_highest):
+            raise RuntimeError(
+                "The decoder's logits were NaN or infinite, so its tokens mean nothing. The likely cause is an "
+                "overflow in float16: load the pipeline with `dtype=torch.bfloat16` or `torch.float32`. In float32, "
+                "look for damaged weights or adapters, and for a very large `guidance_scale`."
+            )
 
     def choose(self, logits: torch.Tensor, tokens: torch.LongTensor, positions: Sequence[int]) -> torch.LongTensor:
         """Choose from processed logits `(batch, positions, vocab_size)`; tokens outside the edit mask stay."""
