@@ -133,7 +133,7 @@ def test_a_picture_that_fails_in_any_way_is_reported_and_the_others_go_on(model,
         "broken.png": "UnidentifiedImageError: cannot identify",
         "missing.png": "FileNotFoundError: [Errno 2]",
         "huge.png": "ValueError: ",
-        "truncated.png": "ValueError: `images` holds ",
+        "truncated.png": "ValueError: `image` holds ",
         "a\0.png": "ValueError: ",
     }
     lines = [{"image": name, "prompt": PROMPT} for name in (*expected, "a.png")]
@@ -307,6 +307,7 @@ def test_options_are_passed_on_to_the_pipeline(model, pictures, tmp_path):
         PROMPT,
         image=Image.open(pictures / "b.png"),
         resize_mode="stretch",
+        restore_size=False,
         num_images_per_prompt=2,
         generator=torch.Generator().manual_seed(4),
         guidance_scale=5.0,

@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+import warnings
 from pathlib import Path
 
 import accelerate
@@ -514,9 +515,10 @@ BAD_INPUT = {
         {"prompt": ["a", "b", "c"], "image": [draw_image()] * 2},
         "`prompt` has 3, `image` has 2",
     ),
-    "image that is a path": ({"image": "photo.png"}, "holds a str"),
+    "image that is nowhere": ({"image": "no-such-photo.png"}, "`image` is 'no-such-photo.png', from which no picture"),
+    "image of another type": ({"image": 5}, "`image` holds a int"),
     "image of two channels": ({"image": np.zeros((4, 4, 2), np.uint8)}, "holds a picture of shape"),
-    "no images in a list": ({"image": []}, "empty"),
+    "no images in a list": ({"image": []}, "`image` is an empty list"),
     "image beside tokens": ({"source_image_tokens": TOKENS}, "`image` is .* beside `source_image_tokens`"),
     "too few tokens": ({"image": None, "source_image_tokens": TOKENS[:, 1:]}, "`source_image_tokens` has shape"),
     "tokens out of range": ({"image": None, "source_image_tokens": TOKENS + NUM_CODES}, "holds ids from 40"),
@@ -534,6 +536,24 @@ BAD_INPUT = {
     "negative top-k": ({"top_k": -1}, "`top_k` is -1"),
     "no images per prompt": ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),
     "too few generators": ({"generator": [seeded(0)], "num_images_per_prompt": 2}, "`generator` is a list of 1"),
+    "guidance that is no number": ({"guidance_scale": float("nan")}, "`guidance_scale` is nan; pass a finite number"),
+    "guidance as text": ({"guidance_scale": "3"}, "`guidance_scale` is '3'"),
+    "image guidance that is infinite": ({"image_guidance_scale": float("inf")}, "`image_guidance_scale` is inf"),
+    "temperature that is no number": ({"temperature": float("nan")}, "`temperature` is nan"),
+    "sampling as text": ({"do_sample": "no"}, "`do_sample` is 'no'; pass True or False"),
+    "top-k in parts": ({"top_k": 1.5}, "`top_k` is 1.5"),
+    "states that are not finite": ({"prompt": None, "prompt_embeds": TEXT / 0}, "`prompt_embeds` holds NaN"),
+    "states that are no tensor": ({"prompt": None, "prompt_embeds": "states"}, "`prompt_embeds` is 'states'"),
+    "tokens that are no tensor": ({"image": None, "source_image_tokens": [1]}, r"`source_image_tokens` is \[1\]"),
+    "tokens as floats": ({"image": None, "source_image_tokens": TOKENS.float()}, "holds torch.float32"),
+    "seed as a generator": ({"generator": 0}, r"`generator` is 0; pass `torch.Generator\(\)"),
+    "seed as a generator of greedy decoding": ({"generator": 0, "do_sample": False}, "`generator` is 0"),
+    "callback that is no function": ({"callback_on_step_end": 3}, "`callback_on_step_end` is 3; pass a function"),
+    "names of tensors as text": ({"callback_on_step_end_tensor_inputs": "image_tokens"}, "pass a list of names"),
+    "far too many images": ({"num_images_per_prompt": 10**12}, "`num_images_per_prompt` is 1000000000000"),
+    "size restored by a word": ({"restore_size": "yes"}, "`restore_size` is 'yes'"),
+    "height as text": ({"height": "16"}, "`height` is '16'"),
+    "source of text-to-image": ({"task": "text-to-image"}, "`task` is 'text-to-image' beside a source image"),
     "unknown callback tensor": ({"callback_on_step_end_tensor_inputs": ["latents"]}, "holds latents"),
 }
 
@@ -558,6 +578,89 @@ def test_bad_input_is_refused_before_a_network_runs(pipe_at_rest, case):
     arguments, message = BAD_INPUT[case]
     with pytest.raises(ValueError, match=message):
         pipe_at_rest(**{"prompt": PROMPT, "image": draw_image(), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("seed", "torch.Generator"), ("strength", "mask_image"), ("num_inference_steps", "speculative"), ("x", "help")],
+)
+def test_arguments_of_other_pipelines_are_refused_with_what_to_use_instead(pipe_at_rest, name, remedy):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': .*{remedy}"):
+        pipe_at_rest(PROMPT, image=draw_image(), **{name: 1})
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    arguments = {"height": 16, "num_images_per_prompt": 2, "top_k": 5, "guidance_scale": 2.0}
+    numpy_arguments = {name: np.array(value)[()] for name, value in arguments.items()}
+    assert torch.equal(edit(pipe, **numpy_arguments), edit(pipe, **arguments))
+
+
+def test_states_that_overflow_end_in_an_error_that_names_the_cause():
+    pipe = build_pipeline()
+    pipe.text_encoder.encoder.final_layer_norm.weight.data.fill_(float("inf"))
+    with pytest.raises(RuntimeError, match=r"states of `prompt` are NaN or infinite.*float16"):
+        pipe(PROMPT, image=draw_image())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("arguments", [{}, {"decoding": "speculative"}, {"guidance_scale": 1.0}], ids=str)
+def test_logits_that_overflow_end_in_an_error_that_names_the_cause(value, arguments):
+    pipe = build_pipeline()
+    pipe.transformer.lm_head.weight.data[3, 5] = value
+    with pytest.raises(RuntimeError, match=r"logits were NaN or infinite.*float16"):
+        edit(pipe, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.9}, "`temperature`, `top_k`, `top_p`"),
+        ({"num_images_per_prompt": 2}, "`num_images_per_prompt`"),
+        ({"num_images_per_prompt": 2, "generator": [seeded(0), seeded(1)]}, "`generator`, `num_images_per_prompt`"),
+        ({"prompt": [PROMPT, PROMPT], "generator": [seeded(0), seeded(1)]}, "`generator`"),
+    ],
+)
+def test_what_changes_nothing_without_sampling_warns_at_the_call(pipe, arguments, names):
+    with pytest.warns(UserWarning, match=f"^{names} had no effect") as record:
+        pipe(**{"prompt": PROMPT, **arguments}, image=draw_image(), do_sample=False)
+    assert record[0].filename == __file__
+
+
+def test_an_edit_without_an_image_warns_and_text_to_image_does_not(pipe):
+    with pytest.warns(UserWarning, match="`image` is missing.*task='text-to-image'") as record:
+        expected = pipe(PROMPT, generator=seeded(0)).image_tokens
+    assert record[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens = pipe(PROMPT, task="text-to-image", generator=seeded(0)).image_tokens
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_image_and_mask_may_be_paths(pipe, tmp_path, kind):
+    draw_image().save(tmp_path / "photo.png")
+    mask = Image.new("L", (SIDE, SIDE))
+    mask.paste(255, (0, 0, 8, 8))
+    mask.save(tmp_path / "mask.png")
+    paths = {"image": kind(tmp_path / "photo.png"), "mask_image": kind(tmp_path / "mask.png")}
+    assert torch.equal(edit(pipe, **paths), edit(pipe, image=draw_image(), mask_image=mask))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ({}, (24, 20)),
+        ({"restore_size": False}, (SIDE, SIDE)),
+        ({"height": SIDE}, (SIDE, SIDE)),
+        ({"task": "canny"}, (SIDE, SIDE)),
+        ({"task": ["edit"]}, (24, 20)),
+    ],
+)
+def test_an_edit_has_the_size_of_its_source_unless_another_is_asked_for(pipe, arguments, size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output = pipe(PROMPT, image=draw_image(0, 20, 24), generator=seeded(0), **arguments)
+    assert output.images[0].size == size
 
 
 def test_image_that_does_not_decode_is_refused_before_a_network_runs(pipe_at_rest, tmp_path):

@@ -1,12 +1,16 @@
 """Pictures and prompts become tensors, and tensors pictures, as the published pipeline does it."""
 
 import io
+import struct
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from transformers import AutoImageProcessor, AutoProcessor
 
 from editar_hf import EditARImageProcessor, EditARProcessor
@@ -392,7 +396,8 @@ def test_postprocess_of_the_processor_is_the_image_processors(processor):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("scene.png", "holds a str.*PIL.Image.open"),
+        ("no-such-scene.png", "'no-such-scene.png', from which no picture opens"),
+        (5, "holds a int; pass PIL images"),
         (None, "holds a NoneType"),
         ([], "`images` is empty"),
         (np.zeros((8, 8, 2), np.uint8), r"shape \(8, 8, 2\)"),
@@ -403,13 +408,55 @@ def test_postprocess_of_the_processor_is_the_image_processors(processor):
         (np.full((8, 8, 3), 255.0), r"scale them to \[0, 1\]"),
         (torch.full((3, 8, 8), -1.0), r"scale them to \[0, 1\]"),
         (np.full((8, 8, 3), np.nan), r"scale them to \[0, 1\]"),
-        (Image.new("RGB", (1, 1000)), 'resize_mode="stretch"'),
     ],
 )
 def test_what_is_not_a_picture_is_refused(image, message):
     with pytest.raises(ValueError, match="`images`") as error:
         EditARImageProcessor(size=32)(image)
     assert error.match(message)
+
+
+def test_a_picture_too_thin_to_be_cropped_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r'1×1000 pixels.*resize_mode="stretch"'):
+        EditARImageProcessor(size=32)(Image.new("RGB", (1, 1000)))
+
+
+def test_paths_and_urls_are_opened(tmp_path):
+    path = tmp_path / "scene.png"
+    draw_picture(32, 32).save(path)
+    expected = EditARImageProcessor(size=32)(draw_picture(32, 32)).pixel_values
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        urls = [f"http://127.0.0.1:{server.server_port}/{name}" for name in ("scene.png", "gone.png")]
+        pixel_values = EditARImageProcessor(size=32)([path, str(path), urls[0]]).pixel_values
+        with pytest.raises(ValueError, match=r"`images` is 'http://127.*gone.png', from which no picture opens"):
+            EditARImageProcessor(size=32)(urls[1])
+        server.shutdown()
+    assert torch.equal(pixel_values, expected.expand(3, -1, -1, -1))
+
+
+def test_pixels_are_taken_as_they_lie_where_the_exif_block_is_damaged(tmp_path):
+    # Turned, and a horizontal resolution of -1/0, which cannot be written again.
+    tags = struct.pack("<HHHIHHHHIII", 2, 0x112, 3, 1, 6, 0, 0x11A, 10, 1, 38, 0) + struct.pack("<ii", -1, 0)
+    path = tmp_path / "scene.png"
+    picture = draw_picture(32, 48)
+    picture.save(path, exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
+    with pytest.warns(UserWarning, match=r"The EXIF block of .*scene.png' in `images` is damaged"):
+        upright = prepare_rgb_picture(path)
+    assert np.array_equal(np.asarray(upright), np.asarray(picture))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
+def test_a_result_carries_the_colour_profile_of_an_rgb_source_and_no_other(mode):
+    rgb_profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    source = draw_picture(32, 32).convert(mode)
+    source.info["icc_profile"] = rgb_profile
+    if mode in ("L", "CMYK"):
+        source.info["icc_profile"] = rgb_profile[:16] + {"L": b"GRAY", "CMYK": b"CMYK"}[mode] + rgb_profile[20:]
+    processor = EditARImageProcessor(size=32)
+    restored = processor.restore(Image.new("RGB", (32, 32)), source, 32, 32, "stretch")
+    assert restored.info.get("icc_profile") == (rgb_profile if mode in ("RGB", "RGBA", "P") else None)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
@@ -432,7 +479,9 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, file_format):
         ({"task": ["edit", "edit"]}, "`task` has 2 entries for 1 texts"),
         ({"text": ["x", 3]}, "`text` holds 3"),
         ({"text": []}, "`text` is empty"),
-        ({"target_images": "x"}, "holds a str"),
+        ({"target_images": 5}, "holds a int"),
+        ({"task": None}, "`task` is None"),
+        ({"task": [[]]}, r"`task` is \[\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(processor, arguments, message):

@@ -160,7 +160,7 @@ def test_colours_count_by_their_luminance_without_transparency_and_are_refused_w
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ("mask.png", "`mask_image` holds a str; pass PIL images"),
+        ("no-such-mask.png", "`mask_image` is 'no-such-mask.png', from which no picture opens"),
         (None, "`mask_image` holds a NoneType"),
         (np.ones((8, 8), np.int64), "`mask_image` holds pixels of type int64"),
         (np.full((8, 8), 2.0), r"`mask_image` holds floats in \[2"),

@@ -27,12 +27,13 @@ SCRIPTS = [*EXAMPLES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "
 DISTRIBUTIONS = metadata.packages_distributions()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
-NETWORKS = {"configuration_editar", "generation", "modeling_editar", "modeling_editar_vq"}
+NETWORKS = {"checks", "configuration_editar", "generation", "modeling_editar", "modeling_editar_vq"}
 PIPELINE = {*NETWORKS, "processing_editar", "pipeline_editar"}
 # The modules of the package and what each may import from it, inside functions too. Nothing points upward.
 MAY_IMPORT = {
+    "checks": set(),
     "configuration_editar": set(),
-    "generation": {"configuration_editar"},
+    "generation": {"checks", "configuration_editar"},
     "modeling_editar": {"configuration_editar", "generation"},
     "modeling_editar_vq": {"configuration_editar"},
     "processing_editar": {"configuration_editar"},
@@ -41,9 +42,9 @@ MAY_IMPORT = {
     "model_card": set(),
     "data_files": set(),
     "hub": {"model_card"},
-    "pipeline_inputs": {"configuration_editar", "generation", "processing_editar"},
+    "pipeline_inputs": {"checks", "configuration_editar", "generation", "processing_editar"},
     "pipeline_loading": set(),
-    "pipeline_lora": {"hub", "pipeline_loading"},
+    "pipeline_lora": {"pipeline_loading"},
     "pipeline_sharing": {"model_card", "pipeline_loading"},
     "pipeline_steps": set(),
     "pipeline_sources": {"generation", "pipeline_inputs", "pipeline_steps", "processing_editar", "processing_masks"},
@@ -69,7 +70,7 @@ MAY_IMPORT_AT_THE_TOP = {
     "datasets": {"training", "evaluation"},
     "diffusers": {
         *("generation", "modeling_editar", "modeling_editar_vq"),
-        *("pipeline_editar", "pipeline_loading", "pipeline_lora"),
+        *("pipeline_editar", "pipeline_loading", "pipeline_lora", "processing_editar"),
     },
     "evaluate": {"evaluation"},
     "peft": {"training"},

@@ -17,20 +17,25 @@ from PIL import Image
 from transformers import StoppingCriteriaList, T5EncoderModel
 from transformers.image_utils import ImageInput
 
+from .checks import check_integer
 from .generation import SourceCache
 from .generation.configuration import resolve_generation_config
+from .generation.inputs import check_generator
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
 from .pipeline_inputs import (
+    MAX_NUM_IMAGES,
     SourceArguments,
     add_task_prefixes,
     check_callback,
-    check_generator,
+    check_known_arguments,
     check_output_options,
     check_prompts,
     check_source,
     check_texts,
     compute_batch_size,
+    resolve_restore_size,
+    warn_of_no_effect,
 )
 from .pipeline_lora import EditARLoraMixin
 from .pipeline_sharing import EditARSharingMixin
@@ -122,6 +127,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         Raises:
             ValueError: If a prompt is not a string, a task is unknown, there are as many tasks neither as one nor as
                 prompts, or the pipeline has no text encoder.
+            RuntimeError: If the states are NaN or infinite.
         """
         if self.text_encoder is None:
             raise ValueError(f"`prompt` is {prompt!r}, and the pipeline has no text encoder; pass `prompt_embeds`.")
@@ -129,7 +135,14 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         inputs = self.processor(text=prompt, task=task).to(self._execution_device)
         # Parity: the text encoder masks padding, the decoder attends to its states.
         states = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
-        return states.to(self.transformer.dtype)
+        states = states.to(self.transformer.dtype)
+        if not states.isfinite().all():
+            raise RuntimeError(
+                f"The text encoder's states of `prompt` are NaN or infinite in {states.dtype}. The likely cause is an "
+                "overflow in float16: load the pipeline with `dtype=torch.bfloat16` or `torch.float32`. In float32, "
+                "its weights are damaged."
+            )
+        return states
 
     @torch.no_grad()
     def decode_image_tokens(
@@ -209,14 +222,8 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         """Fill in the model's own height and width, in pixels, and refuse what its grid does not cover."""
         default, stride = self.processor.image_processor.size, self.vq_model.config.stride
         largest = self.transformer.config.grid_size * stride
-        height = default.height if height is None else height
-        width = default.width if width is None else width
-        for name, value in (("height", height), ("width", width)):
-            if not isinstance(value, int) or value % stride or not stride <= value <= largest:
-                raise ValueError(
-                    f"`{name}` is {value!r}; it must be a multiple of {stride}, the pixels per token, from {stride} to "
-                    f"{largest}, which this model covers."
-                )
+        height = default.height if height is None else check_integer("height", height, stride, largest, stride)
+        width = default.width if width is None else check_integer("width", width, stride, largest, stride)
         return height, width
 
     def compute_grid(self, height: int, width: int) -> tuple[int, int]:
@@ -279,7 +286,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         height: int | None = None,
         width: int | None = None,
         resize_mode: str | None = None,
-        restore_size: bool = False,
+        restore_size: bool | None = None,
         mask_image: ImageInput | None = None,
         mask_blend: bool = True,
         crop_to_mask: bool = False,
@@ -302,6 +309,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         preview_every: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        **unknown,
     ) -> EditARPipelineOutput | tuple:
         """Edit images by instruction.
 
@@ -312,14 +320,17 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         Args:
             prompt (`str` or sequence of `str`): The instructions, or the captions of condition maps.
             image (*optional*): The source image or condition map: a PIL image, an array (height, width, channels), a
-                tensor (channels, height, width), a batch, or a list of these. `None`: text-to-image.
+                tensor (channels, height, width), a path or URL, a batch, or a list of these. `None`: the image is made
+                from the text alone.
             task (`str` or sequence of `str`): `"edit"`, `"canny"`, `"depth"` or `"segmentation"`: puts the published
-                prefix before the prompt, and before the negative prompt.
+                prefix before the prompt, and before the negative prompt. `"text-to-image"` has no prefix, and says
+                that there is no source; without a source, the other tasks warn.
             height, width (`int`, *optional*): Pixels the model works at; default the model's.
             resize_mode (`str`, *optional*): How the source is brought there: `"crop"` (shortest side, then the centre;
                 warns when more than 2 % is cut away) or `"stretch"`; default the model's.
-            restore_size (`bool`): Return images of the source's size: after a crop, the edited part in its place in the
-                full source; after a stretch, the inverse resize. Needs `image` and `output_type="pil"`.
+            restore_size (`bool`, *optional*): Return images of the source's size: after a crop, the edited part in its
+                place in the full source; after a stretch, the inverse resize. Needs `image` and `output_type="pil"`.
+                Default: True for edits of `image` as PIL images where `height`, `width`, tokens and cache are left out.
             mask_image (*optional*): White where the image may change; one mask, or one per image, each of its image's
                 size (another size is resized with a warning); transparency is black. A token may change if any of its
                 pixels is white; all others keep their source tokens, and a pass is needed only for those that may. A
@@ -364,17 +375,22 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         Raises:
             ValueError: If an argument is out of range, or inputs do not fit the model or each other; before any network
                 runs.
+            TypeError: If there is no argument of that name; for `seed`, `strength` and others it says what to use.
+            RuntimeError: If text states or logits are NaN or infinite, as after an overflow in float16.
         """
         # 1. Check inputs
+        check_known_arguments(unknown)
         size = self.resolve_size(height, width)
-        names = ("guidance_scale", "do_sample", "temperature", "top_k", "top_p")
-        settings = dict(zip(names, (guidance_scale, do_sample, temperature, top_k, top_p), strict=True))
-        resolve_generation_config(self.transformer.generation_config, None, settings)
+        settings = {"guidance_scale": guidance_scale, "do_sample": do_sample}
+        settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        resolved = resolve_generation_config(self.transformer.generation_config, None, settings)
         check_prompts(self.transformer.config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
         given = SourceArguments(image, resize_mode, mask_image, crop_to_mask, source_image_tokens, source_cache)
         device, grid = self._execution_device, self.compute_grid(*size)
-        check_source(self.transformer, device, given, image_guidance_scale, restore_size, decoding, grid)
-        check_output_options(output_type, restore_size, crop_to_mask, num_images_per_prompt)
+        check_source(self.transformer, device, given, image_guidance_scale, restore_size, decoding, grid, task)
+        restore_size = resolve_restore_size(restore_size, given, task, (height, width), output_type)
+        check_output_options(output_type, restore_size, crop_to_mask)
+        num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, maximum=MAX_NUM_IMAGES)
         observers = callback_on_step_end, callback_on_step_end_tensor_inputs
         check_callback(*observers, self._callback_tensor_inputs, preview_every)
         self._interrupt = False
@@ -385,14 +401,14 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         texts = {"prompt": prompts or prompt_embeds, "negative_prompt": negative_prompts or negative_prompt_embeds}
         batch_size = compute_batch_size(**texts, **sources.count())
         check_generator(generator, batch_size * num_images_per_prompt)
+        warn_of_no_effect(resolved, settings, generator, num_images_per_prompt, prompt, given, task)
 
         # 3. Encode them, and give every image its row
+        negative_states = self.encode_prompt(negative_prompts) if negative_prompts else negative_prompt_embeds
         rows = {
             "source_image_tokens": self.encode_sources(sources),
             "prompt_embeds": self.encode_prompt(prompts) if prompts else prompt_embeds,
-            "negative_prompt_embeds": (
-                self.encode_prompt(negative_prompts) if negative_prompts else negative_prompt_embeds
-            ),
+            "negative_prompt_embeds": negative_states,
         }
         rows = {name: self.repeat_rows(entries, batch_size, num_images_per_prompt) for name, entries in rows.items()}
         region = self.prepare_region(sources, rows["source_image_tokens"], size, mask_blend)

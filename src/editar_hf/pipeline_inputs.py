@@ -3,16 +3,38 @@
 Every check comes before the first network runs, and says which argument is wrong, what it is, and what to do.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from transformers.image_utils import ImageInput
 
+from .checks import check_flag, check_integer, check_number
 from .configuration_editar import EditARConfig
 from .generation import SourceCache
-from .generation.inputs import check_decoding, check_prompt_embeds, check_source_cache, check_source_image_tokens
-from .processing_editar import OUTPUT_TYPES, apply_task_prefix
+from .generation.configuration import EditARGenerationConfig
+from .generation.inputs import (
+    check_decoding,
+    check_prompt_embeds,
+    check_source_cache,
+    check_source_image_tokens,
+    check_tensor,
+)
+from .processing_editar import OUTPUT_TYPES, TEXT_TO_IMAGE, apply_task_prefix
+
+
+# More images than this in one call are a slip of the pen: their caches fit no memory.
+MAX_NUM_IMAGES = 4096
+# What users of other pipelines pass, and what they mean by it here.
+ARGUMENTS_ELSEWHERE = {
+    "seed": "pass `generator=torch.Generator().manual_seed(seed)`",
+    "strength": "the prompt says how much changes; `guidance_scale` makes it count more, `mask_image` limits where",
+    "num_inference_steps": "decoding takes one step per token; `decoding='speculative'` needs fewer passes",
+    "images": "pass `image`",
+    "mask": "pass `mask_image`",
+    "num_images": "pass `num_images_per_prompt`",
+}
 
 
 def add_task_prefixes(prompt: str | Sequence[str] | None, task: str | Sequence[str]) -> list[str] | None:
@@ -37,6 +59,17 @@ def compute_batch_size(**inputs: Sequence | torch.Tensor | None) -> int:
         counts = ", ".join(f"`{name}` has {size}" for name, size in sizes.items())
         raise ValueError(f"The inputs do not pair up: {counts}. Pass one entry for all images, or one for each.")
     return batch_size
+
+
+def check_known_arguments(unknown: dict):
+    """Refuse arguments that a call does not have, as Python does, and say what to use instead.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for name in unknown:
+        remedy = ARGUMENTS_ELSEWHERE.get(name, "see `help(EditARPipeline.__call__)` for those it has")
+        raise TypeError(f"EditARPipeline.__call__() got an unexpected keyword argument '{name}': {remedy}.")
 
 
 def check_texts(name: str, texts: str | Sequence[str]):
@@ -87,13 +120,18 @@ def check_source(
     device: torch.device,
     given: SourceArguments,
     image_guidance_scale: float | None,
-    restore_size: bool,
+    restore_size: bool | None,
     decoding: str,
     grid: tuple[int, int],
+    task: str | Sequence[str],
 ):
     """Refuse a source given twice, one that does not fit the grid or the decoder, and what needs one without one."""
+    for name, value in (("restore_size", restore_size), ("crop_to_mask", given.crop_to_mask)):
+        if value is not None:
+            check_flag(name, value)
     tokens, cache = given.source_image_tokens, given.source_cache
     if tokens is not None:
+        check_tensor("source_image_tokens", tokens)
         num_image_tokens = grid[0] * grid[1]
         if tokens.ndim != 2 or tokens.shape[1] != num_image_tokens:
             raise ValueError(
@@ -114,6 +152,10 @@ def check_source(
     if restore_size and given.image is None:
         raise ValueError("`restore_size` is True without an `image`; pass the picture whose size is to be restored.")
     has_source = given.image is not None or has_known
+    if has_source and TEXT_TO_IMAGE in ([task] if isinstance(task, str) else task):
+        raise ValueError(f"`task` is {TEXT_TO_IMAGE!r} beside a source image; leave out one of them.")
+    if image_guidance_scale is not None:
+        check_number("image_guidance_scale", image_guidance_scale)
     if not has_source and image_guidance_scale not in (None, 1):
         raise ValueError(f"`image_guidance_scale` is {image_guidance_scale} without an `image`; leave it out.")
     if not has_source and given.mask_image is not None:
@@ -143,7 +185,22 @@ def check_cached_pictures(source_cache: SourceCache | None, pixel_values: torch.
         )
 
 
-def check_output_options(output_type: str, restore_size: bool, crop_to_mask: bool, num_images_per_prompt: int):
+def resolve_restore_size(
+    restore_size: bool | None,
+    given: SourceArguments,
+    task: str | Sequence[str],
+    sides: tuple[int | None, int | None],
+    output_type: str,
+) -> bool:
+    """Decide whether results get the size of their source, where the call leaves it open: see `__call__`."""
+    if restore_size is not None:
+        return restore_size
+    is_image_alone = given.image is not None and given.source_image_tokens is None and given.source_cache is None
+    is_edit = {task} == {"edit"} if isinstance(task, str) else set(task) == {"edit"}
+    return is_image_alone and is_edit and sides == (None, None) and output_type == "pil"
+
+
+def check_output_options(output_type: str, restore_size: bool, crop_to_mask: bool):
     """Refuse an output that does not exist, or cannot be had at the source's size."""
     known = (*OUTPUT_TYPES, "tokens")
     if output_type not in known:
@@ -151,27 +208,61 @@ def check_output_options(output_type: str, restore_size: bool, crop_to_mask: boo
     for name, value in (("restore_size", restore_size), ("crop_to_mask", crop_to_mask)):
         if value and output_type != "pil":
             raise ValueError(f"`output_type` is {output_type!r} with `{name}`, which returns pictures; pass 'pil'.")
-    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-        raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; pass a positive whole number.")
 
 
 def check_callback(callback: Callable | None, names: Sequence[str], known: Sequence[str], preview_every: int | None):
-    """Refuse names of tensors that a callback cannot be given, and previews for none."""
+    """Refuse a callback that cannot be called, names of tensors that it cannot be given, and previews for none."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"`callback_on_step_end` is {callback!r}; pass a function of (pipe, step, timestep, tensors).")
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` is {names!r}; pass a list of names.")
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(
             f"`callback_on_step_end_tensor_inputs` holds {', '.join(unknown)}; choose among {', '.join(known)}."
         )
     if preview_every is None:
         return
-    if not isinstance(preview_every, int) or preview_every < 1:
-        raise ValueError(f"`preview_every` is {preview_every!r}; pass a positive whole number of rows.")
+    check_integer("preview_every", preview_every)
     if callback is None:
         raise ValueError(f"`preview_every` is {preview_every} without `callback_on_step_end`, which gets the previews.")
 
 
-def check_generator(generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int):
-    """Refuse a list of generators that is not one per image."""
-    if isinstance(generator, Sequence) and len(generator) != num_images:
-        raise ValueError(
-            f"`generator` is a list of {len(generator)} for {num_images} images; pass one, or one per image."
+# How far a warning's caller is from the pipeline's: torch's no_grad stands between `__call__` and it.
+CALLER = 4
+
+
+def warn_of_no_effect(
+    settings: EditARGenerationConfig,
+    arguments: dict,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    num_images_per_prompt: int,
+    prompt: str | Sequence[str] | None,
+    given: SourceArguments,
+    task: str | Sequence[str],
+):
+    """Warn of arguments of sampling where the likeliest tokens are taken, and of an edit of no image.
+
+    Args:
+        settings (`EditARGenerationConfig`): Of the call.
+        arguments (`dict`): Those of them that are arguments of the call; None where left out.
+        generator, num_images_per_prompt, prompt, given, task: Arguments of the call.
+    """
+    idle = [name for name in ("temperature", "top_k", "top_p") if arguments[name] is not None]
+    has_one_image = not isinstance(given.image, list | tuple) or len(given.image) == 1
+    is_repeated = has_one_image and isinstance(prompt, list | tuple) and len(set(prompt)) < len(prompt)
+    if num_images_per_prompt > 1 or is_repeated:
+        idle += ["generator"] * isinstance(generator, list | tuple)
+        idle += ["num_images_per_prompt"] * (num_images_per_prompt > 1)
+    if idle and not settings.do_sample:
+        warnings.warn(
+            f"{', '.join(f'`{name}`' for name in idle)} had no effect: `do_sample` is False, so the likeliest tokens "
+            "are taken, and images of one prompt and source are identical. Pass `do_sample=True` to sample.",
+            stacklevel=CALLER,
+        )
+    has_source = any(source is not None for source in (given.image, given.source_image_tokens, given.source_cache))
+    if not has_source and task != TEXT_TO_IMAGE:
+        warnings.warn(
+            "`image` is missing, so the image is made from the text alone. Pass `image`, or "
+            f"`task={TEXT_TO_IMAGE!r}` if this is what you want.",
+            stacklevel=CALLER,
         )

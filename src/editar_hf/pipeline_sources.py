@@ -33,7 +33,7 @@ class Sources:
     """What a call edits, prepared.
 
     Args:
-        pictures (`list`, *optional*): As they were passed in, or the windows cut out of them.
+        pictures (`list[Image.Image]`, *optional*): Upright RGB, or the windows cut out of them.
         pixel_values (`torch.Tensor` of shape `(pictures, 3, height, width)`, *optional*): In [−1, 1].
         image_tokens (`torch.LongTensor` of shape `(pictures, N)`, *optional*): Where they are known.
         cache (`SourceCache`, *optional*): Where there is one.
@@ -42,7 +42,7 @@ class Sources:
         resize_mode (`str`): How the pictures were brought to the model's size.
     """
 
-    pictures: list | None
+    pictures: list[Image.Image] | None
     pixel_values: torch.Tensor | None
     image_tokens: torch.LongTensor | None
     cache: SourceCache | None
@@ -73,6 +73,14 @@ class EditRegion:
     edit_mask: torch.BoolTensor
     weights: torch.Tensor
     pixel_values: torch.Tensor
+
+
+def prepare_pictures(image: ImageInput) -> list[Image.Image]:
+    """Make upright RGB of the pictures of an `image` argument."""
+    pictures = [prepare_rgb_picture(picture, name="image") for picture in list_pictures(image)]
+    if not pictures:
+        raise ValueError("`image` is an empty list; pass at least one picture.")
+    return pictures
 
 
 def pair_up(pictures: list, masks: list) -> list[tuple]:
@@ -109,7 +117,7 @@ class EditARSourcesMixin:
     ) -> torch.Tensor:
         """Bring pictures to pixels `(batch, 3, height, width)` in [−1, 1]."""
         height, width = self.resolve_size(height, width)
-        pictures = list_pictures(image)
+        pictures = prepare_pictures(image)
         return self.processor(images=pictures, height=height, width=width, resize_mode=resize_mode).source_pixel_values
 
     @torch.no_grad()
@@ -140,16 +148,17 @@ class EditARSourcesMixin:
         """Prepare pictures and masks, and cut windows where they are asked for; no network runs."""
         height, width = size
         resize_mode = self.processor.image_processor.resize_mode if given.resize_mode is None else given.resize_mode
-        pictures = None if given.image is None else list_pictures(given.image)
+        pictures = None
+        if given.image is not None:
+            pictures = prepare_pictures(given.image)
         masks, frames = None, None
         if given.mask_image is not None:
             masks = list_pictures(given.mask_image)
             pairs = pair_up(pictures or [Image.new("RGB", (width, height))], masks)
-            masks = [prepare_mask(mask, prepare_rgb_picture(picture).size) for picture, mask in pairs]
+            masks = [prepare_mask(mask, picture.size) for picture, mask in pairs]
         if given.crop_to_mask:
-            photographs = [prepare_rgb_picture(picture) for picture, _ in pairs]
             windows = [compute_window(mask, height, width) for mask in masks]
-            frames = list(zip(photographs, windows, strict=True))
+            frames = [(photograph, window) for (photograph, _), window in zip(pairs, windows, strict=True)]
             pictures = [photograph.crop(window) for photograph, window in frames]
             masks = [mask[w.top : w.bottom, w.left : w.right] for mask, w in zip(masks, windows, strict=True)]
             resize_mode = "stretch"  # a window has the proportions of the model's size
@@ -224,7 +233,7 @@ class EditARSourcesMixin:
         else:
             pixel_values = self.compute_source_pixels(sources, rows["source_image_tokens"], size)
         compose = partial(self.compose_images, sources=sources, region=region, size=size, restore_size=restore_size)
-        return RowPreview(self, pixel_values, self.compute_grid(*size)[1], rows_per_preview, compose)
+        return RowPreview(self, pixel_values, self.compute_grid(*size), rows_per_preview, compose)
 
     def restore_images(
         self, images: list[Image.Image], sources: Sources, region: EditRegion | None, size: tuple[int, int]

@@ -10,15 +10,16 @@ from transformers import StoppingCriteria
 class RowPreview:
     """Draw results while they are decoded: row after row of tokens takes the place of the source.
 
-    Only the new rows are drawn, with one more above them so that the seam is smooth. The tokenizer's decoder looks at
-    the whole picture, so a strip by itself comes out near to what the result will show, not equal.
+    Only the new rows are drawn, together with the row above them, into which they fade: the tokenizer's decoder looks
+    at the whole picture, so a strip by itself comes out near to what the result will show, not equal. After the last
+    row the whole picture is drawn, as the result will be.
 
     Args:
         pipeline (`EditARPipeline`): Whose tokenizer draws.
         pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): What there is before the first row, in
             [−1, 1].
-        grid_width (`int`): Tokens in a row.
-        rows_per_preview (`int`): Rows between two previews.
+        grid (`tuple[int, int]`): Tokens in a column and in a row.
+        rows_per_preview (`int`): Rows between two previews; the last comes with the last row in any case.
         compose (`Callable`): Makes pictures of such pixels, as those of the results are made.
     """
 
@@ -26,28 +27,35 @@ class RowPreview:
         self,
         pipeline,
         pixel_values: torch.Tensor,
-        grid_width: int,
+        grid: tuple[int, int],
         rows_per_preview: int,
         compose: Callable[[torch.Tensor], list[Image.Image]],
     ):
         self.pipeline = pipeline
         self.canvas = pixel_values.clone()
-        self.grid_width = grid_width
+        self.grid_height, self.grid_width = grid
         self.rows_per_preview = rows_per_preview
         self.compose = compose
         self.num_drawn_rows = 0
 
     def is_due(self, num_tokens: int) -> bool:
-        return num_tokens % (self.rows_per_preview * self.grid_width) == 0
+        num_rows, rest = divmod(num_tokens, self.grid_width)
+        return rest == 0 and (num_rows % self.rows_per_preview == 0 or num_rows == self.grid_height)
 
     def draw(self, image_tokens: torch.LongTensor) -> list[Image.Image]:
         """Draw the rows that are new in tokens `(batch, T)`, and return the pictures as they stand."""
-        stride, first = self.pipeline.vq_model.config.stride, max(self.num_drawn_rows - 1, 0)
         num_rows = image_tokens.shape[1] // self.grid_width
+        first = 0 if num_rows == self.grid_height else max(self.num_drawn_rows - 1, 0)
         strip = image_tokens[:, first * self.grid_width : num_rows * self.grid_width]
-        pixels = self.pipeline.vq_model.decode(strip, num_rows - first, self.grid_width)
-        rows = slice(self.num_drawn_rows * stride, num_rows * stride)
-        self.canvas[:, :, rows] = pixels[:, :, (self.num_drawn_rows - first) * stride :]
+        pixels = self.pipeline.vq_model.decode(strip, num_rows - first, self.grid_width).float()
+        stride = self.pipeline.vq_model.config.stride
+        # Over the row above, from what stands to what is new.
+        weights = torch.ones(pixels.shape[2], 1, device=pixels.device)
+        if num_rows < self.grid_height:
+            num_faded = (self.num_drawn_rows - first) * stride
+            weights[:num_faded, 0] = torch.arange(1, num_faded + 1, device=pixels.device) / (num_faded + 1)
+        rows = slice(first * stride, num_rows * stride)
+        self.canvas[:, :, rows] = torch.lerp(self.canvas[:, :, rows].float(), pixels, weights)
         self.num_drawn_rows = num_rows
         return self.compose(self.canvas)
 

@@ -4,12 +4,15 @@
 `EditARProcessor` adds the prompts: task prefixes and token ids. Training, the pipeline and `AutoProcessor` share it.
 """
 
+import numbers
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
+from diffusers.utils import load_image
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
@@ -17,12 +20,15 @@ from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ProcessorMixin
 
 
+# The task of a prompt without a source image.
+TEXT_TO_IMAGE = "text-to-image"
 # Source: EditAR (arXiv 2501.04699), the prompts of its training data.
 TASK_PREFIXES = {
     "edit": "",
     "canny": "Given the canny edge image, generate an image following the description: ",
     "depth": "Given the depth image, generate an image following the description: ",
     "segmentation": "Given the segmentation mask, generate an image following the description: ",
+    TEXT_TO_IMAGE: "",
 }
 RESIZE_MODES = ("crop", "stretch")
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -36,7 +42,7 @@ def apply_task_prefix(text: str | Sequence[str], task: str | Sequence[str] = "ed
     Args:
         text (`str` or sequence of `str`): The prompts.
         task (`str` or sequence of `str`): `"edit"` (no prefix), `"canny"`, `"depth"` or `"segmentation"`; one for all
-            texts, or one per text.
+            texts, or one per text; also `"text-to-image"` (no prefix).
 
     Returns:
         A string for a string, a list for a sequence.
@@ -45,13 +51,16 @@ def apply_task_prefix(text: str | Sequence[str], task: str | Sequence[str] = "ed
         ValueError: If a text is not a string, a task is unknown, or there are as many tasks neither as one nor as
             texts.
     """
+    for name, value in (("text", text), ("task", task)):
+        if not isinstance(value, str | list | tuple):
+            raise ValueError(f"`{name}` is {value!r}; pass a string or a list of strings.")
     texts = [text] if isinstance(text, str) else list(text)
     tasks = [task] * len(texts) if isinstance(task, str) else list(task)
     for one_text in texts:
         if not isinstance(one_text, str):
             raise ValueError(f"`text` holds {one_text!r}; pass a string or a list of strings.")
     for one_task in tasks:
-        if one_task not in TASK_PREFIXES:
+        if not isinstance(one_task, str) or one_task not in TASK_PREFIXES:
             raise ValueError(f"`task` is {one_task!r}; choose one of {', '.join(map(repr, TASK_PREFIXES))}.")
     if len(tasks) != len(texts):
         raise ValueError(f"`task` has {len(tasks)} entries for {len(texts)} texts; pass one task, or one per text.")
@@ -97,8 +106,8 @@ def compute_crop_geometry(source_height: int, source_width: int, height: int, wi
     )
     if box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError(
-            f"`images` holds a picture of {source_width}×{source_height} pixels, of which a crop to {width}×{height} "
-            'keeps less than one pixel; pass `resize_mode="stretch"`.'
+            f"A picture has {source_width}×{source_height} pixels, of which a crop to {width}×{height} keeps less than "
+            'one; pass `resize_mode="stretch"`.'
         )
     cut_fraction = 1 - height * width / (resized_height * resized_width)
     return CropGeometry(resized_height, resized_width, top, left, box, cut_fraction)
@@ -131,31 +140,56 @@ def _make_picture(array: np.ndarray, name: str = "images") -> Image.Image:
     return Image.fromarray(_quantise(array, name))
 
 
-def _decode_picture(image: Image.Image, name: str) -> Image.Image:
-    """Read the pixels of a picture, turned upright."""
+def open_picture(source: str | Path, name: str) -> Image.Image:
+    """Open the picture at a path or a URL that starts with `http://` or `https://`.
+
+    Raises:
+        ValueError: If there is none; the message names the argument that brought it, and the path or URL.
+    """
     try:
-        return ImageOps.exif_transpose(image)
+        if str(source).startswith(("http://", "https://")):
+            return load_image(str(source), convert_method=lambda image: image)
+        return Image.open(Path(source).expanduser())
+    # Networks, file systems and PIL's readers raise errors of many kinds.
+    except Exception as error:
+        raise ValueError(f"`{name}` is {str(source)!r}, from which no picture opens: {error}") from error
+
+
+def _decode_picture(image: Image.Image, name: str) -> Image.Image:
+    """Read the pixels of a picture, turned upright; where its EXIF block is damaged, as they lie in the file."""
+    file_name = getattr(image, "filename", None) or "a file"
+    try:
+        image.load()
     # PIL reads a file's pixels late, and what its decoders raise on broken data is of many kinds.
     except Exception as error:
-        file_name = getattr(image, "filename", None) or "a file"
         raise ValueError(f"`{name}` holds {file_name!r}, which does not decode: {error}.") from error
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:
+        warnings.warn(
+            f"The EXIF block of {file_name!r} in `{name}` is damaged ({error}); its pixels are taken as they lie.",
+            stacklevel=2,
+        )
+        return image.copy()
 
 
 def prepare_rgb_picture(
-    image: Image.Image | np.ndarray | torch.Tensor, background: str = "white", name: str = "images"
+    image: Image.Image | np.ndarray | torch.Tensor | str | Path, background: str = "white", name: str = "images"
 ) -> Image.Image:
     """Bring one picture to upright 8-bit RGB, without transparency.
 
     Args:
-        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): A picture of any mode ("I" is read as 16 bits, "F"
-            as [0, 1]), an array (height, width, channels), or a tensor (channels, height, width). Arrays and tensors
-            hold uint8, uint16, or floats in [0, 1].
+        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): A picture of any mode ("I" is read as
+            16 bits, "F" as [0, 1]), an array (height, width, channels), a tensor (channels, height, width), or a path
+            or URL. Arrays and tensors hold uint8, uint16, or floats in [0, 1].
         background (`str`): The colour that transparency is laid over.
         name (`str`): The argument that brought the picture, for messages.
 
     Raises:
         ValueError: If it is none of these, does not decode, is empty, or its values are out of range.
     """
+    if isinstance(image, str | Path):
+        image = open_picture(image, name)
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image
@@ -166,8 +200,8 @@ def prepare_rgb_picture(
         image = _decode_picture(image, name)
     else:
         raise ValueError(
-            f"`{name}` holds a {type(image).__name__}; pass PIL images (open files with `PIL.Image.open`), numpy "
-            "arrays, torch tensors, or a list of them."
+            f"`{name}` holds a {type(image).__name__}; pass PIL images, numpy arrays, torch tensors, paths, URLs, or a "
+            "list of them."
         )
     if image.mode.startswith("I"):
         image = _make_picture(np.asarray(image).clip(0, 65535).astype(np.uint16), name)
@@ -175,10 +209,17 @@ def prepare_rgb_picture(
         image = _make_picture(np.asarray(image), name)
     if 0 in image.size:
         raise ValueError(f"`{name}` holds a picture of {image.width}×{image.height} pixels; it needs at least one.")
+    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P", "PA") else None
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    # A colour profile says how to read RGB, unless it is one of grey or CMYK. Bytes 16 to 19 name its colour space
+    # (ICC.1:2022, section 7.2).
+    image.info.pop("icc_profile", None)
+    if profile is not None and profile[16:20] == b"RGB ":
+        image.info["icc_profile"] = profile
+    return image
 
 
 def list_pictures(images: ImageInput) -> list:
@@ -242,7 +283,7 @@ class EditARImageProcessor(PilBackend):
 
     def _check_arguments(self, size: SizeDict, resize_mode: str):
         for name, value in (("height", size.height), ("width", size.width)):
-            if not isinstance(value, int) or value < 1 or value % self.stride:
+            if not isinstance(value, numbers.Integral) or value < 1 or value % self.stride:
                 raise ValueError(
                     f"`{name}` is {value!r}; it must be a positive multiple of {self.stride}, the pixels per token of "
                     "the VQ tokenizer."
