@@ -77,8 +77,7 @@ def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
 
 
 @needs_compiler
-def test_torchs_own_compiler_gives_the_same_tokens(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_torchs_own_compiler_gives_the_same_tokens():
     torch._dynamo.reset()
     model, compiled = (build_shallow_transformer() for _ in range(2))
     compiled.compile_passes()
