@@ -36,6 +36,10 @@ from huggingface_hub import HfApi
 HfApi().create_repo("tester/bare")
 HfApi().upload_file(path_or_fileobj=b"what the user says", path_in_repo="README.md", repo_id="tester/private-editor")
 pipe.push_to_hub("tester/private-editor")
+try:
+    pipe.push_to_hub("tester/bare", private=True)
+except ValueError as error:
+    seen["refused"] = str(error)
 """
 LOAD = """
 def read_head(pipe):
@@ -102,7 +106,7 @@ def story(tmp_path_factory):
         loaded = run(LOAD, environment)
         requests = len(hub.requests)
     away = run(AWAY, environment)
-    return {"hub": hub, "home": home, "loaded": loaded, "away": away, "requests": requests}
+    return {"hub": hub, "home": home, "pushed": pushed, "loaded": loaded, "away": away, "requests": requests}
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,12 @@ def test_card_names_the_repository_and_its_snippet_runs_as_pasted(story):
 
 def test_card_of_the_user_outlives_later_pushes(story):
     assert story["hub"].read_files(PRIVATE_REPO)["README.md"] == b"what the user says"
+
+
+def test_a_public_repository_is_no_place_for_a_private_push(story):
+    assert story["hub"].repositories[f"models/{PRIVATE_REPO}"].private
+    assert "tester/bare is to be private, but it exists and is public" in story["pushed"]["refused"]
+    assert set(story["hub"].read_files(BARE_REPO)) == {".gitattributes"}
 
 
 def test_token_is_written_nowhere(story):

@@ -53,20 +53,47 @@ def is_hub_id(name: str, repo_type: str) -> bool:
         return False
 
 
-def upload_folder(folder: str | Path, repo_id: str, previous_card: str | None = None) -> str:
+def create_repository(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Create a model repository of the Hub if it is not there, and return its full id.
+
+    Args:
+        repo_id (`str`): Its id.
+        private (`bool`, *optional*): Whether only its owner sees it. `None` leaves that to the Hub: a new one is
+            public, unless its organisation makes them private by default; one that exists stays as it is.
+        token (`str` or `bool`, *optional*): As of `huggingface_hub.create_repo`.
+
+    Raises:
+        ValueError: If it is to be private, and exists and is public: `create_repo` would leave it so.
+    """
+    import huggingface_hub
+
+    repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if private and not huggingface_hub.repo_info(repo_id, token=token).private:
+        raise ValueError(
+            f"The repository {repo_id} is to be private, but it exists and is public. Name another one, make it "
+            "private in its settings on the Hub, or upload to a public one (`private=False`; in training "
+            "`--no_hub_private_repo`)."
+        )
+    return repo_id
+
+
+def upload_folder(
+    folder: str | Path, repo_id: str, previous_card: str | None = None, private: bool | None = None
+) -> str:
     """Upload a folder to a repository of the Hub, made if it is not there; a card that somebody wrote there stays.
 
     Args:
         folder (`str` or `Path`): What to upload.
         repo_id (`str`): Where to.
         previous_card (`str`, *optional*): The card of an earlier upload, which a new one may replace.
+        private (`bool`, *optional*): See `create_repository`.
 
     Returns:
         The address of the commit.
     """
     import huggingface_hub
 
-    huggingface_hub.create_repo(repo_id, exist_ok=True)
+    create_repository(repo_id, private)
     keeps_card = False
     if huggingface_hub.file_exists(repo_id, CARD_FILE):
         present = Path(huggingface_hub.hf_hub_download(repo_id, CARD_FILE)).read_text(encoding="utf-8")
@@ -77,13 +104,15 @@ def upload_folder(folder: str | Path, repo_id: str, previous_card: str | None = 
     return huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored).commit_url
 
 
-def try_to_upload_folder(folder: str | Path, repo_id: str, previous_card: str | None = None) -> str | None:
+def try_to_upload_folder(
+    folder: str | Path, repo_id: str, previous_card: str | None = None, private: bool | None = None
+) -> str | None:
     """Upload a folder; if that fails, say how to do it later and return None: hours of training stand behind it."""
     try:
-        return upload_folder(folder, repo_id, previous_card)
+        return upload_folder(folder, repo_id, previous_card, private)
     except Exception as error:  # whatever it is: the network, the Hub, a token that has expired
         logger.error(
             f"The upload to {repo_id} failed: {error}\nNothing is lost: {folder} holds all of it. To try again:\n"
-            f"    hf upload {repo_id} {folder}"
+            f"    hf upload {repo_id} {folder}{' --private' if private else ''}"
         )
         return None

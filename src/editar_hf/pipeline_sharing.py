@@ -5,8 +5,9 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
-from huggingface_hub import create_repo, file_exists, get_cached_repo_tree, hf_hub_download, snapshot_download
+from huggingface_hub import file_exists, get_cached_repo_tree, hf_hub_download, snapshot_download
 
+from .hub import create_repository
 from .model_card import CARD_FILE, compose_pipeline_card, write_pipeline_card
 from .pipeline_loading import INDEX_FILE, check_pipeline_folder, select_pipeline_files
 
@@ -114,14 +115,18 @@ class EditARSharingMixin:
 
         Args:
             repo_id (`str`): The repository, made if it is not there.
-            commit_message, private, token, create_pr (*optional*): As of huggingface_hub's `create_repo` and
-                `upload_folder`.
+            private (`bool`, *optional*): Whether only its owner sees it. As of huggingface_hub's `create_repo`, a new
+                repository is public if this is left out, unless its organisation makes them private by default.
+            commit_message, token, create_pr (*optional*): As of huggingface_hub's `create_repo` and `upload_folder`.
             variant, max_shard_size (*optional*): As of `save_pretrained`.
 
         Returns:
             The address of the commit.
+
+        Raises:
+            ValueError: If `private` is true, and the repository exists and is public.
         """
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        repo_id = create_repository(repo_id, private, token)
         with tempfile.TemporaryDirectory() as folder:
             card = Path(folder) / CARD_FILE
             if file_exists(repo_id, CARD_FILE, token=token):

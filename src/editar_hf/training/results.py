@@ -1,10 +1,10 @@
 """What a run has made, to its folder and to the Hub: whole and with its card, or not at all."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..hub import try_to_upload_folder
+from ..hub import create_repository, try_to_upload_folder
 from ..model_card import CARD_FILE
 from .card import PICTURE_FILE
 
@@ -15,6 +15,7 @@ def save_result(
     card: str,
     picture: Path | None = None,
     repo_id: str | None = None,
+    private: bool = True,
 ):
     """Write a result and its card beside its place, put both there, and upload them if that was asked for.
 
@@ -24,6 +25,7 @@ def save_result(
         card (`str`): The model card.
         picture (`Path`, *optional*): A file that becomes `validation.png` beside the card.
         repo_id (`str`, *optional*): The repository of the Hub to upload to; a failure there costs nothing.
+        private (`bool`): Whether that is to be a private one.
     """
     unfinished = folder.with_name(f"unfinished-{folder.name}")
     save(unfinished)
@@ -35,7 +37,7 @@ def save_result(
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     if repo_id is not None:
-        try_to_upload_folder(folder, repo_id, previous_card)
+        try_to_upload_folder(folder, repo_id, previous_card, private)
 
 
 def check_push_arguments(push_to_hub: str | None, push_steps: int | None):
@@ -48,3 +50,21 @@ def check_push_arguments(push_to_hub: str | None, push_steps: int | None):
         raise ValueError("`push_steps` goes with `push_to_hub`, the id of the repository to upload to.")
     if push_to_hub is not None and push_to_hub.count("/") != 1:
         raise ValueError(f"`push_to_hub` is {push_to_hub!r}; give a full id, owner and name, for the card to say.")
+
+
+def create_repositories(repo_ids: Sequence[str], private: bool):
+    """Create the repositories that results will be uploaded to, and say who will see them.
+
+    A token that is missing shows now, and not after the training.
+
+    Raises:
+        ValueError: If one is to be private, and exists and is public.
+    """
+    for repo_id in repo_ids:
+        create_repository(repo_id, private)
+    who = (
+        "private; `--no_hub_private_repo` makes new ones public"
+        if private
+        else "public if they are new: everyone will see the weights, the card and its images of pairs held out"
+    )
+    print(f"Results will be uploaded to {' and '.join(repo_ids)} ({who}).", flush=True)
