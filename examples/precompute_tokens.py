@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARVQModel
+from editar_hf.hub import check_folder_or_hub_id
 from editar_hf.training.data import pack_states
 from editar_hf.training.rows import BadRowCount, RowReader, UnusableRow
 from editar_hf.training.sources import MADE_FROM_KEY, DataSource, load_recipe, open_source
@@ -32,23 +34,25 @@ from editar_hf.training.sources import MADE_FROM_KEY, DataSource, load_recipe, o
 
 @dataclass
 class Arguments:
-    output_dir: str
-    resolution: int = field(metadata={"help": "pixels per side"})
+    output_dir: str = field(metadata={"help": "folder for the parquet files"})
+    resolution: int | None = field(default=None, metadata={"help": "pixels per side; default: the pipeline's"})
     vq_model: str | None = field(default=None, metadata={"help": "folder or Hub id of an EditARVQModel"})
     pipeline: str | None = field(default=None, metadata={"help": "folder or Hub id of a pipeline, for text states too"})
     dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or pattern of files"})
     recipe: str | None = field(default=None, metadata={"help": "YAML file of data sets, of which `source` names one"})
-    source: str | None = None
-    split: str = "train"
-    source_image_column: str = "source_image"
-    target_image_column: str = "target_image"
-    prompt_column: str = "prompt"
-    resize_mode: str = "crop"
+    source: str | None = field(default=None, metadata={"help": "name of the source of the recipe"})
+    split: str = field(default="train", metadata={"help": "split to encode"})
+    source_image_column: str = field(default="source_image", metadata={"help": "column of the images to edit"})
+    target_image_column: str = field(default="target_image", metadata={"help": "column of the edited images"})
+    prompt_column: str = field(default="prompt", metadata={"help": "column of the instructions"})
+    resize_mode: str = field(
+        default="crop", metadata={"help": "how images get to the resolution: crop (the centre) or stretch"}
+    )
     max_bad_rows_fraction: float = field(default=0.05, metadata={"help": "rows that may be unusable, and are left out"})
-    batch_size: int = 64
-    shard_size: int = 20000
-    dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
-    device: str = "cpu"
+    batch_size: int = field(default=64, metadata={"help": "pairs encoded at once"})
+    shard_size: int = field(default=20000, metadata={"help": "pairs per file"})
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "of the networks"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
 
 
 def build_source(args: Arguments) -> DataSource:
@@ -127,6 +131,10 @@ def load_networks(args: Arguments) -> tuple[EditARVQModel, EditARPipeline | None
     """Load the tokenizer, alone or with the pipeline it belongs to."""
     if (args.vq_model is None) == (args.pipeline is None):
         raise ValueError("Give `vq_model` or `pipeline`: one of them, and not both.")
+    if args.pipeline is None and args.resolution is None:
+        raise ValueError("Give `resolution`: a tokenizer alone has none of its own. That of `pipeline` is its default.")
+    name = "vq_model" if args.pipeline is None else "pipeline"
+    check_folder_or_hub_id(getattr(args, name), name)
     dtype = getattr(torch, args.dtype)
     if args.pipeline is None:
         pipeline, vq_model = None, EditARVQModel.from_pretrained(args.vq_model, dtype=dtype).to(args.device).eval()
@@ -134,6 +142,19 @@ def load_networks(args: Arguments) -> tuple[EditARVQModel, EditARPipeline | None
         pipeline = EditARPipeline.from_pretrained(args.pipeline, dtype=dtype).to(args.device)
         vq_model = pipeline.vq_model
     return vq_model.to(memory_format=torch.channels_last), pipeline
+
+
+def resolve_size(args: Arguments, vq_model: EditARVQModel, pipeline: EditARPipeline | None) -> tuple[int, int]:
+    """Fill in the pipeline's height and width, and refuse what the networks do not cover."""
+    stride, resolution = vq_model.config.stride, args.resolution
+    if pipeline is not None:
+        try:
+            return pipeline.resolve_size(resolution, resolution)
+        except ValueError as error:
+            raise ValueError(f"`resolution` is {resolution}: {error}") from error
+    if resolution < stride or resolution % stride:
+        raise ValueError(f"`resolution` is {resolution}; it must be a multiple of {stride}, the pixels per token.")
+    return resolution, resolution
 
 
 def check_shards(output_dir: Path, split: str, num_shards: int):
@@ -151,10 +172,10 @@ def main():
     source = build_source(args)
     # Without an accelerator, accelerate joins processes only when it is told that they are to use the CPU.
     process = PartialState(cpu=not torch.accelerator.is_available())
-    dataset = open_source(source)
     vq_model, pipeline = load_networks(args)
-    size = args.resolution, args.resolution
-    image_processor = EditARImageProcessor(size=args.resolution, stride=vq_model.config.stride)
+    height, width = size = resolve_size(args, vq_model, pipeline)
+    dataset = open_source(source)
+    image_processor = EditARImageProcessor(size={"height": height, "width": width}, stride=vq_model.config.stride)
     row_reader = RowReader(image_processor, *size, args.resize_mode, vq_model.config.stride)
     bad_rows = BadRowCount(args.max_bad_rows_fraction)
     encoder = Encoder(source, vq_model, row_reader, bad_rows, args.batch_size, pipeline)

@@ -16,6 +16,7 @@ from scripts import EXAMPLES, TOKEN_RESOLUTION, list_words, name_changed, reset_
 
 from editar_hf import EditARPipeline, EditARVQModel
 from editar_hf.processing_editar import apply_task_prefix
+from editar_hf.training.sources import DataSource, check_held_out, open_source
 
 
 # The tiny text length cuts most prompts, with a warning each.
@@ -46,6 +47,32 @@ def test_precomputed_tokens_are_those_of_the_tokenizer(tokens, pictures, editor)
         cells = np.asarray(true_row["mask"].convert("L")).reshape(2, 32, 2, 32)
         assert row["edit_mask"] == (cells >= 128).any(axis=(1, 3)).ravel().tolist()
     assert {any(mask) for mask in rows["edit_mask"]} | {all(mask) for mask in rows["edit_mask"]} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pipeline": "editor", "resolution": 32}, r"`resolution` is 32: `height` is 32; it must be a multiple of 4"),
+        ({"vq_model": "editor/vq_model", "resolution": 18}, "`resolution` is 18; it must be a multiple of 4"),
+        ({"vq_model": "editor/vq_model"}, "Give `resolution`: a tokenizer alone has none"),
+        ({"vq_model": "editor/vq", "resolution": 8}, r"`vq_model` is '.*editor/vq': there is no such folder"),
+        ({"pipeline": "editors"}, r"`pipeline` is '.*editors': there is no such folder"),
+    ],
+)
+def test_what_cannot_be_precomputed_is_refused_before_any_work(options, message, editor, tmp_path, run_here):
+    options = {name: editor.parent / value if isinstance(value, str) else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        run_here("precompute_tokens.py", dataset=tmp_path / "never-opened", output_dir=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_are_of_the_size_of_the_pipeline_and_know_their_pictures(pictures, editor, tmp_path, run_here):
+    run_here("precompute_tokens.py", dataset=pictures, pipeline=editor, output_dir=tmp_path)
+    rows = open_source(DataSource(str(tmp_path)))
+    assert len(rows[0]["source_image_tokens"]) == 16
+    check_held_out([DataSource(str(tmp_path))], DataSource(str(pictures), "validation"))
+    with pytest.raises(ValueError, match=r"`validation_dataset` .* holds what is trained on"):
+        check_held_out([DataSource(str(tmp_path))], DataSource(str(pictures), "train"))
 
 
 def test_precomputing_again_makes_only_the_missing_shards(tokens, pictures, editor, tmp_path, run_here):
