@@ -24,21 +24,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, send_to_device
 from diffusers.training_utils import EMAModel
-from huggingface_hub import create_repo
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import HfArgumentParser, get_scheduler, set_seed
 
 from editar_hf import EditARPipeline
+from editar_hf.hub import check_folder_or_hub_id
 from editar_hf.training.batch import encode_image_tokens
 from editar_hf.training.card import compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.data import EditCollator, check_image_tokens
 from editar_hf.training.distillation import DistillationTeacher
-from editar_hf.training.logs import LossLog, log_figures
+from editar_hf.training.logs import LossLog, log_figures, print_banner, print_epochs
 from editar_hf.training.lora import TARGET_MODULES, add_lora
 from editar_hf.training.nonfinite import NonFiniteGuard
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
-from editar_hf.training.results import check_push_arguments, save_result
+from editar_hf.training.results import check_push_arguments, create_repositories, save_result
 from editar_hf.training.rows import BadRowCount, RowReader
 from editar_hf.training.sharding import callable_parts, whole_parameters
 from editar_hf.training.sources import DataSource, check_held_out, load_recipe, open_source
@@ -57,16 +57,18 @@ class Arguments:
     recipe: str | None = field(default=None, metadata={"help": "YAML file that mixes several data sets"})
     streaming: bool = field(default=True, metadata={"help": "read a data set of the Hub while it is downloaded"})
     validation_dataset: str | None = field(default=None, metadata={"help": "like --dataset; its split is `validation`"})
-    source_image_column: str = "source_image"
-    target_image_column: str = "target_image"
-    prompt_column: str = "prompt"
-    mask_column: str = "mask"
-    task_column: str = "task"
+    source_image_column: str = field(default="source_image", metadata={"help": "column of the images to edit"})
+    target_image_column: str = field(default="target_image", metadata={"help": "column of the edited images"})
+    prompt_column: str = field(default="prompt", metadata={"help": "column of the instructions"})
+    mask_column: str = field(default="mask", metadata={"help": "column of the masks, if there is one"})
+    task_column: str = field(default="task", metadata={"help": "column of the tasks, if there is one"})
     resolution: int | None = field(default=None, metadata={"help": "pixels per side; default: the model's"})
-    resize_mode: str = "crop"
+    resize_mode: str = field(
+        default="crop", metadata={"help": "how images get to the resolution: crop (the centre) or stretch"}
+    )
     max_bad_rows_fraction: float = field(default=0.05, metadata={"help": "rows that may be unusable, and are skipped"})
 
-    train_text_encoder: bool = False
+    train_text_encoder: bool = field(default=False, metadata={"help": "train the text encoder too"})
     edit_region_weight: float = field(default=1.0, metadata={"help": "weight in the loss of tokens inside the mask"})
     conditioning_dropout: bool = field(default=True, metadata={"help": "drop image or text, 5 %% each and 5 %% both"})
     target_token_dropout: float = field(
@@ -76,7 +78,7 @@ class Arguments:
     lora_alpha: float | None = field(
         default=None, metadata={"help": "the adapter counts alpha / rank times; default 1"}
     )
-    lora_dropout: float = 0.0
+    lora_dropout: float = field(default=0.0, metadata={"help": "probability of dropping an input of the adapter"})
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(TARGET_MODULES), metadata={"help": "names of the linear layers to adapt"}
     )
@@ -84,11 +86,13 @@ class Arguments:
         default_factory=list, metadata={"help": "modules to train as a whole, such as text_projection"}
     )
     distillation_model: str | None = field(default=None, metadata={"help": "folder or Hub id of a DINOv2"})
-    distillation_loss_weight: float = 0.5
+    distillation_loss_weight: float = field(
+        default=0.5, metadata={"help": "weight of the distance to the features of the DINOv2"}
+    )
 
     batch_size: int = field(default=64, metadata={"help": "per process"})
-    gradient_accumulation_steps: int = 1
-    max_train_steps: int = 40000
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per step"})
+    max_train_steps: int = field(default=40000, metadata={"help": "steps of the whole run"})
     max_train_minutes: float = field(default=math.inf, metadata={"help": "stop cleanly, with a checkpoint, after this"})
     optimizer: Literal["adamw", "muon"] = field(
         default="adamw",
@@ -96,31 +100,32 @@ class Arguments:
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "AdamW's"})
     muon_learning_rate: float = field(default=1e-3, metadata={"help": "Muon's; steps are as large as AdamW's"})
-    lr_scheduler: str = "constant_with_warmup"
-    lr_warmup_steps: int = 0
-    weight_decay: float = 0.05
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    max_grad_norm: float = 1.0
+    lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "name of a schedule of transformers"})
+    lr_warmup_steps: int = field(default=0, metadata={"help": "steps in which the learning rate rises"})
+    weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "longer gradients are shortened to this"})
     max_nonfinite_steps: int = field(default=10, metadata={"help": "steps without a finite loss before the run stops"})
     ema_decay: float | None = field(
         default=None, metadata={"help": "also average the weights, by this factor a step, and save `pipeline-ema/`"}
     )
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations twice, for less memory"})
+    compile: bool = field(default=False, metadata={"help": "compile the networks with torch.compile"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager is faster on CPUs, with --compile"})
     num_workers: int = field(default=0, metadata={"help": "processes that read and decode, per training process"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "of the order of pairs, dropout and new weights"})
 
-    checkpointing_steps: int = 1000
-    checkpoints_total_limit: int = 2
+    checkpointing_steps: int = field(default=1000, metadata={"help": "steps between checkpoints"})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "checkpoints that are kept"})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "`latest` or a checkpoint's name"})
-    validation_steps: int = 1000
-    num_validation_batches: int = 4
-    num_validation_pictures: int = 6
-    logging_steps: int = 20
+    validation_steps: int = field(default=1000, metadata={"help": "steps between validations"})
+    num_validation_batches: int = field(default=4, metadata={"help": "batches of pairs held out"})
+    num_validation_pictures: int = field(default=6, metadata={"help": "of them as images"})
+    logging_steps: int = field(default=20, metadata={"help": "steps between lines of figures"})
     push_to_hub: str | None = field(default=None, metadata={"help": "id of the repository to upload the result to"})
+    hub_private_repo: bool = field(default=True, metadata={"help": "make a new repository private"})
     push_steps: int | None = field(
         default=None, metadata={"help": "upload every so many steps, and not at the end only"}
     )
@@ -291,6 +296,7 @@ class Run:
     def train(self):
         """Run optimiser steps until the last one or the end of the time allowed, and leave a checkpoint."""
         args, start_time = self.args, time.monotonic()
+        self.print_banner()
         log = LossLog(self.accelerator, self.count_positions(), args.max_train_steps, self.step)
         batches = enumerate(self.dataloader, start=self.step * args.gradient_accumulation_steps)
         is_last = self.step >= args.max_train_steps
@@ -298,9 +304,11 @@ class Run:
         while not is_last:
             self.take_step(list(itertools.islice(batches, args.gradient_accumulation_steps)), log)
             is_last = self.is_out_of_time(start_time) or self.step >= args.max_train_steps
-            if self.step % args.logging_steps == 0:
+            if self.step == 1 or self.step % args.logging_steps == 0:
                 skipped = {"nonfinite_steps": self.guard.num_skipped} if self.guard.num_skipped else {}
-                log.flush(self.step, self.schedulers[0].get_last_lr()[0], **skipped)
+                # The first step is logged at once, and counts in the first means too.
+                write = log.flush if self.step % args.logging_steps == 0 else log.log
+                write(self.step, self.schedulers[0].get_last_lr()[0], **skipped)
             if self.step % args.checkpointing_steps == 0 or is_last:
                 save_checkpoint(
                     self.accelerator, args.output_dir, self.step, args.checkpoints_total_limit, self.dataloader
@@ -309,6 +317,30 @@ class Run:
                 self.validate()
             if args.push_steps is not None and self.step % args.push_steps == 0 and not is_last:
                 self.save_result()
+
+    def print_banner(self):
+        """Say what is trained on what, and how long that is."""
+        args, num_processes = self.args, self.accelerator.num_processes
+        samples_per_step = args.batch_size * args.gradient_accumulation_steps * num_processes
+        num_trained = sum(parameter.numel() for parameter in list_trained(self.module))
+        num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        num_held_out = sum(len(batch["input_ids"]) for batch in self.held_out)
+        precision = "float32" if args.mixed_precision == "no" else f"{args.mixed_precision}, weights in float32"
+        facts = {
+            "model": args.model,
+            "data": args.dataset or args.recipe,
+            "pairs": "streamed, their number is unknown" if self.num_pairs is None else f"{self.num_pairs:,}",
+            "held out": f"{num_held_out:,} pairs",
+            "steps": f"{self.step:,} to {args.max_train_steps:,}",
+            "batch": f"{samples_per_step:,} pairs: {args.batch_size:,} × {args.gradient_accumulation_steps:,} "
+            f"accumulated × {num_processes:,} processes",
+            "trained": f"{num_trained:,} of {num_parameters:,} parameters",
+            "device": str(self.accelerator.device),
+            "dtype": precision,
+        }
+        print_banner(self.accelerator, facts)
+        if self.num_pairs is not None:
+            print_epochs(self.accelerator, "max_train_steps", args.max_train_steps, samples_per_step, self.num_pairs)
 
     def take_step(self, batches: list[tuple[int, dict]], log: LossLog):
         """Step the weights once, on the gradients of all batches."""
@@ -409,7 +441,7 @@ class Run:
         card = self.compose_card(repo_id or str(folder), is_adapter=kind == "adapter")
         has_picture = self.validation_loss is not None
         picture = max((Path(args.output_dir) / "validation").glob("*.png")) if has_picture else None
-        save_result(folder, save, card, picture, repo_id)
+        save_result(folder, save, card, picture, repo_id, args.hub_private_repo)
 
     def compose_card(self, name: str, is_adapter: bool) -> str:
         args = self.args
@@ -435,6 +467,9 @@ def list_trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def check_arguments(args: Arguments):
     """Refuse, before anything is loaded, what cannot be."""
+    check_folder_or_hub_id(args.model, "model")
+    if args.distillation_model is not None:
+        check_folder_or_hub_id(args.distillation_model, "distillation_model")
     checkpoints = list_checkpoints(args.output_dir)
     if checkpoints and args.resume_from_checkpoint is None:
         raise ValueError(
@@ -496,8 +531,8 @@ def main():
     accelerator = build_accelerator(args)
     check_distribution(args, accelerator)
     if args.push_to_hub is not None and accelerator.is_main_process:
-        # A token that is missing shows now, and not after the training.
-        create_repo(args.push_to_hub, exist_ok=True)
+        suffixes = [""] if args.ema_decay is None else ["", "-ema"]
+        create_repositories([f"{args.push_to_hub}{suffix}" for suffix in suffixes], args.hub_private_repo)
     set_seed(args.seed)
     run = build_run(args, accelerator)
     if args.resume_from_checkpoint is not None:

@@ -17,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from huggingface_hub import create_repo
+from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
 from editar_hf import EditARVQConfig, EditARVQModel
+from editar_hf.hub import check_folder_or_hub_id
 from editar_hf.training.card import PICTURE_FILE, compose_tokenizer_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from editar_hf.training.logs import print_banner, print_epochs
 from editar_hf.training.optimization import build_optimizer
-from editar_hf.training.results import check_push_arguments, save_result
+from editar_hf.training.results import check_push_arguments, create_repositories, save_result
 from editar_hf.training.rows import BadRowCount
 from editar_hf.training.vq import (
     DeadCodeReviver,
@@ -61,39 +63,46 @@ class Arguments:
     freeze_codes: bool = field(
         default=False, metadata={"help": "train the decoding half alone, so that tokens computed before stay valid"}
     )
-    num_embeddings: int = 16384
-    embedding_dim: int = 8
-    latent_channels: int = 256
-    base_channels: int = 128
-    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    num_res_blocks: int = 2
+    num_embeddings: int = field(default=16384, metadata={"help": "codes"})
+    embedding_dim: int = field(default=8, metadata={"help": "width of a code"})
+    latent_channels: int = field(default=256, metadata={"help": "channels before the codes"})
+    base_channels: int = field(default=128, metadata={"help": "channels of the first level"})
+    channel_multipliers: list[int] = field(
+        default_factory=lambda: [1, 1, 2, 2, 4], metadata={"help": "of each level; each but the first halves the sides"}
+    )
+    num_res_blocks: int = field(default=2, metadata={"help": "residual blocks per level"})
     norm_num_groups: int = field(
         default=32, metadata={"help": "on CPUs a sixteenth of base_channels is fastest, several times so"}
     )
-    commitment_loss_weight: float = 0.25
+    commitment_loss_weight: float = field(
+        default=0.25, metadata={"help": "weight of the distance from latents to codes"}
+    )
     squared_error_weight: float = field(
         default=1.0, metadata={"help": "more keeps contrasting shapes sharp, at the cost of faint texture"}
     )
 
     batch_size: int = field(default=64, metadata={"help": "pictures per step and process"})
-    max_steps: int = 40_000
+    max_steps: int = field(default=40_000, metadata={"help": "steps of the whole run"})
     max_train_minutes: float | None = field(default=None, metadata={"help": "stop cleanly after; resume to go on"})
-    learning_rate: float = 4e-4
-    warmup_steps: int = 500
-    weight_decay: float = 0.05
+    learning_rate: float = field(default=4e-4, metadata={"help": "AdamW's"})
+    warmup_steps: int = field(default=500, metadata={"help": "steps in which the learning rate rises"})
+    weight_decay: float = field(default=0.05, metadata={"help": "of matrices"})
     dead_code_patience: int = field(default=200, metadata={"help": "steps without use before a code is moved"})
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "of the order of pictures and new weights"})
 
-    logging_steps: int = 50
-    evaluation_steps: int = 1000
-    checkpointing_steps: int = 1000
-    checkpoints_total_limit: int = 2
+    logging_steps: int = field(default=50, metadata={"help": "steps between lines of figures"})
+    evaluation_steps: int = field(
+        default=1000, metadata={"help": "steps between measurements on the pictures held out"}
+    )
+    checkpointing_steps: int = field(default=1000, metadata={"help": "steps between checkpoints"})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "checkpoints that are kept"})
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "name of a checkpoint in output_dir, or `latest` (from the start if none)"},
     )
     push_to_hub: str | None = field(default=None, metadata={"help": "id of the repository to upload the tokenizer to"})
+    hub_private_repo: bool = field(default=True, metadata={"help": "make a new repository private"})
     push_steps: int | None = field(
         default=None, metadata={"help": "upload every so many steps, and not at the end only"}
     )
@@ -154,16 +163,35 @@ def save_tokenizer(accelerator: Accelerator, args: Arguments, tokenizer: EditARV
         num_held_out=len(held_out),
         license=args.license,
     )
-    save_result(folder, tokenizer.save_pretrained, card, picture, args.push_to_hub)
+    save_result(folder, tokenizer.save_pretrained, card, picture, args.push_to_hub, args.hub_private_repo)
 
 
 def log_metrics(accelerator: Accelerator, output_dir: Path, metrics: dict):
     """Print one line of metrics and append it to `metrics.jsonl`."""
     if accelerator.is_main_process:
         line = json.dumps({name: float(f"{value:.5g}") for name, value in metrics.items()})
-        print(line, flush=True)
+        # Above a progress bar, if there is one.
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
         with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def print_run(accelerator: Accelerator, args: Arguments, tokenizer: EditARVQModel, pixels, held_out, step: int):
+    """Say what is trained on what, and how long that is."""
+    parameters, samples_per_step = list(tokenizer.parameters()), args.batch_size * accelerator.num_processes
+    num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    facts = {
+        "pictures": f"{len(pixels):,}, {args.dataset}; {args.resolution} × {args.resolution} pixels",
+        "held out": f"{len(held_out):,} pictures",
+        "steps": f"{step:,} to {args.max_steps:,}",
+        "batch": f"{samples_per_step:,} pictures: {args.batch_size:,} × {accelerator.num_processes:,} processes",
+        "trained": f"{num_trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
+        "device": str(accelerator.device),
+        "dtype": "float32" if args.mixed_precision == "no" else f"{args.mixed_precision}, weights in float32",
+    }
+    print_banner(accelerator, facts)
+    print_epochs(accelerator, "max_steps", args.max_steps, samples_per_step, len(pixels))
 
 
 def train(accelerator: Accelerator, args: Arguments, model, optimizer, pixels, validation_pixels):
@@ -178,7 +206,11 @@ def train(accelerator: Accelerator, args: Arguments, model, optimizer, pixels, v
         step = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
     batches = draw_batches(len(pixels), args.batch_size * accelerator.num_processes, args.seed, first_step=step)
     start = logged = time.monotonic()
-    sums, num_revived = torch.zeros(len(LOSSES), device=accelerator.device), 0
+    sums, num_summed, num_revived = torch.zeros(len(LOSSES), device=accelerator.device), 0, 0
+    print_run(accelerator, args, tokenizer, pixels, validation_pixels, step)
+    # No bar where nobody looks, as in a file.
+    is_hidden = None if accelerator.is_main_process else True
+    bar = tqdm(total=args.max_steps, initial=step, desc="steps", disable=is_hidden)
     model.train()
     while step < args.max_steps:
         indices = next(batches)[accelerator.process_index :: accelerator.num_processes]
@@ -197,13 +229,15 @@ def train(accelerator: Accelerator, args: Arguments, model, optimizer, pixels, v
             tokens, latents = accelerator.gather((outputs.image_tokens, outputs.latents.detach().flatten(0, 1)))
             num_revived += reviver.step(tokens, latents, optimizer, torch.Generator().manual_seed(args.seed + step))
 
-        if step % args.logging_steps == 0:
-            seconds, logged = time.monotonic() - logged, time.monotonic()
-            metrics = dict(zip(LOSSES, (sums / args.logging_steps).tolist(), strict=True))
-            speed = args.logging_steps * args.batch_size * accelerator.num_processes / seconds
+        bar.update()
+        num_summed += 1
+        if step == 1 or step % args.logging_steps == 0:
+            metrics = dict(zip(LOSSES, (sums / num_summed).tolist(), strict=True))
+            speed = num_summed * args.batch_size * accelerator.num_processes / (time.monotonic() - logged)
             metrics |= {"learning_rate": scheduler.get_last_lr()[0], "revived_codes": num_revived}
             log_metrics(accelerator, args.output_dir, {"step": step, **metrics, "images_per_second": speed})
-            sums, num_revived = torch.zeros_like(sums), 0
+        if step % args.logging_steps == 0:
+            sums, num_summed, num_revived, logged = torch.zeros_like(sums), 0, 0, time.monotonic()
         if args.max_train_minutes is not None and time.monotonic() - start > 60 * args.max_train_minutes:
             accelerator.set_trigger()
         out_of_time = accelerator.check_trigger()
@@ -238,10 +272,11 @@ def main():
             "go on from it, or another folder."
         )
     check_push_arguments(args.push_to_hub, args.push_steps)
+    if args.model is not None:
+        check_folder_or_hub_id(args.model, "model")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if args.push_to_hub is not None and accelerator.is_main_process:
-        # A token that is missing shows now, and not after the training.
-        create_repo(args.push_to_hub, exist_ok=True)
+        create_repositories([args.push_to_hub], args.hub_private_repo)
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model = build_tokenizer(args).to(accelerator.device, memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import time
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate import Accelerator
 from hub_server import HubServer, Repository
 from PIL import Image
 from processes import PythonProcess, read_launch_environment, start_ranks
@@ -33,11 +35,12 @@ from scripts import (
 )
 from tiny import NUM_CODES, STRIDE, are_near, draw_image, needs_compiler, redraw_weights
 from torch._dynamo.utils import counters
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, HfArgumentParser
 
 from editar_hf import EditARForConditionalGeneration, EditARPipeline
 from editar_hf.training.checkpoints import list_checkpoints
 from editar_hf.training.distillation import DistillationTeacher, prepare_teacher_pixels
+from editar_hf.training.logs import print_epochs
 
 
 # The tiny text length cuts most prompts, with a warning each.
@@ -91,6 +94,55 @@ def test_training_writes_checkpoints_pictures_and_a_pipeline(straight_run, edito
     assert list(figures) == [1, 2, 3, 4]
     assert [figures[step]["learning_rate"] for step in figures] == ["0.003333", "0.006667", "0.01", "0.01"]
     assert ["validation_loss" in figures[step] for step in figures] == [False, False, True, False]
+
+
+def test_a_run_begins_with_what_it_is(straight_run, editor, tokens):
+    banner = straight_run[1].partition("\nstep 1: ")[0].partition("Training\n")[2].splitlines()
+    facts = dict(line.strip().split(maxsplit=1) for line in banner if line.startswith("  "))
+    assert facts["model"] == str(editor)
+    assert facts["data"] == str(tokens)
+    assert facts["pairs"] == "12"
+    assert facts["steps"] == "0 to 4"
+    assert facts["batch"] == "8 pairs: 4 × 2 accumulated × 1 processes"
+    assert facts["device"] == "cpu"
+    assert facts["dtype"] == "float32"
+    pipeline = EditARPipeline.from_pretrained(editor)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (pipeline.transformer, pipeline.text_encoder)]
+    head = sum(p.numel() for p in pipeline.transformer.distillation_head.parameters())
+    assert facts["trained"] == f"{sum(sizes) - head:,} of {sum(sizes):,} parameters"
+    assert banner[-1] == "4 steps are 2.7 epochs of 12 samples."
+
+
+@pytest.mark.parametrize("name", ["train_editar.py", "train_vq.py", "precompute_tokens.py"])
+def test_help_names_every_default(name):
+    arguments = runpy.run_path(str(EXAMPLES / name))["Arguments"]
+    parser = HfArgumentParser(arguments)
+    for action in parser._actions:
+        assert action.help, f"{action.option_strings} has no help"
+    assert "(default: 64)" in parser.format_help()
+
+
+def test_many_epochs_are_remarked_upon(capsys):
+    accelerator = Accelerator(cpu=True)
+    print_epochs(accelerator, "max_train_steps", 40000, 64, 640)
+    line = capsys.readouterr().out
+    assert line.startswith("40,000 steps are 4,000.0 epochs of 640 samples. A model learns a small data set by heart")
+    assert "lower `--max_train_steps`; 1,000 steps are 100.0 epochs" in line
+    reset_accelerate()
+
+
+def test_the_first_step_is_logged_and_counts_in_the_first_means(editor, tokens, tmp_path, run_here, capsys):
+    options = {"model": editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "batch_size": 4}
+    for logging_steps in (1, 3):
+        folder = tmp_path / str(logging_steps)
+        run_here("train_editar.py", output_dir=folder, max_train_steps=3, logging_steps=logging_steps, **options)
+        reset_accelerate()
+    printed = capsys.readouterr().out.split("Training\n")
+    alone, joined = read_figures(printed[1]), read_figures(printed[2])
+    assert list(joined) == [1, 3]
+    assert joined[1] == alone[1]
+    mean = sum(float(alone[step]["loss"]) for step in (1, 2, 3)) / 3
+    assert float(joined[3]["loss"]) == pytest.approx(mean, rel=1e-3)
 
 
 def test_validation_pictures_show_source_edit_and_target_in_rows(straight_run, pictures, editor):

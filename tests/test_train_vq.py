@@ -108,8 +108,8 @@ def straight_run(parquet_file, tmp_path_factory) -> Path:
 
 def test_script_lowers_the_loss_and_writes_a_tokenizer_that_loads(straight_run, parquet_file):
     metrics = read_metrics(straight_run)
-    losses = [line["loss"] for line in metrics if "loss" in line]
-    assert len(losses) == 4
+    losses = [line["loss"] for line in metrics if "loss" in line and line["step"] > 1]
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 5, 10, 15, 20]
     assert losses[-1] < 0.9 * losses[0]
     assert sorted(path.name for path in straight_run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-20"]
     assert not list(straight_run.glob("unfinished-*"))

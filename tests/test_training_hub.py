@@ -107,15 +107,18 @@ def story(tmp_path_factory):
     with HubServer() as hub:
         environment = {**hub.get_environment(home / "maker"), "ACCELERATE_USE_CPU": "true"}
         where = ["--output_dir", home / "editor", "--push_to_hub", EDITOR, "--push_steps", 1]
-        run([script, "--model", home / "start", *where, "--license", "mit", *options], environment)
+        pushed = run([script, "--model", home / "start", *where, "--license", "mit", *options], environment)
         hub.repositories[f"models/{ADAPTER}"] = repository = Repository()
         repository.commit({"README.md": b"what the user says"})
         where = ["--output_dir", home / "adapter", "--push_to_hub", ADAPTER]
-        run([script, "--model", EDITOR, *where, "--lora_rank", 2, *options], environment)
+        command = [script, "--model", EDITOR, *where, "--lora_rank", 2, *options]
+        refused = run_python(*command, environment=environment)
+        run([*command, "--no_hub_private_repo"], environment)
         cards = {name: (home / part / "README.md").read_text() for name, part in CARDS.items()}
         snippets = {"EDITOR_SNIPPET": read_snippet(cards[EDITOR]), "ADAPTER_SNIPPET": read_snippet(cards[ADAPTER])}
         seen = json.loads(run(["-c", EDIT, home], {**hub.get_environment(home / "user"), **snippets}).stdout)
-    return {"hub": hub, "home": home, "cards": cards, "seen": seen, "environment": environment}
+    told = {"printed": pushed.stdout, "refused": refused}
+    return {"hub": hub, "home": home, "cards": cards, "seen": seen, "environment": environment, **told}
 
 
 def test_what_was_pushed_edits_as_what_is_at_hand(story):
@@ -123,6 +126,20 @@ def test_what_was_pushed_edits_as_what_is_at_hand(story):
     assert seen["pushed"] == seen["at hand"]
     assert seen["pushed adapter"] == seen["adapter at hand"]
     assert seen["pushed adapter"] != seen["pushed"]
+
+
+def test_new_repositories_are_private_and_the_run_says_so(story):
+    assert story["hub"].repositories[f"models/{EDITOR}"].private
+    line = f"Results will be uploaded to {EDITOR} (private; `--no_hub_private_repo` makes new ones public)."
+    assert line in story["printed"].splitlines()
+
+
+def test_a_public_repository_is_refused_before_the_training_unless_it_is_asked_for(story):
+    assert not story["hub"].repositories[f"models/{ADAPTER}"].private
+    last_line = story["refused"].stderr.strip().splitlines()[-1]
+    assert last_line.startswith(f"ValueError: The repository {ADAPTER} is to be private, but it exists and is public.")
+    assert "`--no_hub_private_repo`" in last_line
+    assert "Training\n" not in story["refused"].stdout
 
 
 def test_snippets_of_the_cards_run_as_pasted(story):
@@ -162,8 +179,9 @@ def test_losses_of_training_of_each_task_and_of_validation_are_in_the_tensorboar
     steps = {tag: [event.step for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
     last = {tag: log.Scalars(tag)[-1].value for tag in steps}
     assert steps["validation_loss"] == [1, 2]
-    trained = ("loss", "token_loss", "token_loss/task/edit", "token_loss/task/depth", "learning_rate")
-    assert {tag: steps[tag] for tag in trained} == {tag: [2] for tag in trained}
+    # The first step has two pairs of one task, which are not told apart.
+    trained = {"loss": [1, 2], "token_loss": [1, 2], "token_loss/task/edit": [2], "token_loss/task/depth": [2]}
+    assert {tag: steps[tag] for tag in (*trained, "learning_rate")} == trained | {"learning_rate": [1, 2]}
     tasks = [last[f"token_loss/task/{task}"] for task in ("edit", "depth")]
     assert tasks[0] != tasks[1]
     assert last["token_loss"] == pytest.approx(sum(tasks) / 2, rel=1e-5)

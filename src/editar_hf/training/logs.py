@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,30 @@ def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int):
         # Above a progress bar, if there is one.
         tqdm.write(f"step {step}: {line}", file=sys.stdout)
         sys.stdout.flush()
+
+
+# Of more epochs a run says that they are many.
+MANY_EPOCHS = 100
+
+
+def print_banner(accelerator: Accelerator, facts: Mapping[str, str]):
+    """Print what a run is, a fact a line, on the main process."""
+    width = max(map(len, facts))
+    lines = [f"  {name:<{width}}  {fact}" for name, fact in facts.items()]
+    accelerator.print("\n".join(["Training", *lines]), flush=True)
+
+
+def print_epochs(accelerator: Accelerator, argument: str, num_steps: int, samples_per_step: int, num_samples: int):
+    """Print how many epochs the steps are, and warn where they are many."""
+    num_epochs = num_steps * samples_per_step / num_samples
+    line = f"{num_steps:,} steps are {num_epochs:,.1f} epochs of {num_samples:,} samples."
+    if num_epochs > MANY_EPOCHS:
+        enough = max(1, MANY_EPOCHS * num_samples // samples_per_step)
+        line += (
+            f" A model learns a small data set by heart long before: watch the loss on samples held out, or lower "
+            f"`--{argument}`; {enough:,} steps are {enough * samples_per_step / num_samples:,.1f} epochs."
+        )
+    accelerator.print(line, flush=True)
 
 
 def measure_peak_memory(device: torch.device) -> float:
@@ -74,6 +98,11 @@ class LossLog:
 
     def flush(self, step: int, learning_rate: float, **more: float):
         """Log the means over processes and over the batches since the last time, and begin anew."""
+        self.log(step, learning_rate, **more)
+        self.clear()
+
+    def log(self, step: int, learning_rate: float, **more: float):
+        """Log the means so far, and go on adding up."""
         means = {
             name: self.accelerator.reduce(total / self.counts[name], "mean").item() for name, total in self.sums.items()
         }
@@ -86,7 +115,6 @@ class LossLog:
         self.progress_bar.set_postfix({name: f"{value:.4g}" for name, value in speed.items()})
         groups = self.average_groups()
         log_figures(self.accelerator, means | groups | {"learning_rate": learning_rate} | more | speed, step)
-        self.clear()
 
     def average_groups(self) -> dict[str, float]:
         """Average the losses of the samples of each group, over processes; where there is one group, nothing."""
