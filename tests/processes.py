@@ -47,9 +47,7 @@ class PythonProcess:
 
     def wait(self) -> subprocess.CompletedProcess:
         self.process.join()
-        return subprocess.CompletedProcess(
-            self.words, self.process.exitcode, self.read("stdout"), self.read("stderr")
-        )
+        return subprocess.CompletedProcess(self.words, self.process.exitcode, self.read("stdout"), self.read("stderr"))
 
 
 def run_python(*words, environment: dict[str, str] | None = None, cwd: Path | None = None):

@@ -339,6 +339,12 @@ def test_a_refusal_of_the_pipeline_is_one_line(model, pictures, tmp_path, capsys
     assert line.startswith("editar-hf: error: `resize_mode` is 'crop' beside `crop_to_mask`")
 
 
+def test_an_overflow_is_one_line(model, pictures, tmp_path, capsys):
+    assert run_edit(model, pictures / "a.png", PROMPT, tmp_path / "edited.png", "--guidance-scale", 1e38) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "Error" in line)
+    assert line.startswith(f"{pictures / 'a.png'}: RuntimeError: The decoder's logits were NaN or infinite")
+
+
 def test_an_adapter_and_a_dtype_are_loaded(model, pictures, tmp_path):
     torch.manual_seed(0)
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)

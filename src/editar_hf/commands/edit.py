@@ -121,7 +121,12 @@ def run(args: argparse.Namespace) -> int:
         if not job.image.is_file():
             raise ValueError(f"`--image` is {job.image}, which is not a file; give the path of an image.")
         check_writable(job.output.parent)
-        edit(load_pipeline(args), job, args)
+        pipeline = load_pipeline(args)
+        try:
+            edit(pipeline, job, args)
+        except RuntimeError as error:  # such as numbers that overflow, or too little memory
+            print(describe_failure(job, error), file=sys.stderr)
+            return 1
         return 0
     return edit_folder(args)
 
@@ -148,9 +153,14 @@ def edit_folder(args: argparse.Namespace) -> int:
         except Exception as error:  # whatever is wrong with one image, the others are not
             failures.append((job, error))
     for job, error in failures:
-        print(f"{job.image}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(describe_failure(job, error), file=sys.stderr)
     print(f"{len(waiting) - len(failures)} done, {len(failures)} failed")
     return 1 if failures else 0
+
+
+def describe_failure(job: Job, error: Exception) -> str:
+    """Say in a line which edit failed, and why."""
+    return f"{job.image}: {type(error).__name__}: {error}"
 
 
 # What to do
