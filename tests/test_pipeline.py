@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
@@ -484,6 +485,70 @@ def test_folder_of_another_pipeline_is_refused(folder):
     (folder / "model_index.json").write_text('{"_class_name": "OtherPipeline", "unet": ["diffusers", "Unet"]}')
     with pytest.raises(ValueError, match="lacks transformer, vq_model, text_encoder, processor"):
         EditARPipeline.from_pretrained(folder)
+
+
+JSON_FILES = ["model_index.json", *(f"{name}/config.json" for name in COMPONENTS)]
+JSON_FILES += ["transformer/generation_config.json", "processor/processor_config.json", "processor/tokenizer.json"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", "{", "[" * 100_000], ids=["list", "null", "cut", "deep"])
+@pytest.mark.parametrize("file", JSON_FILES)
+def test_json_that_is_no_object_is_refused_by_its_name(folder, file, content):
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=f"{file}` (holds a|is no JSON)"):
+        EditARPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("entry", ["transformer", [], ["editar_hf", 5], ["editar_hf", "EditARVQModel"]], ids=str)
+def test_an_index_with_another_class_is_refused(folder, entry):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "transformer": entry}))
+    with pytest.raises(ValueError, match="an EditAR pipeline has a EditARForConditionalGeneration"):
+        EditARPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"hidden_size": -4}, {"num_attention_heads": 0}], ids=str)
+def test_a_configuration_that_describes_no_network_is_refused_by_its_name(folder, change):
+    config = json.loads((folder / "transformer/config.json").read_text())
+    (folder / "transformer/config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=r"transformer/config.json` describes no EditARForConditionalGeneration"):
+        EditARPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("instructions", [[], ["avx512_bf16"], ["amx_bf16"], ["avx512_fp16"]], ids=str)
+def test_bf16_files_stay_bf16_where_the_cpu_computes_in_it(saved, tmp_path, monkeypatch, instructions):
+    EditARPipeline.from_pretrained(saved, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    expected = torch.bfloat16 if set(instructions) & {"avx512_bf16", "amx_bf16"} else torch.float32
+    assert EditARPipeline.from_pretrained(tmp_path / "bf16").dtype == expected
+    assert EditARPipeline.from_pretrained(tmp_path / "bf16", dtype="auto").dtype == torch.bfloat16
+    assert EditARPipeline.from_pretrained(tmp_path / "bf16", dtype=torch.float64).dtype == torch.float64
+    assert EditARPipeline.from_pretrained(saved).dtype == torch.float32
+
+
+def test_a_dtype_that_is_a_word_is_refused(saved):
+    with pytest.raises(ValueError, match="`dtype` is 'bf16'"):
+        EditARPipeline.from_pretrained(saved, dtype="bf16")
+
+
+def test_pipelines_loaded_at_once_in_threads_have_their_weights(pipe, saved):
+    with ThreadPoolExecutor(4) as pool:
+        pipelines = list(pool.map(lambda _: EditARPipeline.from_pretrained(saved), range(8)))
+    for loaded in pipelines:
+        for name in COMPONENTS:
+            weights = getattr(loaded, name).state_dict()
+            assert all(torch.equal(weights[key], value) for key, value in getattr(pipe, name).state_dict().items())
+
+
+def test_the_attention_of_the_decoder_is_chosen_at_loading(saved):
+    loaded = EditARPipeline.from_pretrained(saved, attn_implementation="eager")
+    assert loaded.transformer.config._attn_implementation == "eager"
+
+
+def test_a_missing_folder_is_called_missing(tmp_path):
+    with pytest.raises(ValueError, match="there is no such folder"):
+        EditARPipeline.from_pretrained(tmp_path / "nowhere")
 
 
 def test_file_in_place_of_a_folder_is_refused(tmp_path):

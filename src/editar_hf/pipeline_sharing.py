@@ -2,14 +2,23 @@
 
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Self
 
+import torch
 from huggingface_hub import file_exists, get_cached_repo_tree, hf_hub_download, snapshot_download
+from transformers.utils import logging
 
-from .hub import create_repository
+from .hub import check_folder_or_hub_id, create_repository
 from .model_card import CARD_FILE, compose_pipeline_card, write_pipeline_card
-from .pipeline_loading import INDEX_FILE, check_pipeline_folder, select_pipeline_files
+from .pipeline_loading import INDEX_FILE, check_pipeline_folder, choose_dtype, select_pipeline_files
+
+
+logger = logging.get_logger(__name__)
+# transformers switches the initialisation of weights off for the whole process while it loads: two loads at once would
+# draw each other's weights at random.
+LOADING = threading.Lock()
 
 
 class EditARSharingMixin:
@@ -29,20 +38,37 @@ class EditARSharingMixin:
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder that `save_pretrained` wrote, or a Hub id.
-            kwargs: As of `DiffusionPipeline.from_pretrained`: `dtype` (one, or a dict per component), `variant`,
-                `revision`, `token`, `cache_dir`, `local_files_only`, `device_map`, `quantization_config`, or components
-                to be used in place of the stored ones.
+            dtype (`torch.dtype`, `dict` or `"auto"`, *optional*): One, one per component, or `"auto"` for that of the
+                files. Default: that of the files where the device computes in it (GPUs; CPUs with instructions for
+                it), and float32 elsewhere. The log says which.
+            attn_implementation (`str`, *optional*): The decoder's attention: `"eager"`, `"sdpa"`, ….
+            kwargs: As of `DiffusionPipeline.from_pretrained`: `variant`, `revision`, `token`, `cache_dir`,
+                `local_files_only`, `device_map`, `quantization_config`, or components to be used in place of the stored
+                ones.
 
         Raises:
-            ValueError: If there is no pipeline, or a component's weights have missing, unexpected or wrongly shaped
-                keys; before any weight is read.
+            ValueError: If there is no pipeline, a component's weights have missing, unexpected or wrongly shaped keys,
+                or `dtype` is unknown, before any weight is read; or if `attn_implementation` is unknown.
         """
+        check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        if not (dtype in (None, "auto") or isinstance(dtype, torch.dtype | dict)):
+            raise ValueError(f"`dtype` is {dtype!r}; pass a dtype such as `torch.bfloat16`, a dict of them, or 'auto'.")
+        attn_implementation = kwargs.pop("attn_implementation", None)
         folder = Path(pretrained_model_name_or_path)
         if not folder.exists():
             folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
         components = {name: kind for name, (kind,) in cls._get_signature_types().items() if name not in kwargs}
-        check_pipeline_folder(folder, components, kwargs.get("variant"))
-        pipeline = super().from_pretrained(str(folder), **kwargs)
+        stored = check_pipeline_folder(folder, components, kwargs.get("variant"))
+        if dtype is None and "quantization_config" not in kwargs:
+            dtype, reason = choose_dtype(stored)
+            names = dtype or " and ".join(sorted(map(str, stored)))
+            log = logger.info if dtype is None else logger.warning
+            log(f"Loading in {names}: {reason}. Pass `dtype` to choose another, or 'auto' for that of the files.")
+        with LOADING:
+            pipeline = super().from_pretrained(str(folder), dtype=None if dtype == "auto" else dtype, **kwargs)
+        if attn_implementation is not None:
+            pipeline.transformer.set_attn_implementation(attn_implementation)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
 
