@@ -13,9 +13,11 @@ import torch
 import yaml
 from PIL import Image
 from scripts import EXAMPLES, TOKEN_RESOLUTION, list_words, name_changed, reset_accelerate, run_script, write_teacher
+from tiny import draw_image
 
 from editar_hf import EditARPipeline, EditARVQModel
 from editar_hf.processing_editar import apply_task_prefix
+from editar_hf.training.rows import decode_image
 from editar_hf.training.sources import DataSource, check_held_out, open_source
 
 
@@ -52,7 +54,7 @@ def test_precomputed_tokens_are_those_of_the_tokenizer(tokens, pictures, editor)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline": "editor", "resolution": 32}, r"`resolution` is 32: `height` is 32; it must be a multiple of 4"),
+        ({"pipeline": "editor", "resolution": 32}, "`resolution` is 32: `height` is 32; pass a multiple of 4 from 4 to 16"),
         ({"vq_model": "editor/vq_model", "resolution": 18}, "`resolution` is 18; it must be a multiple of 4"),
         ({"vq_model": "editor/vq_model"}, "Give `resolution`: a tokenizer alone has none"),
         ({"vq_model": "editor/vq", "resolution": 8}, r"`vq_model` is '.*editor/vq': there is no such folder"),
@@ -227,6 +229,24 @@ def test_an_adapter_learns_a_new_operation_is_measured_with_its_base_and_shipped
 # The README
 
 
+def test_parquet_file_of_the_readme_holds_the_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-pairs" / "train").mkdir(parents=True)
+    pair = {"source_image": draw_image(0), "target_image": draw_image(1)}
+    files = {name: tmp_path / "my-pairs" / "train" / f"0-{name}.png" for name in ("before", "after")}
+    for file, picture in zip(files.values(), pair.values(), strict=True):
+        picture.save(file)
+    page = (EXAMPLES.parent / "README.md").read_text()
+    (snippet,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "to_parquet" in block)
+    exec(snippet, {})
+    for file in files.values():
+        file.unlink()
+    (row,) = open_source(DataSource("my-parquet"))
+    assert row["prompt"] == "make the car red"
+    for name, picture in pair.items():
+        assert np.array_equal(np.asarray(decode_image(row[name])), np.asarray(picture))
+
+
 def test_recipes_of_the_readme_run_as_written(editor, pictures, tmp_path, run_here, monkeypatch):
     """At tiny size: what the commands name lies in the working directory, and sizes are appended to them."""
     (tmp_path / "my-editor").symlink_to(editor)
@@ -248,7 +268,7 @@ def test_recipes_of_the_readme_run_as_written(editor, pictures, tmp_path, run_he
         "train_editar",
     ]
     tiny = {
-        "precompute_tokens": {"resolution": 16},
+        "precompute_tokens": {},
         "train_editar": {"max_train_steps": 2, "batch_size": 2, "num_workers": 0, "compile": False},
     }
     for name, words in commands:
