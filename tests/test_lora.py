@@ -2,17 +2,22 @@
 
 import copy
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from hub_server import HubServer, Repository
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from processes import run_python
+from safetensors.torch import load_file, save_file
 from tiny import build_pipeline, build_transformer
 
 from editar_hf import EditARPipeline
@@ -29,11 +34,11 @@ def modules_to_save(request):
     return request.param
 
 
-def write_adapter(folder, seed=0, modules_to_save=None, transformer=None, **settings):
+def write_adapter(folder, seed=0, modules_to_save=None, transformer=None, targets=TARGETS, **settings):
     """Write an adapter with random weights by PEFT alone; return the decoder that has it."""
     torch.manual_seed(seed)
     config = LoraConfig(
-        **{"r": 4, "lora_alpha": 8, **settings}, target_modules=TARGETS, modules_to_save=modules_to_save
+        **{"r": 4, "lora_alpha": 8, **settings}, target_modules=targets, modules_to_save=modules_to_save
     )
     model = get_peft_model(transformer or build_transformer(), config)
     with torch.no_grad():
@@ -196,7 +201,423 @@ def test_the_pipeline_works_without_peft(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+# Fused and recorded: any sequence of calls
+
+# Each has its own kind: targets, rank and scale, modules replaced.
+ADAPTERS = {
+    "plain": {"seed": 1},
+    "narrow": {"seed": 2, "targets": ["down_proj", "o_proj"], "r": 2, "use_rslora": True},
+    "text": {"seed": 3, "modules_to_save": ["text_projection"]},
+    "other-text": {"seed": 4, "targets": ["q_proj"], "modules_to_save": ["text_projection", "norm"]},
+}
+
+
+REFUSALS = r"`unfuse_lora\(\)` first|`enable_lora\(\)` before|both replace|no adapter is active"
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    for kind, settings in ADAPTERS.items():
+        write_adapter(folder / kind, **settings)
+    return folder
+
+
+def add_adapters(base, folder, weights):
+    """Compute W + Σ wᵢ · scaleᵢ · Bᵢ Aᵢ, and O + w · (T - O) where an adapter replaces O, from the files alone."""
+    expected = {name: tensor.clone() for name, tensor in base.items()}
+    for kind, weight in weights:
+        config = json.loads((folder / kind / "adapter_config.json").read_text())
+        scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+        tensors = {
+            name.removeprefix("base_model.model."): tensor.double()
+            for name, tensor in load_file(folder / kind / "adapter_model.safetensors").items()
+        }
+        for name, tensor in tensors.items():
+            if ".lora_A." in name:
+                update = scale * tensors[name.replace(".lora_A.", ".lora_B.")] @ tensor
+                expected[name.replace(".lora_A.", ".")] += weight * update
+            elif ".lora_B." not in name:
+                expected[name] = base[name] + weight * (tensor - base[name])
+    return expected
+
+
+class Record:
+    """What calls should lead to, kept beside a pipeline that they are made of."""
+
+    def __init__(self, base, folder):
+        self.base, self.folder = base, folder
+        self.kinds, self.weights, self.active, self.fused, self.enabled = {}, {}, [], None, True
+
+    def load(self, pipe, random):
+        kind = random.choice(list(ADAPTERS))
+        name = next(name for name in (f"default_{i}" for i in range(99)) if name not in self.kinds)
+        yield not self.fused, lambda: pipe.load_lora_weights(self.folder / kind)
+        self.kinds[name], self.weights[name], self.active = kind, 1.0, [name]
+
+    def choose(self, pipe, random):
+        names = random.sample(list(self.kinds), random.randint(0, len(self.kinds)))
+        weights = [random.choice([0, 0.3, 1, -1.5]) for _ in names]
+        allowed = not self.fused and self.is_possible(names)
+        yield allowed, lambda: pipe.set_adapters(names, weights)
+        self.active = names
+        self.weights |= dict(zip(names, weights, strict=True))
+
+    def fuse(self, pipe, random):
+        names = random.choice([None, random.sample(list(self.kinds), random.randint(0, len(self.kinds)))])
+        scale, fused = random.choice([1.0, 0.5, -2, 0]), self.active if names is None else names
+        allowed = not self.fused and self.enabled and fused and self.is_possible(fused)
+        yield allowed, lambda: pipe.fuse_lora(scale, adapter_names=names)
+        self.fused, self.unfused = {name: scale * self.weights[name] for name in fused}, self.active
+        self.active = fused
+
+    def unfuse(self, pipe, random):
+        yield True, pipe.unfuse_lora
+        if self.fused:
+            self.active, self.fused = self.unfused, None
+
+    def switch(self, pipe, random):
+        enabled = random.random() < 0.5
+        yield not self.fused, pipe.enable_lora if enabled else pipe.disable_lora
+        self.enabled = enabled or not self.kinds
+
+    def delete(self, pipe, random):
+        names = random.sample(list(self.kinds), random.randint(0, len(self.kinds)))
+        yield not self.fused, lambda: pipe.delete_adapters(names)
+        self.active = [name for name in self.active if name not in names]
+        for name in names:
+            del self.kinds[name], self.weights[name]
+        self.enabled = self.enabled or not self.kinds
+
+    def unload(self, pipe, random):
+        yield True, pipe.unload_lora_weights
+        if self.fused:
+            self.base = self.compute_weights()
+        self.kinds, self.weights, self.active, self.fused, self.enabled = {}, {}, [], None, True
+
+    def is_possible(self, names):
+        """Whether no two of these adapters replace the same module."""
+        return sum("text" in self.kinds[name] for name in names) < 2
+
+    def compute_weights(self):
+        active = {name: self.weights[name] for name in self.active if self.enabled}
+        weights = active if self.fused is None else self.fused
+        return add_adapters(self.base, self.folder, [(self.kinds[name], weight) for name, weight in weights.items()])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_after_any_calls_the_decoder_has_the_weights_that_are_recorded(adapter_folder, seed):
+    random, pipe, expected = Random(seed), build_pipeline(), build_transformer().double()
+    clean = copy.deepcopy(expected)
+    for _ in range(20):
+        pipe.transformer = copy.deepcopy(clean)
+        record, calls = Record(clean.state_dict(), adapter_folder), []
+        for _ in range(9):
+            often, seldom = [record.load, record.choose, record.fuse], [record.switch, record.delete, record.unload]
+            call = random.choice(often * 2 + [record.unfuse] * 2 + seldom)
+            step = call(pipe, random)
+            allowed, act = next(step)
+            calls.append(f"{call.__name__}{'' if allowed else ' (refused)'}")
+            if allowed:
+                act()
+                next(step, None)
+            else:
+                with pytest.raises(ValueError, match=REFUSALS):
+                    act()
+            assert pipe.list_adapters() == list(record.kinds), calls
+            assert pipe.get_active_adapters() == record.active, calls
+            assert pipe.fused_loras == set(record.fused or ()), calls
+            expected.load_state_dict(record.compute_weights())
+            difference = compute_logits(pipe.transformer) - compute_logits(expected)
+            assert difference.abs().max() < 1e-6, calls
+        if record.fused:
+            pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        after = pipe.transformer.state_dict()
+        assert after.keys() == record.base.keys()
+        assert all(torch.allclose(after[name], tensor, atol=1e-9) for name, tensor in record.base.items()), calls
+
+
+def copy_state(pipe):
+    """Copy everything that a refused call has to leave alone."""
+    tensors = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    return tensors, pipe.list_adapters(), pipe.get_active_adapters(), set(pipe.fused_loras)
+
+
+def assert_untouched(pipe, state):
+    tensors, *record = copy_state(pipe)
+    assert record == list(state[1:])
+    assert tensors.keys() == state[0].keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in state[0].items())
+
+
+CHANGES = {
+    "load": lambda pipe, folder: pipe.load_lora_weights(folder / "plain"),
+    "weigh": lambda pipe, folder: pipe.set_adapters("mine", 0.3),
+    "fuse again": lambda pipe, folder: pipe.fuse_lora(0.5),
+    "delete": lambda pipe, folder: pipe.delete_adapters("mine"),
+    "disable": lambda pipe, folder: pipe.disable_lora(),
+    "enable": lambda pipe, folder: pipe.enable_lora(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_while_adapters_are_fused_changes_are_refused(adapter_folder, change):
+    pipe = build_pipeline()
+    base = compute_logits(pipe.transformer)
+    pipe.load_lora_weights(adapter_folder / "text", adapter_name="mine")
+    pipe.fuse_lora(0.5)
+    state, fused = copy_state(pipe), compute_logits(pipe.transformer)
+    with pytest.raises(ValueError, match=r"Adapters are fused \(mine\); call `unfuse_lora\(\)` first"):
+        change(pipe, adapter_folder)
+    assert_untouched(pipe, state)
+    assert torch.equal(compute_logits(pipe.transformer), fused)
+    # Pipelines that share a decoder share the record.
+    assert EditARPipeline(**pipe.components).fused_loras == {"mine"}
+    EditARPipeline(**pipe.components).unfuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(compute_logits(pipe.transformer), base, atol=1e-4, rtol=1e-4)
+
+
+def test_scale_of_a_fuse_is_gone_when_it_is_undone(adapter_folder):
+    pipe = build_pipeline()
+    for kind in ("text", "plain"):
+        pipe.load_lora_weights(adapter_folder / kind, adapter_name=kind)
+    pipe.set_adapters("plain", 0.7)
+    weighed, (before, *_) = compute_logits(pipe.transformer), copy_state(pipe)
+    pipe.fuse_lora(0.5, adapter_names=["text"])
+    assert pipe.get_active_adapters() == ["text"]
+    pipe.unfuse_lora()
+    assert pipe.get_active_adapters() == ["plain"]
+    torch.testing.assert_close(compute_logits(pipe.transformer), weighed, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pipe.transformer.state_dict(), before)
+
+
+def test_fusing_in_bfloat16_and_back_costs_no_more_than_rounding(adapter_folder):
+    pipe = build_pipeline().to(torch.bfloat16)
+    pipe.load_lora_weights(adapter_folder / "text")
+    state = copy_state(pipe)
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    for name, tensor in pipe.transformer.state_dict().items():
+        # Two roundings to 8 bits, of sums below 8.
+        assert (tensor - state[0][name]).abs().max() <= 2 * 8 * 2**-9, name
+
+
+def test_adapter_is_saved_as_it_was_trained_whatever_its_weight(adapter_folder, tmp_path):
+    pipe = build_pipeline()
+    pipe.load_lora_weights(adapter_folder / "text")
+    pipe.set_adapters("default_0", 0.3)
+    pipe.fuse_lora(0.5)
+    pipe.save_lora_weights(tmp_path)
+    saved, trained = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, adapter_folder / "text"))
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trained.items())
+
+
+def test_dropout_is_off(tmp_path):
+    write_adapter(tmp_path, lora_dropout=0.5)
+    pipe = build_pipeline()
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(compute_logits(pipe.transformer), compute_logits(pipe.transformer))
+
+
+@pytest.mark.parametrize("name", ["weight", "fc1", "lora_A", "q_proj", "my style"])
+def test_names_of_adapters_do_not_mix_with_names_of_modules(adapter_folder, tmp_path, name):
+    pipe, again = build_pipeline(), build_pipeline()
+    pipe.load_lora_weights(adapter_folder / "plain", adapter_name=name)
+    pipe.load_lora_weights(adapter_folder / "text", adapter_name="text")
+    pipe.save_lora_weights(tmp_path, adapter_name="text")
+    pipe.set_adapters(name)
+    again.load_lora_weights(adapter_folder / "plain")
+    assert torch.equal(compute_logits(pipe.transformer), compute_logits(again.transformer))
+    again.load_lora_weights(tmp_path)
+    pipe.set_adapters("text")
+    assert torch.equal(compute_logits(pipe.transformer), compute_logits(again.transformer))
+
+
+def offload_sequentially(pipe):
+    """Do what `enable_sequential_cpu_offload` does, with the CPU as the device."""
+    cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=False)
+
+
+OFFLOADS = {
+    "sequential": offload_sequentially,
+    "groups": lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+}
+
+
+@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
+def test_what_needs_the_weights_is_refused_under_offload(adapter_folder, tmp_path, offload):
+    pipe = build_pipeline()
+    pipe.load_lora_weights(adapter_folder / "text")
+    adapted = compute_logits(pipe.transformer)
+    offload(pipe)
+    for change in (
+        pipe.fuse_lora,
+        lambda: pipe.load_lora_weights(adapter_folder / "plain"),
+        lambda: pipe.set_adapters("default_0", 0.5),
+        lambda: pipe.save_lora_weights(tmp_path),
+    ):
+        with pytest.raises(ValueError, match="weights are offloaded"):
+            change()
+    assert pipe.list_adapters() == ["default_0"]
+    pipe.disable_lora()
+    pipe.enable_lora()
+    assert torch.equal(compute_logits(pipe.transformer), adapted)
+    if offload is offload_sequentially:
+        pipe.remove_all_hooks()
+        pipe.load_lora_weights(adapter_folder / "plain")
+        pipe.set_adapters(["default_0", "default_1"], [1, 0])
+        torch.testing.assert_close(compute_logits(pipe.transformer), adapted)
+
+
+def test_adapters_work_under_model_offload(adapter_folder):
+    pipe, plain = build_pipeline(), build_pipeline()
+    cpu_offload_with_hook(pipe.transformer, torch.device("cpu"))
+    for each in (pipe, plain):
+        each.load_lora_weights(adapter_folder / "text")
+        each.fuse_lora()
+    assert torch.equal(compute_logits(pipe.transformer), compute_logits(plain.transformer))
+
+
 # Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda pipe: pipe.set_adapters("one", float("nan")), ValueError, "`adapter_weights` is nan"),
+        (lambda pipe: pipe.set_adapters("one", [float("-inf")]), ValueError, "`adapter_weights` is -inf"),
+        (lambda pipe: pipe.set_adapters("one", 10**400), ValueError, "`adapter_weights` is 10000"),
+        (lambda pipe: pipe.set_adapters("one", "0.5"), ValueError, "`adapter_weights` is '0.5'; pass a finite number"),
+        (lambda pipe: pipe.set_adapters("one", True), ValueError, "`adapter_weights` is True"),
+        (lambda pipe: pipe.set_adapters("one", {"transformer": 1}), ValueError, "`adapter_weights` is {"),
+        (lambda pipe: pipe.set_adapters(["one"], [1, 1]), ValueError, "`adapter_weights` has 2 numbers; give one"),
+        (lambda pipe: pipe.set_adapters(["one", "nope"]), ValueError, "`adapter_names` names nope; there are one"),
+        (lambda pipe: pipe.set_adapters(["one", "one"]), ValueError, "give each adapter once"),
+        (lambda pipe: pipe.set_adapters(None), TypeError, "`adapter_names` is None"),
+        (lambda pipe: pipe.set_adapters([["one"]]), TypeError, r"`adapter_names` is \[\['one'\]\]"),
+        (lambda pipe: pipe.delete_adapters(0), TypeError, "`adapter_names` is 0"),
+        (lambda pipe: pipe.fuse_lora(adapter_names=["nope"]), ValueError, "`adapter_names` names nope"),
+        (lambda pipe: pipe.fuse_lora(adapter_names=[]), ValueError, "no adapter is active; name adapters"),
+        (lambda pipe: pipe.fuse_lora("1"), ValueError, "`lora_scale` is '1'"),
+        (lambda pipe: pipe.fuse_lora(float("inf")), ValueError, "`lora_scale` is inf"),
+        (lambda pipe: pipe.fuse_lora(1e39), ValueError, "would get infinite weights or NaN"),
+        (lambda pipe: pipe.load_lora_weights(7), TypeError, "`pretrained_model_name_or_path` is '7'"),
+        (lambda pipe: pipe.load_lora_weights("./nowhere"), ValueError, "no such folder"),
+        (lambda pipe: pipe.load_lora_weights("nowhere/lora", local_files_only=True), ValueError, "no such folder"),
+        (lambda pipe: pipe.load_lora_weights(".", adapter_name=3), TypeError, "`adapter_name` is 3"),
+        (lambda pipe: pipe.load_lora_weights(".", adapter_name=""), ValueError, "`adapter_name` is ''"),
+        (lambda pipe: pipe.load_lora_weights(".", adapter_name="v1.0"), ValueError, "`adapter_name` is 'v1.0'"),
+        (lambda pipe: pipe.load_lora_weights(".", adapter_name="keys"), ValueError, "`adapter_name` is 'keys'"),
+    ],
+)
+def test_bad_arguments_are_named_and_leave_all_as_it_was(adapter_folder, call, error, message):
+    pipe = build_pipeline()
+    pipe.load_lora_weights(adapter_folder / "text", adapter_name="one")
+    state = copy_state(pipe)
+    with pytest.raises(error, match=message):
+        call(pipe)
+    assert_untouched(pipe, state)
+
+
+def test_fusing_needs_adapters_that_are_on(adapter_folder):
+    pipe = build_pipeline()
+    with pytest.raises(ValueError, match="no adapter is active"):
+        pipe.fuse_lora()
+    pipe.load_lora_weights(adapter_folder / "plain")
+    pipe.set_adapters([])
+    with pytest.raises(ValueError, match="no adapter is active"):
+        pipe.fuse_lora()
+    pipe.set_adapters("default_0")
+    pipe.disable_lora()
+    with pytest.raises(ValueError, match=r"call `enable_lora\(\)` before"):
+        pipe.fuse_lora()
+
+
+def change_config(**settings):
+    def change(folder):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return change
+
+
+def change_weights(value):
+    def change(folder):
+        weights = load_file(folder / "adapter_model.safetensors")
+        name = sorted(weights)[3]
+        save_file(weights | {name: value(weights[name])}, folder / "adapter_model.safetensors")
+
+    return change
+
+
+def replace_file(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def make_folder(name):
+    def change(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return change
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DAMAGES = {
+    "config is no JSON": (replace_file(CONFIG, b"{"), f"{CONFIG}` is damaged"),
+    "config is no text": (replace_file(CONFIG, b"\xff\xfe{}"), f"{CONFIG}` is damaged"),
+    "config is nested without end": (replace_file(CONFIG, b"[" * 100000), f"{CONFIG}` is damaged"),
+    "config is empty": (replace_file(CONFIG, b""), f"{CONFIG}` is damaged"),
+    "config is a list": (replace_file(CONFIG, b"[1]"), f"{CONFIG}` describes no LoRA adapter"),
+    "config is a folder": (make_folder(CONFIG), f"has no `{CONFIG}`"),
+    "config of a model": (replace_file(CONFIG, b'{"model_type": "llama"}'), f"{CONFIG}` describes no LoRA adapter"),
+    "another method": (change_config(peft_type="IA3"), f"{CONFIG}` describes no LoRA adapter"),
+    "method of a wrong type": (change_config(peft_type=["LORA"]), f"{CONFIG}` describes no LoRA adapter"),
+    "rank of gigabytes": (change_config(r=10**9), f"{WEIGHTS}` is no adapter of this decoder: 12 wrongly shaped"),
+    "rank beyond numbers": (change_config(r=10**30), f"{CONFIG}` does not fit"),
+    **{f"rank {rank!r}": (change_config(r=rank), f"rank `r` {rank!r};") for rank in (0, -4, "4", None, [4], 4.5)},
+    "alpha is text": (change_config(lora_alpha="8"), f"{CONFIG}` does not fit"),
+    "alpha is NaN": (change_config(lora_alpha=float("nan")), f"{CONFIG}` has the `lora_alpha` nan"),
+    "alpha is huge": (change_config(lora_alpha=10**400), f"{CONFIG}` does not fit"),
+    "dropout is text": (change_config(lora_dropout="a"), f"{CONFIG}` does not fit"),
+    "targets are numbers": (change_config(target_modules=[1, 2]), f"{CONFIG}` does not fit"),
+    "targets are no regex": (change_config(target_modules="("), f"{CONFIG}` does not fit"),
+    "targets are nowhere": (change_config(target_modules=["nope"]), f"{CONFIG}` does not fit"),
+    "no targets": (change_config(target_modules=None), f"{CONFIG}` does not fit"),
+    "pattern of ranks is a list": (change_config(rank_pattern=[1]), f"{CONFIG}` does not fit"),
+    "layer that another adapter replaces": (change_config(target_modules=["fc1"]), f"{CONFIG}` adapts a part"),
+    "module that another adapter adapts": (change_config(modules_to_save=["mlp"]), f"{CONFIG}` "),
+    "magnitudes": (change_config(use_dora=True), f"{CONFIG}` sets use_dora; the pipeline loads plain LoRA"),
+    "biases": (change_config(bias="all"), f"{CONFIG}` sets bias;"),
+    "start that changes the decoder": (change_config(init_lora_weights="pissa"), f"{CONFIG}` sets init_lora_weights;"),
+    "repeated layers": (change_config(layer_replication=[[0, 2], [1, 2]]), f"{CONFIG}` sets layer_replication;"),
+    "weights are no file of tensors": (replace_file(WEIGHTS, b"PK" * 99), f"{WEIGHTS}` is not a safetensors"),
+    "weights are empty": (replace_file(WEIGHTS, b""), f"{WEIGHTS}` is not a safetensors"),
+    "weights are a folder": (make_folder(WEIGHTS), f"has no `{WEIGHTS}`"),
+    "weights are cut off": (
+        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100]),
+        f"{WEIGHTS}` is not a safetensors",
+    ),
+    "weights are NaN": (change_weights(lambda tensor: tensor * float("nan")), f"{WEIGHTS}` has values"),
+    "weights are integers": (change_weights(lambda tensor: tensor.int()), f"{WEIGHTS}` has values"),
+    "weights are wrongly shaped": (change_weights(lambda tensor: tensor[:1].clone()), f"{WEIGHTS}` is no adapter"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_adapter_is_named_and_leaves_all_as_it_was(adapter_folder, tmp_path, damage, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(adapter_folder / "plain", folder)
+    damage(folder)
+    pipe = build_pipeline()
+    pipe.load_lora_weights(adapter_folder / "text", adapter_name="one")
+    state = copy_state(pipe)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipe.load_lora_weights(folder)
+    assert_untouched(pipe, state)
 
 
 def test_folder_without_an_adapter_is_refused(tmp_path):

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "hub": {"model_card"},
     "pipeline_inputs": {"checks", "configuration_editar", "generation", "processing_editar"},
     "pipeline_loading": set(),
-    "pipeline_lora": {"pipeline_loading"},
+    "pipeline_lora": {"checks", "hub", "pipeline_loading"},
     "pipeline_sharing": {"hub", "model_card", "pipeline_loading"},
     "pipeline_steps": set(),
     "pipeline_sources": {"generation", "pipeline_inputs", "pipeline_steps", "processing_editar", "processing_masks"},

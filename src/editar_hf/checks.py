@@ -1,7 +1,7 @@
 """Checks of single arguments that several modules share: whole numbers, and finite ones."""
 
-import math
 import numbers
+import sys
 
 
 def check_integer(name: str, value, minimum: int = 1, maximum: int | None = None, step: int = 1) -> int:
@@ -30,7 +30,7 @@ def check_number(name: str, value) -> float:
     Raises:
         ValueError: If it is no number, or NaN, or infinite.
     """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"`{name}` is {value!r}; pass a finite number.")
     return float(value)
 

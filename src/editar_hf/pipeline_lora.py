@@ -1,10 +1,14 @@
 """LoRA in the pipeline: adapters in PEFT's own format, loaded into the decoder, weighed, fused and saved.
 
-diffusers' `LoraBaseMixin` does the work on LoRA layers. Here are the files, and the modules that an adapter replaces as
-a whole (PEFT's `modules_to_save`), which that class does not know.
+PEFT's layers do the arithmetic. Here are the files, the weights of modules that an adapter replaces as a whole (PEFT's
+`modules_to_save`), and the rule that keeps the decoder's weights and the record of them together: PEFT subtracts a
+fused adapter by its weight at that time, so no adapter may change while any is fused.
 """
 
 import copy
+import itertools
+import json
+import math
 import os
 import tempfile
 import warnings
@@ -17,44 +21,96 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .pipeline_loading import describe_key_problems
+from .checks import check_number
+from .hub import check_folder_or_hub_id
+from .pipeline_loading import describe_key_problems, read_shapes
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # PEFT names weights as its wrapper around a model sees them.
 KEY_PREFIX = "base_model.model."
+# What a configuration may set. The rest asks for other methods; some of them change the decoder's own weights for good.
+PLAIN_SETTINGS = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode"),
+}
 
 
 def find_adapter_folder(name: str | Path, **kwargs) -> Path:
     """Find an adapter's files, in a folder or on the Hub.
 
     Raises:
-        ValueError: If one of the two files is not there.
+        TypeError: If the name is neither a string nor a path.
+        ValueError: If there is no such folder or repository, or one of the two files is not there.
     """
+    argument = f"`pretrained_model_name_or_path` is {str(name)!r}"
+    if not isinstance(name, str | Path):
+        raise TypeError(f"{argument}; give a folder or a Hub id, as a string or a path.")
+    check_folder_or_hub_id(name, "pretrained_model_name_or_path")
     folder = Path(name)
     if not folder.exists():
-        folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **kwargs))
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **kwargs))
+        except OSError as error:
+            raise ValueError(f"{argument}; there is no such folder, and the Hub gave no adapter: {error}") from error
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise ValueError(f"`{name}` has no `{file}`; give a folder or Hub id with an adapter in PEFT's format.")
     return folder
 
 
-def check_weights(weights: dict[str, torch.Tensor], config, transformer: PreTrainedModel):
-    """Refuse weights that are not those an adapter's `PeftConfig` asks for; tried on a decoder without memory.
+def read_config(file: Path):
+    """Read the `PeftConfig` of an adapter.
 
     Raises:
-        ValueError: If weights are missing, unexpected or wrongly shaped; they are listed.
+        ValueError: If the file is damaged, or describes something other than plain LoRA.
     """
-    from peft import get_peft_model_state_dict, inject_adapter_in_model
+    from peft import LoraConfig, PeftConfig
 
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{file}` is damaged: {error}. Save or download it again.") from error
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise ValueError(f"`{file}` describes no LoRA adapter; in one that does, `peft_type` is LORA.")
+    if type(rank := settings.get("r")) is not int or rank < 1:
+        raise ValueError(f"`{file}` has the rank `r` {rank!r}; it is a positive whole number in an adapter.")
+    if settings.get("init_lora_weights") in (False, "gaussian"):
+        settings["init_lora_weights"] = True  # The file's weights follow in any case.
+    defaults = LoraConfig().to_dict()
+    others = settings.keys() & (defaults.keys() - PLAIN_SETTINGS)
+    if others := sorted(name for name in others if settings[name] not in (None, defaults[name])):
+        raise ValueError(f"`{file}` sets {', '.join(others)}; the pipeline loads plain LoRA. Train one without.")
+    try:
+        return PeftConfig.from_peft_type(**settings)
+    except Exception as error:  # PEFT does not check types: they fail where they are used.
+        raise ValueError(f"`{file}` is no configuration of a LoRA adapter: {error}") from error
+
+
+def check_adapter(folder: Path, config, adapter_name: str, transformer: PreTrainedModel):
+    """Refuse an adapter that does not fit beside those of a decoder; tried without memory, by the file's header.
+
+    Raises:
+        ValueError: If the configuration cannot be applied, or weights are missing, unexpected or wrongly shaped.
+    """
     with torch.device("meta"):
         skeleton = type(transformer)(transformer.config)
-    inject_adapter_in_model(copy.deepcopy(config), skeleton)
-    expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
-    shapes = ({name: tuple(tensor.shape) for name, tensor in found.items()} for found in (weights, expected))
-    if problems := describe_key_problems(*shapes):
-        raise ValueError(f"The weights are no adapter of this decoder: {problems}.")
+        try:
+            for name, other in {**getattr(transformer, "peft_config", {}), adapter_name: config}.items():
+                attach_adapter(skeleton, copy.deepcopy(other), name)
+        except Exception as error:  # As above.
+            raise ValueError(f"`{folder / CONFIG_FILE}` does not fit this decoder and its adapters: {error}") from error
+    layers = dict(list_layers(skeleton))
+    if inner := [path for path in layers if any(path.startswith(f"{other}.") for other in layers)]:
+        raise ValueError(f"`{folder / CONFIG_FILE}` adapts a part of what an adapter replaces as a whole: {inner[0]}.")
+    scales = [scale for layer in layers.values() if not is_replaced(layer) for scale in layer.scaling.values()]
+    if not all(map(math.isfinite, scales)):
+        raise ValueError(f"`{folder / CONFIG_FILE}` has the `lora_alpha` {config.lora_alpha}; it must be finite.")
+    found = {name.removeprefix(KEY_PREFIX): shape for name, shape in read_shapes(folder / WEIGHTS_FILE).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in get_adapter_weights(skeleton, adapter_name).items()}
+    if problems := describe_key_problems(found, expected):
+        raise ValueError(f"`{folder / WEIGHTS_FILE}` is no adapter of this decoder: {problems}.")
 
 
 def attach_adapter(transformer: PreTrainedModel, config, adapter_name: str):
@@ -69,14 +125,80 @@ def attach_adapter(transformer: PreTrainedModel, config, adapter_name: str):
     transformer._hf_peft_config_loaded = True
 
 
+def list_layers(transformer: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """List the layers that adapters adapt or replace, with their paths."""
+    if not getattr(transformer, "peft_config", None):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    return [(path, layer) for path, layer in transformer.named_modules() if isinstance(layer, kinds)]
+
+
+def get_original(layer: torch.nn.Module) -> torch.nn.Module:
+    """Get what stood in a layer's place before adapters."""
+    return layer.original_module if is_replaced(layer) else layer.get_base_layer()
+
+
+def is_replaced(layer: torch.nn.Module) -> bool:
+    """Whether adapters bring a copy of their own of a layer, instead of matrices beside it."""
+    return hasattr(layer, "original_module")
+
+
+def get_adapter_weights(transformer: PreTrainedModel, adapter_name: str) -> dict[str, torch.Tensor]:
+    """Get an adapter's weights in a decoder, as trained, by their names in PEFT's files."""
+    weights = {}
+    for path, layer in list_layers(transformer):
+        for key, tensor in layer.state_dict().items():
+            part, _, rest = key.partition(".")
+            if part in layer.adapter_layer_names and f"{rest}.".startswith(f"{adapter_name}."):
+                middle = "" if is_replaced(layer) else f".{part}"
+                weights[f"{path}{middle}{rest.removeprefix(adapter_name)}"] = tensor
+        _, trained = vars(layer).get("blends", {}).get(adapter_name, (1.0, {}))
+        weights |= {f"{path}.{name}": tensor for name, tensor in trained.items()}
+    return weights
+
+
+def set_weight(layer: torch.nn.Module, adapter_name: str, weight: float):
+    """Let an adapter count `weight` times in a layer.
+
+    PEFT does not weigh replaced modules. Here an adapter's copy becomes O + weight · (T - O), with the original O and
+    the trained T, which is kept beside it while the weight is not 1.
+    """
+    if not is_replaced(layer):
+        layer.set_scale(adapter_name, weight)
+        return
+    blends, module = vars(layer).setdefault("blends", {}), layer.modules_to_save[adapter_name]
+    before, trained = blends.get(adapter_name) or (1.0, module.state_dict())
+    if weight != before:
+        original = layer.original_module.state_dict()
+        blend = {name: tensor.lerp(trained[name].to(tensor), weight) for name, tensor in original.items()}
+        module.load_state_dict(blend, assign=True)
+        blends[adapter_name] = (weight, trained)
+    if weight == 1:
+        blends.pop(adapter_name, None)
+
+
 class EditARLoraMixin(LoraBaseMixin):
     """Load LoRA adapters into the decoder, weigh them against each other, fuse them, and save them.
+
+    With the weights wᵢ of the active adapters, every adapted matrix is W + Σ wᵢ · alphaᵢ / rᵢ · Bᵢ Aᵢ, and a module
+    that an adapter replaces as a whole is O + wᵢ · (Tᵢ - O), with the original O and the trained T. While adapters are
+    fused, any change to adapters raises a `ValueError` until `unfuse_lora`. Only `unload_lora_weights` is allowed: what
+    is fused then stays in the weights.
 
     On disk an adapter is plain PEFT: `adapter_config.json` and `adapter_model.safetensors`.
     """
 
     _lora_loadable_modules: ClassVar = ["transformer"]
 
+    @property
+    def _merged_adapters(self) -> set[str]:
+        """What diffusers' `fused_loras` and `num_fused_loras` read: here the layers' own record."""
+        return {name for _, layer in list_layers(self.transformer) for name in layer.merged_adapters}
+
+    @torch.no_grad()
     def load_lora_weights(
         self,
         pretrained_model_name_or_path: str | Path,
@@ -90,45 +212,62 @@ class EditARLoraMixin(LoraBaseMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder in PEFT's format, or a Hub id.
-            adapter_name (`str`, *optional*): What to call it; default `"default_0"`, `"default_1"`, ….
+            adapter_name (`str`, *optional*): What to call it, without dots; default the first that is free of
+                `"default_0"`, `"default_1"`, ….
             revision, cache_dir, token, local_files_only (*optional*): As of huggingface_hub's `snapshot_download`.
 
         Raises:
-            ValueError: If there is no adapter, the name is taken, or the weights are not those of this decoder.
+            TypeError: If the folder or the name is no string.
+            ValueError: If there is no adapter, its files are damaged, are not plain LoRA or do not fit this decoder; if
+                the name is taken, or the decoder's weights are offloaded.
         """
-        from peft import PeftConfig, set_peft_model_state_dict
-
         names = self.list_adapters()
-        adapter_name = f"default_{len(names)}" if adapter_name is None else adapter_name
+        if adapter_name is None:
+            adapter_name = next(name for i in itertools.count() if (name := f"default_{i}") not in names)
+        if not isinstance(adapter_name, str):
+            raise TypeError(f"`adapter_name` is {adapter_name!r}; give a string.")
         if adapter_name in names:
             raise ValueError(f"`adapter_name` is {adapter_name!r}, which is taken; there are {', '.join(names)}.")
+        # Adapters become entries of a `ModuleDict`, whose own names are taken too.
+        if not adapter_name or "." in adapter_name or hasattr(torch.nn.ModuleDict, adapter_name):
+            raise ValueError(f"`adapter_name` is {adapter_name!r}, which PyTorch cannot use; choose another name.")
+        self._check_not_fused()
+        self._check_not_offloaded()
         where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = find_adapter_folder(pretrained_model_name_or_path, **where)
-        config, weights = PeftConfig.from_pretrained(folder), load_file(folder / WEIGHTS_FILE)
+        config = read_config(folder / CONFIG_FILE)
+        check_adapter(folder, config, adapter_name, self.transformer)
+        weights = load_file(folder / WEIGHTS_FILE)
         weights = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in weights.items()}
-        check_weights(weights, config, self.transformer)
+        for name, tensor in weights.items():
+            if not (tensor.is_floating_point() and tensor.to(self.transformer.dtype).isfinite().all()):
+                raise ValueError(f"`{folder / WEIGHTS_FILE}` has values that are not finite numbers, in {name}.")
+        is_disabled = any(layer.disable_adapters for _, layer in list_layers(self.transformer))
         attach_adapter(self.transformer, config, adapter_name)
-        set_peft_model_state_dict(self.transformer, weights, adapter_name=adapter_name)
+        for name, tensor in get_adapter_weights(self.transformer, adapter_name).items():
+            tensor.copy_(weights[name])
+        # New layers begin in training mode, which would leave dropout on.
+        self.transformer.train(self.transformer.training)
+        self._enable(not is_disabled)
         self.set_adapters(adapter_name)
 
     def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None):
-        """Write an adapter in PEFT's format.
+        """Write an adapter in PEFT's format, as it was trained, whatever its weight is.
 
         Args:
             save_directory (`str` or `Path`): The folder; made if it is not there.
             adapter_name (`str`, *optional*): Which one; may be left out if there is one.
 
         Raises:
-            ValueError: If the pipeline has no such adapter, or several and none is named.
+            ValueError: If there is no such adapter, or several and none is named; if weights are offloaded.
         """
-        from peft import get_peft_model_state_dict
-
         names = self.list_adapters()
         if adapter_name is None and len(names) == 1:
             (adapter_name,) = names
         if adapter_name not in names:
             raise ValueError(f"`adapter_name` is {adapter_name!r}; there are {', '.join(names) or 'no adapters'}.")
-        weights = get_peft_model_state_dict(self.transformer, adapter_name=adapter_name, save_embedding_layers=False)
+        self._check_not_offloaded()
+        weights = get_adapter_weights(self.transformer, adapter_name)
         weights = {f"{KEY_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory) as temporary:
@@ -145,81 +284,169 @@ class EditARLoraMixin(LoraBaseMixin):
         """Choose the active adapters, and how much each counts.
 
         Args:
-            adapter_names (`str` or list of `str`): Which.
+            adapter_names (`str` or list of `str`): Which; none if the list is empty.
             adapter_weights (`float` or list of `float`, *optional*): One for all, or one for each; default 1.
 
         Raises:
-            ValueError: If an adapter is not there, the lengths differ, or two adapters replace the same module.
+            TypeError: If a name is no string.
+            ValueError: If an adapter is not there, the lengths differ, a weight is no finite number, or two adapters
+                replace the same module.
         """
-        from peft.functional import set_adapter
-
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for path, module in self._list_replaced_modules():
-            if len(both := [name for name in names if name in module.modules_to_save]) > 1:
-                raise ValueError(f"`adapter_names`: {' and '.join(both)} both replace `{path}`; choose one of them.")
-        super().set_adapters(adapter_names, adapter_weights)
-        set_adapter(self.transformer, adapter_names, inference_mode=True)
+        names = self._check_choice(adapter_names)
+        weights = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"`adapter_weights` has {len(weights)} numbers; give one, or one for each of {names}.")
+        weights = [check_number("adapter_weights", 1 if weight is None else weight) for weight in weights]
+        before = vars(self.transformer).get("adapter_weights", {})
+        weights = before | dict(zip(names, weights, strict=True))
+        is_changed = any(weights[name] != before.get(name, 1.0) for name in names)
+        if is_changed and any(is_replaced(layer) for _, layer in list_layers(self.transformer)):
+            self._check_not_offloaded()
+        self.transformer.adapter_weights = weights
+        self._activate(names)
 
     def disable_lora(self):
-        """Edit as if no adapter were there, until `enable_lora`."""
-        super().disable_lora()
-        self._enable_replaced_modules(False)
+        """Edit as if no adapter were there, until `enable_lora`; adapters loaded or chosen meanwhile wait as well."""
+        self._check_not_fused()
+        self._enable(False)
 
     def enable_lora(self):
         """Let the active adapters work again."""
-        super().enable_lora()
-        self._enable_replaced_modules(True)
+        self._check_not_fused()
+        self._enable(True)
 
     def delete_adapters(self, adapter_names: list[str] | str):
-        """Remove adapters; the decoder is as before if none is left.
+        """Remove adapters; the others stay as they are, and if none is left the decoder is as before.
 
         Raises:
+            TypeError: If a name is no string.
             ValueError: If an adapter is not there.
         """
-        from peft.functional import delete_adapter
-
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if missing := [name for name in names if name not in self.list_adapters()]:
-            raise ValueError(
-                f"`adapter_names` names {', '.join(missing)}; there are {', '.join(self.list_adapters()) or 'none'}."
-            )
+        names = self._check_names(adapter_names)
+        self._check_not_fused()
+        layers = list_layers(self.transformer)
+        # Otherwise PEFT would make another adapter active, and not the same one in every layer.
+        self._activate([name for name in self.get_active_adapters() if name not in names])
         for name in names:
-            # Not transformers' own method: its releases may ask for a peft that is not out yet.
-            prefix = f"{self.transformer.peft_config.pop(name).peft_type.value.lower()}_"
-            delete_adapter(self.transformer, name, prefix)
+            self.transformer.peft_config.pop(name)
+            for _, layer in layers:
+                vars(layer).get("blends", {}).pop(name, None)
+                layer.delete_adapter(*([name, layer.active_adapters] if is_replaced(layer) else [name]))
+        for path, layer in layers:
+            if not any(getattr(layer, part) for part in layer.adapter_layer_names):
+                self.transformer.set_submodule(path, get_original(layer))
         if not self.list_adapters():
             self.unload_lora_weights()
 
-    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None):
+    @torch.no_grad()
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | str | None = None
+    ):
         """Add adapters to the weights they adapt: no slower than without, until `unfuse_lora`.
 
         Args:
-            lora_scale (`float`): How much they count.
-            safe_fusing (`bool`): Leave weights alone that would become NaN.
-            adapter_names (list of `str`, *optional*): Which; default the active ones.
-        """
-        super().fuse_lora(self._lora_loadable_modules, lora_scale, safe_fusing, adapter_names)
+            lora_scale (`float`): How much they count, times their own weights.
+            safe_fusing (`bool`): As in diffusers. Fusing is always safe here: what would be NaN is refused.
+            adapter_names (`str` or list of `str`, *optional*): Which; default the active ones. They are the active
+                ones until `unfuse_lora`.
 
+        Raises:
+            TypeError: If a name is no string.
+            ValueError: If the scale is no finite number, an adapter is not there, none is active, or adapters are
+                disabled; if weights are quantised, offloaded, or would not be finite.
+        """
+        names = self._check_choice(self.get_active_adapters() if adapter_names is None else adapter_names)
+        lora_scale = check_number("lora_scale", lora_scale)
+        self._check_not_offloaded()
+        if any(layer.disable_adapters for _, layer in list_layers(self.transformer)):
+            raise ValueError("Adapters are disabled; call `enable_lora()` before `fuse_lora()`.")
+        if not names:
+            raise ValueError("`adapter_names` is empty, or no adapter is active; name adapters to fuse.")
+        layers = [(path, layer) for path, layer in list_layers(self.transformer) if not is_replaced(layer)]
+        for path, layer in layers:
+            update = sum(layer.get_delta_weight(name) for name in names if name in layer.scaling)
+            if not layer.weight.is_floating_point():
+                raise ValueError(f"`{path}` is quantised, and cannot be had back after fusing; fuse before quantising.")
+            if not (layer.weight + lora_scale * update).isfinite().all():
+                raise ValueError(f"`{path}` would get infinite weights or NaN; choose a smaller `lora_scale`.")
+        self.transformer.active_before_fusing = self.get_active_adapters()
+        self._activate(names, lora_scale)
+        for _, layer in layers:
+            layer.merge(adapter_names=names)
+
+    @torch.no_grad()
     def unfuse_lora(self):
-        """Take fused adapters out of the weights again."""
-        super().unfuse_lora(self._lora_loadable_modules)
+        """Take fused adapters out of the weights again; they are active, and weigh, as they did before `fuse_lora`.
+
+        The weights return up to rounding: by less than 0.4 % of |W| + |W + Δ| in bfloat16. Load the pipeline anew for
+        the same bits.
+
+        Raises:
+            ValueError: If weights are offloaded.
+        """
+        if not self.fused_loras:
+            return
+        self._check_not_offloaded()
+        for _, layer in list_layers(self.transformer):
+            if not is_replaced(layer) and layer.merged:
+                layer.unmerge()
+        self._activate(self.get_active_adapters())
+        self._activate(self.transformer.active_before_fusing)
 
     def unload_lora_weights(self):
-        """Remove all adapters; what was fused stays in the weights."""
-        for path, module in self._list_replaced_modules():
-            is_fused = set(module.active_adapters) & self.fused_loras
-            kept = module.modules_to_save[module.active_adapter] if is_fused else module.original_module
+        """Remove all adapters; what was fused stays in the weights, and can no longer be taken out."""
+        keeps_fused = bool(self.fused_loras)
+        for path, layer in list_layers(self.transformer):
+            is_kept = keeps_fused and is_replaced(layer) and layer.active_adapters
+            kept = layer.modules_to_save[layer.active_adapters[0]] if is_kept else get_original(layer)
             self.transformer.set_submodule(path, kept)
-        super().unload_lora_weights()
+        for name in ("peft_config", "adapter_weights", "active_before_fusing"):
+            vars(self.transformer).pop(name, None)
         self.transformer._hf_peft_config_loaded = False
-        self._merged_adapters = set()
 
-    def _enable_replaced_modules(self, enabled: bool):
-        for _, module in self._list_replaced_modules():
-            module.enable_adapters(enabled)
+    def _activate(self, names: list[str], scale: float = 1.0):
+        """Make adapters the active ones, each counting `scale` times its own weight."""
+        weights = vars(self.transformer).get("adapter_weights", {})
+        for _, layer in list_layers(self.transformer):
+            present = [name for name in names if name in layer.modules_to_save] if is_replaced(layer) else list(names)
+            layer.set_adapter(present, inference_mode=True)
+            for name in present:
+                set_weight(layer, name, scale * weights.get(name, 1.0))
 
-    def _list_replaced_modules(self) -> list[tuple[str, torch.nn.Module]]:
-        """List the modules of which an adapter has a copy of its own, with their paths."""
-        from peft.utils import ModulesToSaveWrapper
+    def _enable(self, enabled: bool):
+        for _, layer in list_layers(self.transformer):
+            layer.enable_adapters(enabled)
+        self._activate(self.get_active_adapters())  # PEFT would let them be trained.
 
-        return [(path, m) for path, m in self.transformer.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    def _check_names(self, adapter_names: list[str] | str) -> list[str]:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"`adapter_names` is {adapter_names!r}; give a name or a list of names.")
+        known = self.list_adapters()
+        if missing := [name for name in names if name not in known]:
+            raise ValueError(f"`adapter_names` names {', '.join(missing)}; there are {', '.join(known) or 'none'}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"`adapter_names` is {names}; give each adapter once.")
+        return list(names)
+
+    def _check_choice(self, adapter_names: list[str] | str) -> list[str]:
+        names = self._check_names(adapter_names)
+        self._check_not_fused()
+        for path, layer in list_layers(self.transformer):
+            both = [name for name in names if is_replaced(layer) and name in layer.modules_to_save]
+            if len(both) > 1:
+                raise ValueError(f"`adapter_names`: {' and '.join(both)} both replace `{path}`; choose one of them.")
+        return names
+
+    def _check_not_fused(self):
+        if fused := self.fused_loras:
+            raise ValueError(f"Adapters are fused ({', '.join(sorted(fused))}); call `unfuse_lora()` first.")
+
+    def _check_not_offloaded(self):
+        # accelerate leaves weights on the meta device; diffusers' groups would not know those of new layers.
+        is_grouped = any(hasattr(module, "_diffusers_hook") for module in self.transformer.modules())
+        if is_grouped or any(parameter.is_meta for parameter in self.transformer.parameters()):
+            raise ValueError(
+                "The decoder's weights are offloaded. Change adapters before `enable_sequential_cpu_offload()` (which "
+                "`remove_all_hooks()` undoes) or `enable_group_offload()`."
+            )
