@@ -29,7 +29,7 @@ from editar_hf import EditARImageProcessor, EditARPipeline, EditARVQModel
 from editar_hf.hub import check_folder_or_hub_id
 from editar_hf.training.data import pack_states
 from editar_hf.training.rows import BadRowCount, RowReader, UnusableRow
-from editar_hf.training.sources import MADE_FROM_KEY, DataSource, load_recipe, open_source
+from editar_hf.training.sources import MADE_FROM_KEY, DataSource, list_files, load_recipe, open_source
 
 
 @dataclass
@@ -121,8 +121,10 @@ class Encoder:
         unfinished = path.with_suffix(".unfinished")
         table = datasets.Dataset.from_list(encoded).data.table
         # Validation on the pictures that the tokens were made of is refused by this.
-        made_from = json.dumps({"dataset": os.path.abspath(self.source.dataset), "split": self.source.split})
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), MADE_FROM_KEY: made_from})
+        source, dataset = self.source, self.source.dataset
+        dataset = os.path.abspath(dataset) if list_files(source) else dataset
+        made_from = {"dataset": dataset, "config_name": source.config_name, "split": source.split}
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), MADE_FROM_KEY: json.dumps(made_from)})
         pq.write_table(table, unfinished)
         unfinished.rename(path)
 

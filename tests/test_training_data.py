@@ -173,6 +173,8 @@ def test_validation_on_what_is_trained_on_is_refused(tmp_path):
     check(apart, apart)
     check(flat, apart)
     check("owner/name", "owner/name")
+    with pytest.raises(ValueError, match=r"such as owner/name, validation"):
+        check_held_out([DataSource("owner/name", "validation[:9]")], DataSource("owner/name", "validation"))
     # A folder `validation` inside the folder of pictures that is trained on.
     write_image_folder(flat / "validation", "q")
     with pytest.raises(ValueError, match=r"such as .*flat/validation/a\.png"):

@@ -4,6 +4,7 @@ import io
 import itertools
 import logging
 import re
+import struct
 from collections import Counter
 
 import datasets
@@ -208,6 +209,16 @@ def test_a_row_that_cannot_be_prepared_is_skipped_in_training_and_validation(nam
     assert bad_rows.offenders[0].startswith(f"pairs, row 2: {reason}")
     with pytest.raises(UnusableRow, match=re.escape(reason)):
         row_reader.read(rows[2], DataSource("pairs", rewrite="canny"))
+
+
+@pytest.mark.filterwarnings("ignore:The EXIF block")
+def test_a_damaged_exif_block_costs_no_row(row_reader):
+    """The image is said to lie on its side, and its resolution, −1/0, cannot be written again."""
+    tags = struct.pack("<HHHIHHHHIII", 2, 0x112, 3, 1, 6, 0, 0x11A, 10, 1, 38, 0) + struct.pack("<ii", -1, 0)
+    picture, stream = Image.new("RGB", (8, 4), "red"), io.BytesIO()
+    picture.save(stream, "jpeg", exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
+    row = {"prompt": "1", "source_image": stream.getvalue(), "target_image": stream.getvalue()}
+    assert row_reader.read(row, DataSource("pairs"))["source_image"].size == (8, 4)
 
 
 def test_too_many_unusable_rows_stop_a_run_and_the_first_are_named(spoiled, row_reader):

@@ -3,6 +3,7 @@
 Images stay encoded here, so that one broken file is one bad row and not the end of a run; `rows.py` decodes them.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -235,13 +236,13 @@ def find_files(path: str, split: str) -> list[str]:
 
 
 def check_held_out(training: Sequence[DataSource], validation: DataSource):
-    """Refuse to validate on what is trained on: the same files, or the files that tokens were made of.
+    """Refuse to validate on what is trained on: the same files or split, or what tokens were made of.
 
     Raises:
-        ValueError: If a file of `validation` is read for training too.
+        ValueError: If a file or split of `validation` is read for training too.
     """
-    trained_on = {os.path.realpath(file) for source in training for file in list_origins(source)}
-    if shared := [file for file in list_files(validation) if os.path.realpath(file) in trained_on]:
+    trained_on = {place for source in training for place in list_origins(source)}
+    if shared := [place for place in list_places(validation) if place in trained_on]:
         raise ValueError(
             f"`validation_dataset` {validation.dataset!r} holds what is trained on, such as {shared[0]}; no pair would "
             "be held out. Move some pairs into a folder `validation` beside a folder `train`, each with its "
@@ -249,10 +250,21 @@ def check_held_out(training: Sequence[DataSource], validation: DataSource):
         )
 
 
+def list_places(source: DataSource) -> list[str]:
+    """List the files that a source is read from, or name its split on the Hub."""
+    files = [os.path.realpath(file) for file in list_files(source)]
+    return files or [", ".join(filter(None, (source.dataset, source.config_name, name_split(source.split))))]
+
+
 def list_origins(source: DataSource) -> list[str]:
-    """List the files here that a source is read from, or that its tokens were made of where they say so."""
-    files = list_files(source)
-    parquet_files = [file for file in files if file.endswith(".parquet")]
-    made_from = {(pq.read_schema(file).metadata or {}).get(MADE_FROM_KEY) for file in parquet_files} - {None}
-    origins = [DataSource(**json.loads(content)) for content in made_from]
-    return files + [file for origin in origins if Path(origin.dataset).exists() for file in list_files(origin)]
+    """List where a source is read from, and what its tokens were made of where they say so."""
+    places = list_places(source)
+    made_from = set()
+    for file in places:
+        if file.endswith(".parquet"):
+            with contextlib.suppress(ValueError):  # `open_source` says what is wrong with the file
+                made_from.add((pq.read_schema(file).metadata or {}).get(MADE_FROM_KEY))
+    for content in made_from - {None}:
+        with contextlib.suppress(ValueError):  # the images may have been moved since
+            places += list_places(DataSource(**json.loads(content)))
+    return places
