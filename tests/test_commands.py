@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import build_pipeline
 
 import editar_hf
-from editar_hf import commands
+from editar_hf import EditARPipeline, commands
 from editar_hf.commands import env, main
 from editar_hf.evaluation.measures import METRICS
 from editar_hf.evaluation.protocols import PROTOCOLS
@@ -38,6 +39,15 @@ def test_env_prints_python_and_devices(capsys):
     assert rows["cpu"].endswith(f"{torch.get_num_threads()} torch threads")
     num_devices = torch.cuda.device_count()
     assert [name for name in rows if name.startswith("cuda:")] == [f"cuda:{index}" for index in range(num_devices)]
+
+
+def test_env_prints_the_dtype_that_a_pipeline_is_loaded_in(capsys, tmp_path):
+    build_pipeline().to(torch.bfloat16).save_pretrained(tmp_path)
+    main(["env"])
+    chosen = read_rows(capsys.readouterr().out)["dtype"]
+    loaded = str(EditARPipeline.from_pretrained(tmp_path).transformer.dtype)
+    assert chosen.startswith(f"{loaded.removeprefix('torch.')} for weights stored in bfloat16; ")
+    assert "bfloat16" in chosen.partition("; ")[2]
 
 
 def test_env_lists_extras_and_says_which_are_missing(capsys, monkeypatch):

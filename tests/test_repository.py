@@ -62,7 +62,10 @@ MAY_IMPORT = {
         "__init__",
     },
     "__init__": PIPELINE,
-    "commands": {*PIPELINE, "condition_maps", "conversion", "hub", "self_check", "training", "evaluation", "__init__"},
+    "commands": {
+        *(*PIPELINE, "__init__", "condition_maps", "conversion", "evaluation", "hub", "pipeline_loading", "self_check"),
+        "training",
+    },
 }
 # The only modules that may import these when they are themselves imported; elsewhere the import sits in a function.
 MAY_IMPORT_AT_THE_TOP = {

@@ -1,4 +1,4 @@
-"""`editar-hf env`: versions and devices, to be pasted into a bug report."""
+"""`editar-hf env`: versions, devices and the default dtype, to be pasted into a bug report."""
 
 import argparse
 import os
@@ -11,19 +11,20 @@ from .. import __version__
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `editar-hf env` to the command's parser."""
-    summary = "print versions and devices, for bug reports"
+    summary = "print versions, devices and the default dtype, for bug reports"
     parser = subparsers.add_parser("env", help=summary, description=f"{summary.capitalize()}.")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per version and per device."""
+    """Print one line per version and per device, and one on the dtype."""
     rows = [
         ("editar-hf", __version__),
         ("python", platform.python_version()),
         ("platform", platform.platform()),
         *((package, describe_version(package)) for package in list_requirements()),
         *describe_devices(),
+        ("dtype", describe_dtype()),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -60,3 +61,13 @@ def describe_devices() -> list[tuple[str, str]]:
     if torch.backends.mps.is_available():
         rows.append(("mps", "available"))
     return rows
+
+
+def describe_dtype() -> str:
+    """Say in which dtype a pipeline whose weights are stored in bfloat16 is loaded here, and why."""
+    import torch
+
+    from ..pipeline_loading import choose_dtype
+
+    dtype, reason = choose_dtype([torch.bfloat16])
+    return f"{str(dtype or torch.bfloat16).removeprefix('torch.')} for weights stored in bfloat16; {reason}"
