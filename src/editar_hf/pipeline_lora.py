@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from .checks import check_number
 from .hub import check_folder_or_hub_id
-from .pipeline_loading import describe_key_problems, read_shapes
+from .pipeline_loading import describe_key_problems, read_header
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -107,7 +107,7 @@ def check_adapter(folder: Path, config, adapter_name: str, transformer: PreTrain
     scales = [scale for layer in layers.values() if not is_replaced(layer) for scale in layer.scaling.values()]
     if not all(map(math.isfinite, scales)):
         raise ValueError(f"`{folder / CONFIG_FILE}` has the `lora_alpha` {config.lora_alpha}; it must be finite.")
-    found = {name.removeprefix(KEY_PREFIX): shape for name, shape in read_shapes(folder / WEIGHTS_FILE).items()}
+    found = {name.removeprefix(KEY_PREFIX): shape for name, (shape, _) in read_header(folder / WEIGHTS_FILE).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in get_adapter_weights(skeleton, adapter_name).items()}
     if problems := describe_key_problems(found, expected):
         raise ValueError(f"`{folder / WEIGHTS_FILE}` is no adapter of this decoder: {problems}.")
