@@ -567,11 +567,11 @@ def make_folder(name):
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DAMAGES = {
-    "config is no JSON": (replace_file(CONFIG, b"{"), f"{CONFIG}` is damaged"),
-    "config is no text": (replace_file(CONFIG, b"\xff\xfe{}"), f"{CONFIG}` is damaged"),
-    "config is nested without end": (replace_file(CONFIG, b"[" * 100000), f"{CONFIG}` is damaged"),
-    "config is empty": (replace_file(CONFIG, b""), f"{CONFIG}` is damaged"),
-    "config is a list": (replace_file(CONFIG, b"[1]"), f"{CONFIG}` describes no LoRA adapter"),
+    "config is no JSON": (replace_file(CONFIG, b"{"), f"{CONFIG}` is no JSON"),
+    "config is no text": (replace_file(CONFIG, b"\xff\xfe{}"), f"{CONFIG}` is no JSON"),
+    "config is nested without end": (replace_file(CONFIG, b"[" * 100000), f"{CONFIG}` is no JSON"),
+    "config is empty": (replace_file(CONFIG, b""), f"{CONFIG}` is no JSON"),
+    "config is a list": (replace_file(CONFIG, b"[1]"), f"{CONFIG}` holds a list, not an object"),
     "config is a folder": (make_folder(CONFIG), f"has no `{CONFIG}`"),
     "config of a model": (replace_file(CONFIG, b'{"model_type": "llama"}'), f"{CONFIG}` describes no LoRA adapter"),
     "another method": (change_config(peft_type="IA3"), f"{CONFIG}` describes no LoRA adapter"),
@@ -602,6 +602,7 @@ DAMAGES = {
         f"{WEIGHTS}` is not a safetensors",
     ),
     "weights are NaN": (change_weights(lambda tensor: tensor * float("nan")), f"{WEIGHTS}` has values"),
+    "weights are complex": (change_weights(lambda tensor: tensor.cfloat()), f"{WEIGHTS}` is not a safetensors"),
     "weights are integers": (change_weights(lambda tensor: tensor.int()), f"{WEIGHTS}` has values"),
     "weights are wrongly shaped": (change_weights(lambda tensor: tensor[:1].clone()), f"{WEIGHTS}` is no adapter"),
 }

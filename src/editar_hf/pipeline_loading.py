@@ -197,5 +197,5 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
             return {
                 name: (tuple(part.get_shape()), str_to_torch_dtype[part.get_dtype()]) for name, part in slices.items()
             }
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # A dtype that transformers does not know is a `KeyError`.
         raise ValueError(f"`{path}` is not a safetensors checkpoint: {error}. Save or download it again.") from error

@@ -7,7 +7,6 @@ fused adapter by its weight at that time, so no adapter may change while any is 
 
 import copy
 import itertools
-import json
 import math
 import os
 import tempfile
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .checks import check_number
 from .hub import check_folder_or_hub_id
-from .pipeline_loading import describe_key_problems, read_header
+from .pipeline_loading import describe_key_problems, read_header, read_json_object
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -68,11 +67,8 @@ def read_config(file: Path):
     """
     from peft import LoraConfig, PeftConfig
 
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{file}` is damaged: {error}. Save or download it again.") from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+    settings = read_json_object(file)
+    if settings.get("peft_type") != "LORA":
         raise ValueError(f"`{file}` describes no LoRA adapter; in one that does, `peft_type` is LORA.")
     if type(rank := settings.get("r")) is not int or rank < 1:
         raise ValueError(f"`{file}` has the rank `r` {rank!r}; it is a positive whole number in an adapter.")
