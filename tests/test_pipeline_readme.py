@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 
 ROOT = Path(__file__).parents[1]
@@ -16,14 +15,7 @@ FIRST, LAST = "Nothing but Python", "**Faster, the same tokens**"
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    """A working directory with the pictures that the snippets open, and the checkpoint where they look for it."""
-    for name, size in (("photo", (96, 80)), ("first", (64, 64)), ("second", (64, 64))):
-        picture = Image.new("RGB", size, "grey")
-        ImageDraw.Draw(picture).ellipse((10, 10, 30, 30), fill=(205, 0, 30))
-        picture.save(tmp_path / f"{name}.png")
-    mask = Image.new("L", (96, 80))
-    mask.paste(255, (24, 16, 40, 32))
-    mask.save(tmp_path / "mask.png")
+    """A working directory with the examples where the snippets look for them."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -33,16 +25,17 @@ def desk(tmp_path, monkeypatch):
 def test_snippets_of_the_readme_run_as_written(desk):
     page = (ROOT / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page[page.index(FIRST) : page.index(LAST)], re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     names = {}
     for snippet in snippets:
         torch.manual_seed(0)
         exec(snippet, names)
+    assert isinstance(names["processor"], names["EditARProcessor"])
     photo, picture = np.asarray(names["photo"]), np.asarray(names["picture"])
-    # A token is 10 pixels of the photograph, whose crop begins at its column 8; the mask lies on 3 × 3 tokens, and the
-    # feather ends one further.
-    row, column = np.mgrid[:80, :96]
-    may_change = (row < 50) & (column >= 8) & (column < 58)
+    # A token is 30 pixels of the photograph, whose crop begins at its column 60; the mask lies on 3 × 3 tokens, the
+    # last ones of the first columns, and the feather ends one further.
+    row, column = np.mgrid[:240, :360]
+    may_change = (row >= 120) & (column >= 60) & (column < 180)
     assert np.array_equal(picture[~may_change], photo[~may_change])
     assert not np.array_equal(picture, photo)
     assert len(names["variants"]) == 2
