@@ -11,7 +11,7 @@ demo: .venv/installed-demo  ## edit a photograph with the shipped checkpoint and
 	$(BIN)/python examples/edit_photo.py
 
 test: .venv/installed-dev  ## run the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 quality: .venv/installed-dev  ## check style
 	$(BIN)/ruff check
