@@ -18,7 +18,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch.distributed.fsdp", "accelerate", "datasets", "peft", "editar_hf.pipeline_editar", "editar_hf.commands"]
+    ["accelerate", "datasets", "diffusers.guiders", "editar_hf.pipeline_editar", "peft", "torch.distributed.fsdp"]
 )
 
 
