@@ -1,8 +1,10 @@
 """Benchmarks as they are published → one folder of samples; what is not as published is refused."""
 
+import io
 import json
 import re
 import shlex
+import struct
 from pathlib import Path
 
 import datasets
@@ -258,6 +260,18 @@ def test_a_table_without_captions_is_refused(tmp_path):
 def test_a_row_that_lacks_something_or_does_not_decode_is_named(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path, "depth", make_translation_data(tmp_path / "depth", **changes), resolution=20)
+
+
+@pytest.mark.filterwarnings("ignore:The EXIF block")
+def test_an_image_with_a_damaged_exif_block_is_read_as_it_lies(tmp_path):
+    """The block says that the image lies on its side, and its resolution, −1/0, cannot be written again."""
+    tags = struct.pack("<HHHIHHHHIII", 2, 0x112, 3, 1, 6, 0, 0x11A, 10, 1, 38, 0) + struct.pack("<ii", -1, 0)
+    stream = io.BytesIO()
+    Image.new("RGB", (48, 40), "red").save(stream, "jpeg", exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
+    image = {"bytes": stream.getvalue(), "path": None}
+    benchmark = prepare(tmp_path, "depth", make_translation_data(tmp_path / "depth", image=image), resolution=20)
+    assert len(benchmark) == 3
+    assert to_array(benchmark[0].target_image)[10, 10].tolist() == [254, 0, 0]
 
 
 def test_half_a_parquet_file_is_named(tmp_path):

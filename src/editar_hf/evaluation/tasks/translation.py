@@ -4,8 +4,10 @@ Sources: the evaluation sets of ControlNet++ (arXiv 2404.07987), which EditAR (a
 takes those of the depth set's pictures.
 """
 
+import io
 from collections.abc import Iterator, Mapping
 from glob import escape, glob
+from itertools import count
 from pathlib import Path
 
 import datasets
@@ -41,19 +43,31 @@ def read_rows(source: str, split: str, columns: Mapping[str, type]) -> Iterator[
         total = sum(map(count_rows, files))
         rows = load_files("parquet", files, "train", streaming=True)
     else:
-        check_folder_or_hub_id(source, "source", "dataset")
         rows = datasets.load_dataset(source, split=split, streaming=True)
         total = rows.info.splits[split].num_examples if split in (rows.info.splits or {}) else None
     if rows.column_names is not None and (missing := sorted(set(columns) - set(rows.column_names))):
         raise ValueError(f"`source` {source!r} lacks {', '.join(missing)}; it has {', '.join(rows.column_names)}.")
-    index = 0
-    try:
-        for row in show_progress(rows, total=total, desc="preparing"):
-            check_entry(row, columns, f"row {index}")
-            yield index, row
-            index += 1
-    except (OSError, SyntaxError, pa.ArrowException, Image.DecompressionBombError) as error:
-        raise ValueError(f"`source`: row {index} of {source} cannot be read: {error}") from error
+    # `datasets` turns images by their EXIF block, and fails where that is damaged.
+    images = [name for name, feature in (rows.features or {}).items() if isinstance(feature, datasets.Image)]
+    for name in images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    rows = iter(show_progress(rows, total=total, desc="preparing"))
+    for index in count():
+        try:
+            if (row := next(rows, None)) is None:
+                return
+            row |= {name: decode_image(row[name]) for name in images if name in columns and row[name] is not None}
+        except Exception as error:  # what PIL's decoders raise on broken data is of many kinds
+            raise ValueError(f"`source`: row {index} of {source} cannot be read: {error}") from error
+        check_entry(row, columns, f"row {index}")
+        yield index, row
+
+
+def decode_image(stored: Mapping) -> Image.Image:
+    """Decode an image that `datasets` stores as bytes or a path, as it lies in the file."""
+    image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
+    image.load()
+    return image
 
 
 def count_rows(file: str) -> int:
