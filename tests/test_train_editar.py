@@ -572,7 +572,7 @@ def foreign_tokens(tmp_path_factory) -> Path:
         ({"dataset": "{tokens}"}, "`[a-z_]+` holds 4 to 4 tokens a row; the model's grid of 4 × 4 has 16"),
         ({"dataset": "{foreign_tokens}"}, f"codes 0 to {NUM_CODES - 1}"),
         ({"resolution": 10}, "`resolution` is 10: .*multiple of 4"),
-        ({"resolution": 20}, "`resolution` is 20: .*16, which this model covers"),
+        ({"resolution": 20}, "`resolution` is 20: .* pass a multiple of 4 from 4 to 16"),
         ({"num_workers": 13}, r"`dataset` '.*' has 12 rows for 13 readers"),
         ({"recipe": "recipe.yaml"}, "Give `dataset` or `recipe`: one of them"),
         ({"ema_decay": 1}, r"`ema_decay` is 1\.0"),

@@ -143,8 +143,8 @@ def test_a_public_repository_is_refused_before_the_training_unless_it_is_asked_f
 
 
 def test_snippets_of_the_cards_run_as_pasted(story):
-    assert story["seen"]["EDITOR_SNIPPET"] == [16, 16]
-    assert story["seen"]["ADAPTER_SNIPPET"] == [16, 16]
+    assert story["seen"]["EDITOR_SNIPPET"] == [512, 512]
+    assert story["seen"]["ADAPTER_SNIPPET"] == [512, 512]
 
 
 def test_pushed_folders_are_complete(story):
