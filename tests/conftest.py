@@ -1,4 +1,4 @@
-"""What every test stands on: one thread, no network, and a Hub cache that is nobody's.
+"""What every test stands on: one thread unless told otherwise, no network, and a Hub cache that is nobody's.
 
 The environment is set before anything imports torch or huggingface_hub, which read it once.
 """
@@ -15,14 +15,14 @@ os.environ.update(
     HF_HOME=_hub_home.name,
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
-    OMP_NUM_THREADS="1",
+    OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
     TOKENIZERS_PARALLELISM="false",
 )
 
 import torch  # noqa: E402
 
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # After the environment is set: fixtures of several files.
 pytest_plugins = ["scripts"]

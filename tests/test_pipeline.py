@@ -549,6 +549,8 @@ def test_the_attention_of_the_decoder_is_chosen_at_loading(saved):
 def test_a_missing_folder_is_called_missing(tmp_path):
     with pytest.raises(ValueError, match="there is no such folder"):
         EditARPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="`sticker-editor` is no folder here, and neither the cache nor the Hub"):
+        EditARPipeline.from_pretrained("sticker-editor")
 
 
 def test_file_in_place_of_a_folder_is_refused(tmp_path):

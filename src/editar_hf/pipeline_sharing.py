@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 from huggingface_hub import file_exists, get_cached_repo_tree, hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.utils import logging
 
 from .hub import check_folder_or_hub_id, create_repository
@@ -49,6 +50,7 @@ class EditARSharingMixin:
         Raises:
             ValueError: If there is no pipeline, a component's weights have missing, unexpected or wrongly shaped keys,
                 or `dtype` is unknown, before any weight is read; or if `attn_implementation` is unknown.
+            OSError: If it is no folder, and the Hub does not give it.
         """
         check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
@@ -57,7 +59,13 @@ class EditARSharingMixin:
         attn_implementation = kwargs.pop("attn_implementation", None)
         folder = Path(pretrained_model_name_or_path)
         if not folder.exists():
-            folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
+            try:
+                folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
+            except LocalEntryNotFoundError as error:  # which does not name what was asked for
+                raise FileNotFoundError(
+                    f"`{pretrained_model_name_or_path}` is no folder here, and neither the cache nor the Hub gives it: "
+                    f"{error}"
+                ) from error
         components = {name: kind for name, (kind,) in cls._get_signature_types().items() if name not in kwargs}
         stored = check_pipeline_folder(folder, components, kwargs.get("variant"))
         if dtype is None and "quantization_config" not in kwargs:
