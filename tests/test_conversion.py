@@ -481,6 +481,7 @@ def test_push_uploads_the_folder_with_its_card_and_leaves_a_card_that_is_there(p
         finished = run_python(*words, cwd=published.folder, environment=hub.get_environment(tmp_path / "home"))
         assert finished.returncode == 0, finished.stderr
         pushed, kept = hub.read_files("tester/editar"), hub.read_files("tester/mine")
+        assert hub.repositories["models/tester/editar"].private
     written = {
         str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()
     }

@@ -21,6 +21,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the files")
     parser.add_argument("--push-to-hub", metavar="ID", help="also upload it there; needs --license")
+    parser.add_argument(
+        "--hub-private-repo",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="make a new repository private; default: yes",
+    )
     parser.add_argument("--reverse", action="store_true", help="write editar.pt and vq.pt from a pipeline instead")
     parser.add_argument("--model", metavar="M", help="with --reverse: the pipeline, a folder or Hub id")
     parser.set_defaults(run=run)
@@ -81,7 +87,7 @@ def convert(args: argparse.Namespace) -> int:
     conversion.save_pipeline(pipeline, output_dir, card)
     print_outcome(output_dir, report, args.license, is_start)
     if args.push_to_hub is not None:
-        print(f"Uploaded {upload_folder(output_dir, args.push_to_hub)}")
+        print(f"Uploaded {upload_folder(output_dir, args.push_to_hub, private=args.hub_private_repo)}")
     return 0
 
 
