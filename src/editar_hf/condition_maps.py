@@ -36,7 +36,7 @@ def make_canny_map(image: Image.Image, low_threshold: float = 0.1, high_threshol
     except ImportError as error:
         raise ImportError(
             "`make_canny_map` needs kornia, which is not installed; it comes with the extra `maps`: "
-            "pip install 'editar-hf[maps]'."
+            "`pip install -e '.[maps]'` in a clone of the repository."
         ) from error
     if not 0 < low_threshold <= high_threshold:
         raise ValueError(
