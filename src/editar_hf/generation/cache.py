@@ -24,8 +24,9 @@ class SourceCache:
         keys, values (`list[torch.Tensor]`): A tensor `(sources, heads, N, head_dim)` for each layer.
         grid_height, grid_width (`int`): Tokens per column and row.
         weight_samples (`dict[str, list[float]]`): A few numbers of each of the decoder's parameters. A call whose
-            decoder has others is refused: another decoder, trained or fused weights, other adapters or scales. A change
-            of single numbers, such as one embedding, may go unnoticed.
+            decoder has others is refused: another decoder, trained or fused weights, other adapters or scales; and
+            after `unfuse_lora`, which leaves rounding. A change of single numbers, such as one embedding, may go
+            unnoticed.
         pixel_values (`torch.Tensor` of shape `(sources, 3, height, width)`, *optional*): The pictures, in [−1, 1].
     """
 
