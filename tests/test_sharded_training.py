@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from PIL import Image
 from processes import CONTEXT, read_launch_environment, run_python, run_ranks
 from safetensors.torch import load_file
+from scripts import reset_accelerate
 from tiny import NUM_CODES, build_pipeline, draw_image
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -198,6 +199,7 @@ def test_script_on_shards_trains_checkpoints_resumes_and_saves_what_one_process_
 @pytest.fixture
 def launched_on_shards(monkeypatch):
     """Be the only process of a launch for FSDP2, on gloo as in `ON_GLOO`."""
+    reset_accelerate()
     launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
     for name, value in {**launch, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2}.items():
         monkeypatch.setenv(name, str(value))
@@ -205,8 +207,7 @@ def launched_on_shards(monkeypatch):
     monkeypatch.setattr(PartialState, "_prepare_backend", lambda *args, **kwargs: gloo)
     monkeypatch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     dist.destroy_process_group()
 
 
