@@ -191,7 +191,7 @@ def test_maps_go_straight_into_the_pipeline(photograph, depth_model, segmentatio
 def test_edges_without_kornia_name_the_extra(photograph, monkeypatch):
     for name in ("kornia", "kornia.filters"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install 'editar-hf\[maps\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[maps\]'"):
         make_canny_map(photograph)
 
 

@@ -325,9 +325,9 @@ def test_every_requirement_has_a_range_and_it_holds_the_installed_version():
 # Pages
 
 
-def test_changelog_begins_with_the_version_of_the_package():
+def test_changelog_begins_with_what_is_unreleased_and_then_the_version_of_the_package():
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
-    assert headings[0] == editar_hf.__version__
+    assert headings[:2] == ["Unreleased", editar_hf.__version__]
 
 
 def test_readme_names_the_two_commands():
