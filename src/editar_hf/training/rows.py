@@ -1,6 +1,6 @@
 """Rows of a data set made ready for collation, and an account of those that cannot be used."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
+from ..checks import check_texts
 from ..condition_maps import make_canny_map
 from ..processing_editar import TASK_PREFIXES, EditARImageProcessor, compute_crop_geometry, prepare_rgb_picture
 from ..processing_masks import compute_edit_mask, prepare_mask
@@ -82,6 +83,10 @@ class RowReader:
         row = {**row, "source": source.name, "task": source.task or row.get("task") or "edit"}
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise UnusableRow("`prompt` is empty")
+        try:
+            check_texts("prompt", row["prompt"])
+        except ValueError as error:
+            raise UnusableRow(str(error)) from error
         if row["task"] not in tuple(TASK_PREFIXES):
             raise UnusableRow(f"`task` is {row['task']!r}; the tasks are {', '.join(TASK_PREFIXES)}")
         self.check_tokens(row)
@@ -105,10 +110,13 @@ class RowReader:
         """Refuse tokens that are missing or do not fill the grid, and text states that are missing."""
         num_tokens = self.height // self.stride * (self.width // self.stride)
         for name in TOKENS:
-            if name in row and (row[name] is None or len(row[name]) != num_tokens):
+            tokens = row.get(name, ())
+            if name in row and not (isinstance(tokens, Sequence) and len(tokens) == num_tokens):
                 raise UnusableRow(f"`{name}` does not hold {num_tokens} tokens")
-        if "prompt_embeds" in row and row["prompt_embeds"] is None:
-            raise UnusableRow("`prompt_embeds` is empty")
+            if not all(isinstance(token, int) and 0 <= token < 2**31 for token in tokens):
+                raise UnusableRow(f"`{name}` holds what is no token")
+        if not isinstance(row.get("prompt_embeds", b""), bytes):
+            raise UnusableRow("`prompt_embeds` is empty, or no bytes")
 
     def prepare_images(self, row: dict):
         """Make the images of a row upright RGB and its mask tokens, in place; a `ValueError` says what is refused."""

@@ -3,6 +3,7 @@
 Images stay encoded here, so that one broken file is one bad row and not the end of a run; `rows.py` decodes them.
 """
 
+import codecs
 import contextlib
 import glob
 import json
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import yaml
 from datasets.data_files import FILES_TO_IGNORE
 
+from ..checks import check_flag, check_number, check_texts
 from ..data_files import load_files, name_split
 from ..hub import check_folder_or_hub_id
 from ..processing_editar import TASK_PREFIXES
@@ -82,15 +84,24 @@ class DataSource:
     streaming: bool = True
 
     def __post_init__(self):
+        for name in ("dataset", "split", "config_name", "name", "image_folder"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in ("dataset", "split")):
+                raise ValueError(f"`{name}` is {value!r:.80}; give a string.")
         if not self.dataset:
             raise ValueError("`dataset` is empty; give a Hub id, a folder or a pattern of files.")
         self.name = self.name or self.dataset
-        if not self.probability > 0:
+        if check_number("probability", self.probability) <= 0:
             raise ValueError(f"`probability` of {self.name!r} is {self.probability}; it must be positive.")
-        if self.task is not None and self.task not in TASK_PREFIXES:
+        if self.task is not None and not (isinstance(self.task, str) and self.task in TASK_PREFIXES):
             raise ValueError(f"`task` of {self.name!r} is {self.task!r}; the tasks are {', '.join(TASK_PREFIXES)}.")
-        if self.rewrite is not None and self.rewrite not in REWRITES:
+        if self.rewrite is not None and not (isinstance(self.rewrite, str) and self.rewrite in REWRITES):
             raise ValueError(f"`rewrite` of {self.name!r} is {self.rewrite!r}; there are {', '.join(REWRITES)}.")
+        check_flag("streaming", self.streaming)
+        if not isinstance(self.columns, Mapping):
+            raise ValueError(f"`columns` of {self.name!r} is {self.columns!r:.80}; map our names to theirs.")
+        for ours, theirs in self.columns.items():
+            check_texts(f"columns[{ours!r}]", theirs)
 
 
 def load_recipe(path: str | Path) -> list[DataSource]:
@@ -101,17 +112,20 @@ def load_recipe(path: str | Path) -> list[DataSource]:
     """
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"`recipe` {str(path)!r} does not load: {error}") from error
     items = recipe.get("sources") if isinstance(recipe, dict) else None
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise ValueError(f"`recipe` {str(path)!r} has no list `sources`, each with `dataset` and what else it needs.")
     known = [item.name for item in fields(DataSource)]
-    if unknown := sorted({name for item in items for name in item} - set(known)):
+    if unknown := sorted({str(name) for item in items for name in item} - set(known)):
         raise ValueError(f"`recipe` {str(path)!r} names {', '.join(unknown)}; a source has {', '.join(known)}.")
     if not all("dataset" in item for item in items):
         raise ValueError(f"`recipe` {str(path)!r} has a source without `dataset`.")
-    return [DataSource(**item) for item in items]
+    try:
+        return [DataSource(**item) for item in items]
+    except ValueError as error:
+        raise ValueError(f"`recipe` {str(path)!r}: {error}") from error
 
 
 def open_source(source: DataSource) -> datasets.Dataset | datasets.IterableDataset:
@@ -168,6 +182,7 @@ def load_split(source: DataSource) -> datasets.Dataset | datasets.IterableDatase
     files = list_files(source)
     if not files:
         check_folder_or_hub_id(path, "dataset", repo_type="dataset")
+    check_lines(files)
     try:
         if not files:
             return datasets.load_dataset(path, source.config_name, split=split, streaming=streaming)
@@ -180,6 +195,16 @@ def load_split(source: DataSource) -> datasets.Dataset | datasets.IterableDatase
             f"`dataset` {path!r} does not load: {describe_error(error)} Give a Hub id, a folder of parquet files or "
             f"pictures, or a pattern of files, that has the split {split!r}."
         ) from error
+
+
+def check_lines(files: Sequence[str]):
+    """Refuse files of JSON lines in which a line begins no object: on `null`, pyarrow would end the process."""
+    for file in files:
+        if file.endswith(".jsonl"):
+            with open(file, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if not line.strip().removeprefix(codecs.BOM_UTF8).startswith(b"{") and line.strip():
+                        raise ValueError(f"`dataset`: {file}, line {number} is {line[:40]!r}, which is no JSON object.")
 
 
 def describe_error(error: BaseException) -> str:
