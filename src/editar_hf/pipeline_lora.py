@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .checks import check_number
+from .checks import check_number, check_path
 from .hub import check_folder_or_hub_id
 from .pipeline_loading import describe_key_problems, read_header, read_json_object
 
@@ -260,7 +260,8 @@ class EditARLoraMixin(LoraBaseMixin):
         names = self.list_adapters()
         if adapter_name is None and len(names) == 1:
             (adapter_name,) = names
-        if adapter_name not in names:
+        check_path("save_directory", save_directory)
+        if not isinstance(adapter_name, str) or adapter_name not in names:
             raise ValueError(f"`adapter_name` is {adapter_name!r}; there are {', '.join(names) or 'no adapters'}.")
         self._check_not_offloaded()
         weights = get_adapter_weights(self.transformer, adapter_name)

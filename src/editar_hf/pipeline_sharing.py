@@ -1,5 +1,6 @@
 """How a pipeline is saved, loaded and shared: what `EditARPipeline` does otherwise than diffusers' pipelines."""
 
+import re
 import shutil
 import tempfile
 import threading
@@ -11,6 +12,7 @@ from huggingface_hub import file_exists, get_cached_repo_tree, hf_hub_download, 
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.utils import logging
 
+from .checks import check_integer, check_path, check_texts
 from .hub import check_folder_or_hub_id, create_repository
 from .model_card import CARD_FILE, compose_pipeline_card, write_pipeline_card
 from .pipeline_loading import INDEX_FILE, check_pipeline_folder, choose_dtype, select_pipeline_files
@@ -20,6 +22,12 @@ logger = logging.get_logger(__name__)
 # transformers switches the initialisation of weights off for the whole process while it loads: two loads at once would
 # draw each other's weights at random.
 LOADING = threading.Lock()
+
+
+def check_variant(variant: str | None):
+    """Refuse what can be no part of the names of weight files."""
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w.-]{1,80}", variant)):
+        raise ValueError(f"`variant` is {variant!r:.80}; pass a part of files' names, such as 'fp16'.")
 
 
 class EditARSharingMixin:
@@ -54,9 +62,12 @@ class EditARSharingMixin:
         """
         check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        if not (dtype in (None, "auto") or isinstance(dtype, torch.dtype | dict)):
+        if not (dtype is None or isinstance(dtype, torch.dtype | dict) or (isinstance(dtype, str) and dtype == "auto")):
             raise ValueError(f"`dtype` is {dtype!r}; pass a dtype such as `torch.bfloat16`, a dict of them, or 'auto'.")
-        attn_implementation = kwargs.pop("attn_implementation", None)
+        attn_implementation, variant = kwargs.pop("attn_implementation", None), kwargs.get("variant")
+        if attn_implementation is not None:
+            check_texts("attn_implementation", [attn_implementation])
+        check_variant(variant)
         folder = Path(pretrained_model_name_or_path)
         if not folder.exists():
             try:
@@ -67,7 +78,7 @@ class EditARSharingMixin:
                     f"{error}"
                 ) from error
         components = {name: kind for name, (kind,) in cls._get_signature_types().items() if name not in kwargs}
-        stored = check_pipeline_folder(folder, components, kwargs.get("variant"))
+        stored = check_pipeline_folder(folder, components, variant)
         if dtype is None and "quantization_config" not in kwargs:
             dtype, reason = choose_dtype(stored)
             names = dtype or " and ".join(sorted(map(str, stored)))
@@ -132,6 +143,12 @@ class EditARSharingMixin:
                 f"The pipeline has the adapters {', '.join(names)}. `save_lora_weights` saves one of them; to save a "
                 "pipeline, call `unload_lora_weights` first, and before it `fuse_lora` to keep what they have learnt."
             )
+        check_path("save_directory", save_directory)
+        check_variant(variant)
+        if not isinstance(max_shard_size, str | None):
+            max_shard_size = check_integer("max_shard_size", max_shard_size)
+        elif max_shard_size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
+            raise ValueError(f"`max_shard_size` is {max_shard_size!r:.80}; pass a number of bytes, or one as in '5GB'.")
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         write_pipeline_card(save_directory, Path(save_directory).resolve().name)
 
