@@ -1,7 +1,11 @@
-"""Checks of single arguments that several modules share: whole numbers, and finite ones."""
+"""Checks of single arguments that several modules share."""
 
 import numbers
+import os
 import sys
+from collections.abc import Collection
+
+import torch
 
 
 def check_integer(name: str, value, minimum: int = 1, maximum: int | None = None, step: int = 1) -> int:
@@ -43,3 +47,70 @@ def check_flag(name: str, value) -> None:
     """
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` is {value!r}; pass True or False.")
+
+
+def check_choice(name: str, value, choices: Collection[str]) -> None:
+    """Refuse what is none of some strings; an array would be compared entry by entry.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_texts(name: str, texts) -> None:
+    """Refuse what is neither a string nor a list of strings, and strings that are no Unicode text.
+
+    Raises:
+        ValueError: If it is none of these, or an empty list.
+    """
+    listed = [texts] if isinstance(texts, str) else texts
+    if not (isinstance(listed, list | tuple) and listed and all(isinstance(text, str) for text in listed)):
+        raise ValueError(f"`{name}` is {texts!r}; pass a string or a list of strings.")
+    for text in listed:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # half of a character outside the first 65,536, as JSON may hold
+            raise ValueError(f"`{name}` holds {text!r}, which is no Unicode text: {error}.") from error
+
+
+def check_path(name: str, value) -> None:
+    """Refuse what names no file or folder.
+
+    Raises:
+        TypeError: If it is neither a string nor a path.
+        ValueError: If it is empty, or holds characters that no file's name may hold.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"`{name}` is {value!r:.80}; pass a path as a string or `Path`.")
+    try:
+        is_name = os.fsencode(value) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise ValueError(f"`{name}` is {os.fspath(value)!r}, which can be no path; pass another.")
+
+
+def check_tensor(name: str, value) -> None:
+    """Refuse what is no tensor, one without rows, and one without values of its own.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` is {value!r:.80}; pass a tensor with a row for each image.")
+    if value.ndim == 0 or not len(value):
+        raise ValueError(f"`{name}` is empty, of shape {tuple(value.shape)}; pass a tensor with a row for each image.")
+    check_has_values(name, value)
+
+
+def check_has_values(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor on the meta device, a sparse one and a quantised one.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise ValueError(f"`{name}` is a tensor of {kind}; pass a dense one that holds its values.")

@@ -188,7 +188,8 @@ class EditARVQConfig(PreTrainedConfig):
 
     def check_sizes(self):
         """Check that the sizes fit together."""
-        sizes = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels", "num_res_blocks")
+        sizes = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels")
+        sizes += ("num_res_blocks", "norm_num_groups")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")

@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
 
+from .checks import check_integer, check_tensor
 from .configuration_editar import EditARVQConfig
 
 
@@ -390,6 +391,7 @@ class EditARVQModel(PreTrainedModel):
         return self.decoder(self.post_quant_conv(latents))
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):
+        check_tensor("pixel_values", pixel_values)
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"`pixel_values` has shape {shape}; give (batch_size, 3, height, width).")
@@ -403,8 +405,15 @@ class EditARVQModel(PreTrainedModel):
     def _resolve_grid(
         self, image_tokens: torch.LongTensor, grid_height: int | None, grid_width: int | None
     ) -> tuple[int, int]:
-        if image_tokens.ndim != 2:
-            raise ValueError(f"`image_tokens` has shape {tuple(image_tokens.shape)}; give (batch_size, tokens).")
+        check_tensor("image_tokens", image_tokens)
+        if image_tokens.ndim != 2 or image_tokens.dtype not in (torch.int, torch.long):
+            raise ValueError(
+                f"`image_tokens` is {image_tokens.dtype} of shape {tuple(image_tokens.shape)}; give torch.long of "
+                "shape (batch_size, tokens)."
+            )
+        for name, side in (("grid_height", grid_height), ("grid_width", grid_width)):
+            if side is not None:
+                check_integer(name, side, minimum=0)
         num_image_tokens = image_tokens.shape[1]
         if grid_height is None and grid_width is None:
             grid_height = grid_width = math.isqrt(num_image_tokens)

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import StoppingCriteriaList, T5EncoderModel
 from transformers.image_utils import ImageInput
 
-from .checks import check_integer
+from .checks import check_choice, check_integer, check_tensor, check_texts
 from .generation import SourceCache
 from .generation.configuration import resolve_generation_config
 from .generation.inputs import check_generator
@@ -32,7 +32,6 @@ from .pipeline_inputs import (
     check_output_options,
     check_prompts,
     check_source,
-    check_texts,
     compute_batch_size,
     resolve_restore_size,
     warn_of_no_effect,
@@ -41,7 +40,7 @@ from .pipeline_lora import EditARLoraMixin
 from .pipeline_sharing import EditARSharingMixin
 from .pipeline_sources import EditARSourcesMixin
 from .pipeline_steps import RowPreview, StepReporter
-from .processing_editar import EditARProcessor
+from .processing_editar import OUTPUT_TYPES, EditARProcessor, check_task
 
 
 @dataclass
@@ -162,6 +161,8 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         Raises:
             ValueError: If the tokens do not fill the size or are out of range, or `output_type` is unknown.
         """
+        check_tensor("image_tokens", image_tokens)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         grid_height, grid_width = self.compute_grid(*self.resolve_size(height, width))
         pixel_values = self.vq_model.decode(image_tokens.to(self._execution_device), grid_height, grid_width)
         return self.processor.postprocess(pixel_values, output_type)
@@ -197,6 +198,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
             ValueError: If the inputs do not fit the model or each other.
         """
         check_texts("prompt", prompt)
+        check_task(task)
         grid = self.compute_grid(*self.resolve_size(height, width))
         pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
         prompts = add_task_prefixes(prompt, task)
@@ -389,7 +391,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         device, grid = self._execution_device, self.compute_grid(*size)
         check_source(self.transformer, device, given, image_guidance_scale, restore_size, decoding, grid, task)
         restore_size = resolve_restore_size(restore_size, given, task, (height, width), output_type)
-        check_output_options(output_type, restore_size, crop_to_mask)
+        check_output_options(output_type, restore_size, crop_to_mask, mask_blend, return_dict)
         num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, maximum=MAX_NUM_IMAGES)
         observers = callback_on_step_end, callback_on_step_end_tensor_inputs
         check_callback(*observers, self._callback_tensor_inputs, preview_every)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers.image_utils import ImageInput
 
-from .checks import check_flag, check_integer, check_number
+from .checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_texts
 from .configuration_editar import EditARConfig
 from .generation import SourceCache
 from .generation.configuration import EditARGenerationConfig
@@ -19,9 +19,8 @@ from .generation.inputs import (
     check_prompt_embeds,
     check_source_cache,
     check_source_image_tokens,
-    check_tensor,
 )
-from .processing_editar import OUTPUT_TYPES, TEXT_TO_IMAGE, apply_task_prefix
+from .processing_editar import OUTPUT_TYPES, TEXT_TO_IMAGE, apply_task_prefix, check_task
 
 
 # More images than this in one call are a slip of the pen: their caches fit no memory.
@@ -72,13 +71,6 @@ def check_known_arguments(unknown: dict):
         raise TypeError(f"EditARPipeline.__call__() got an unexpected keyword argument '{name}': {remedy}.")
 
 
-def check_texts(name: str, texts: str | Sequence[str]):
-    """Refuse what is neither a string nor a list of strings."""
-    listed = [texts] if isinstance(texts, str) else texts
-    if not (isinstance(listed, list | tuple) and listed and all(isinstance(text, str) for text in listed)):
-        raise ValueError(f"`{name}` is {texts!r}; pass a string or a list of strings.")
-
-
 def check_prompts(
     config: EditARConfig,
     prompt: str | Sequence[str] | None,
@@ -88,6 +80,7 @@ def check_prompts(
     task: str | Sequence[str],
 ):
     """Refuse a call without text or with text twice, and text states that do not fit the decoder."""
+    check_task(task)
     if prompt is None and prompt_embeds is None:
         raise ValueError("`prompt` is None and so is `prompt_embeds`; pass one of them.")
     texts = (("prompt", prompt, prompt_embeds), ("negative_prompt", negative_prompt, negative_prompt_embeds))
@@ -200,11 +193,11 @@ def resolve_restore_size(
     return is_image_alone and is_edit and sides == (None, None) and output_type == "pil"
 
 
-def check_output_options(output_type: str, restore_size: bool, crop_to_mask: bool):
+def check_output_options(output_type: str, restore_size: bool, crop_to_mask: bool, mask_blend: bool, return_dict: bool):
     """Refuse an output that does not exist, or cannot be had at the source's size."""
-    known = (*OUTPUT_TYPES, "tokens")
-    if output_type not in known:
-        raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(map(repr, known))}.")
+    check_flag("mask_blend", mask_blend)
+    check_flag("return_dict", return_dict)
+    check_choice("output_type", output_type, (*OUTPUT_TYPES, "tokens"))
     for name, value in (("restore_size", restore_size), ("crop_to_mask", crop_to_mask)):
         if value and output_type != "pil":
             raise ValueError(f"`output_type` is {output_type!r} with `{name}`, which returns pictures; pass 'pil'.")

@@ -19,6 +19,8 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ProcessorMixin
 
+from .checks import check_choice, check_has_values, check_integer, check_tensor, check_texts
+
 
 # The task of a prompt without a source image.
 TEXT_TO_IMAGE = "text-to-image"
@@ -32,8 +34,18 @@ TASK_PREFIXES = {
 }
 RESIZE_MODES = ("crop", "stretch")
 OUTPUT_TYPES = ("pil", "np", "pt")
+# A larger side is a slip of the pen: its pixels fit no memory.
+MAX_SIDE = 2**16
 # More than this part of a picture lost to the centre crop is worth a warning.
 MAX_SILENT_CUT = 0.02
+
+
+def check_task(task: str | Sequence[str]):
+    """Refuse what is neither a task nor a list of tasks."""
+    if not isinstance(task, str | list | tuple) or not task:
+        raise ValueError(f"`task` is {task!r}; choose one of {', '.join(map(repr, TASK_PREFIXES))}, or a list of them.")
+    for one_task in [task] if isinstance(task, str) else task:
+        check_choice("task", one_task, TASK_PREFIXES)
 
 
 def apply_task_prefix(text: str | Sequence[str], task: str | Sequence[str] = "edit") -> str | list[str]:
@@ -51,17 +63,15 @@ def apply_task_prefix(text: str | Sequence[str], task: str | Sequence[str] = "ed
         ValueError: If a text is not a string, a task is unknown, or there are as many tasks neither as one nor as
             texts.
     """
-    for name, value in (("text", text), ("task", task)):
-        if not isinstance(value, str | list | tuple):
-            raise ValueError(f"`{name}` is {value!r}; pass a string or a list of strings.")
+    if not isinstance(text, str | list | tuple):
+        raise ValueError(f"`text` is {text!r}; pass a string or a list of strings.")
+    check_task(task)
     texts = [text] if isinstance(text, str) else list(text)
     tasks = [task] * len(texts) if isinstance(task, str) else list(task)
     for one_text in texts:
         if not isinstance(one_text, str):
             raise ValueError(f"`text` holds {one_text!r}; pass a string or a list of strings.")
-    for one_task in tasks:
-        if not isinstance(one_task, str) or one_task not in TASK_PREFIXES:
-            raise ValueError(f"`task` is {one_task!r}; choose one of {', '.join(map(repr, TASK_PREFIXES))}.")
+        check_texts("text", one_text)
     if len(tasks) != len(texts):
         raise ValueError(f"`task` has {len(tasks)} entries for {len(texts)} texts; pass one task, or one per text.")
     prompts = [TASK_PREFIXES[one_task] + one_text for one_task, one_text in zip(tasks, texts, strict=True)]
@@ -191,6 +201,7 @@ def prepare_rgb_picture(
     if isinstance(image, str | Path):
         image = open_picture(image, name)
     if isinstance(image, torch.Tensor):
+        check_has_values(name, image)
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image
         image = _make_picture((image.movedim(0, -1) if image.ndim == 3 else image).numpy(), name)
@@ -209,6 +220,8 @@ def prepare_rgb_picture(
         image = _make_picture(np.asarray(image), name)
     if 0 in image.size:
         raise ValueError(f"`{name}` holds a picture of {image.width}×{image.height} pixels; it needs at least one.")
+    if image.mode == "La":
+        image = image.convert("LA")  # from which alone other modes can be made
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P", "PA") else None
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -222,13 +235,19 @@ def prepare_rgb_picture(
     return image
 
 
-def list_pictures(images: ImageInput) -> list:
-    """List the single pictures of a picture, a batch, or a list of either."""
-    if isinstance(images, list | tuple):
-        return [picture for one in images for picture in list_pictures(one)]
+def list_pictures(images: ImageInput, depth: int = 3) -> list:
+    """List the single pictures of a picture, a batch, or a list of either; a list may even hold itself."""
+    if isinstance(images, list | tuple) and depth:
+        return [picture for one in images for picture in list_pictures(one, depth - 1)]
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
         return list(images)
     return [images]
+
+
+def check_return_tensors(return_tensors: str | None):
+    """Refuse a kind of arrays that is not made here; None leaves tensors as they are."""
+    if return_tensors is not None:
+        check_choice("return_tensors", return_tensors, ("pt", "np"))
 
 
 class EditARImageProcessorKwargs(TypedDict, total=False):
@@ -278,18 +297,23 @@ class EditARImageProcessor(PilBackend):
         super().__init__(**kwargs)
         self._check_arguments(self.size, self.resize_mode)
 
-    def _standardize_kwargs(self, **kwargs):
-        return super()._standardize_kwargs(default_to_square=True, **kwargs)  # a single number is both sides
+    def _standardize_kwargs(self, size=None, **kwargs):
+        try:
+            return super()._standardize_kwargs(size=size, default_to_square=True, **kwargs)  # a number is both sides
+        except (IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`size` is {size!r}; pass a number of pixels, or a dict of `height` and `width`."
+            ) from error
 
     def _check_arguments(self, size: SizeDict, resize_mode: str):
-        for name, value in (("height", size.height), ("width", size.width)):
-            if not isinstance(value, numbers.Integral) or value < 1 or value % self.stride:
+        check_integer("stride", self.stride)
+        for name, value in (("height", size and size.height), ("width", size and size.width)):
+            if not isinstance(value, numbers.Integral) or not 1 <= value <= MAX_SIDE or value % self.stride:
                 raise ValueError(
                     f"`{name}` is {value!r}; it must be a positive multiple of {self.stride}, the pixels per token of "
-                    "the VQ tokenizer."
+                    f"the VQ tokenizer, and at most {MAX_SIDE}."
                 )
-        if resize_mode not in RESIZE_MODES:
-            raise ValueError(f"`resize_mode` is {resize_mode!r}; choose one of {', '.join(map(repr, RESIZE_MODES))}.")
+        check_choice("resize_mode", resize_mode, RESIZE_MODES)
 
     def preprocess(
         self,
@@ -312,6 +336,7 @@ class EditARImageProcessor(PilBackend):
         size = self.size if size is None else self._standardize_kwargs(size=size)["size"]
         resize_mode = self.resize_mode if resize_mode is None else resize_mode
         self._check_arguments(size, resize_mode)
+        check_return_tensors(return_tensors)
         pictures = [prepare_rgb_picture(image) for image in list_pictures(images)]
         if not pictures:
             raise ValueError("`images` is empty; pass at least one picture.")
@@ -347,8 +372,10 @@ class EditARImageProcessor(PilBackend):
         Raises:
             ValueError: If `output_type` is none of these.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` is {output_type!r}; choose one of {', '.join(map(repr, OUTPUT_TYPES))}.")
+        check_tensor("pixel_values", pixel_values)
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; give (batch, 3, height, width).")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         pixels = ((pixel_values.detach().float() + 1) / 2).clamp(0, 1)
         if output_type == "pt":
             return pixels
@@ -453,8 +480,7 @@ class EditARProcessor(ProcessorMixin):
     model_input_names = ("source_pixel_values", "target_pixel_values", "input_ids", "attention_mask")
 
     def __init__(self, image_processor, tokenizer, num_text_tokens: int = 120):
-        if num_text_tokens < 1:
-            raise ValueError(f"`num_text_tokens` is {num_text_tokens}; it must be at least 1.")
+        num_text_tokens = check_integer("num_text_tokens", num_text_tokens)
         super().__init__(image_processor, tokenizer)
         self.num_text_tokens = num_text_tokens
 
@@ -490,6 +516,7 @@ class EditARProcessor(ProcessorMixin):
         """
         if images is None and text is None and target_images is None:
             raise ValueError("`images`, `text` and `target_images` are all None; pass at least one of them.")
+        check_return_tensors(return_tensors)
         features = {} if text is None else self._tokenize(apply_task_prefix(text, task))
         default = self.image_processor.size
         size = {

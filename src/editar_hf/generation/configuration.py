@@ -87,8 +87,10 @@ def resolve_generation_config(
     What is None says nothing, so a partial `GenerationConfig(top_k=5)` changes one setting.
 
     Raises:
-        ValueError: If a resulting value is out of range.
+        ValueError: If a resulting value is out of range, or `given` is no configuration.
     """
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ValueError(f"`generation_config` is {given!r:.80}; pass a `GenerationConfig`.")
     layers = (own.to_dict(), {} if given is None else given.to_dict(), arguments)
     return EditARGenerationConfig(
         **{name: value for layer in layers for name, value in layer.items() if value is not None}

@@ -6,19 +6,12 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor
 
-from ..checks import check_integer, check_number
+from ..checks import check_choice, check_flag, check_integer, check_tensor
 from ..configuration_editar import EditARConfig
 from .cache import SourceCache
 
 
 DECODINGS = ("exact", "speculative")
-
-
-def check_tensor(name: str, value):
-    """Refuse what is no tensor, and a tensor without rows."""
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or not len(value):
-        found = f"empty, of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.80}"
-        raise ValueError(f"`{name}` is {found}; pass a tensor with a row for each image.")
 
 
 def check_prompt_embeds(config: EditARConfig, name: str, prompt_embeds: torch.Tensor):
@@ -84,9 +77,6 @@ def check_generate_inputs(
     Raises:
         ValueError: With the argument, what it is and what to do.
     """
-    if prompt_embeds is None:
-        raise ValueError("`prompt_embeds` is None; pass the text encoder's states of the prompt.")
-    check_prompt_embeds(config, "prompt_embeds", prompt_embeds)
     batch_size = len(prompt_embeds)
     if negative_prompt_embeds is not None:
         check_prompt_embeds(config, "negative_prompt_embeds", negative_prompt_embeds)
@@ -99,7 +89,6 @@ def check_generate_inputs(
             f"`image_guidance_scale` is {image_guidance_scale} without `source_image_tokens`; pass a source image, or "
             "leave the scale out."
         )
-    check_number("image_guidance_scale", image_guidance_scale)
     check_generator(generator, batch_size)
 
 
@@ -112,6 +101,25 @@ def check_generator(generator: torch.Generator | Sequence[torch.Generator] | Non
         raise ValueError(
             f"`generator` is a list of {len(generators)} for {num_images} images; pass one, or one per image."
         )
+
+
+def check_own_states(model, prompt_embeds: torch.Tensor | None):
+    """Refuse text states that are missing, do not fit the decoder, or are of another dtype."""
+    if prompt_embeds is None:
+        raise ValueError("`prompt_embeds` is None; pass the text encoder's states of the prompt.")
+    check_prompt_embeds(model.config, "prompt_embeds", prompt_embeds)
+    if prompt_embeds.dtype != model.dtype and not torch.is_autocast_enabled(prompt_embeds.device.type):
+        raise ValueError(f"`prompt_embeds` holds {prompt_embeds.dtype}; convert it to the model's {model.dtype}.")
+
+
+def check_listeners(logits_processor, stopping_criteria, streamer, return_dict_in_generate: bool):
+    """Refuse what cannot be called with tokens, or cannot be given them."""
+    check_flag("return_dict_in_generate", return_dict_in_generate)
+    for name, listed in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+        if listed is not None and not (isinstance(listed, list | tuple) and all(map(callable, listed))):
+            raise ValueError(f"`{name}` is {listed!r:.80}; pass a list of transformers' objects of that name.")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(f"`streamer` is {streamer!r:.80}; pass a `BaseStreamer` of transformers.")
 
 
 def check_edit_mask(edit_mask: torch.BoolTensor | None, source_image_tokens: torch.LongTensor | None):
@@ -135,8 +143,7 @@ def check_decoding(
     has_source: bool,
 ):
     """Refuse a way of decoding that does not exist, drafts where there are none, and processors of beam search."""
-    if decoding not in DECODINGS:
-        raise ValueError(f"`decoding` is {decoding!r}; choose one of {', '.join(map(repr, DECODINGS))}.")
+    check_choice("decoding", decoding, DECODINGS)
     if decoding == "speculative" and not has_source:
         raise ValueError("`decoding` is 'speculative', which drafts from the source; pass one, or decode 'exact'.")
     if num_draft_tokens is not None and decoding == "exact":

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from ..checks import check_number
 from .cache import SourceCache
 from .compilation import CompiledPasses
 from .configuration import EditARGenerationConfig, resolve_generation_config
@@ -21,6 +22,8 @@ from .inputs import (
     check_decoding,
     check_edit_mask,
     check_generate_inputs,
+    check_listeners,
+    check_own_states,
     check_source_cache,
     check_source_image_tokens,
     check_weight_samples,
@@ -35,6 +38,15 @@ from .sampling import TokenSelector, compute_noise_keys, draw_seeds, select_bran
 # (`benchmarks/results/generation-pieces.md`).
 NUM_DRAFT_TOKENS = {"cpu": 8}
 NUM_DRAFT_TOKENS_ELSEWHERE = 16
+
+
+def resolve_num_draft_tokens(decoding: str, num_draft_tokens: int | None, device: torch.device) -> int:
+    """Decide how many drafts a pass has at most."""
+    if decoding == "exact":
+        return 0
+    if num_draft_tokens is None:
+        return NUM_DRAFT_TOKENS.get(device.type, NUM_DRAFT_TOKENS_ELSEWHERE)
+    return num_draft_tokens
 
 
 @dataclass
@@ -153,18 +165,20 @@ class EditARGenerationMixin(GenerationMixin):
             "top_p": top_p,
         }
         settings = resolve_generation_config(self.generation_config, generation_config, arguments)
-        image_guidance_scale = 1 if image_guidance_scale is None else image_guidance_scale
+        image_scale = check_number("image_guidance_scale", 1 if image_guidance_scale is None else image_guidance_scale)
+        check_listeners(logits_processor, stopping_criteria, streamer, return_dict_in_generate)
         grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
-        device = self.device if prompt_embeds is None else prompt_embeds.device
+        check_own_states(self, prompt_embeds)
+        device = prompt_embeds.device
         check_source_cache(source_cache, self.dtype, device, grid_height, grid_width)
-        if source_cache is not None and prompt_embeds is not None:
+        if source_cache is not None:
             source_image_tokens = source_cache.expand_tokens(source_image_tokens, prompt_embeds)
         check_generate_inputs(
             self.config,
             source_image_tokens,
             prompt_embeds,
             negative_prompt_embeds,
-            image_guidance_scale,
+            image_scale,
             generator,
             grid_height,
             grid_width,
@@ -178,15 +192,12 @@ class EditARGenerationMixin(GenerationMixin):
         if settings.do_sample:
             seeds = draw_seeds(generator, len(prompt_embeds)).to(prompt_embeds.device)
             noise_keys = compute_noise_keys(seeds, grid_height * grid_width)
-        select_tokens = TokenSelector(settings, image_guidance_scale, logits_processor or [], noise_keys, edit_mask)
+        select_tokens = TokenSelector(settings, image_scale, logits_processor or [], noise_keys, edit_mask)
         grid = {"grid_height": grid_height, "grid_width": grid_width}
-        if decoding == "exact":
-            num_draft_tokens = 0
-        elif num_draft_tokens is None:
-            num_draft_tokens = NUM_DRAFT_TOKENS.get(device.type, NUM_DRAFT_TOKENS_ELSEWHERE)
+        num_draft_tokens = resolve_num_draft_tokens(decoding, num_draft_tokens, device)
         num_images, num_tokens = len(prompt_embeds), grid_height * grid_width
         plan = plan_target(source_image_tokens, edit_mask, (num_images, num_tokens), num_draft_tokens, device)
-        branches = select_branches(settings.guidance_scale, image_guidance_scale)
+        branches = select_branches(settings.guidance_scale, image_scale)
         run_pass = PassRunner(
             self, source_image_tokens, source_cache, prompt_embeds, negative_prompt_embeds, branches, grid
         )
