@@ -113,7 +113,8 @@ def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_ro
 
     def draw_previews(grid_size: int, num_rows: int):
         pixels = torch.zeros(1, 3, grid_size * STRIDE, grid_size * STRIDE, device=source.device)
-        preview = RowPreview(SimpleNamespace(vq_model=vq_model), pixels, grid_size, 1, processor.postprocess)
+        grid, pipeline = (grid_size, grid_size), SimpleNamespace(vq_model=vq_model)
+        preview = RowPreview(pipeline, pixels, grid, 1, processor.postprocess)
         tokens = torch.zeros(1, grid_size**2, dtype=torch.long, device=source.device)
         for row in range(1, num_rows + 1):
             preview.draw(tokens[:, : row * grid_size])

@@ -379,6 +379,14 @@ def test_the_last_preview_comes_with_the_last_row_and_is_the_result(pipe):
     assert np.array_equal(previews[15][0], np.asarray(output.images[0]))
 
 
+def test_the_result_is_drawn_once_where_the_last_preview_shows_it(pipe):
+    calls = []
+    handle = pipe.vq_model.decoder.register_forward_hook(lambda *arguments: calls.append(arguments))
+    collect_previews(pipe, preview_every=1)
+    handle.remove()
+    assert len(calls) == 4  # a call for each row of tokens
+
+
 def test_previews_change_no_pixel_that_the_result_cannot_change(pipe):
     _, previews = collect_previews(pipe, preview_every=1, mask_image=MASK)
     distance = compute_distance((SIDE, SIDE), [(4, 4, 8, 8), (8, 8, 12, 12)])

@@ -368,8 +368,8 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
                 far), `"source_image_tokens"`, `"prompt_embeds"`.
             preview_every (`int`, *optional*): After so many rows of tokens `tensors` also holds `"preview"`, a PIL
                 image for each result: what is decoded so far, above the source, under the mask and of the size that
-                the result will have. Strips are drawn by themselves, so that a preview is cheap and near to the
-                result, not equal.
+                the result will have. The last one is the result. The others are drawn in strips, which is cheap, so
+                they are near to the result, not equal.
             output_type (`str`): `"pil"`, `"np"` (batch, height, width, 3) in [0, 1], `"pt"` (batch, 3, height, width)
                 in [0, 1], or `"tokens"`.
             return_dict (`bool`): Return an `EditARPipelineOutput`, or its values as a tuple.
@@ -423,7 +423,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         image_tokens, num_passes = self.generate_image_tokens(rows, settings, grid, *observers, preview)
 
         # 5. Draw them
-        images = self.draw_images(image_tokens, sources, region, size, restore_size, output_type)
+        images = self.draw_images(image_tokens, sources, region, size, restore_size, output_type, preview)
         self.maybe_free_model_hooks()
         output = EditARPipelineOutput(images=images, image_tokens=image_tokens, num_passes=num_passes)
         return output if return_dict else output.to_tuple()

@@ -263,11 +263,15 @@ class EditARSourcesMixin:
         size: tuple[int, int],
         restore_size: bool,
         output_type: str,
+        preview: RowPreview | None,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Draw the results and compose them."""
+        """Draw the results, unless the last preview has, and compose them."""
         if output_type == "tokens":
             return image_tokens
-        pixel_values = self.vq_model.decode(image_tokens, *self.compute_grid(*size)).float()
+        if preview is not None and preview.is_complete:
+            pixel_values = preview.canvas
+        else:
+            pixel_values = self.vq_model.decode(image_tokens, *self.compute_grid(*size)).float()
         return self.compose_images(pixel_values, sources, region, size, restore_size, output_type)
 
     def compose_images(

@@ -42,6 +42,11 @@ class RowPreview:
         num_rows, rest = divmod(num_tokens, self.grid_width)
         return rest == 0 and (num_rows % self.rows_per_preview == 0 or num_rows == self.grid_height)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether `canvas` shows the whole result."""
+        return self.num_drawn_rows == self.grid_height
+
     def draw(self, image_tokens: torch.LongTensor) -> list[Image.Image]:
         """Draw the rows that are new in tokens `(batch, T)`, and return the pictures as they stand."""
         num_rows = image_tokens.shape[1] // self.grid_width
