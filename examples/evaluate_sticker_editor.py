@@ -3,12 +3,13 @@
     python examples/evaluate_sticker_editor.py --model examples/sticker-editor --dataset stickers \
         --settings greedy-3 sampled-3 greedy-1 greedy-7.5 --output results.json
 
-A setting is a way to choose tokens and a guidance scale. Beside them stand the true target passed through the tokenizer
-(the ceiling), the untouched source, and the model given another sample's instruction. What counts as done is said in
-`src/editar_hf/evaluation/stickers.py`.
+A setting is a way to choose tokens, a guidance scale and, where tokens are sampled at another temperature than 1, that
+temperature. Beside them stand the true target passed through the tokenizer (the ceiling), the untouched source, and the
+model given another sample's instruction. What counts as done is said in `src/editar_hf/evaluation/stickers.py`.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,9 @@ class Arguments:
     output: str = field(metadata={"help": "JSON file for the figures"})
     lora: str | None = field(default=None, metadata={"help": "folder or Hub id of an adapter to edit with"})
     split: str = "test"
-    settings: list[str] = field(default_factory=lambda: ["greedy-3"], metadata={"help": "such as greedy-3, sampled-1"})
+    settings: list[str] = field(
+        default_factory=lambda: ["greedy-3"], metadata={"help": "such as greedy-3, sampled-1, sampled-1.5-0.3"}
+    )
     controls: list[str] = field(
         default_factory=lambda: list(CONTROLS),
         metadata={"help": "which of ceiling, untouched source, another instruction"},
@@ -44,14 +47,16 @@ class Arguments:
 
 
 def parse_setting(setting: str) -> dict:
-    """Turn `greedy-3` into the arguments of the pipeline that it stands for."""
-    choice, _, scale = setting.partition("-")
-    try:
-        return {"do_sample": {"greedy": False, "sampled": True}[choice], "guidance_scale": float(scale)}
-    except (KeyError, ValueError):
+    """Turn `greedy-3` or `sampled-3-0.5` into the arguments of the pipeline that it stands for."""
+    match = re.fullmatch(r"(greedy|sampled)-(\d+\.?\d*)(?:-(\d+\.?\d*))?", setting)
+    if match is None or (match[1] == "greedy" and match[3]):
         raise ValueError(
-            f"`settings` holds {setting!r}; write greedy or sampled and a scale, as in greedy-3."
-        ) from None
+            f"`settings` holds {setting!r}; write greedy and a scale, as in greedy-3, or sampled, a scale and, if it "
+            "is not 1, a temperature, as in sampled-3-0.5."
+        )
+    if match[1] == "greedy":
+        return {"do_sample": False, "guidance_scale": float(match[2])}
+    return {"do_sample": True, "guidance_scale": float(match[2]), "temperature": float(match[3] or 1)}
 
 
 def load_samples(args: Arguments) -> list[dict]:

@@ -30,7 +30,7 @@ train() {
         --target_token_dropout 0.3 --checkpointing_steps 300 --resume_from_checkpoint latest --seed 0
 }
 
-# The setting is the editor's own default.
+# At the editor's own guidance scale.
 measure() {
     python examples/evaluate_sticker_editor.py --model "$MODEL" --dataset "$RUNS/$1" --settings greedy-1.5 \
         --controls ceiling --output "$RUNS/figures/$1-$2.json" "${@:3}"

@@ -121,11 +121,11 @@ def test_text_width_that_no_head_divides_is_refused(pictures, sticker_editor, tm
 
 def test_evaluation_writes_the_settings_beside_the_ceiling_and_the_controls(sticker_editor, pictures, tmp_path):
     output = tmp_path / "new" / "results.json"
-    options = {"settings": ["sampled-2", "greedy-1"], "batch_size": 7}
+    options = {"settings": ["sampled-2-0.5", "greedy-1"], "batch_size": 7}
     run_script("evaluate_sticker_editor.py", model=sticker_editor, dataset=pictures, output=output, **options)
     results = json.loads(output.read_text())
     controls = {"ceiling", "untouched source", "another instruction"}
-    assert set(results) == controls | {"sampled-2", "greedy-1"}
+    assert set(results) == controls | {"sampled-2-0.5", "greedy-1"}
     assert [path.name for path in output.parent.iterdir()] == ["results.json"]
 
     for summary in results.values():
@@ -148,6 +148,7 @@ def test_evaluation_writes_the_settings_beside_the_ceiling_and_the_controls(stic
     [
         ({"settings": ["gready-3"]}, "`settings` holds 'gready-3'"),
         ({"settings": ["greedy"]}, "`settings` holds 'greedy'"),
+        ({"settings": ["greedy-3-0.5"]}, "`settings` holds 'greedy-3-0.5'"),
         ({"split": "holdout"}, "no parquet file whose name starts with 'holdout'"),
         ({"max_samples": 1}, "`dataset` has one prompt of operation"),
         ({"controls": ["floor"]}, "`controls` holds floor; there are ceiling, untouched source, another instruction"),
