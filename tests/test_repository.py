@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "condition_maps": {"processing_editar"},
     "model_card": set(),
     "data_files": set(),
-    "hub": {"checks", "model_card"},
+    "hub": {"model_card"},
     "pipeline_inputs": {"checks", "configuration_editar", "generation", "processing_editar"},
     "pipeline_loading": set(),
     "pipeline_lora": {"checks", "hub", "pipeline_loading"},

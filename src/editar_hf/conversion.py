@@ -468,7 +468,11 @@ def revert_pipeline(model: str | Path, output_dir: str | Path):
     for name in (REVERTED_TRANSFORMER, REVERTED_VQ_MODEL):
         if (output_dir / name).exists():
             raise ValueError(f"`output_dir` already holds {name}; give another folder.")
-    check_format_constants(EditARConfig.from_pretrained(model, subfolder="transformer"), TRANSFORMER_CONSTANTS)
+    try:
+        config = EditARConfig.from_pretrained(model, subfolder="transformer")
+    except OSError as error:  # which need not name the model
+        raise OSError(f"`model` is {model}, of which no configuration loads: {error}") from error
+    check_format_constants(config, TRANSFORMER_CONSTANTS)
     check_format_constants(EditARVQConfig.from_pretrained(model, subfolder="vq_model"), VQ_CONSTANTS)
     transformer = EditARForConditionalGeneration.from_pretrained(model, subfolder="transformer", dtype="auto")
     vq_model = EditARVQModel.from_pretrained(model, subfolder="vq_model", dtype="auto")

@@ -8,7 +8,6 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import logging
 
-from .checks import check_path
 from .model_card import CARD_FILE
 
 
@@ -30,7 +29,8 @@ def check_folder_or_hub_id(value: str | os.PathLike, argument: str, repo_type: s
         TypeError: If it is neither a string nor a path.
         ValueError: If there is no such folder or file, and it is no Hub id either.
     """
-    check_path(argument, value)
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"`{argument}` is {value!r:.80}; give a folder or a Hub id, as a string or a path.")
     name = os.fspath(value)
     if os.path.exists(name) or (isinstance(value, str) and is_hub_id(name, repo_type)):
         return

@@ -32,6 +32,7 @@ from .pipeline_inputs import (
     check_output_options,
     check_prompts,
     check_source,
+    check_tokenizer,
     compute_batch_size,
     resolve_restore_size,
     warn_of_no_effect,
@@ -98,6 +99,7 @@ class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, Di
         processor: EditARProcessor,
     ):
         super().__init__()
+        check_tokenizer(transformer, text_encoder, processor)
         self.register_modules(
             transformer=transformer, vq_model=vq_model, text_encoder=text_encoder, processor=processor
         )

@@ -36,6 +36,28 @@ ARGUMENTS_ELSEWHERE = {
 }
 
 
+def check_tokenizer(transformer, text_encoder, processor):
+    """Refuse a tokenizer of more entries than the text encoder reads, or prompts of another length than the decoder's.
+
+    Raises:
+        ValueError: If both are there, and do not fit.
+    """
+    if processor is None:
+        return
+    if processor.tokenizer.pad_token is None:
+        raise ValueError("`processor` has a tokenizer without a padding token; save or download its files again.")
+    if text_encoder is not None and len(processor.tokenizer) > text_encoder.config.vocab_size:
+        raise ValueError(
+            f"`processor` has a tokenizer of {len(processor.tokenizer)} entries and `text_encoder` reads "
+            f"{text_encoder.config.vocab_size}; pass the tokenizer that it was trained with."
+        )
+    if transformer is not None and processor.num_text_tokens != transformer.config.num_text_tokens:
+        raise ValueError(
+            f"`processor` makes prompts of {processor.num_text_tokens} tokens and `transformer` reads "
+            f"{transformer.config.num_text_tokens}; pass the processor that it was trained with."
+        )
+
+
 def add_task_prefixes(prompt: str | Sequence[str] | None, task: str | Sequence[str]) -> list[str] | None:
     """Put the prefix of each task before its prompt; one prompt serves many tasks."""
     if prompt is None:

@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 
 INDEX_FILE = "model_index.json"
 # Whatever a component keeps beside its weights: configurations, tokenizers, chat templates.
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 WEIGHTS_SUFFIX = ".safetensors"
+# Of more layers than this, building a network would not end.
+MAX_NUM_LAYERS = 1000
 
 
 # What a CPU needs to compute in a dtype, of `torch.cpu.get_capabilities()`. Without, torch computes in a slow loop
@@ -113,6 +115,8 @@ def check_pipeline_folder(folder: Path, components: dict[str, type], variant: st
     if not (folder / INDEX_FILE).is_file():
         raise ValueError(f"`{folder}` has no `{INDEX_FILE}`; give a folder that `save_pretrained` of a pipeline wrote.")
     index = read_json_object(folder / INDEX_FILE)
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"`{folder / INDEX_FILE}` names no pipeline under `_class_name`. Save or download it again.")
     if absent := [name for name in components if name not in index]:
         raise ValueError(f"`{folder}` is no EditAR pipeline: its `{INDEX_FILE}` lacks {', '.join(absent)}.")
     filenames = {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
@@ -122,7 +126,11 @@ def check_pipeline_folder(folder: Path, components: dict[str, type], variant: st
         check_index_entry(folder, name, index[name], component_class)
         for path in sorted((folder / name).glob("*.json")):
             read_json_object(path)
-        if issubclass(component_class, PreTrainedModel) and index[name][1] is not None:
+        if index[name][1] is None:
+            continue
+        if not issubclass(component_class, PreTrainedModel):
+            check_loads(folder / name, component_class)
+        else:
             paths = [folder / file for file in sorted(weight_files) if file.startswith(f"{name}/")]
             dtypes |= check_weights(folder / name, component_class, paths)
     return dtypes
@@ -132,10 +140,20 @@ def check_index_entry(folder: Path, name: str, entry, component_class: type):
     """Refuse an entry of `model_index.json` that is neither the component's library and class, nor two nulls."""
     is_left_out = entry == [None, None]
     is_named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-    if not is_left_out and not (is_named and entry[1] == component_class.__name__):
+    library = component_class.__module__.partition(".")[0]
+    is_named = is_named and entry[0].partition(".")[0] == library and entry[1] == component_class.__name__
+    if not is_left_out and not is_named:
         raise ValueError(
             f"`{folder / INDEX_FILE}` says {entry!r} for {name}; an EditAR pipeline has a {component_class.__name__}."
         )
+
+
+def check_loads(folder: Path, loaded_class: type):
+    """Refuse a folder from which a small part of a pipeline does not load; libraries raise errors of every kind."""
+    try:
+        loaded_class.from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(f"`{folder}` holds no {loaded_class.__name__} that loads: {error}") from error
 
 
 def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: list[Path]) -> set[torch.dtype]:
@@ -151,11 +169,14 @@ def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: list[
         config = model_class.config_class.from_pretrained(folder)
         if "quantization_config" in config.to_dict():
             return set()  # Quantised weights have names and shapes of their own, which their library checks.
+        check_config(config)
         with torch.device("meta"):
             model = model_class(config)
     # What a configuration may hold, and what networks make of it, is more than can be foreseen.
     except Exception as error:
         raise ValueError(f"`{folder / CONFIG_NAME}` describes no {model_class.__name__}: {error}") from error
+    if (folder / GENERATION_CONFIG_NAME).is_file() and hasattr(model_class, "generation_config_class"):
+        check_loads(folder, model_class.generation_config_class)
     # Of tied weights one is stored, under either name.
     tied = model.all_tied_weights_keys
     expected = {tied.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -166,6 +187,16 @@ def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: list[
             f"The weights in `{folder}` do not fit its configuration: {problems}. Save or download it again."
         )
     return {dtype for _, dtype in stored.values() if dtype.is_floating_point}
+
+
+def check_config(config: PreTrainedConfig):
+    """Refuse what would end a network's building late or never."""
+    for name, kind in (("dtype", torch.dtype | None), ("model_type", str)):
+        if not isinstance(value := getattr(config, name), kind):
+            raise ValueError(f"`{name}` is {value!r}")
+    for name, value in config.to_dict().items():
+        if name.endswith(("layers", "blocks")) and isinstance(value, int) and value > MAX_NUM_LAYERS:
+            raise ValueError(f"`{name}` is {value}, more than {MAX_NUM_LAYERS}")
 
 
 def describe_key_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
@@ -197,5 +228,5 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
             return {
                 name: (tuple(part.get_shape()), str_to_torch_dtype[part.get_dtype()]) for name, part in slices.items()
             }
-    except (SafetensorError, KeyError) as error:  # A dtype that transformers does not know is a `KeyError`.
+    except (SafetensorError, OSError, KeyError) as error:  # A dtype that transformers does not know is a `KeyError`.
         raise ValueError(f"`{path}` is not a safetensors checkpoint: {error}. Save or download it again.") from error

@@ -36,6 +36,8 @@ RESIZE_MODES = ("crop", "stretch")
 OUTPUT_TYPES = ("pil", "np", "pt")
 # A larger side is a slip of the pen: its pixels fit no memory.
 MAX_SIDE = 2**16
+# More tokens of text are one, too.
+MAX_TEXT_TOKENS = 2**16
 # More than this part of a picture lost to the centre crop is worth a warning.
 MAX_SILENT_CUT = 0.02
 
@@ -376,6 +378,10 @@ class EditARImageProcessor(PilBackend):
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; give (batch, 3, height, width).")
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        if pixel_values.isnan().any():
+            raise RuntimeError(
+                "`pixel_values` holds NaN: the VQ model overflowed in float16, or its weights are damaged."
+            )
         pixels = ((pixel_values.detach().float() + 1) / 2).clamp(0, 1)
         if output_type == "pt":
             return pixels
@@ -480,7 +486,7 @@ class EditARProcessor(ProcessorMixin):
     model_input_names = ("source_pixel_values", "target_pixel_values", "input_ids", "attention_mask")
 
     def __init__(self, image_processor, tokenizer, num_text_tokens: int = 120):
-        num_text_tokens = check_integer("num_text_tokens", num_text_tokens)
+        num_text_tokens = check_integer("num_text_tokens", num_text_tokens, maximum=MAX_TEXT_TOKENS)
         super().__init__(image_processor, tokenizer)
         self.num_text_tokens = num_text_tokens
 

@@ -43,5 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (OSError, TypeError, ValueError) as error:
-        print(f"editar-hf: error: {error}", file=sys.stderr)
+        message = " ".join(str(error).split("\n"))  # one line, whoever wrote it
+        print(f"editar-hf: error: {message}", file=sys.stderr)
         return 2
