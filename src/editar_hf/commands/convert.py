@@ -53,6 +53,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             advice = "leave it out with" if args.reverse else "it goes with"
             raise ValueError(f"`{option}` is {getattr(args, name)}; {advice} `--reverse`.")
+    for name in ("transformer", "vq_model", "text_encoder", "model"):
+        if getattr(args, name) == "":
+            raise ValueError(f"`--{name.replace('_', '-')}` is empty; give a name, or leave it out.")
     if args.reverse and args.model is None:
         raise ValueError("`--model` is missing; name the pipeline that `--reverse` is to convert.")
     if args.grid_size is not None and args.transformer is None:
