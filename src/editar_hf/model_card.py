@@ -58,7 +58,8 @@ tags: [editar, {tag}]
 PIPELINE_DESCRIPTION = """\
 Edits images by instruction, one token after the other: an EditAR model
 ([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)) with its VQ tokenizer and text encoder, for the Python package
-`editar-hf`. Guidance and sampling default to the settings in `transformer/generation_config.json`."""
+`editar-hf`. Guidance and sampling default to the settings in `transformer/generation_config.json`. Without `dtype` the
+weights load as they are stored where the device computes in that dtype, and in float32 elsewhere."""
 ADAPTER_DESCRIPTION = """\
 A LoRA adapter, in PEFT's format, for the decoder of `{base_model}`: an EditAR model
 ([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)), which edits images by instruction. For the Python package
