@@ -148,15 +148,16 @@ def test_a_picture_that_fails_in_any_way_is_reported_and_the_others_go_on(model,
 
 
 def test_an_error_that_is_not_of_the_input_stops_no_folder_either(pictures, tmp_path, capsys):
-    """The words of one prompt are none that this text encoder knows: an IndexError."""
+    """The words of one prompt have damaged states in the text encoder: a RuntimeError."""
     pipeline = build_pipeline()
-    pipeline.text_encoder.resize_token_embeddings(max(pipeline.processor(text="a").input_ids[0]) + 1)
+    known, damaged = (set(pipeline.processor(text=text).input_ids[0].tolist()) for text in ("a", PROMPT))
+    pipeline.text_encoder.shared.weight.data[list(damaged - known)] = float("nan")
     pipeline.save_pretrained(tmp_path / "deaf")
     lines = [{"image": "a.png", "prompt": PROMPT}, {"image": "b.png", "prompt": "a"}]
     assert run_folder(str(tmp_path / "deaf"), pictures, write_prompts(tmp_path, *lines), tmp_path / "out") == 1
     captured = capsys.readouterr()
     assert "1 done, 1 failed" in captured.out
-    assert f"{pictures / 'a.png'}: IndexError: " in captured.err
+    assert f"{pictures / 'a.png'}: RuntimeError: " in captured.err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ with random ones; both are settled here, from file names and tensor headers alon
 
 import json
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -129,7 +130,8 @@ def check_pipeline_folder(folder: Path, components: dict[str, type], variant: st
         if index[name][1] is None:
             continue
         if not issubclass(component_class, PreTrainedModel):
-            check_loads(folder / name, component_class)
+            # A processor asks the Auto classes for its parts. They know ours once the package was asked for a name.
+            check_loads(folder / name, getattr(import_module(__package__), component_class.__name__))
         else:
             paths = [folder / file for file in sorted(weight_files) if file.startswith(f"{name}/")]
             dtypes |= check_weights(folder / name, component_class, paths)
