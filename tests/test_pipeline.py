@@ -700,7 +700,9 @@ def test_an_edit_without_an_image_warns_and_text_to_image_does_not(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokens = pipe(PROMPT, task="text-to-image", generator=seeded(0)).image_tokens
+        listed = pipe([PROMPT], task=["text-to-image"], generator=seeded(0)).image_tokens
     assert torch.equal(tokens, expected)
+    assert torch.equal(listed, expected)
 
 
 @pytest.mark.parametrize("kind", [str, Path])

@@ -68,6 +68,11 @@ def add_task_prefixes(prompt: str | Sequence[str] | None, task: str | Sequence[s
     return apply_task_prefix(prompts, task)
 
 
+def collect_tasks(task: str | Sequence[str]) -> set[str]:
+    """Collect the different tasks of a call, which names one or a list."""
+    return {task} if isinstance(task, str) else set(task)
+
+
 def compute_batch_size(**inputs: Sequence | torch.Tensor | None) -> int:
     """Compute how many different images are asked for: as many as the longest input has entries.
 
@@ -167,7 +172,7 @@ def check_source(
     if restore_size and given.image is None:
         raise ValueError("`restore_size` is True without an `image`; pass the picture whose size is to be restored.")
     has_source = given.image is not None or has_known
-    if has_source and TEXT_TO_IMAGE in ([task] if isinstance(task, str) else task):
+    if has_source and TEXT_TO_IMAGE in collect_tasks(task):
         raise ValueError(f"`task` is {TEXT_TO_IMAGE!r} beside a source image; leave out one of them.")
     if image_guidance_scale is not None:
         check_number("image_guidance_scale", image_guidance_scale)
@@ -211,8 +216,7 @@ def resolve_restore_size(
     if restore_size is not None:
         return restore_size
     is_image_alone = given.image is not None and given.source_image_tokens is None and given.source_cache is None
-    is_edit = {task} == {"edit"} if isinstance(task, str) else set(task) == {"edit"}
-    return is_image_alone and is_edit and sides == (None, None) and output_type == "pil"
+    return is_image_alone and collect_tasks(task) == {"edit"} and sides == (None, None) and output_type == "pil"
 
 
 def check_output_options(output_type: str, restore_size: bool, crop_to_mask: bool, mask_blend: bool, return_dict: bool):
@@ -275,7 +279,7 @@ def warn_of_no_effect(
             stacklevel=CALLER,
         )
     has_source = any(source is not None for source in (given.image, given.source_image_tokens, given.source_cache))
-    if not has_source and task != TEXT_TO_IMAGE:
+    if not has_source and collect_tasks(task) != {TEXT_TO_IMAGE}:
         warnings.warn(
             "`image` is missing, so the image is made from the text alone. Pass `image`, or "
             f"`task={TEXT_TO_IMAGE!r}` if this is what you want.",
