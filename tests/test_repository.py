@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "editar_hf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
-SCRIPTS = [*EXAMPLES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+SCRIPTS = [
+    *EXAMPLES,
+    *(p for folder in ("tests", "benchmarks", "projects") for p in sorted((ROOT / folder).rglob("*.py"))),
+]
 DISTRIBUTIONS = metadata.packages_distributions()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
@@ -344,7 +347,7 @@ def test_commands_and_files_named_on_a_page_exist(page):
     assert set(re.findall(r"(?:^|[`\s/])editar-hf ([a-z-]+)", code)) <= known
     extras = set(read_requirements())
     assert {extra for named in re.findall(r"\.\[([a-z,]+)\]", code) for extra in named.split(",")} <= extras
-    paths = re.findall(r"(?<![\w/.])(?:examples|tests|src|benchmarks|model_cards|\.ci)/[\w./-]*\w", text)
+    paths = re.findall(r"(?<![\w/.])(?:examples|tests|src|benchmarks|projects|model_cards|\.ci)/[\w./-]*\w", text)
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
