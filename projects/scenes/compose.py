@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from canny_edges import draw_canny_map
-from global_edits import GLOBAL_EDITS, apply_global_edit
+from global_edits import GLOBAL_EDITS, WEATHERS, apply_global_edit
 from instructions import PLACES, compose_caption, compose_instruction
 from PIL import Image, ImageDraw
 from recoloring import COLORS, compute_color_distance, name_color, recolor
@@ -54,10 +54,12 @@ SHAPES = ((128, 128), (96, 128), (128, 96), (72, 128), (128, 72))
 
 # Lengths as fractions: of the longer side of the picture, of the side itself, of the side itself.
 SMALLEST_OBJECT, LARGEST_OBJECT, MARGIN = 22 / 128, 0.8, 0.01
-SMALLEST_CROP = 0.6
+# What is wider than this stands nearly at the same columns on the left, in the middle and on the right.
+WIDEST_AT_PLACE = 0.42
+SMALLEST_CROP = 0.55
 LOWEST_GROUND = 0.72
 # Pairs whose objects change their color by less than this mean difference of RGB are drawn anew.
-CLEAR_COLOR_DISTANCE = 38
+CLEAR_COLOR_DISTANCE = 46
 SHADOW_COLOR = (8, 8, 14)
 # Scale of the objects where one has so many others beside it.
 CROWDING = (1, 0.88, 0.78)
@@ -588,8 +590,7 @@ def compose_local(bank: Bank, rng: random.Random, split: str, height: int, width
     main = scene.make_thing(draw_main_view(scene, operation), {"add": 0.35, "recolor": 0.45}.get(operation, 0.3))
     noun = main.view.noun
     place = rng.choice(PLACES) if operation == "move" or (operation == "add" and rng.random() < 0.55) else ""
-    # An object wider than this cannot stand with its center in the left or right third.
-    scene.widest = 0.6 if place else LARGEST_OBJECT
+    scene.widest = WIDEST_AT_PLACE if place else LARGEST_OBJECT
     scene.place_thing(main, [], place)
 
     # What stands there before and after the edit.
@@ -706,11 +707,12 @@ def draw_things(scene: Scene, number: int) -> list[Thing]:
 
 def compose_global(bank: Bank, rng: random.Random, split: str, height: int, width: int) -> Pair:
     """Compose an edit of the whole picture."""
+    edit = rng.choice(tuple(GLOBAL_EDITS))
     has_things = rng.random() < 0.5
-    scene = make_scene(bank, rng, split, height, width, "place" if has_things else "any")
+    is_place = has_things or (edit in WEATHERS and rng.random() < 0.5)
+    scene = make_scene(bank, rng, split, height, width, "place" if is_place else "any")
     things = draw_things(scene, rng.choice((1, 2))) if has_things else []
     source = np.asarray(scene.draw(things))
-    edit = rng.choice(tuple(GLOBAL_EDITS))
     ground = scene.ground / height if scene.photograph.kind == "place" else 0.5
     return Pair(
         source,

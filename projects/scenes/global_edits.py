@@ -9,9 +9,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 
-LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
-
-
 def compute_luminance(pixels: np.ndarray) -> np.ndarray:
     """Compute the luminance (height, width, 1), float32 in [0, 255]."""
     return np.asarray(Image.fromarray(pixels).convert("L"), np.float32)[:, :, None]
@@ -35,9 +32,10 @@ def compute_sky_weight(height: int, ground: float, softness: float = 0.1) -> np.
 
 def make_night(pixels, ground, rng):
     luminance = compute_luminance(pixels)
-    mixed = (0.4 * pixels + 0.6 * luminance) / 255
-    color = np.array([62, 84, 148], np.float32) * (1 - 0.45 * compute_sky_weight(len(pixels), ground, 0.5))
-    return quantize(mixed**1.35 * color + np.array([4, 6, 16], np.float32))
+    mixed = (0.55 * pixels + 0.45 * luminance) / 255
+    # Moonlight on the ground; the sky above is darker.
+    color = np.array([88, 112, 172], np.float32) * (1 - 0.42 * compute_sky_weight(len(pixels), ground, 0.5))
+    return quantize(mixed**1.2 * color + np.array([4, 7, 20], np.float32))
 
 
 def make_sunset(pixels, ground, rng):
@@ -130,6 +128,8 @@ GLOBAL_EDITS = {
     "blur": make_blur,
     "pencil sketch": make_pencil_sketch,
 }
+# Those that change what a place looks like outdoors.
+WEATHERS = ("night", "sunset", "snow", "rain", "fog")
 
 
 def apply_global_edit(pixels: np.ndarray, edit: str, ground: float, rng: random.Random) -> np.ndarray:

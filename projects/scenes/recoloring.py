@@ -11,7 +11,7 @@ from PIL import Image
 COLORS = {
     "red": ((205, 24, 26), 0.8),
     "orange": ((238, 122, 16), 0.8),
-    "yellow": ((246, 212, 28), 0.8),
+    "yellow": ((250, 224, 34), 0.8),
     "green": ((36, 150, 48), 0.8),
     "turquoise": ((36, 188, 182), 0.8),
     "blue": ((32, 74, 208), 0.8),
@@ -62,7 +62,7 @@ def name_color(rgb) -> str:
     if value < 0.2:
         return "black"
     if saturation < 0.18:
-        return "white" if value > 0.75 else "gray" if value > 0.25 else "black"
+        return "white" if value > 0.6 else "gray" if value > 0.35 else "black"
     if (hue < 45 or hue > 345) and value < (0.6 if saturation < 0.75 else 0.5):
         return "brown"
     if hue < 16 or hue > 345:
