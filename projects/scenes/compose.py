@@ -58,8 +58,14 @@ SMALLEST_OBJECT, LARGEST_OBJECT, MARGIN = 22 / 128, 0.8, 0.01
 WIDEST_AT_PLACE = 0.42
 SMALLEST_CROP = 0.55
 LOWEST_GROUND = 0.72
+# Photographs of these folders show buildings without free ground. In training objects stand on their lower border too:
+# it takes many pictures to learn what lies behind an object.
+BACKDROPS = ("/monuments/", "/explore_monuments/", "/renewable/")
+BACKDROP_SHARE = 0.35
 # Pairs whose objects change their color by less than this mean difference of RGB are drawn anew.
 CLEAR_COLOR_DISTANCE = 46
+# Mean RGB of an object and of the photograph around it differ by more than this in some channel.
+SMALLEST_CONTRAST = 26
 SHADOW_COLOR = (8, 8, 14)
 # Scale of the objects where one has so many others beside it.
 CROWDING = (1, 0.88, 0.78)
@@ -92,7 +98,8 @@ class View:
         image (`PIL.Image.Image`): Pixels with premultiplied alpha (mode "RGBa"), which resize without fringes.
         depth (`PIL.Image.Image`, *optional*): 255 at the object's nearest point, 1 at its farthest, 0 outside.
         foot (`tuple[float, float]`): Left and right end of what touches the ground, as fractions of the width.
-        color (`str`): The name of its mean color.
+        mean (`tuple[float, float, float]`): Its mean RGB, in [0, 255].
+        color (`str`): The name of that color.
     """
 
     id: str
@@ -102,6 +109,7 @@ class View:
     image: Image.Image
     depth: Image.Image | None
     foot: tuple[float, float]
+    mean: tuple[float, float, float]
     color: str
 
 
@@ -143,7 +151,8 @@ class Bank:
         self.backgrounds: dict[str, dict[str, list[Photograph]]] = {}
         for photograph in photographs:
             kinds = self.backgrounds.setdefault(photograph.split, {})
-            for kind in (photograph.kind, "any"):
+            is_backdrop = photograph.kind == "other" and any(part in photograph.id for part in BACKDROPS)
+            for kind in (photograph.kind, "any", *(["backdrop"] if is_backdrop else [])):
                 kinds.setdefault(kind, []).append(photograph)
         self.names = {noun: frozenset({noun, *entry["synonyms"]}) for noun, entry in nouns.items()}
         self.segmentation_labels = {noun: label for label, noun in enumerate(sorted(nouns), 1)}
@@ -161,8 +170,9 @@ class Bank:
         for row in pq.read_table(folder / "objects.parquet").to_pylist():
             image = Image.open(io.BytesIO(row["image"])).convert("RGBA").convert("RGBa")
             depth = row["depth"] and Image.open(io.BytesIO(row["depth"])).convert("L")
-            foot, color = measure_foot(image.getchannel("a")), name_color(compute_mean_color(image))
-            views.append(View(row["id"], row["noun"], row["model"], row["split"], image, depth, foot, color))
+            foot, mean = measure_foot(image.getchannel("a")), compute_mean_color(image)
+            identity = (row["id"], row["noun"], row["model"], row["split"])
+            views.append(View(*identity, image, depth, foot, mean, name_color(mean)))
         photographs = []
         for row in pq.read_table(folder / "photographs.parquet").to_pylist():
             image = Image.open(io.BytesIO(row["image"])).convert("RGB")
@@ -189,10 +199,10 @@ def measure_foot(alpha: Image.Image) -> tuple[float, float]:
     return (lowest[0] / width, lowest[2] / width) if lowest else (0.2, 0.8)
 
 
-def compute_mean_color(image: Image.Image) -> list[float]:
+def compute_mean_color(image: Image.Image) -> tuple[float, float, float]:
     """Compute the mean RGB, in [0, 255], of an image with premultiplied alpha."""
     *rgb, alpha = np.asarray(image, np.float32).mean((0, 1))
-    return [min(channel / max(alpha, 1) * 255, 255) for channel in rgb]
+    return tuple(float(min(channel / max(alpha, 1) * 255, 255)) for channel in rgb)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,13 +449,15 @@ class Scene:
             else:
                 left = self.draw_left(thing.width, place)
             thing.left = left
-            if all(is_free(thing, other, may_overlap) for other in taken):
-                self.match_light(thing)
+            if all(is_free(thing, other, may_overlap) for other in taken) and self.match_light(thing):
                 return True
         return False
 
-    def match_light(self, thing: Thing):
-        """Bring a thing's brightness and warmth a part of the way to those of the photograph around it."""
+    def match_light(self, thing: Thing) -> bool:
+        """Bring a thing's brightness and warmth a part of the way to those of the photograph around it.
+
+        Returns whether it still stands out there, as a black cat does not at night.
+        """
         left, top, right, bottom = thing.box
         box = (max(left, 0), max(top, 0), min(right, self.width), min(bottom, self.height))
         mean = np.asarray(self.background.resize((1, 1), Image.Resampling.BOX, box), np.float32)[0, 0] + 8
@@ -453,6 +465,11 @@ class Scene:
         brightness = min(max((level / 120) ** 0.28, 0.74), 1.12)
         thing.gains = tuple(float(brightness * min(max((channel / level) ** 0.22, 0.85), 1.15)) for channel in mean)
         thing.sprite = thing.shadow = None
+        color = COLORS[thing.color][0] if thing.color else thing.view.mean
+        return any(
+            abs(level * gain - around) > SMALLEST_CONTRAST
+            for level, gain, around in zip(color, thing.gains, mean, strict=True)
+        )
 
     # How it looks
 
@@ -512,7 +529,10 @@ def contains(thing: Thing, point: tuple[float, float]) -> bool:
 
 
 def draw_photograph(bank: Bank, rng: random.Random, split: str, kind: str) -> Photograph:
-    photographs = bank.backgrounds.get(split, {}).get(kind)
+    kinds = bank.backgrounds.get(split, {})
+    if kind == "place" and split == "train" and "backdrop" in kinds and rng.random() < BACKDROP_SHARE:
+        kind = "backdrop"
+    photographs = kinds.get(kind)
     if not photographs:
         raise ValueError(f"`bank` has no photograph of kind {kind!r} for the split {split!r}; add some.")
     return rng.choice(photographs)
@@ -528,7 +548,7 @@ def make_scene(bank: Bank, rng: random.Random, split: str, height: int, width: i
     # The ground line stays in the picture's upper part where the photograph has enough ground.
     lowest_top = full_height - crop_height
     highest_top = min(max(photograph.ground * full_height - LOWEST_GROUND * crop_height, 0), lowest_top)
-    top = rng.uniform(highest_top if photograph.kind == "place" else 0, lowest_top)
+    top = rng.uniform(highest_top if kind == "place" else 0, lowest_top)
     box = (left, top, left + crop_width, top + crop_height)
     image = photograph.image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=1.5)
     if rng.random() < 0.5:
