@@ -9,7 +9,6 @@ The T5 tokenizer is trained on the prompts of the data set. `examples/train_edit
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from transformers import HfArgumentParser, T5Config, T5EncoderModel, set_seed
 
 from editar_hf import (
@@ -23,6 +22,7 @@ from editar_hf import (
 from editar_hf.processing_editar import apply_task_prefix
 from editar_hf.training.sources import DataSource, open_source
 from editar_hf.training.tokenizer import train_tokenizer
+from editar_hf.training.vq import start_from_codes
 
 
 TEXT_HEAD_DIM = 64
@@ -85,20 +85,6 @@ def build_transformer(args: Arguments, vq_model: EditARVQModel) -> EditARForCond
     transformer = EditARForConditionalGeneration(config)
     start_from_codes(transformer, vq_model)
     return transformer
-
-
-@torch.no_grad()
-def start_from_codes(transformer: EditARForConditionalGeneration, vq_model: EditARVQModel):
-    """Start token embeddings and output head from the directions of the codes: tokens that look alike begin alike.
-
-    Both start from the same matrix: copying, which is most of an edit, is then a matter of attention alone.
-    """
-    codes = F.normalize(vq_model.quantize.embedding.weight, dim=-1)
-    projected = codes @ torch.randn(codes.shape[1], transformer.config.hidden_size)
-    # A little of its own tells each code from its nearest neighbours.
-    embeds = transformer.config.initializer_range * (projected + 0.3 * torch.randn_like(projected))
-    transformer.model.embed_tokens.weight.copy_(embeds)
-    transformer.lm_head.weight.copy_(embeds)
 
 
 def main():

@@ -15,11 +15,12 @@ def draw_conditioning_dropout(
 ) -> tuple[torch.BoolTensor, torch.BoolTensor]:
     """Draw `(drop_source, drop_prompt)`, each bool `(batch_size,)`, from one uniform draw per sample.
 
-    The published probabilities are 5 % both, 5 % source image only, 5 % text only.
+    The published probabilities are 5 % both, 5 % source image only, 5 % text only. The result is on the generator's
+    device.
 
     Source: EditAR (arXiv 2501.04699), section 4.1, and its published training script.
     """
-    draw = torch.rand(batch_size, generator=generator)
+    draw = torch.rand(batch_size, generator=generator, device=generator.device)
     drop_source = draw < both_prob + source_prob
     drop_prompt = (draw < both_prob) | (draw >= 1 - prompt_prob)
     return drop_source, drop_prompt
@@ -50,8 +51,8 @@ def drop_target_tokens(
 
     Source: word dropout (arXiv 1511.06349, section 3.1), with the source's token in place of an unknown word.
     """
-    draw, rate = torch.rand(2, len(target_image_tokens), 1, generator=generator)
-    places = torch.rand(target_image_tokens.shape, generator=generator)
+    draw, rate = torch.rand(2, len(target_image_tokens), 1, generator=generator, device=generator.device)
+    places = torch.rand(target_image_tokens.shape, generator=generator, device=generator.device)
     is_dropped = (draw < probability) & (places < rate)
     return torch.where(is_dropped.to(target_image_tokens.device), source_image_tokens, target_image_tokens)
 
@@ -67,7 +68,8 @@ def compute_token_losses(
     Tokens in `edit_mask` count `edit_region_weight` times: most of an edit is copying, and what is to change would be a
     small part of its loss.
     """
-    losses = F.cross_entropy(logits.transpose(1, 2).float(), target_image_tokens, reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), target_image_tokens.flatten(), reduction="none")
+    losses = losses.view(target_image_tokens.shape)
     if edit_mask is None:
         return losses.mean(dim=1)
     weights = torch.where(edit_mask, edit_region_weight, 1.0)

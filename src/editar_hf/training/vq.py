@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
+from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel, compute_nearest_codes
 from ..processing_editar import compute_crop_geometry, prepare_rgb_picture
 from .rows import BadRowCount, UnusableRow, decode_image
@@ -139,6 +140,20 @@ def init_codebook(
         latents.append(model.encode(pixel_values).latents.flatten(0, 1))
         num_latents += len(latents[-1])
     model.quantize.embedding.weight.copy_(draw_codebook(torch.cat(latents), num_codes, generator))
+
+
+@torch.no_grad()
+def start_from_codes(transformer: EditARForConditionalGeneration, vq_model: EditARVQModel):
+    """Start token embeddings and output head from the directions of the codes: tokens that look alike begin alike.
+
+    Both start from the same matrix: copying, which is most of an edit, is then a matter of attention alone.
+    """
+    codes = F.normalize(vq_model.quantize.embedding.weight, dim=-1)
+    projected = codes @ torch.randn(codes.shape[1], transformer.config.hidden_size)
+    # A little of its own tells each code from its nearest neighbours.
+    embeds = transformer.config.initializer_range * (projected + 0.3 * torch.randn_like(projected))
+    transformer.model.embed_tokens.weight.copy_(embeds)
+    transformer.lm_head.weight.copy_(embeds)
 
 
 class DeadCodeReviver:

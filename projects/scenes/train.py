@@ -1,0 +1,567 @@
+"""Train the scene editor: first its VQ tokenizer, then decoder and text encoder, each for a number of minutes.
+
+    python projects/scenes/train.py --bank bank --text_encoder text-encoder --features features.safetensors \
+        --output_dir scenes --tokenizer_minutes 2.5 --editor_minutes 5
+
+Pairs are composed by processes beside the training, tokenized once, and kept as tokens in the device's memory. Learning
+rates follow the clock: every stage ends when its minutes are over. `output_dir` receives, as each stage ends,
+`tokenizer/` (the VQ model), `pipeline.tar.0`, `.1` … (the pipeline folder, in parts; join them with `cat`), sheets of
+pictures and `metrics.jsonl`. `--tokenizer` and `--editor` go on from what an earlier run brought home.
+"""
+
+import argparse
+import copy
+import io
+import json
+import math
+import os
+import tarfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from compose import Bank
+from features import compute_feature_distance, load_features
+from pair_stream import NUM_VALIDATION_CHUNKS, Chunk, PairStream
+from PIL import Image
+from torch import nn
+from transformers import AttentionInterface, AutoTokenizer, T5EncoderModel, set_seed
+
+from editar_hf import (
+    EditARConfig,
+    EditARForConditionalGeneration,
+    EditARImageProcessor,
+    EditARPipeline,
+    EditARProcessor,
+    EditARVQConfig,
+    EditARVQModel,
+)
+from editar_hf.training.batch import draw_conditioning_dropout, drop_target_tokens
+from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
+from editar_hf.training.step import TrainingStep
+from editar_hf.training.validation import build_contact_sheet
+from editar_hf.training.vq import DeadCodeReviver, compute_psnr, draw_codebook, prepare_pixel_values, start_from_codes
+
+
+# Parts of the packed pipeline, in bytes: small enough for places that take no large file.
+PART_SIZE = 15 * 2**20
+STRIDE = 8
+# Rows and columns of tokens, and how often a pair has them: square, 4:3, 3:4, 16:9 and 9:16.
+SHAPES = {(16, 16): 0.6, (12, 16): 0.13, (16, 12): 0.13, (9, 16): 0.07, (16, 9): 0.07}
+REHEARSED_SHAPES = {(8, 8): 0.7, (6, 8): 0.15, (8, 6): 0.15}
+TOKENIZER_BATCH = 256
+# The text encoder starts from a teacher's states, the decoder from nothing.
+TEXT_LEARNING_RATE_FACTOR = 0.3
+EMA_DECAY = 0.998
+NUM_TEXT_TOKENS = 32
+TARGET_TOKEN_DROPOUT = 0.3
+# Held-out edits that are drawn at the end.
+NUM_SHOWN = 32
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bank", type=Path, required=True, help="folder that build_bank.py wrote")
+    parser.add_argument("--text_encoder", type=Path, required=True, help="folder that train_text_encoder.py wrote")
+    parser.add_argument("--features", type=Path, required=True, help="file that features.py wrote")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--tokenizer_minutes", type=float, default=2.5)
+    parser.add_argument("--editor_minutes", type=float, default=5.0)
+    parser.add_argument("--tokenizer", type=Path, help="VQ model to use as it is; its stage is left out")
+    parser.add_argument("--editor", type=Path, help="pipeline folder to go on from, its tokenizer included")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--slots", type=int, default=600, help="chunks of pairs that are kept as pictures")
+    parser.add_argument("--chunk_size", type=int, default=256, help="pairs of a chunk")
+    parser.add_argument("--batch_size", type=int, default=512, help="pairs of a step of the decoder")
+    parser.add_argument("--most_pairs", type=int, default=800_000, help="pairs that are composed for the decoder")
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--muon_learning_rate", type=float, default=3e-3)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--edit_region_weight", type=float, default=6.0)
+    parser.add_argument("--feature_weight", type=float, default=1.0, help="of the tokenizer's feature loss")
+    parser.add_argument("--squared_error_weight", type=float, default=5.0, help="of the tokenizer's squared error")
+    parser.add_argument("--guidance_scale", type=float, default=1.5, help="written into the pipeline")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--log_steps", type=int, default=50, help="steps between lines of figures")
+    parser.add_argument("--rehearse", action="store_true", help="64 × 64 pixels, small networks, small batches")
+    args = parser.parse_args(arguments)
+    args.shapes = REHEARSED_SHAPES if args.rehearse else SHAPES
+    if args.rehearse:
+        args.slots, args.chunk_size, args.batch_size = 64, 32, 32
+        args.hidden_size, args.layers, args.log_steps = 128, 4, 10
+    return args
+
+
+class Clock:
+    """How much of a stage's time is over, and the learning rate that belongs to it."""
+
+    def __init__(self, minutes: float, warmup_steps: int = 100):
+        self.start, self.seconds, self.warmup_steps = time.monotonic(), 60 * minutes, warmup_steps
+
+    @property
+    def progress(self) -> float:
+        return (time.monotonic() - self.start) / self.seconds
+
+    def set_learning_rates(self, optimizers, step: int):
+        """Warm up over steps, then fall to zero over the time that is left, in half a cosine."""
+        factor = min(1.0, (step + 1) / self.warmup_steps) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress)))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+
+
+class AveragedWeights:
+    """A running average of weights: over the last tenth of the steps so far, at most over about 500 steps."""
+
+    def __init__(self, parameters):
+        self.parameters = [parameter.detach() for parameter in parameters]
+        self.averages, self.num_steps = [parameter.clone() for parameter in self.parameters], 0
+
+    def update(self):
+        self.num_steps += 1
+        torch._foreach_lerp_(self.averages, self.parameters, max(1 - EMA_DECAY, 10 / (self.num_steps + 9)))
+
+    @torch.no_grad()
+    def copy_to(self, parameters):
+        for parameter, average in zip(parameters, self.averages, strict=True):
+            parameter.copy_(average)
+
+
+class Log:
+    """Print figures and append them to `metrics.jsonl`."""
+
+    def __init__(self, folder: Path):
+        self.path, self.start = folder / "metrics.jsonl", time.monotonic()
+
+    def write(self, **figures):
+        line = {"seconds": round(time.monotonic() - self.start, 1), **figures}
+        line = json.dumps({name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in line.items()})
+        print(line, flush=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def attend_causally(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attend causally without a mask: no training sequence is padded, and a mask would cost the fast kernels."""
+    output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("causal", attend_causally)
+
+
+# Stage 1: the VQ tokenizer
+
+
+def build_tokenizer(rehearse: bool) -> EditARVQModel:
+    """Build the untrained VQ model: stride 8, 4,096 codes of 8 numbers."""
+    return EditARVQModel(
+        EditARVQConfig(
+            num_embeddings=512 if rehearse else 4096,
+            latent_channels=64,
+            base_channels=16 if rehearse else 32,
+            channel_multipliers=(1, 1, 2, 4),
+            num_res_blocks=1,
+            norm_num_groups=2,
+        )
+    )
+
+
+def compute_tokenizer_losses(model, features, wanted, pixel_values, args) -> tuple[torch.Tensor, dict, object]:
+    """Compute the loss of a batch of pictures, whose features are `wanted`; its parts, and the model's output."""
+    output = model(pixel_values)
+    error = output.reconstruction.float() - pixel_values
+    parts = {
+        "absolute": error.abs().mean(),
+        "squared": error.square().mean(),
+        "features": compute_feature_distance(features(output.reconstruction), wanted).mean(),
+        "codebook": output.codebook_loss,
+        "commitment": output.commitment_loss,
+    }
+    loss = parts["absolute"] + args.squared_error_weight * parts["squared"] + args.feature_weight * parts["features"]
+    loss = loss + parts["codebook"] + model.config.commitment_loss_weight * parts["commitment"]
+    return loss, parts, output
+
+
+class PicturePool:
+    """The square pictures of all chunks so far; chunks of other shapes, and those held out, are kept apart."""
+
+    def __init__(self, stream: PairStream):
+        self.stream, self.chunks, self.square, self.held_out = stream, [], [], []
+
+    def update(self, timeout: float | None = None):
+        """Take in what the stream has ready, waiting for at most `timeout` seconds for the first."""
+        while (chunk := self.stream.take(timeout)) is not None:
+            timeout = None
+            self.chunks.append(chunk)
+            if chunk.is_validation:
+                self.held_out.append(chunk)
+            elif chunk.sources.shape[1:3] == self.stream.shapes[0]:
+                self.square.append(chunk)
+
+    def wait(self, is_enough):
+        while not is_enough():
+            self.update(timeout=1.0)
+
+    def draw(self, batch_size: int, rng: np.random.Generator, device) -> torch.Tensor:
+        """Draw half of each picture kind, sources and targets, from one chunk; pixels in [−1, 1]."""
+        chunk = self.square[rng.integers(len(self.square))]
+        places = rng.permutation(len(chunk.sources))[: batch_size // 2]
+        pixels = np.concatenate([chunk.sources[places], chunk.targets[places]])
+        return prepare_pixel_values(pixels, device)
+
+
+def train_tokenizer(args, pool: PicturePool, log: Log):
+    """Train the VQ model for `args.tokenizer_minutes`; save its averaged weights to `tokenizer/`."""
+    device, rng = torch.device(args.device), np.random.default_rng(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    clock = Clock(args.tokenizer_minutes)
+    model = build_tokenizer(args.rehearse).to(device, memory_format=torch.channels_last)
+    features = load_features(args.features).to(device, memory_format=torch.channels_last).requires_grad_(False)
+    batch_size = min(TOKENIZER_BATCH, 2 * args.chunk_size)
+    pool.wait(lambda: len(pool.square) >= min(8, args.slots // 4) and len(pool.held_out) == 2)
+    log.write(stage="tokenizer", event="first chunks")
+
+    with torch.no_grad():
+        latents = [model.encode(pool.draw(batch_size, rng, device)).latents.flatten(0, 1) for _ in range(4)]
+        codes = draw_codebook(torch.cat(latents), model.config.num_embeddings, generator)
+        model.quantize.embedding.weight.copy_(codes)
+    average = AveragedWeights(model.parameters())
+    optimizer = build_optimizer(model.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    reviver = DeadCodeReviver(model.quantize.embedding, patience=100)
+    compiled_features = features
+    if args.compile:
+        compiled_features = torch.compile(features, dynamic=False)
+        for part in (model.encoder, model.decoder):
+            part.compile(dynamic=False)
+
+    step = 0
+    while clock.progress < 1:
+        pool.update()
+        clock.set_learning_rates([optimizer], step)
+        pixel_values = pool.draw(batch_size, rng, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad():
+                wanted = features(pixel_values)
+            loss, parts, output = compute_tokenizer_losses(model, compiled_features, wanted, pixel_values, args)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        # Codes are not moved any more once the rest has to settle.
+        if clock.progress < 0.7:
+            reviver.step(output.image_tokens, output.latents.detach().flatten(0, 1), optimizer, generator)
+        step += 1
+        if step % args.log_steps == 0:
+            log.write(stage="tokenizer", step=step, **{name: value.item() for name, value in parts.items()})
+    # An average over moved codes would lie between places.
+    codes = model.quantize.embedding.weight.detach().clone()
+    average.copy_to(model.parameters())
+    model.quantize.embedding.weight.data.copy_(codes)
+    log.write(stage="tokenizer", event="end", step=step, chunks=len(pool.chunks))
+    model.save_pretrained(args.output_dir / "tokenizer")
+
+
+@torch.no_grad()
+def evaluate_tokenizer(model: EditARVQModel, chunk: Chunk, folder: Path, log: Log):
+    """Measure the tokenizer on held-out targets, and save a sheet of them above their reconstructions."""
+    pixel_values = prepare_pixel_values(chunk.targets, model.device)
+    grid = [side // model.config.stride for side in pixel_values.shape[-2:]]
+    image_tokens = model.encode(pixel_values).image_tokens
+    decoded = model.decode(image_tokens, *grid)
+    used = len(image_tokens.unique()) / model.config.num_embeddings
+    log.write(stage="tokenizer", event="held out", psnr=compute_psnr(decoded, pixel_values).mean().item(), used=used)
+    rows = []
+    for start in range(0, min(32, len(chunk.targets)), 8):
+        for pictures in (chunk.targets[start : start + 8], to_pixels(decoded[start : start + 8])):
+            rows.append([Image.fromarray(picture) for picture in pictures])
+    build_contact_sheet(rows).save(folder / "tokenizer.png")
+
+
+def to_pixels(pixel_values: torch.Tensor) -> np.ndarray:
+    """Turn pixels in [−1, 1] `(batch, 3, height, width)` to uint8 `(batch, height, width, 3)`."""
+    pixels = (pixel_values.float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# Stage 2: decoder and text encoder
+
+
+class TokenPool:
+    """The tokens of all chunks so far, on the device, by shape in pixels.
+
+    A thread tokenizes chunks as they are ready, on a CUDA stream of its own, so that training does not wait for them.
+    """
+
+    names = ("source_image_tokens", "target_image_tokens", "edit_mask", "input_ids")
+
+    def __init__(self, vq_model: EditARVQModel, stream: PairStream, most_pairs: int):
+        self.vq_model, self.stream, self.most_pairs = vq_model, stream, most_pairs
+        self.chunks = {shape: [] for shape in stream.shapes}
+        self.held_out, self.error, self.is_closed = [], None, False
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self):
+        try:
+            side = torch.cuda.Stream() if self.vq_model.device.type == "cuda" else None
+            while not self.is_closed and self.num_pairs < self.most_pairs:
+                chunk = self.stream.take(timeout=0.2)
+                if chunk is not None:
+                    with torch.cuda.stream(side):
+                        self.add(chunk)
+        except Exception as error:
+            self.error = error
+
+    def wait_for(self, num_pairs: int):
+        """Wait until there are so many pairs, and those held out."""
+        while self.error is None and (self.num_pairs < num_pairs or len(self.held_out) < NUM_VALIDATION_CHUNKS):
+            time.sleep(0.1)
+        self.check()
+
+    def check(self):
+        if self.error is not None:
+            raise RuntimeError("Tokenizing pairs failed.") from self.error
+
+    def close(self):
+        self.is_closed = True
+        self.thread.join()
+
+    @torch.no_grad()
+    def add(self, chunk: Chunk):
+        """Tokenize a chunk and release its memory."""
+        device = self.vq_model.device
+        pictures = (prepare_pixel_values(pixels, device) for pixels in (chunk.sources, chunk.targets))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            tokens = [self.vq_model.encode(pixel_values).image_tokens.short() for pixel_values in pictures]
+        rest = [torch.from_numpy(array.copy()).to(device) for array in (chunk.edit_masks, chunk.input_ids)]
+        batch = dict(zip(self.names, (*tokens, *rest), strict=True))
+        if device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        if chunk.is_validation:
+            self.held_out.append(batch)
+        else:
+            self.chunks[chunk.sources.shape[1:3]].append(batch)
+        self.stream.release(chunk)
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(len(chunks) for chunks in self.chunks.values()) * self.stream.chunk_size
+
+    def draw(self, batch_size: int, rng: np.random.Generator) -> tuple[tuple[int, int], dict[str, torch.Tensor]]:
+        """Draw a batch of one shape, shapes by their share of the pairs, a quarter of a chunk at a time."""
+        self.check()
+        counts = np.array([len(chunks) for chunks in self.chunks.values()], dtype=float)
+        shape = list(self.chunks)[rng.choice(len(counts), p=counts / counts.sum())]
+        chunks, size = self.chunks[shape], min(batch_size, self.stream.chunk_size // 4)
+        parts = []
+        for _ in range(batch_size // size):
+            # Drawn on the device: copying the places there would wait for it.
+            places = torch.randperm(self.stream.chunk_size, device=self.vq_model.device)[:size]
+            chunk = chunks[rng.integers(len(chunks))]
+            parts.append({name: tensor[places] for name, tensor in chunk.items()})
+        return shape, prepare_batch({name: torch.cat([part[name] for part in parts]) for name in self.names})
+
+
+def prepare_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Widen the tokens, and mark the positions that hold the prompt."""
+    batch = {name: tensor if name == "edit_mask" else tensor.long() for name, tensor in batch.items()}
+    return batch | {"attention_mask": (batch["input_ids"] != 0).long()}
+
+
+def build_transformer(args, vq_model: EditARVQModel, text_hidden_size: int) -> EditARForConditionalGeneration:
+    """Build the untrained decoder; token embeddings and output head start from the directions of the codes."""
+    config = EditARConfig(
+        vocab_size=vq_model.config.num_embeddings,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 64,
+        grid_size=next(iter(args.shapes))[0],
+        num_text_tokens=NUM_TEXT_TOKENS,
+        text_hidden_size=text_hidden_size,
+        text_rotary="identity",
+        distillation_hidden_size=None,
+        text_dropout=0.0,
+        residual_dropout=0.0,
+        mlp_dropout=0.0,
+    )
+    transformer = EditARForConditionalGeneration(config)
+    start_from_codes(transformer, vq_model)
+    return transformer
+
+
+def build_pipeline(args, vq_model: EditARVQModel, processor: EditARProcessor) -> EditARPipeline:
+    """Put the pipeline together: from the one to go on from, or with an untrained decoder; float32, on the CPU."""
+    if args.editor:
+        return EditARPipeline.from_pretrained(args.editor, dtype=torch.float32)
+    text_encoder = T5EncoderModel.from_pretrained(args.text_encoder, dtype=torch.float32)
+    transformer = build_transformer(args, vq_model, text_encoder.config.d_model)
+    pipeline = EditARPipeline(
+        transformer=transformer, vq_model=vq_model, text_encoder=text_encoder, processor=processor
+    )
+    defaults = {"guidance_scale": args.guidance_scale, "do_sample": True, "temperature": 0.3}
+    transformer.generation_config.update(**defaults)
+    pipeline.register_to_config(_name_or_path="scene-editor")
+    return pipeline
+
+
+def build_optimizers(args, transformer: nn.Module, text_encoder: nn.Module) -> list[torch.optim.Optimizer]:
+    """Build Muon for hidden matrices and AdamW for the rest, of each network."""
+    optimizers = []
+    for module, factor in ((transformer, 1.0), (text_encoder, TEXT_LEARNING_RATE_FACTOR)):
+        matrices, others = split_hidden_matrices(module)
+        optimizers.append(build_muon(matrices, factor * args.muon_learning_rate, weight_decay=0.01))
+        optimizers.append(build_optimizer(others, factor * args.learning_rate, weight_decay=0.01))
+    return optimizers
+
+
+def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> EditARPipeline:
+    """Train decoder and text encoder for `args.editor_minutes`; return a bfloat16 pipeline of the averaged weights."""
+    device, rng = torch.device(args.device), np.random.default_rng(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    shipped = copy.deepcopy(pipeline.components)
+    for name in ("transformer", "text_encoder", "vq_model"):
+        shipped[name].to("cpu", torch.bfloat16)
+    shipped = EditARPipeline(**shipped)
+    shipped.register_to_config(_name_or_path="scene-editor")
+
+    transformer, text_encoder = pipeline.transformer.to(device).train(), pipeline.text_encoder.to(device).train()
+    transformer.set_attn_implementation("causal")
+    if args.compile:
+        for layer in transformer.model.layers:
+            layer.compile()
+    steps = {
+        shape: TrainingStep(
+            transformer, text_encoder, [side // STRIDE for side in shape], edit_region_weight=args.edit_region_weight
+        )
+        for shape in pool.chunks
+    }
+    optimizers = build_optimizers(args, transformer, text_encoder)
+    parameters = [*transformer.parameters(), *text_encoder.parameters()]
+    average = AveragedWeights(parameters)
+    pool.thread.start()
+    pool.wait_for(4 * args.batch_size)
+    log.write(stage="editor", event="first tokens", pairs=pool.num_pairs)
+
+    clock, step, next_save = Clock(args.editor_minutes), 0, 0.5
+    while clock.progress < 1:
+        clock.set_learning_rates(optimizers, step)
+        shape, batch = pool.draw(args.batch_size, rng)
+        drop_source, drop_prompt = draw_conditioning_dropout(len(batch["input_ids"]), generator)
+        tokens = (batch[f"{name}_image_tokens"] for name in ("target", "source"))
+        batch["shown_image_tokens"] = drop_target_tokens(*tokens, TARGET_TOKEN_DROPOUT, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = steps[shape](batch, drop_source, drop_prompt)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update()
+        step += 1
+        if step % args.log_steps == 0:
+            log.write(stage="editor", step=step, loss=losses["token_loss"].item(), pairs=pool.num_pairs)
+        if next_save < clock.progress < 1:
+            save_pipeline(shipped, average, args.output_dir)
+            next_save += 0.25
+    log.write(stage="editor", event="end", step=step, pairs=pool.num_pairs)
+    save_pipeline(shipped, average, args.output_dir)
+    return shipped
+
+
+def save_pipeline(shipped: EditARPipeline, average: AveragedWeights, folder: Path):
+    """Fill the averages into the pipeline that is shipped, and save it as `pipeline.tar.0`, `.1` …"""
+    average.copy_to([*shipped.transformer.parameters(), *shipped.text_encoder.parameters()])
+    packed = io.BytesIO()
+    with tempfile.TemporaryDirectory() as place, tarfile.open(fileobj=packed, mode="w") as archive:
+        shipped.save_pretrained(place, max_shard_size="14MB")
+        archive.add(place, arcname="pipeline")
+    content = packed.getvalue()
+    for number, start in enumerate(range(0, len(content), PART_SIZE)):
+        temporary = folder / f"part-{number}"
+        temporary.write_bytes(content[start : start + PART_SIZE])
+        temporary.replace(folder / f"pipeline.tar.{number}")
+
+
+@torch.no_grad()
+def evaluate_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log):
+    """Measure the loss on held-out pairs, and save a sheet of their sources, edits and targets, three rows each."""
+    device = torch.device(args.device)
+    pipeline.to(device)
+    step = TrainingStep(pipeline.transformer, pipeline.text_encoder, next(iter(args.shapes))).eval()
+    batches = [prepare_batch(batch) for batch in pool.held_out]
+    losses = torch.cat([step(batch)["token_losses"] for batch in batches])
+    log.write(stage="editor", event="held out", loss=losses.mean().item())
+    batch = {name: tensor[:NUM_SHOWN] for name, tensor in batches[0].items()}
+    prompts = pipeline.processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    states = pipeline.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    source, target = batch["source_image_tokens"], batch["target_image_tokens"]
+    generators = [torch.Generator().manual_seed(place) for place in range(len(source))]
+    edited = pipeline(prompt_embeds=states, source_image_tokens=source, generator=generators).images
+    shown = [[Image.fromarray(p) for p in to_pixels(pipeline.vq_model.decode(tokens))] for tokens in (source, target)]
+    rows = []
+    for start in range(0, len(prompts), 8):
+        rows += [pictures[start : start + 8] for pictures in (shown[0], edited, shown[1])]
+    build_contact_sheet(rows).save(args.output_dir / "editor.png")
+    (args.output_dir / "editor.txt").write_text("\n".join(prompts), encoding="utf-8")
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    set_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    log = Log(args.output_dir)
+    size = STRIDE * next(iter(args.shapes))[0]
+    processor = EditARProcessor(
+        EditARImageProcessor(size=size, stride=STRIDE),
+        AutoTokenizer.from_pretrained((args.editor / "processor") if args.editor else args.text_encoder),
+        NUM_TEXT_TOKENS,
+    )
+    bank = Bank.load(args.bank)
+    log.write(event="bank")
+    stream = PairStream(
+        bank,
+        processor,
+        [(STRIDE * rows, STRIDE * columns) for rows, columns in args.shapes],
+        list(args.shapes.values()),
+        STRIDE,
+        args.chunk_size,
+        args.slots,
+        args.workers,
+        args.seed,
+    )
+    tokens = None
+    try:
+        pool = PicturePool(stream)
+        if not args.editor and not args.tokenizer:
+            train_tokenizer(args, pool, log)
+        folder = args.editor / "vq_model" if args.editor else args.tokenizer or args.output_dir / "tokenizer"
+        vq_model = EditARVQModel.from_pretrained(folder, dtype=torch.float32)
+        vq_model.to(args.device, memory_format=torch.channels_last).eval()
+        pool.wait(lambda: pool.held_out)
+        evaluate_tokenizer(vq_model, pool.held_out[0], args.output_dir, log)
+        if not args.editor_minutes:
+            return
+        pipeline = build_pipeline(args, vq_model.cpu(), processor)
+        tokens = TokenPool(vq_model.to(args.device), stream, args.most_pairs)
+        for chunk in pool.chunks:
+            tokens.add(chunk)
+        shipped = train_editor(args, pipeline, tokens, log)
+        evaluate_editor(args, shipped, tokens, log)
+    finally:
+        if tokens is not None:
+            tokens.close()
+        stream.close()
+
+
+if __name__ == "__main__":
+    main()
