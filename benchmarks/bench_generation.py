@@ -4,10 +4,9 @@
     python benchmarks/bench_generation.py --batch-size 8
     python benchmarks/bench_generation.py --pieces         # each piece of the engine with and without
     python benchmarks/bench_generation.py --full           # GPT-XL at 512×512, some tokens along the way
-    python benchmarks/bench_generation.py --device cuda    # on a GPU: batches, compiled and not, and the floor
 
-On a CPU every sample is a process of its own with one thread, timed by the processor time it takes, in the order
-A B C D, D C B A, A B C D. Weights are random. Results go to `benchmarks/results/`.
+Every sample is a process of its own with one CPU thread, timed by the processor time it takes, in the order A B C D,
+D C B A, A B C D. Weights are random. Results go to `benchmarks/results/`. `bench_gpu.py` measures on a GPU.
 """
 
 import argparse
@@ -20,11 +19,11 @@ import time
 from itertools import chain
 
 import torch
-from generation_gpu import benchmark_gpu
 from generation_pieces import benchmark_pieces
 from generation_systems import (
     DECODERS,
     GUIDANCE_SCALE,
+    PLACES,
     build_empty_model,
     build_inputs,
     build_model,
@@ -36,8 +35,6 @@ from report import describe_machine, format_table, measure_peak_memory, write_re
 
 
 SYSTEMS = tuple(DECODERS)
-# Where tokens are timed: at these fractions of the target, with all others forced.
-PLACES = (0, 1 / 3, 2 / 3, 1)
 
 
 def place_runs(num_tokens: int, length: int) -> list[range]:
@@ -174,7 +171,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="GPT-XL at 512×512")
     parser.add_argument("--pieces", action="store_true", help="each piece of the engine with and without")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -194,8 +190,6 @@ def main():
         print(json.dumps(measure_sample(args)))
     elif args.pieces:
         write_result("generation-pieces", benchmark_pieces(args))
-    elif args.device != "cpu":
-        write_result("generation-gpu", benchmark_gpu(args))
     else:
         suffix = ("-xl" if args.full else "") + (f"-batch-{args.batch_size}" if args.batch_size > 1 else "")
         write_result(f"generation{suffix}", benchmark_cpu(args))

@@ -1,102 +1,238 @@
-"""Decoding on a GPU: floors first, then both baselines and ours, eager and compiled: 1, 4 and 16 edits at once.
+"""How decoding is timed, watched and captured on a GPU; `bench_gpu.py` runs it.
 
-Run by `bench_generation.py --device cuda`. bf16, 2 warm-up edits and 5 timed; with `--full` GPT-XL at 512×512.
+Tokens are timed without waiting for the device between them: a call that decodes some tokens more, against one that
+decodes fewer. Where the name of the device is "cpu", as in a rehearsal, every call does what is possible there.
 """
 
+import gc
 import statistics
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from generation_systems import (
-    DECODERS,
-    GUIDANCE_SCALE,
-    build_inputs,
-    build_model,
-    check_parity,
-    check_paths,
-    compute_decode_floor,
-)
-from report import describe_machine, format_table, time_call
+from baselines import select_greedily
+from generation_systems import GUIDANCE_SCALE, PLACES, build_edit_mask
+from report import measure_peak_memory, time_call
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from transformers import StoppingCriteria
+
+from editar_hf.generation.attention import build_causal_bias
+from editar_hf.generation.compilation import CompiledPasses
+from editar_hf.generation.passes import PassRunner
+from editar_hf.generation.sampling import select_branches
 
 
-# Edits at once, and the pictures that they are of.
-BATCHES = ((1, 1), (4, 4), (16, 16), (16, 1))
-NUM_WARM_UP, NUM_TIMED = 2, 5
+# Passes before a call is timed; CUDA graphs are recorded in the second and replayed from the third on.
+NUM_WARM_UP = 4
+NUM_WATCHED = 8
 
 
-def measure_floors(device: str) -> tuple[float, float]:
-    """Measure copy bandwidth in bytes per second, read and write, and FLOP per second of an 8192³ product."""
-    size = 8192 if device != "cpu" else 512
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    block = torch.empty(size * size * 8, dtype=torch.uint8, device=device)
+class Device:
+    """What a benchmark asks of a GPU.
+
+    Args:
+        name (`str`): "cuda", or "cpu" in a rehearsal.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.is_gpu = name != "cpu"
+
+    def free_memory(self):
+        """Give memory back that nothing uses, and begin to measure the peak."""
+        if self.is_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def measure_peak_memory(self) -> float:
+        """Return the most memory held since `free_memory`, in GiB."""
+        return torch.cuda.max_memory_allocated() / 2**30 if self.is_gpu else measure_peak_memory()
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Record a step in a CUDA graph; return what replays it. The step runs some times before that."""
+        if not self.is_gpu:
+            step()
+            return step
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    @contextmanager
+    def count_waits(self, waits: Counter):
+        """Count where Python waits for the device, as "file:line"."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if self.is_gpu:
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                if self.is_gpu:
+                    torch.cuda.set_sync_debug_mode("default")
+        places = [(Path(one.filename), one.lineno) for one in caught if "a synchronizing" in str(one.message)]
+        waits.update(f"{file.parent.name}/{file.name}:{line}" for file, line in places)
+
+    @contextmanager
+    def profile(self, kernels: list[dict], host_calls: list[dict]):
+        """List the kernels that ran, and the calls to the driver; on a CPU the operations, and nothing.
+
+        Each has a name, calls and microseconds; the longest comes first.
+        """
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_gpu else [])]
+        with torch.profiler.profile(activities=activities) as profiler:
+            yield
+            if self.is_gpu:
+                torch.cuda.synchronize()
+        for event in profiler.key_averages():
+            found = {"name": event.key, "calls": event.count}
+            if event.device_type == DeviceType.CUDA:
+                if not event.is_user_annotation:
+                    kernels.append({**found, "us": event.self_device_time_total})
+            elif not self.is_gpu:
+                kernels.append({**found, "us": event.self_cpu_time_total})
+            elif event.key.startswith("cu"):
+                host_calls.append({**found, "us": event.self_cpu_time_total})
+        for listed in (kernels, host_calls):
+            listed.sort(key=lambda one: -one["us"])
+
+
+def measure_floors(device: Device) -> tuple[float, float]:
+    """Measure copy bandwidth in bytes per second, read and write, and FLOP per second of an 8192³ product in bf16."""
+    size, num_bytes = (8192, 2**32) if device.is_gpu else (256, 2**20)
+    left, right = (torch.randn(size, size, device=device.name, dtype=torch.bfloat16) for _ in range(2))
+    block = torch.randint(256, (num_bytes,), device=device.name, dtype=torch.uint8)
     target = torch.empty_like(block)
-    copies = [time_call(lambda: target.copy_(block), device)[0] for _ in range(10)]
-    products = [time_call(lambda: left @ right, device)[0] for _ in range(10)]
-    return 2 * block.numel() / min(copies), 2 * size**3 / min(products)
+
+    def time_one(call: Callable) -> float:
+        return min(time_call(lambda: [call() for _ in range(10)], device.name)[0] for _ in range(4)) / 10
+
+    return 2 * num_bytes / time_one(lambda: target.copy_(block)), 2 * size**3 / time_one(lambda: left @ right)
 
 
-def time_edits(decode, model, source, prompt_embeds, device: str) -> tuple[float, float, float]:
-    """Time whole edits: the first one, the median of those timed, and the peak memory in GiB."""
-    grid_size, num_tokens = model.config.grid_size, source.shape[1]
+def time_decoding(decode, model, source, prompt_embeds, device: Device, num_timed: int, rounds: int = 2) -> dict:
+    """Time one of the `DECODERS`.
 
-    def edit():
-        decode(model, source, prompt_embeds, GUIDANCE_SCALE, grid_size, range(num_tokens))
+    Returns:
+        `dict`: Seconds of the first call, of the prefill (up to the first token), and of a token at each of `PLACES`;
+        and the peak of memory in GiB, weights included.
+    """
+    num_tokens, grid_size = source.shape[1], model.config.grid_size
 
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    first, _ = time_call(edit, device)
-    for _ in range(NUM_WARM_UP - 1):
-        edit()
-    seconds = statistics.median(time_call(edit, device)[0] for _ in range(NUM_TIMED))
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else float("nan")
-    return first, seconds, memory
+    def run(first: int, count: int) -> float:
+        positions = range(first, first + count)
+        call = lambda: decode(model, source, prompt_embeds, GUIDANCE_SCALE, grid_size, positions)  # noqa: E731
+        return time_call(call, device.name)[0]
+
+    device.free_memory()
+    first_call = run(0, 1 + NUM_WARM_UP)
+    prefill, tokens = min(run(0, 1) for _ in range(rounds)), []
+    for place in PLACES:
+        first = min(round(place * num_tokens), num_tokens - 1 - num_timed)
+        spent = [run(first, 1 + num_timed) - run(first, 1) for _ in range(rounds)]
+        tokens.append(min(spent) / num_timed)
+    memory = device.measure_peak_memory()
+    return {"first_call": first_call, "prefill": prefill, "tokens": tokens, "memory": memory}
 
 
-def benchmark_gpu(args) -> str:
-    """Measure; return the report."""
-    device = args.device
-    bandwidth, rate = measure_floors(device)
-    size = (args.preset, args.grid_size)
-    parity = [
-        check_parity(*size, torch.bfloat16, args.parity_tokens, batch_size, device, is_compiled)
-        for batch_size in (1, 4)
-        for is_compiled in (False, True)
-    ]
-    parity.append(check_paths(*size, args.parity_tokens, device))
-    model = build_model(*size, torch.bfloat16, device)
-    rows, eager = [], model.forward
+def extrapolate_edit(timed: dict, num_tokens: int) -> float:
+    """Return the seconds of an edit: the prefill, and the mean token for all tokens after the first."""
+    return timed["prefill"] + (num_tokens - 1) * statistics.mean(timed["tokens"])
 
-    def compile_library():
-        # Its cache grows with every token: compiled for any length.
-        model.forward = torch.compile(eager, dynamic=True)
 
-    for batch_size, num_sources in BATCHES:
-        source, prompt_embeds = build_inputs(model, batch_size, device)
-        source = source[:num_sources].repeat_interleave(batch_size // num_sources, dim=0)
-        floor = (source.shape[1] - 1) * compute_decode_floor(model, batch_size, num_sources, model.dtype, bandwidth)
-        systems = {
-            "published style": ("published style", None),
-            "library": ("library", None),
-            "library, compiled": ("library", compile_library),
-            "editar_hf": ("editar_hf", None),
-            "editar_hf, compiled": ("editar_hf, compiled", model.compile_passes),
-        }
-        for name, (decoder, prepare) in systems.items():
-            if prepare is not None:
-                prepare()
-            first, seconds, memory = time_edits(DECODERS[decoder], model, source, prompt_embeds, device)
-            model.forward, model.compiled_passes = eager, None
-            cells = [f"{seconds:.3f}", f"{batch_size / seconds:.2f}", f"{floor / seconds:.0%}"]
-            rows.append([str(batch_size), str(num_sources), name, *cells, f"{first - seconds:.1f}", f"{memory:.2f}"])
-            print(rows[-1], flush=True)
-    header = ["edits", "pictures", "system", "s", "images/s", "of the decode floor", "first call, s more", "peak, GiB"]
-    return "\n\n".join(
-        [
-            f"# Decoding on a GPU: {args.preset} at {16 * args.grid_size}×{16 * args.grid_size}, bf16",
-            f"{describe_machine()} Copies run at {bandwidth / 1e12:.2f} TB/s, products of 8192³ at {rate / 1e12:.0f} "
-            f"TFLOP/s. Random weights, greedy, guidance {GUIDANCE_SCALE}; {NUM_WARM_UP} edits to warm up, the median "
-            f"of {NUM_TIMED}. The floor is the time of reading weights, sources and own keys and values. Made by "
-            f"`python benchmarks/bench_generation.py{args.words}`.",
-            f"Parity: {'; '.join(parity)}.",
-            format_table(header, rows),
-        ]
+class CapturedDecoding:
+    """Greedy decoding in one step that names no position, so that a CUDA graph of it serves every token.
+
+    An experiment: what decoding costs where Python does nothing but start the same graph again.
+
+    Args:
+        model (`EditARForConditionalGeneration`): The decoder.
+        forward (`Callable`): Its forward, perhaps compiled.
+        source, prompt_embeds (`torch.Tensor`): What is edited.
+        device (`Device`): Where.
+    """
+
+    def __init__(self, model, forward: Callable, source: torch.LongTensor, prompt_embeds: torch.Tensor, device: Device):
+        self.forward, self.tokens = forward, source.clone()
+        self.grid = dict.fromkeys(("grid_height", "grid_width"), model.config.grid_size)
+        model.compiled_passes = CompiledPasses(model.forward)  # compiles nothing here: its caches stay in place
+        branches = select_branches(GUIDANCE_SCALE, 1)
+        runner = PassRunner(model, source, None, prompt_embeds, None, branches, self.grid)
+        logits = runner(self.tokens, None, [0])
+        model.compiled_passes, self.cache = None, runner.cache
+        self.tokens[:, 0] = select_greedily(logits[:, :, 0].flatten(0, 1), GUIDANCE_SCALE)
+        self.cache.is_text_pass = False
+        self.first_own_slot = self.cache.num_prefix_slots + self.cache.num_text_slots
+        self.first_slot = source.shape[1] + model.config.num_text_tokens
+        self.position = torch.zeros(1, dtype=torch.long, device=source.device)
+        self.replay = device.capture(self.step)
+        self.position.zero_()
+
+    def step(self):
+        """Feed the token at the position, choose the next one, and go on to it."""
+        self.cache.slots = self.first_own_slot + self.position
+        self.cache.bias = self.cache.add_text_weight(build_causal_bias(self.cache.slots, self.cache.num_slots))
+        logits = self.forward(
+            target_image_tokens=self.tokens.index_select(1, self.position).repeat(2, 1),
+            past_key_values=self.cache,
+            position_ids=(self.first_slot + self.position)[None],
+            **self.grid,
+        ).logits
+        chosen = select_greedily(logits[:, -1].float(), GUIDANCE_SCALE)
+        self.position += 1
+        self.tokens.index_copy_(1, self.position, chosen[:, None])
+
+    def decode(self, num_tokens: int) -> torch.LongTensor:
+        """Decode the first tokens anew."""
+        self.position.zero_()
+        for _ in range(num_tokens - 1):
+            self.replay()
+        return self.tokens[:, :num_tokens]
+
+
+@torch.no_grad()
+def time_captured(model, forward, source, prompt_embeds, device: Device, num_timed: int) -> dict:
+    """Time `CapturedDecoding` as `time_decoding` does, but for the prefill and at one place."""
+    device.free_memory()
+    first_call, decoding = time_call(
+        lambda: CapturedDecoding(model, forward, source, prompt_embeds, device), device.name
     )
+    decoding.decode(1 + num_timed)
+    # It reads all slots at every position, so one place tells of all.
+    spent = min(time_call(lambda: decoding.decode(1 + num_timed), device.name)[0] for _ in range(3))
+    memory = device.measure_peak_memory()
+    return {"first_call": first_call, "tokens": [spent / num_timed], "memory": memory}
+
+
+class BetweenTokens(StoppingCriteria):
+    """Enter a context after some tokens and leave it after `NUM_WATCHED` more; never end decoding."""
+
+    def __init__(self, context, first: int):
+        self.context, self.first = context, first
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] == self.first:
+            self.context.__enter__()
+        elif input_ids.shape[1] == self.first + NUM_WATCHED:
+            self.context.__exit__(None, None, None)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def watch_tokens(model, source, prompt_embeds, context) -> None:
+    """Run `generate` with a context around some of its tokens in the middle of the target."""
+    first = source.shape[1] // 2
+    edit_mask = build_edit_mask(source, range(first, first + NUM_WARM_UP + NUM_WATCHED + 1))
+    criteria = [BetweenTokens(context, first + NUM_WARM_UP)]
+    how = {"do_sample": False, "guidance_scale": GUIDANCE_SCALE, "edit_mask": edit_mask}
+    model.generate(source, prompt_embeds, stopping_criteria=criteria, **how)

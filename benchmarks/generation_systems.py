@@ -14,6 +14,8 @@ from editar_hf import EditARConfig, EditARForConditionalGeneration
 
 
 GUIDANCE_SCALE = 3.0
+# Where tokens are timed: at these fractions of the target, with the others forced.
+PLACES = (0, 1 / 3, 2 / 3, 1)
 # A first token that differs must have been this close to its rival in the plain loop; in fp32 logits of random weights.
 MAX_MARGIN = 1e-3
 # In bf16, how much larger rounding may be than that of one whole forward.
@@ -57,6 +59,15 @@ def decode_with_package(
     return target[:, list(free_positions)]
 
 
+# Of a rehearsal: all that a benchmark calls, in seconds on a CPU.
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_text_tokens": 5,
+    "text_hidden_size": 16,
+}
 DECODERS = {
     "published style": decode_like_published,
     "library": decode_with_library,
@@ -65,17 +76,20 @@ DECODERS = {
 }
 
 
-def build_empty_model(preset: str, grid_size: int) -> EditARForConditionalGeneration:
-    """Build a decoder without memory for its weights."""
-    config = EditARConfig.from_preset(preset, grid_size=grid_size, distillation_hidden_size=None)
+def build_empty_model(preset: str, grid_size: int, **overrides) -> EditARForConditionalGeneration:
+    """Build a decoder of a published size, or "tiny", without memory for its weights."""
+    overrides = {"grid_size": grid_size, "distillation_hidden_size": None, **overrides}
+    config = EditARConfig(**TINY, **overrides) if preset == "tiny" else EditARConfig.from_preset(preset, **overrides)
     with torch.device("meta"):
         return EditARForConditionalGeneration(config)
 
 
-def build_model(preset: str, grid_size: int, dtype: torch.dtype, device: str) -> EditARForConditionalGeneration:
+def build_model(
+    preset: str, grid_size: int, dtype: torch.dtype, device: str, **overrides
+) -> EditARForConditionalGeneration:
     """Build a decoder with random weights; its head too, which a fresh one has zero."""
     # The type before the memory: a benchmark's peak is not to be that of making the weights.
-    model = build_empty_model(preset, grid_size).to(dtype).to_empty(device=device).eval()
+    model = build_empty_model(preset, grid_size, **overrides).to(dtype).to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -147,6 +161,7 @@ def check_parity(
     batch_size: int = 1,
     device: str = "cpu",
     is_compiled: bool = False,
+    **compile_options,
 ) -> str:
     """Compare teacher-forced logits, and in fp32 the tokens, with those of one forward over the whole sequence.
 
@@ -158,7 +173,7 @@ def check_parity(
     model = build_model(preset, grid_size, dtype, device)
     source, prompt_embeds = build_inputs(model, batch_size, device)
     if is_compiled:
-        model.compile_passes()
+        model.compile_passes(**compile_options)
     record = RecordLogits()
     grid = {"grid_height": grid_size, "grid_width": grid_size}
     tokens = model.generate(
@@ -194,7 +209,9 @@ def check_parity(
 
 
 @torch.no_grad()
-def check_paths(preset: str, grid_size: int, num_tokens: int, device: str = "cpu") -> str:
+def check_paths(
+    preset: str, grid_size: int, num_tokens: int, device: str = "cpu", is_compiled: bool = True, **compile_options
+) -> str:
     """Compare the tokens of every other way to decode with those of exact decoding, in fp32, greedy and sampled.
 
     Raises:
@@ -209,9 +226,11 @@ def check_paths(preset: str, grid_size: int, num_tokens: int, device: str = "cpu
     ways = {
         "a source cache": {"source_cache": model.prepare_source_cache(source, **grid)},
         "drafts": {"decoding": "speculative"},
-        "compiled passes": {},
-        "compiled passes and drafts": {"decoding": "speculative"},
     }
+    if is_compiled:
+        ways |= {"compiled passes": {}, "compiled passes and drafts": {"decoding": "speculative"}}
+        model.compile_passes(**compile_options)
+    compiled_passes, model.compiled_passes = model.compiled_passes, None
     for do_sample in (False, True):
 
         def decode(do_sample=do_sample, **how) -> torch.LongTensor:
@@ -221,8 +240,7 @@ def check_paths(preset: str, grid_size: int, num_tokens: int, device: str = "cpu
 
         exact = decode()
         for name, how in ways.items():
-            if name.startswith("compiled"):
-                model.compile_passes()
+            model.compiled_passes = compiled_passes if name.startswith("compiled") else None
             num_different = (decode(**how) != exact).sum().item()
             model.compiled_passes = None
             assert num_different == 0, f"with {name}, do_sample={do_sample}, {num_different} tokens differ"

@@ -1,0 +1,401 @@
+"""Decoding and training on a GPU within a time budget, the most telling figures first.
+
+    python benchmarks/bench_gpu.py                # GPT-XL at 512×512 in bf16, in 130 s
+    python benchmarks/bench_gpu.py --rehearse     # tiny sizes on the CPU, in seconds
+
+Whole edits by every system would take ten minutes. So the prefill and some tokens are timed, and whole edits only where
+they are quick. Each stage has a time limit. A stage that fails or runs out of time does not end the next one. The
+figures so far are written to `generation-gpu.md` and `generation-gpu.json` after each stage. Weights are random.
+"""
+
+import argparse
+import json
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from bench_training import NO_DROPOUT, count_operations
+from generation_gpu import (
+    NUM_WATCHED,
+    CapturedDecoding,
+    Device,
+    extrapolate_edit,
+    measure_floors,
+    time_captured,
+    time_decoding,
+    watch_tokens,
+)
+from generation_systems import (
+    DECODERS,
+    GUIDANCE_SCALE,
+    PLACES,
+    build_inputs,
+    build_model,
+    check_parity,
+    check_paths,
+    compute_decode_floor,
+)
+from report import RESULTS, describe_machine, format_table, time_call
+from torch._dynamo.utils import counters
+
+from editar_hf.generation.compilation import compile_apart
+from editar_hf.training.optimization import build_optimizer
+
+
+FULL = {
+    "large": ("GPT-XL", 32),
+    "small": ("GPT-B", 16),
+    "parity_tokens": 32,
+    "timed": 32,
+    # Edits at once, and the pictures that they are of.
+    "batches": ((4, 4), (16, 16), (16, 1)),
+    "training_batch_size": 8,
+    "training_seconds": 6.0,
+    "compile_options": {},
+}
+TINY = {
+    "large": ("tiny", 6),
+    "small": ("tiny", 6),
+    "parity_tokens": 4,
+    "timed": 2,
+    "batches": ((2, 1),),
+    "training_batch_size": 2,
+    "training_seconds": 0.1,
+    "compile_options": {"backend": "eager"},
+}
+CAPTURED, CAPTURED_COMPILED = "editar_hf, captured", "editar_hf, compiled and captured"
+NUM_KERNELS = 15
+
+
+class TimeIsUp(BaseException):
+    """No `Exception`: what is measured must not catch it."""
+
+
+@contextmanager
+def limit_time(seconds: float):
+    """Raise `TimeIsUp` after so many seconds."""
+
+    def stop(*_):
+        raise TimeIsUp
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+class Benchmark:
+    """The stages, and the `results` they add to, plain enough for JSON; what a stage has added stays if it fails."""
+
+    def __init__(self, is_rehearsal: bool):
+        self.device = Device("cpu" if is_rehearsal else "cuda")
+        self.sizes = TINY if is_rehearsal else FULL
+        self.results = {
+            "title": "rehearsal on a CPU, worth nothing" if is_rehearsal else "GPT-XL at 512×512, bf16",
+            "machine": describe_machine(),
+            "stages": {},
+            "parity": {},
+            "edits": [],
+            "failures": [],
+        }
+        self.large_model = None
+
+    def get_large_model(self):
+        """Build the large decoder once."""
+        if self.large_model is None:
+            self.large_model = build_model(*self.sizes["large"], torch.bfloat16, self.device.name)
+        return self.large_model
+
+    def measure_floors(self):
+        bandwidth, rate = measure_floors(self.device)
+        self.results |= {"bandwidth": bandwidth, "matrix_rate": rate}
+        print(f"copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s", flush=True)
+
+    # Parity, at the small size
+
+    def check_eager(self):
+        size, tokens, device = self.sizes["small"], self.sizes["parity_tokens"], self.device.name
+        self.check("fp32", lambda: check_parity(*size, torch.float32, tokens, 1, device))
+        self.check("bf16", lambda: check_parity(*size, torch.bfloat16, tokens, 1, device))
+        self.check("bf16, 4 edits", lambda: check_parity(*size, torch.bfloat16, tokens, 4, device))
+        self.check("fp32, captured", self.compare_captured)
+        self.check("fp32, paths", lambda: check_paths(*size, 2 * tokens, device, is_compiled=False))
+
+    def check_compiled(self):
+        size, tokens, options = self.sizes["small"], self.sizes["parity_tokens"], self.sizes["compile_options"]
+        compare = lambda: check_parity(*size, torch.float32, tokens, 1, self.device.name, True, **options)  # noqa: E731
+        self.check("fp32, compiled", compare)
+
+    def check_compiled_paths(self):
+        size, tokens, options = self.sizes["small"], self.sizes["parity_tokens"], self.sizes["compile_options"]
+        self.check("fp32, compiled paths", lambda: check_paths(*size, 2 * tokens, self.device.name, **options))
+
+    def check(self, name: str, compare: Callable[[], str]):
+        """Note what a comparison finds, or how it fails."""
+        start = time.monotonic()
+        try:
+            finding = compare()
+        except Exception as error:
+            traceback.print_exc()
+            finding = f"FAILED, {describe_error(error)}"
+        self.results["parity"][name] = finding
+        print(f"{name}: {finding} ({time.monotonic() - start:.1f} s)", flush=True)
+
+    @torch.no_grad()
+    def compare_captured(self) -> str:
+        """Compare the tokens of the captured step with those of `generate`, in fp32."""
+        (preset, grid_size), count = self.sizes["small"], self.sizes["parity_tokens"]
+        model = build_model(preset, grid_size, torch.float32, self.device.name)
+        inputs = build_inputs(model, 1, self.device.name)
+        expected = DECODERS["editar_hf"](model, *inputs, GUIDANCE_SCALE, grid_size, range(count))
+        tokens = CapturedDecoding(model, model, *inputs, self.device).decode(count)
+        num_different = (tokens != expected).sum().item()
+        assert num_different == 0, f"{num_different} of {count} tokens differ from those of `generate`"
+        return f"captured by hand, the {count} tokens are those of `generate`"
+
+    # Time, at the large size
+
+    def time_one_edit(self):
+        self.time_systems(1, 1, rounds=2)
+
+    def time_compiled(self):
+        model = self.get_large_model()
+        model.compile_passes(**self.sizes["compile_options"])
+        try:
+            self.time_system("editar_hf, compiled", 1, 1)
+            decode, inputs = DECODERS["editar_hf, compiled"], build_inputs(model, 1, self.device.name)
+            grid_size, positions = model.config.grid_size, range(model.config.num_image_tokens)
+            edit = lambda: decode(model, *inputs, GUIDANCE_SCALE, grid_size, positions)  # noqa: E731
+            self.results["whole_edits"] = [time_call(edit, self.device.name)[0] for _ in range(2)]
+            print("whole edits, compiled:", self.results["whole_edits"], flush=True)
+            self.watch("compiled")
+        finally:
+            model.compiled_passes = None
+            torch.compiler.reset()  # frees the graphs and their memory
+
+    def time_captured_compiled(self):
+        self.time_system(CAPTURED_COMPILED, 1, 1)
+
+    def time_batches(self):
+        for num_edits, num_pictures in self.sizes["batches"]:
+            self.time_systems(num_edits, num_pictures, rounds=1)
+
+    def time_systems(self, num_edits: int, num_pictures: int, rounds: int):
+        """Time what needs no compilation on a batch; one that fails, as for want of memory, does not end the next."""
+        for system in ("editar_hf", CAPTURED, "published style", "library"):
+            try:
+                self.time_system(system, num_edits, num_pictures, rounds)
+            except Exception as error:
+                traceback.print_exc()
+                self.results["failures"].append(f"{system}, {num_edits} edits: {describe_error(error)}")
+
+    def time_system(self, system: str, num_edits: int, num_pictures: int, rounds: int = 2):
+        """Time a system on a batch, and add the row to the results."""
+        model, device, num_timed = self.get_large_model(), self.device, self.sizes["timed"]
+        source, prompt_embeds = build_inputs(model, num_edits, device.name)
+        source = source[:num_pictures].repeat_interleave(num_edits // num_pictures, dim=0)
+        row = {"edits": num_edits, "pictures": num_pictures, "system": system}
+        if system in (CAPTURED, CAPTURED_COMPILED):
+            compiled = compile_apart(model.forward, **self.sizes["compile_options"])
+            forward = model if system == CAPTURED else compiled
+            # Its prefill is that of `generate`, which was timed before.
+            (eager,) = (r for r in self.results["edits"] if r == {**r, **row, "system": "editar_hf"})
+            row["prefill"] = eager["prefill"]
+            row |= time_captured(model, forward, source, prompt_embeds, device, num_timed)
+            torch.compiler.reset()
+        else:
+            row |= time_decoding(DECODERS[system], model, source, prompt_embeds, device, num_timed, rounds)
+        num_tokens = source.shape[1]
+        bandwidth = self.results["bandwidth"]
+        token_floor = compute_decode_floor(model, num_edits, num_pictures, model.dtype, bandwidth)
+        row |= {"edit": extrapolate_edit(row, num_tokens), "floor": (num_tokens - 1) * token_floor}
+        self.results["edits"].append(row)
+        print(" | ".join(format_row(row)), flush=True)
+
+    def watch_eager(self):
+        self.watch("eager")
+
+    def watch(self, name: str):
+        """Note where `generate` waits for the device, and what runs there, per token."""
+        model, waits, kernels, host_calls = self.get_large_model(), Counter(), [], []
+        inputs = build_inputs(model, 1, self.device.name)
+        watch_tokens(model, *inputs, self.device.count_waits(waits))
+        watch_tokens(model, *inputs, self.device.profile(kernels, host_calls))
+        for call in (*kernels, *host_calls):
+            call["calls"], call["us"] = call["calls"] / NUM_WATCHED, call["us"] / NUM_WATCHED
+        found = {
+            "waits": {place: count / NUM_WATCHED for place, count in waits.items()},
+            "calls": sum(kernel["calls"] for kernel in kernels),
+            "us": sum(kernel["us"] for kernel in kernels),
+            "host": {call["name"]: call["calls"] for call in host_calls[:5]},
+            "kernels": kernels[:NUM_KERNELS],
+            "cuda_graphs_skipped": counters["inductor"]["cudagraph_skips"],
+        }
+        self.results.setdefault("watched", {})[name] = found
+        print(f"{name}, a token:", {key: value for key, value in found.items() if key != "kernels"}, flush=True)
+
+    # Training
+
+    def train(self):
+        """Time steps from tokens: weights in fp32, computed in bf16, each layer compiled."""
+        device, batch_size, self.large_model = self.device, self.sizes["training_batch_size"], None
+        device.free_memory()
+        model = build_model(*self.sizes["large"], torch.float32, device.name, **NO_DROPOUT).train()
+        source, prompt_embeds = build_inputs(model, batch_size, device.name)
+        for layer in model.model.layers:
+            layer.compile(**self.sizes["compile_options"])
+        optimizer = build_optimizer(model.parameters())
+
+        def step():
+            with torch.autocast(device.name, torch.bfloat16):
+                loss = model(source, prompt_embeds, labels=source.flip(1)).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        first_step = time_call(step, device.name)[0]
+        one_step = min(time_call(step, device.name)[0] for _ in range(2))
+        num_steps = max(2, int(self.sizes["training_seconds"] / one_step))
+        seconds = time_call(lambda: [step() for _ in range(num_steps)], device.name)[0]
+        self.results["training"] = {
+            "batch_size": batch_size,
+            "first_step": first_step,
+            "steps": num_steps,
+            "samples_per_second": num_steps * batch_size / seconds,
+            "operations_per_second": num_steps * batch_size * count_operations(model.config) / seconds,
+            "memory": device.measure_peak_memory(),
+        }
+        print(f"training: {self.results['training']}", flush=True)
+
+    # Running
+
+    def run(self, names: list[str], seconds: float, output_dir: Path):
+        """Run stages within a time; write the results after each."""
+        end = time.monotonic() + seconds
+        for name in names:
+            method, least, most = STAGES[name]
+            start, outcome = time.monotonic(), "done"
+            if end - start < least and self.device.is_gpu:
+                outcome = "skipped, no time left"
+            else:
+                try:
+                    with limit_time(min(most, end - start) if self.device.is_gpu else most):
+                        method(self)
+                except TimeIsUp:
+                    outcome = "stopped, out of time"
+                except Exception as error:
+                    traceback.print_exc()
+                    outcome = f"failed, {describe_error(error)}"
+            self.results["stages"][name] = {"outcome": outcome, "seconds": time.monotonic() - start}
+            print(f"== {name}: {outcome} ({time.monotonic() - start:.1f} s)", flush=True)
+            (output_dir / "generation-gpu.json").write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+            (output_dir / "generation-gpu.md").write_text(compose_page(self.results), encoding="utf-8")
+
+
+# In order of worth: the method, the seconds without which a stage is not begun, and those after which it is stopped.
+STAGES = {
+    "floors": (Benchmark.measure_floors, 3, 20),
+    "parity": (Benchmark.check_eager, 5, 30),
+    "one edit": (Benchmark.time_one_edit, 8, 40),
+    "watch": (Benchmark.watch_eager, 3, 15),
+    "parity, compiled": (Benchmark.check_compiled, 10, 45),
+    "one edit, compiled": (Benchmark.time_compiled, 25, 80),
+    "batches": (Benchmark.time_batches, 5, 45),
+    "training": (Benchmark.train, 12, 35),
+    "one edit, compiled and captured": (Benchmark.time_captured_compiled, 25, 60),
+    "parity, compiled paths": (Benchmark.check_compiled_paths, 20, 60),
+}
+
+
+def describe_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def compose_page(results: dict) -> str:
+    """Lay out what has been found so far as Markdown."""
+    parts = [f"# Decoding on a GPU: {results['title']}", results["machine"], describe_method(results)]
+    parity = [f"* {name}: {finding}" for name, finding in results["parity"].items()]
+    parts += ["## Parity, GPT-B at 256×256", "\n".join(parity)] if parity else []
+    if results["edits"]:
+        header = ["edits", "pictures", "system", "prefill, ms", "token, ms, at the places"]
+        header += ["edit, s", "images/s", "of the floor", "first call, s", "peak, GiB"]
+        rows = [format_row(row) for row in results["edits"]]
+        parts += ["## Time", format_table(header, rows), *(f"Failed: {failure}" for failure in results["failures"])]
+    if "whole_edits" in results:
+        times = ", ".join(f"{seconds:.3f}" for seconds in results["whole_edits"])
+        parts.append(f"Whole edits by `editar_hf, compiled`, to compare with the extrapolated time: {times} s.")
+    for name, found in results.get("watched", {}).items():
+        waits, host = (
+            ", ".join(f"{name} {count:g}" for name, count in found[key].items()) or "none" for key in ("waits", "host")
+        )
+        rows = [[k["name"][:80].replace("|", "/"), f"{k['calls']:.1f}", f"{k['us']:.1f}"] for k in found["kernels"]]
+        parts += [
+            f"## A token, {name}, one edit",
+            f"Where Python waits for the device: {waits}. Calls to the driver: {host}. CUDA graphs skipped by the "
+            f"compiler: {found['cuda_graphs_skipped']}. {found['calls']:.0f} kernels, {found['us']:.0f} µs in all:",
+            format_table(["kernel", "calls", "µs"], rows),
+        ]
+    if "training" in results:
+        parts += ["## Training from tokens", describe_training(results)]
+    stages = ", ".join(f"{name}: {s['outcome']} ({s['seconds']:.1f} s)" for name, s in results["stages"].items())
+    return "\n\n".join([*parts, f"Stages: {stages}."]) + "\n"
+
+
+def describe_method(results: dict) -> str:
+    rates = ""
+    if "bandwidth" in results:
+        rates = f"Copies run at {results['bandwidth'] / 1e12:.2f} TB/s, products of 8192³ in bf16 at "
+        rates += f"{results['matrix_rate'] / 1e12:.0f} TFLOP/s. "
+    return (
+        f"{rates}Random weights, greedy, guidance {GUIDANCE_SCALE}. {FULL['timed']} tokens are timed at each of "
+        f"{len(PLACES)} places: 0, 1/3, 2/3 and the end of the target. The time of an edit is extrapolated: the "
+        "prefill, and the mean token for all tokens. The floor is the time of reading weights, sources and own keys "
+        "and values. Captured is an experiment: one step in a hand-made CUDA graph, which reads all slots at every "
+        "position, so one place is timed. The first call compiles or captures. Made by "
+        "`python benchmarks/bench_gpu.py`."
+    )
+
+
+def format_row(row: dict) -> list[str]:
+    tokens = " / ".join(f"{1000 * seconds:.2f}" for seconds in row["tokens"])
+    cells = [f"{1000 * row['prefill']:.1f}", tokens, f"{row['edit']:.3f}", f"{row['edits'] / row['edit']:.2f}"]
+    cells += [f"{row['floor'] / row['edit']:.0%}", f"{row['first_call']:.1f}", f"{row['memory']:.2f}"]
+    return [str(row["edits"]), str(row["pictures"]), row["system"], *cells]
+
+
+def describe_training(results: dict) -> str:
+    training = results["training"]
+    share = ""
+    if "matrix_rate" in results:
+        share = f", {training['operations_per_second'] / results['matrix_rate']:.0%} of the rate of the 8192³ product"
+    return (
+        f"Batches of {training['batch_size']}, weights and AdamW in fp32, computed in bf16, each layer compiled: "
+        f"{training['samples_per_second']:.2f} samples/s{share}; {training['steps']} steps, peak "
+        f"{training['memory']:.1f} GiB, first step {training['first_step']:.1f} s."
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=130, help="for all stages together")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="some of them alone")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where the page and the figures go")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
+    args = parser.parse_args()
+    if not (args.rehearse or torch.cuda.is_available()):
+        raise SystemExit("No GPU was found. Pass `--rehearse` to try the stages at tiny sizes on the CPU.")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    Benchmark(args.rehearse).run(args.stages, args.seconds, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
