@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 REQUIREMENTS := setup.cfg pyproject.toml
 
-.PHONY: demo test quality clean
+.PHONY: demo test quality wheels clean
 
 demo: .venv/installed-demo  ## edit a photograph with the shipped checkpoint and print where the picture is
 	$(BIN)/python examples/edit_photo.py
@@ -15,6 +15,14 @@ test: .venv/installed-dev  ## run the test suite
 
 quality: .venv/installed-dev  ## check style
 	$(BIN)/ruff check
+
+# pip matches the number of a platform exactly.
+PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+
+wheels: | $(BIN)/python  ## download what benchmarks/gpu_slot.sh installs on a machine without a network
+	rm -rf .whl
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(PLATFORMS:%=--platform %) -d .whl -r benchmarks/gpu_slot_wheels.txt
 
 clean:  ## remove the virtual environment
 	rm -rf .venv
