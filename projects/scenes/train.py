@@ -85,6 +85,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--edit_region_weight", type=float, default=6.0)
     parser.add_argument("--feature_weight", type=float, default=1.0, help="of the tokenizer's feature loss")
     parser.add_argument("--squared_error_weight", type=float, default=5.0, help="of the tokenizer's squared error")
+    parser.add_argument("--agreement_weight", type=float, default=1.0, help="of equal latents where nothing changes")
     parser.add_argument("--guidance_scale", type=float, default=1.5, help="written into the pipeline")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -174,19 +175,32 @@ def build_tokenizer(rehearse: bool) -> EditARVQModel:
     )
 
 
-def compute_tokenizer_losses(model, features, wanted, pixel_values, args) -> tuple[torch.Tensor, dict, object]:
-    """Compute the loss of a batch of pictures, whose features are `wanted`; its parts, and the model's output."""
+def compute_tokenizer_losses(args, model, features, pixel_values, wanted, is_edited):
+    """Compute the loss of a batch of pictures, sources before targets, its parts, and the model's output.
+
+    Tokens that an edit leaves alone should be the same before and after, so that the editor can copy them. The encoder
+    sees the whole picture, so this has to be asked for: the last part compares their latents.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(2 * pairs, 3, height, width)`): Pixels in [-1, 1].
+        wanted (`list[torch.Tensor]`): The pictures' feature maps.
+        is_edited (`torch.BoolTensor` of shape `(pairs, tokens)`): Tokens that the edit may change.
+    """
     output = model(pixel_values)
     error = output.reconstruction.float() - pixel_values
+    before, after = output.latents.chunk(2)
+    distances = (before - after).square().mean(dim=-1)
     parts = {
         "absolute": error.abs().mean(),
         "squared": error.square().mean(),
         "features": compute_feature_distance(features(output.reconstruction), wanted).mean(),
         "codebook": output.codebook_loss,
         "commitment": output.commitment_loss,
+        "agreement": (distances * ~is_edited).sum() / (~is_edited).sum().clamp(min=1),
     }
     loss = parts["absolute"] + args.squared_error_weight * parts["squared"] + args.feature_weight * parts["features"]
     loss = loss + parts["codebook"] + model.config.commitment_loss_weight * parts["commitment"]
+    loss = loss + args.agreement_weight * parts["agreement"]
     return loss, parts, output
 
 
@@ -210,12 +224,12 @@ class PicturePool:
         while not is_enough():
             self.update(timeout=1.0)
 
-    def draw(self, batch_size: int, rng: np.random.Generator, device) -> torch.Tensor:
-        """Draw half of each picture kind, sources and targets, from one chunk; pixels in [−1, 1]."""
+    def draw(self, batch_size: int, rng: np.random.Generator, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw pairs of one chunk: pixels in [−1, 1], sources before targets, and the tokens that may change."""
         chunk = self.square[rng.integers(len(self.square))]
         places = rng.permutation(len(chunk.sources))[: batch_size // 2]
         pixels = np.concatenate([chunk.sources[places], chunk.targets[places]])
-        return prepare_pixel_values(pixels, device)
+        return prepare_pixel_values(pixels, device), torch.from_numpy(chunk.edit_masks[places]).to(device)
 
 
 def train_tokenizer(args, pool: PicturePool, log: Log):
@@ -230,7 +244,7 @@ def train_tokenizer(args, pool: PicturePool, log: Log):
     log.write(stage="tokenizer", event="first chunks")
 
     with torch.no_grad():
-        latents = [model.encode(pool.draw(batch_size, rng, device)).latents.flatten(0, 1) for _ in range(4)]
+        latents = [model.encode(pool.draw(batch_size, rng, device)[0]).latents.flatten(0, 1) for _ in range(4)]
         codes = draw_codebook(torch.cat(latents), model.config.num_embeddings, generator)
         model.quantize.embedding.weight.copy_(codes)
     average = AveragedWeights(model.parameters())
@@ -246,11 +260,13 @@ def train_tokenizer(args, pool: PicturePool, log: Log):
     while clock.progress < 1:
         pool.update()
         clock.set_learning_rates([optimizer], step)
-        pixel_values = pool.draw(batch_size, rng, device)
+        pixel_values, is_edited = pool.draw(batch_size, rng, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             with torch.no_grad():
                 wanted = features(pixel_values)
-            loss, parts, output = compute_tokenizer_losses(model, compiled_features, wanted, pixel_values, args)
+            loss, parts, output = compute_tokenizer_losses(
+                args, model, compiled_features, pixel_values, wanted, is_edited
+            )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -277,8 +293,14 @@ def evaluate_tokenizer(model: EditARVQModel, chunk: Chunk, folder: Path, log: Lo
     grid = [side // model.config.stride for side in pixel_values.shape[-2:]]
     image_tokens = model.encode(pixel_values).image_tokens
     decoded = model.decode(image_tokens, *grid)
-    used = len(image_tokens.unique()) / model.config.num_embeddings
-    log.write(stage="tokenizer", event="held out", psnr=compute_psnr(decoded, pixel_values).mean().item(), used=used)
+    is_same = model.encode(prepare_pixel_values(chunk.sources, model.device)).image_tokens == image_tokens
+    log.write(
+        stage="tokenizer",
+        event="held out",
+        psnr=compute_psnr(decoded, pixel_values).mean().item(),
+        codes_used=len(image_tokens.unique()) / model.config.num_embeddings,
+        kept_tokens_equal=is_same[torch.from_numpy(~chunk.edit_masks).to(is_same.device)].float().mean().item(),
+    )
     rows = []
     for start in range(0, min(32, len(chunk.targets)), 8):
         for pictures in (chunk.targets[start : start + 8], to_pixels(decoded[start : start + 8])):
