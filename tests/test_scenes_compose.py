@@ -114,6 +114,7 @@ def test_places_in_instructions_are_true(pairs):
     assert len(named) > 30
     assert {pair.operation for pair in named} == {"add", "move"}
     for pair in named:
+        assert pair.place
         assert pair.place in pair.instruction
         center = (pair.box[0] + pair.box[2]) / 2 / pair.mask.shape[1]
         assert compose.PLACES[int(center * 3)] == pair.place

@@ -18,20 +18,19 @@ A pair depends on the bank and on `seed`, `index`, `split`, `height`, `width` an
 
 import argparse
 import io
-import json
 import random
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from bank import Bank, Photograph, View
 from canny_edges import draw_canny_map
 from global_edits import GLOBAL_EDITS, WEATHERS, apply_global_edit
 from instructions import PLACES, compose_caption, compose_instruction
 from PIL import Image, ImageDraw
-from recoloring import COLORS, compute_color_distance, name_color, recolor
+from recoloring import COLORS, compute_color_distance, recolor
 
 
 # Share of each operation among the training pairs.
@@ -56,11 +55,9 @@ SHAPES = ((128, 128), (96, 128), (128, 96), (72, 128), (128, 72))
 SMALLEST_OBJECT, LARGEST_OBJECT, MARGIN = 22 / 128, 0.8, 0.01
 # What is wider than this stands nearly at the same columns on the left, in the middle and on the right.
 WIDEST_AT_PLACE = 0.42
-SMALLEST_CROP = 0.55
+SMALLEST_CROP, SMALLEST_SCALE = 0.55, 0.85
 LOWEST_GROUND = 0.72
-# Photographs of these folders show buildings without free ground. In training objects stand on their lower border too:
-# it takes many pictures to learn what lies behind an object.
-BACKDROPS = ("/monuments/", "/explore_monuments/", "/renewable/")
+# Share of the training photographs of places that are backdrops.
 BACKDROP_SHARE = 0.35
 # Pairs whose objects change their color by less than this mean difference of RGB are drawn anew.
 CLEAR_COLOR_DISTANCE = 46
@@ -82,127 +79,7 @@ def make_shadow_template(height: int = 32, width: int = 64) -> Image.Image:
 
 SHADOW = make_shadow_template()
 IS_ABOVE_ZERO = [0] + [255] * 255
-IS_ABOVE_HALF = [0] * 128 + [255] * 128
 IS_OPAQUE = [0] * 255 + [255]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bank
-
-
-@dataclass
-class View:
-    """One view of an object.
-
-    Attributes:
-        image (`PIL.Image.Image`): Pixels with premultiplied alpha (mode "RGBa"), which resize without fringes.
-        depth (`PIL.Image.Image`, *optional*): 255 at the object's nearest point, 1 at its farthest, 0 outside.
-        foot (`tuple[float, float]`): Left and right end of what touches the ground, as fractions of the width.
-        mean (`tuple[float, float, float]`): Its mean RGB, in [0, 255].
-        color (`str`): The name of that color.
-    """
-
-    id: str
-    noun: str
-    model: str
-    split: str
-    image: Image.Image
-    depth: Image.Image | None
-    foot: tuple[float, float]
-    mean: tuple[float, float, float]
-    color: str
-
-
-@dataclass
-class Photograph:
-    """A photograph; `ground` is where its ground begins, as a fraction of the height from the top."""
-
-    id: str
-    kind: str
-    split: str
-    ground: float
-    image: Image.Image
-
-
-class Bank:
-    """Objects and photographs, decoded once: processes that are forked later share them.
-
-    Attributes:
-        nouns (`dict`): The table of nouns of `bank.json`.
-        colors (`list[str]`): Names of the colors.
-        held_out_pairs (`set[tuple[str, str]]`): (color, noun) that training never shows.
-        views (`list[View]`), photographs (`list[Photograph]`).
-    """
-
-    def __init__(self, nouns, colors, held_out_pairs, views, photographs):
-        if unknown := sorted(set(colors) - set(COLORS)):
-            raise ValueError(f"`colors` of the bank names {', '.join(unknown)}; there are {', '.join(COLORS)}.")
-        if unknown := sorted({view.noun for view in views} - set(nouns)):
-            raise ValueError(f"`nouns` of the bank lacks {', '.join(unknown)}, of which it has objects; add them.")
-        self.nouns, self.colors = nouns, list(colors)
-        self.held_out_pairs = {(color, noun) for color, noun in held_out_pairs}
-        self.views, self.photographs = views, photographs
-        # split → noun → model → views
-        self.models: dict[str, dict[str, dict[str, list[View]]]] = {}
-        for view in views:
-            models = self.models.setdefault(view.split, {}).setdefault(view.noun, {})
-            models.setdefault(view.model, []).append(view)
-        # split → kind → photographs
-        self.backgrounds: dict[str, dict[str, list[Photograph]]] = {}
-        for photograph in photographs:
-            kinds = self.backgrounds.setdefault(photograph.split, {})
-            is_backdrop = photograph.kind == "other" and any(part in photograph.id for part in BACKDROPS)
-            for kind in (photograph.kind, "any", *(["backdrop"] if is_backdrop else [])):
-                kinds.setdefault(kind, []).append(photograph)
-        self.names = {noun: frozenset({noun, *entry["synonyms"]}) for noun, entry in nouns.items()}
-        self.segmentation_labels = {noun: label for label, noun in enumerate(sorted(nouns), 1)}
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Bank":
-        """Load and decode the bank in a folder (`objects.parquet`, `photographs.parquet`, `bank.json`)."""
-        folder = Path(folder)
-        if missing := [
-            name for name in ("bank.json", "objects.parquet", "photographs.parquet") if not (folder / name).is_file()
-        ]:
-            raise ValueError(f"`bank` {str(folder)!r} lacks {', '.join(missing)}; make one with build_bank.py.")
-        tables = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
-        views = []
-        for row in pq.read_table(folder / "objects.parquet").to_pylist():
-            image = Image.open(io.BytesIO(row["image"])).convert("RGBA").convert("RGBa")
-            depth = row["depth"] and Image.open(io.BytesIO(row["depth"])).convert("L")
-            foot, mean = measure_foot(image.getchannel("a")), compute_mean_color(image)
-            identity = (row["id"], row["noun"], row["model"], row["split"])
-            views.append(View(*identity, image, depth, foot, mean, name_color(mean)))
-        photographs = []
-        for row in pq.read_table(folder / "photographs.parquet").to_pylist():
-            image = Image.open(io.BytesIO(row["image"])).convert("RGB")
-            ground = row["ground"] if row["ground"] is not None and row["ground"] == row["ground"] else 0.6
-            photographs.append(Photograph(row["id"], row["kind"], row["split"], ground, image))
-        return cls(tables["nouns"], tables["colors"], tables["held_out_pairs"], views, photographs)
-
-    @cached_property
-    def segmentation_palette(self) -> np.ndarray:
-        """The package's palette: one color a noun, in alphabetical order, after black."""
-        from editar_hf.condition_maps import compute_palette
-
-        return compute_palette(len(self.nouns) + 1)
-
-    def are_distinct(self, one: str, other: str) -> bool:
-        """Say whether no name of a noun contains a name of the other ("ball" is in "soccer ball")."""
-        return not any(f" {a} " in f" {b} " or f" {b} " in f" {a} " for a in self.names[one] for b in self.names[other])
-
-
-def measure_foot(alpha: Image.Image) -> tuple[float, float]:
-    """Measure where the lowest eighth of an object begins and ends, as fractions of its width."""
-    width, height = alpha.size
-    lowest = alpha.crop((0, height - max(1, height // 8), width, height)).point(IS_ABOVE_HALF).getbbox()
-    return (lowest[0] / width, lowest[2] / width) if lowest else (0.2, 0.8)
-
-
-def compute_mean_color(image: Image.Image) -> tuple[float, float, float]:
-    """Compute the mean RGB, in [0, 255], of an image with premultiplied alpha."""
-    *rgb, alpha = np.asarray(image, np.float32).mean((0, 1))
-    return tuple(float(min(channel / max(alpha, 1) * 255, 255)) for channel in rgb)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,21 +241,13 @@ class Scene:
         if self.split == "test":
             groups = ["test-view", "test-model"] if self.rng.random() < 0.5 else ["test-model", "test-view"]
         for group in groups:
-            nouns = [noun] if noun else self.list_nouns(group, avoid, is_painted)
-            nouns = [name for name in nouns if name in self.bank.models.get(group, {})]
-            if nouns:
-                models = self.bank.models[group][self.rng.choice(nouns)]
-                return self.rng.choice(self.rng.choice(list(models.values())))
-        raise ValueError(f"`bank` has no object for the split {self.split!r}, other than {', '.join(avoid)}.")
-
-    def list_nouns(self, group: str, avoid: tuple[str, ...], is_painted: bool) -> list[str]:
-        """List the nouns of a group of views that have no name of `avoid`."""
-        return [
-            noun
-            for noun in self.bank.models.get(group, {})
-            if all(self.bank.are_distinct(noun, other) for other in avoid)
-            and (self.bank.nouns[noun]["recolor"] or not is_painted)
-        ]
+            models = self.bank.models.get(group, {})
+            names, weights = self.bank.list_nouns(group, is_painted)
+            for _ in range(NUM_TRIES if names else 0):
+                name = noun or self.rng.choices(names, cum_weights=weights)[0]
+                if name in models and all(self.bank.are_distinct(name, other) for other in avoid):
+                    return self.rng.choice(self.rng.choice(list(models[name].values())))
+        raise ValueError(f"`bank` has no object for the split {self.split!r}, other than {', '.join(avoid) or noun}.")
 
     def is_allowed(self, color: str, noun: str) -> bool:
         """Say whether this split may show a color on a noun."""
@@ -463,7 +332,7 @@ class Scene:
         mean = np.asarray(self.background.resize((1, 1), Image.Resampling.BOX, box), np.float32)[0, 0] + 8
         level = float(mean.mean())
         brightness = min(max((level / 120) ** 0.28, 0.74), 1.12)
-        thing.gains = tuple(float(brightness * min(max((channel / level) ** 0.22, 0.85), 1.15)) for channel in mean)
+        thing.gains = tuple(float(brightness * min(max((channel / level) ** 0.15, 0.9), 1.1)) for channel in mean)
         thing.sprite = thing.shadow = None
         color = COLORS[thing.color][0] if thing.color else thing.view.mean
         return any(
@@ -542,7 +411,9 @@ def make_scene(bank: Bank, rng: random.Random, split: str, height: int, width: i
     """Make a scene without things: a random crop of a photograph, often mirrored, its light slightly changed."""
     photograph = draw_photograph(bank, rng, split, kind)
     full_width, full_height = photograph.image.size
-    scale = min(full_width / width, full_height / height) * rng.uniform(SMALLEST_CROP, 1)
+    scale = min(full_width / width, full_height / height)
+    # Small photographs are enlarged a little at most.
+    scale *= rng.uniform(min(max(SMALLEST_CROP, SMALLEST_SCALE / scale), 1), 1)
     crop_width, crop_height = scale * width, scale * height
     left = rng.uniform(0, full_width - crop_width)
     # The ground line stays in the picture's upper part where the photograph has enough ground.

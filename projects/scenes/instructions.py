@@ -242,14 +242,14 @@ def choose_article(words: str) -> str:
 def draw_name(rng: random.Random, nouns: dict, noun: str) -> str:
     """Draw a name of a noun: itself in 7 of 10 cases, else one of its synonyms."""
     synonyms = nouns[noun]["synonyms"]
-    return rng.choice(synonyms) if synonyms and rng.random() < 0.3 else noun
+    return (rng.choice(synonyms) if synonyms and rng.random() < 0.3 else noun).lower()
 
 
 def name_new(rng: random.Random, nouns: dict, noun: str, color: str = "") -> str:
     """Name an object that is not there yet, or a described one: "a cat", "an orange chair"."""
     name = draw_name(rng, nouns, noun)
     article = nouns[noun]["article"]
-    if color or name != noun:
+    if color or name != noun.lower():
         # Names of things without a singular ("scissors") have no article, whatever stands before them.
         name = f"{color} {name}" if color else name
         article = article and choose_article(name)
