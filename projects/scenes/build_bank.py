@@ -108,12 +108,13 @@ def encode_view(rgba: np.ndarray, depth: np.ndarray | None) -> tuple[bytes, byte
 
 
 def render_views(mesh: Mesh, noun: Noun, count: int, generator: np.random.Generator) -> list[dict]:
-    """Render `count` views of a model all round (or as far as the noun's `turn`), each a little different in light."""
+    """Render views of a model from all yaws that the noun allows, each a little different in pitch and light."""
     rows = []
-    offset = generator.uniform()
     for index in range(count):
-        yaw = noun.turn * (2 * (index + offset) / count - 1)
-        pitch = generator.uniform(0.1, 0.42)
+        # One view in each of `count` equal steps of yaw, half of them on either side of the front.
+        step = 2 * (index + generator.uniform()) / count - 1
+        yaw = np.sign(step) * (noun.skip + (noun.turn - noun.skip) * abs(step))
+        pitch = generator.uniform(noun.lowest, noun.lowest + 0.3)
         azimuth, height = generator.uniform(-1.1, 1.1), generator.uniform(0.6, 1.1)
         light = (np.sin(azimuth) * np.cos(height), np.sin(height), -np.cos(azimuth) * np.cos(height))
         image, depth = encode_view(*render(mesh, yaw, pitch, VIEW_SIZE, light))
