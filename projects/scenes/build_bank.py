@@ -34,6 +34,20 @@ EMOJI = "@lobehub/fluent-emoji-3d@1.1.0"
 PHOTOGRAPHS = Path(__file__).with_name("photographs.csv")
 # Photographs of these packages carry their license in a README; those of others in `photographs.csv`.
 README_PACKAGE = "gcompris-qt-data"
+LICENSE_TEXTS = """
+CC0-1.0: https://creativecommons.org/publicdomain/zero/1.0/
+CC-BY-2.0, 3.0, 4.0: https://creativecommons.org/licenses/by/2.0/, …/3.0/, …/4.0/
+
+MIT: Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions: The above copyright notice and
+this permission notice shall be included in all copies or substantial portions of the Software. THE SOFTWARE IS PROVIDED
+"AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
+MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
 # Rows of the parquet files in one group: small, so that a reader can take the file piece by piece.
 ROW_GROUP = 512
 
@@ -187,7 +201,7 @@ def build_emoji(package: Path, nouns: dict[str, Noun]) -> tuple[list[dict], list
             rows.append({"id": f"{model}#0", "noun": word, "model": model, "kind": "emoji", "yaw": 0.0, "pitch": 0.0,
                          "split": "train", "image": encoded, "depth": None})  # fmt: skip
             source = f"{EMOJI}, {name}"
-            credits.append(Credit(f"emoji {code} ({word})", "Microsoft, LobeHub", source, check_license(model, terms)))
+            credits.append(Credit(f"emoji {code} ({word})", "Copyright Microsoft Corporation and LobeHub", source, check_license(model, terms)))
     return rows, credits
 
 
@@ -274,7 +288,7 @@ def write_attribution(path: Path, credits: list[Credit]) -> None:
         "| " + " | ".join(text.translate(clean) for text in (c.name, c.creator, c.source, c.license)) + " |"
         for c in credits
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n" + LICENSE_TEXTS, encoding="utf-8")
 
 
 def build_bank(
