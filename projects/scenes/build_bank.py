@@ -200,8 +200,8 @@ def build_emoji(package: Path, nouns: dict[str, Noun]) -> tuple[list[dict], list
             model = f"emoji:{code}"
             rows.append({"id": f"{model}#0", "noun": word, "model": model, "kind": "emoji", "yaw": 0.0, "pitch": 0.0,
                          "split": "train", "image": encoded, "depth": None})  # fmt: skip
-            source = f"{EMOJI}, {name}"
-            credits.append(Credit(f"emoji {code} ({word})", "Copyright Microsoft Corporation and LobeHub", source, check_license(model, terms)))
+            creator, source = "Copyright Microsoft Corporation and LobeHub", f"{EMOJI}, {name}"
+            credits.append(Credit(f"emoji {code} ({word})", creator, source, check_license(model, terms)))
     return rows, credits
 
 
