@@ -123,13 +123,11 @@ def draw_number_of_others(rng: random.Random) -> int:
     return rng.choices((0, 1, 2), (0.45, 0.45, 0.1))[0]
 
 
-def draw_asked_color(scene: Scene, thing: Thing) -> str:
-    """Draw a color that differs clearly from the thing's own; held out for its noun in half of the tests."""
+def draw_asked_color(scene: Scene, thing: Thing, is_held_out: bool) -> str:
+    """Draw a color that differs clearly from the thing's own; one held out for its noun, or else none if possible."""
     colors = scene.list_colors(thing.view.noun)
     scene.rng.shuffle(colors)
-    if scene.split == "test":
-        is_held_out_first = scene.rng.random() < 0.5
-        colors.sort(key=lambda color: ((color, thing.view.noun) in scene.bank.held_out_pairs) != is_held_out_first)
+    colors.sort(key=lambda color: ((color, thing.view.noun) in scene.bank.held_out_pairs) != is_held_out)
     before = thing.draw_paint(thing.color)
     own = thing.color or thing.view.color
     distances = {}
@@ -146,7 +144,9 @@ def compose_local(bank: Bank, rng: random.Random, split: str, height: int, width
     scene = make_scene(bank, rng, split, height, width)
     number = draw_number_of_others(rng)
     scene.crowding = CROWDING[number]
-    main = scene.make_thing(draw_main_view(scene, operation), {"add": 0.35, "recolor": 0.45}.get(operation, 0.3))
+    asks_held_out = operation == "recolor" and split == "test" and rng.random() < 0.5
+    main_view = draw_main_view(scene, operation, asks_held_out)
+    main = scene.make_thing(main_view, {"add": 0.35, "recolor": 0.45}.get(operation, 0.3))
     noun = main.view.noun
     place = rng.choice(PLACES) if operation == "move" or (operation == "add" and rng.random() < 0.55) else ""
     scene.widest = WIDEST_AT_PLACE if place else LARGEST_OBJECT
@@ -161,7 +161,7 @@ def compose_local(bank: Bank, rng: random.Random, split: str, height: int, width
     elif operation == "remove":
         after = None
     elif operation == "recolor":
-        color = draw_asked_color(scene, main)
+        color = draw_asked_color(scene, main, asks_held_out)
         after = main.moved(color=color, sprite=None, shadow=None)
     elif operation == "replace":
         after = scene.make_thing(scene.draw_view(avoid=avoid), 0.25)
@@ -225,14 +225,14 @@ def describe_newness(scene: Scene, things: list[Thing]) -> dict[str, bool]:
     }
 
 
-def draw_main_view(scene: Scene, operation: str) -> View:
-    """Draw a view for the object that is edited; for half of the recolored ones in "test", of a noun held out."""
-    bank, rng = scene.bank, scene.rng
-    if operation == "recolor" and scene.split == "test" and rng.random() < 0.5:
-        present = {noun for split in ("test-view", "test-model") for noun in bank.models.get(split, {})}
-        nouns = sorted(present & {noun for _, noun in bank.held_out_pairs})
+def draw_main_view(scene: Scene, operation: str, asks_held_out: bool) -> View:
+    """Draw a view for the object that is edited; of a noun with a held-out color where one is asked."""
+    if asks_held_out:
+        models = scene.bank.models
+        present = {noun for split in ("test-view", "test-model") for noun in models.get(split, {})}
+        nouns = sorted(present & {noun for _, noun in scene.bank.held_out_pairs})
         if nouns:
-            return scene.draw_view(rng.choice(nouns))
+            return scene.draw_view(scene.rng.choice(nouns))
     return scene.draw_view(is_painted=operation == "recolor")
 
 
