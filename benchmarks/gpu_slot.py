@@ -2,10 +2,10 @@
 
     bash benchmarks/gpu_slot.sh --stages benchmarks
     bash benchmarks/gpu_slot.sh --stages benchmarks training --seconds 120 --bank bank --text_encoder FOLDER \
-        --features FILE --minutes 5
+        --features FILE --tokenizer_minutes 2.5 --editor_minutes 4
     bash benchmarks/gpu_slot.sh --rehearse --stages benchmarks    # tiny sizes on the CPU
 
-`gpu_slot.sh` installs what `make wheels` downloaded and starts this. Options that are unknown here go to
+`gpu_slot.sh` unpacks what `make wheels` packed and starts this. Options that are unknown here go to
 `projects/scenes/train.py`. Each stage is a process of its own: one that fails does not end the next.
 """
 

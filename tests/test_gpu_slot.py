@@ -20,8 +20,8 @@ import gpu_slot  # noqa: E402
 
 
 def test_every_benchmark_runs_in_the_rehearsal(tmp_path):
-    # No wheels: they are of another Python.
-    environment = {**os.environ, "PYTHON": sys.executable, "WHEELS": "no-wheels", "OUT": str(tmp_path)}
+    # None of the packed libraries: they are for another Python.
+    environment = {**os.environ, "PYTHON": sys.executable, "LIBRARIES": "none", "OUT": str(tmp_path)}
     command = ["bash", BENCHMARKS / "gpu_slot.sh", "--rehearse", "--stages", "benchmarks"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
