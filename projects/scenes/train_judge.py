@@ -1,0 +1,318 @@
+"""Train the judge of the scenes: a network that names the object in a crop of a picture, and its color.
+
+    python projects/scenes/train_judge.py --bank bank --features features.safetensors --output judge.safetensors
+
+It is EfficientNet-Lite0 (see `features.py`) with its last stages fine-tuned on crops of composed pairs, which are
+degraded as a tokenizer degrades them: blurred, compressed, noisy. Crops of places from which an object was removed, or
+where one will be added, show "nothing". Its accuracy is measured on the test split, whose views and photographs
+training does not show, and written into the file.
+"""
+
+import io
+import json
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from compose import Bank, Pair, compose_pair
+from features import LAST_STAGES, FeatureNetwork, load_features
+from PIL import Image, ImageFilter
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import HfArgumentParser, set_seed
+
+
+CROP_SIZE = 64
+# Side of a crop, in longer sides of the object's box; and the fewest pixels.
+CROP_MARGIN, SMALLEST_CROP = 1.25, 24
+NOTHING = ""
+OPERATIONS = ("add", "remove", "replace", "recolor", "move")
+# Stages before this one keep the weights of ImageNet.
+FIRST_TRAINED_STAGE = 3
+# Not the seed of the samples that are scored.
+TEST_SEED = 1000
+
+
+class Judge(nn.Module):
+    """Name the object in the middle of a crop, and its color.
+
+    Args:
+        nouns (`Sequence[str]`): Names of objects; "nothing" comes before them, as number 0.
+        colors (`Sequence[str]`): Names of colors.
+    """
+
+    def __init__(self, nouns: Sequence[str], colors: Sequence[str]):
+        super().__init__()
+        self.nouns, self.colors = [NOTHING, *nouns], list(colors)
+        self.network = FeatureNetwork(tuple(LAST_STAGES))
+        width = sum(self.network.channels)
+        self.noun_head = nn.Linear(width, len(self.nouns))
+        self.color_head = nn.Linear(width, len(self.colors))
+
+    def forward(self, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the logits of nouns `(batch, 1 + nouns)` and of colors `(batch, colors)`.
+
+        Args:
+            crops (`torch.Tensor` of shape `(batch, 3, height, width)`): RGB in [-1, 1], from [`cut_crop`].
+        """
+        pooled = [feature_map.mean((2, 3)) for feature_map in self.network(crops)]
+        pooled = torch.cat([F.layer_norm(vector, vector.shape[-1:]) for vector in pooled], dim=1)
+        return self.noun_head(pooled), self.color_head(pooled)
+
+    @torch.no_grad()
+    def name(self, crops: torch.Tensor) -> list[tuple[str, str]]:
+        """Name noun (`""` for nothing) and color of each crop; the color of nothing means nothing."""
+        nouns, colors = (logits.argmax(1).tolist() for logits in self(crops))
+        return [(self.nouns[noun], self.colors[color]) for noun, color in zip(nouns, colors, strict=True)]
+
+
+def load_judge(path: str | Path) -> Judge:
+    """Load a judge that this script wrote, in eval mode, in float32."""
+    if not Path(path).is_file():
+        raise ValueError(f"`path` {str(path)!r} is no file; write it with projects/scenes/train_judge.py.")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        judge = Judge(json.loads(metadata["nouns"]), json.loads(metadata["colors"]))
+        judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+    judge.accuracy = json.loads(metadata["accuracy"])
+    return judge.eval().requires_grad_(False)
+
+
+def save_judge(judge: Judge, accuracy: dict, path: Path):
+    metadata = {
+        "nouns": json.dumps(judge.nouns[1:]),
+        "colors": json.dumps(judge.colors),
+        "accuracy": json.dumps(accuracy),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, unfinished, metadata)
+    unfinished.replace(path)
+
+
+# Crops
+
+
+def cut_crop(pixels: np.ndarray, box: Sequence[float], size: int = CROP_SIZE) -> Image.Image:
+    """Cut a square around a box out of a picture and bring it to `size` pixels.
+
+    The square is shifted inside the picture, and is at most as large as its shorter side.
+
+    Args:
+        pixels (`np.ndarray` of shape `(height, width, 3)`): uint8.
+        box (`Sequence[float]`): Left, top, right and bottom, in pixels.
+    """
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = box
+    side = max(CROP_MARGIN * max(right - left, bottom - top), SMALLEST_CROP)
+    side = min(side, height, width)
+    left = min(max((left + right - side) / 2, 0), width - side)
+    top = min(max((top + bottom - side) / 2, 0), height - side)
+    square = (left, top, left + side, top + side)
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, square)
+
+
+def stack_crops(crops: Sequence[Image.Image]) -> torch.Tensor:
+    """Stack crops as `(batch, 3, size, size)`, float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def degrade(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Blur, compress or add noise to a picture, as strongly as a tokenizer may; a fifth of all stay as they are."""
+    if rng.random() < 0.2:
+        return pixels
+    image = Image.fromarray(pixels)
+    if rng.random() < 0.6:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.3)))
+    if rng.random() < 0.5:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=rng.randint(15, 80))
+        image = Image.open(buffer).convert("RGB")
+    if rng.random() < 0.3:
+        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(2, 10), pixels.shape)
+        image = Image.fromarray((np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8))
+    return np.asarray(image)
+
+
+@dataclass
+class Example:
+    """A picture, a box in it, and what stands there: a noun or `""`, and the color it was painted in, if any."""
+
+    pixels: np.ndarray
+    box: tuple[int, int, int, int]
+    noun: str
+    color: str = ""
+
+    def cut(self, rng: random.Random | None = None) -> Image.Image:
+        """Cut the crop; with `rng`, degraded and slightly shifted."""
+        if rng is None:
+            return cut_crop(self.pixels, self.box)
+        reach = 0.08 * max(self.box[2] - self.box[0], self.box[3] - self.box[1])
+        box = [side + rng.uniform(-reach, reach) for side in self.box]
+        return cut_crop(degrade(self.pixels, rng), box)
+
+
+def list_examples(pair: Pair) -> list[Example]:
+    """List what a pair shows at its box, before and after the edit."""
+    box, noun, source_color = pair.box, pair.noun, pair.source_color
+    return {
+        "add": [Example(pair.source, box, NOTHING), Example(pair.target, box, noun, pair.color)],
+        "remove": [Example(pair.source, box, noun, source_color), Example(pair.target, box, NOTHING)],
+        "replace": [Example(pair.target, box, pair.new_noun, pair.color)],
+        "recolor": [Example(pair.source, box, noun, source_color), Example(pair.target, box, noun, pair.color)],
+        "move": [Example(pair.target, box, noun, source_color)],
+    }[pair.operation]
+
+
+class Examples(Dataset):
+    """Crops of pairs with their labels: item `index` is what pair `index` shows.
+
+    Args:
+        judge (`Judge`): Numbers nouns and colors.
+        bank (`Bank`): Objects and photographs.
+        split (`str`), seed (`int`), number (`int`): Which pairs.
+        is_degraded (`bool`): Whether crops are degraded and slightly shifted.
+    """
+
+    def __init__(self, judge: Judge, bank: Bank, split: str, seed: int, number: int, is_degraded: bool):
+        self.noun_labels = {noun: label for label, noun in enumerate(judge.nouns)}
+        # A color that is not known is −1: no loss looks at it.
+        self.color_labels = {color: label for label, color in enumerate(judge.colors)} | {"": -1}
+        self.bank, self.split, self.seed, self.number, self.is_degraded = bank, split, seed, number, is_degraded
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        operation = OPERATIONS[index % len(OPERATIONS)]
+        pair = compose_pair(self.bank, self.seed, index, self.split, operation=operation)
+        examples = list_examples(pair)
+        rng = random.Random(f"{self.seed} {index} crops") if self.is_degraded else None
+        return {
+            "crops": stack_crops([example.cut(rng) for example in examples]),
+            "nouns": torch.tensor([self.noun_labels[example.noun] for example in examples]),
+            "colors": torch.tensor([self.color_labels[example.color] for example in examples]),
+            "new_models": torch.tensor([pair.new_model] * len(examples)),
+        }
+
+    def load(self, batch_size: int, num_workers: int) -> DataLoader:
+        """Load batches of what `batch_size` pairs show, in order."""
+        return DataLoader(self, batch_size, collate_fn=join_items, num_workers=num_workers)
+
+
+def join_items(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([item[name] for item in items]) for name in items[0]}
+
+
+# Training
+
+
+def choose_trained(judge: Judge) -> list[nn.Parameter]:
+    """Freeze the first stages; return what is trained."""
+    judge.requires_grad_(False)
+    trained = [*judge.network.stages[FIRST_TRAINED_STAGE:].parameters()]
+    trained += [*judge.noun_head.parameters(), *judge.color_head.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return trained
+
+
+def train(judge: Judge, batches: DataLoader, learning_rate: float) -> list[float]:
+    """Train the judge, on one pass through the batches; return the loss of each step."""
+    device = judge.noun_head.weight.device
+    trained = choose_trained(judge)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
+    total_steps = len(batches) + 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total_steps, pct_start=0.1)
+    losses, started, num_crops = [], time.perf_counter(), 0
+    for step, batch in enumerate(batches, 1):
+        crops, nouns, colors = (batch[name].to(device) for name in ("crops", "nouns", "colors"))
+        # On a CPU the backward pass of depthwise convolutions is slower in bfloat16.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            noun_logits, color_logits = judge(crops.to(memory_format=torch.channels_last))
+        loss = F.cross_entropy(noun_logits.float(), nouns, label_smoothing=0.05)
+        if (colors >= 0).any():
+            loss = loss + F.cross_entropy(color_logits.float(), colors, ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        num_crops += len(crops)
+        if step % 50 == 0 or step == len(batches):
+            speed = num_crops / (time.perf_counter() - started)
+            print(f"step {step}: loss {np.mean(losses[-50:]):.3f}, {speed:.0f} crops/s", flush=True)
+    return losses
+
+
+def measure_accuracy(judge: Judge, batches: DataLoader) -> dict:
+    """Measure the share of right answers.
+
+    Returns:
+        `dict`: `noun` (objects and nothing), `object`, `nothing`, `color` (of painted objects), `new_view` (views of
+        models that training shows), `new_model`, and `confused`, the most frequent confusions with their numbers.
+    """
+    device = judge.noun_head.weight.device
+    marks, confused = defaultdict(list), Counter()
+    for batch in batches:
+        names = judge.name(batch["crops"].to(device))
+        rows = zip(batch["nouns"].tolist(), batch["colors"].tolist(), batch["new_models"].tolist(), strict=True)
+        for (noun_label, color_label, is_new_model), (noun, color) in zip(rows, names, strict=True):
+            is_right = noun == judge.nouns[noun_label]
+            kinds = ["noun", "object" if noun_label else "nothing"]
+            if noun_label:
+                kinds.append("new_model" if is_new_model else "new_view")
+            for kind in kinds:
+                marks[kind].append(is_right)
+            if color_label >= 0:
+                marks["color"].append(color == judge.colors[color_label])
+            if not is_right:
+                confused[f"{judge.nouns[noun_label] or 'nothing'} as {noun or 'nothing'}"] += 1
+    accuracy = {kind: round(float(np.mean(values)), 4) for kind, values in sorted(marks.items())}
+    return accuracy | {"confused": dict(confused.most_common(20))}
+
+
+@dataclass
+class Arguments:
+    bank: str = field(metadata={"help": "folder that build_bank.py made"})
+    features: str = field(metadata={"help": "file that features.py made"})
+    output: str = field(metadata={"help": "safetensors file to write"})
+    num_pairs: int = field(default=20_000, metadata={"help": "pairs to train on"})
+    num_test: int = field(default=1000, metadata={"help": "pairs of the test split to measure on"})
+    batch_size: int = field(default=40, metadata={"help": "pairs; each shows one or two examples"})
+    learning_rate: float = 2e-3
+    num_workers: int = field(default=0, metadata={"help": "processes that compose pairs"})
+    device: str = "cpu"
+    seed: int = 0
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    bank = Bank.load(args.bank)
+    judge = Judge(sorted(bank.nouns), bank.colors)
+    judge.network.load_state_dict(load_features(args.features, judge.network.strides).state_dict())
+    judge.to(args.device, memory_format=torch.channels_last)
+    examples = Examples(judge, bank, "train", args.seed, args.num_pairs, is_degraded=True)
+    train(judge, examples.load(args.batch_size, args.num_workers), args.learning_rate)
+    judge.eval()
+    accuracy = {}
+    for name, is_degraded in (("plain", False), ("degraded", True)):
+        examples = Examples(judge, bank, "test", TEST_SEED, args.num_test, is_degraded)
+        accuracy[name] = measure_accuracy(judge, examples.load(args.batch_size, args.num_workers))
+    save_judge(judge, accuracy, Path(args.output))
+    print(json.dumps(accuracy, indent=1))
+
+
+if __name__ == "__main__":
+    main()

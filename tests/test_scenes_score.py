@@ -1,0 +1,294 @@
+"""The judge of the scenes, and the scoring of an editor with it."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import build_pipeline
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "scenes"))
+
+import compose
+import features
+import score
+import train_judge
+from scenes_bank import make_bank
+
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("scenes")
+
+
+@pytest.fixture(scope="module")
+def bank(folder):
+    return compose.Bank.load(make_bank(folder / "bank"))
+
+
+@pytest.fixture(scope="module")
+def dataset(bank, folder):
+    compose.write_pairs(bank, folder / "pairs", "test", 3, 1, SIDE, SIDE)
+    return folder / "pairs"
+
+
+def make_judge(bank, noun="", color="red"):
+    """Make a judge that always answers the same."""
+    torch.manual_seed(0)
+    judge = train_judge.Judge(sorted(bank.nouns), bank.colors).eval().requires_grad_(False)
+    for head, number in ((judge.noun_head, judge.nouns.index(noun)), (judge.color_head, judge.colors.index(color))):
+        head.weight.zero_()
+        head.bias.zero_()
+        head.bias[number] = 1
+    return judge
+
+
+def make_scorer(bank, noun="", color="red"):
+    return score.Scorer(features.load_features(None), make_judge(bank, noun, color), 8, "cpu")
+
+
+def load_sample(dataset, operation, number=0):
+    return score.load_samples(dataset, operation, number + 1)[number]
+
+
+def score_one(scorer, sample, image):
+    return scorer.score([sample], [image], [sample["target"]])[0]
+
+
+# Judge
+
+
+def test_a_crop_is_a_square_around_the_box_inside_the_picture():
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[10:30, 40:60] = 255
+    crop = np.asarray(train_judge.cut_crop(pixels, (40, 10, 60, 30), size=50))
+    assert crop.shape == (50, 50, 3)
+    # 20 of 25 pixels a side are the object's.
+    assert crop[25, 25, 0] == 255
+    assert crop[2, 2, 0] == 0
+    assert abs((crop[:, :, 0] > 127).mean() - 0.64) < 0.05
+    for box in ((0, 0, 20, 20), (80, 40, 100, 60), (0, 0, 100, 60)):
+        assert train_judge.cut_crop(pixels, box).size == (train_judge.CROP_SIZE,) * 2
+
+
+@pytest.mark.parametrize("operation", train_judge.OPERATIONS)
+def test_examples_show_what_their_labels_say(bank, operation):
+    pair = compose.compose_pair(bank, 0, 5, operation=operation)
+    examples = train_judge.list_examples(pair)
+    assert all(example.box == pair.box for example in examples)
+    shown = {"source": None, "target": None}
+    for example in examples:
+        shown["source" if example.pixels is pair.source else "target"] = (example.noun, example.color)
+    before, after = (pair.noun, pair.source_color), (pair.new_noun or pair.noun, pair.color)
+    assert (
+        shown
+        == {
+            "add": {"source": ("", ""), "target": after},
+            "remove": {"source": before, "target": ("", "")},
+            "replace": {"source": None, "target": after},
+            "recolor": {"source": before, "target": after},
+            "move": {"source": None, "target": before},
+        }[operation]
+    )
+
+
+def test_degrading_changes_most_pictures_a_little(bank):
+    pixels = compose.compose_pair(bank, 0, 0).target
+    changed = [train_judge.degrade(pixels, random.Random(seed)) for seed in range(20)]
+    differences = [np.abs(image.astype(int) - pixels).mean() for image in changed]
+    assert 0.5 < np.mean([difference > 0 for difference in differences]) < 1
+    assert max(differences) < 20
+
+
+def test_the_judge_learns_and_its_file_loads(bank, tmp_path):
+    torch.manual_seed(0)
+    judge = train_judge.Judge(sorted(bank.nouns), bank.colors)
+    judge.network.load_state_dict(features.load_features(None, judge.network.strides).state_dict())
+    frozen = judge.network.stem.weight.clone()
+    examples = train_judge.Examples(judge, bank, "train", 0, 160, is_degraded=True)
+    losses = train_judge.train(judge, examples.load(8, 0), learning_rate=3e-3)
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert torch.equal(judge.network.stem.weight, frozen)
+    judge.eval()
+    accuracy = train_judge.measure_accuracy(
+        judge, train_judge.Examples(judge, bank, "test", 1, 20, is_degraded=False).load(8, 0)
+    )
+    assert {"noun", "object", "nothing", "color", "new_view", "confused"} <= accuracy.keys()
+    train_judge.save_judge(judge, accuracy, tmp_path / "judge.safetensors")
+    loaded = train_judge.load_judge(tmp_path / "judge.safetensors")
+    assert loaded.accuracy == accuracy
+    assert loaded.nouns == ["", *sorted(bank.nouns)]
+    crops = examples[0]["crops"]
+    torch.testing.assert_close(loaded(crops)[0], judge(crops)[0], rtol=0.05, atol=0.05)
+
+
+def test_a_constant_judge_has_the_accuracy_of_chance(bank):
+    judge = make_judge(bank, "car", "blue")
+    accuracy = train_judge.measure_accuracy(
+        judge, train_judge.Examples(judge, bank, "test", 1, 40, is_degraded=False).load(8, 0)
+    )
+    assert accuracy["nothing"] == 0
+    assert 0 < accuracy["object"] < 0.6
+    assert all(confusion.endswith(" as car") for confusion in accuracy["confused"])
+
+
+# Scores of one image
+
+
+@pytest.mark.parametrize("operation", ["add", "remove", "replace", "recolor", "move"])
+def test_the_target_is_done_and_the_source_is_not(bank, dataset, operation):
+    sample = load_sample(dataset, operation)
+    noun = "" if operation == "remove" else sample["new_noun"] or sample["noun"]
+    scorer = make_scorer(bank, noun, sample["color"] or "red")
+    assert score_one(scorer, sample, sample["target"])["done"]
+    assert not score_one(scorer, sample, sample["source"])["done"]
+    wrong = make_scorer(bank, "scissors" if noun != "scissors" else "car", sample["color"] or "red")
+    marks = score_one(wrong, sample, sample["target"])
+    assert not marks["done"]
+    assert not marks["noun"]
+    assert marks["nearer"]
+    assert marks["kept"]
+
+
+def test_another_color_than_the_asked_one_is_not_done(bank, dataset):
+    sample = load_sample(dataset, "recolor")
+    other = "green" if sample["color"] != "green" else "blue"
+    marks = score_one(make_scorer(bank, sample["noun"], other), sample, sample["target"])
+    assert marks["noun"]
+    assert not marks["color"]
+    assert not marks["done"]
+
+
+def test_damage_outside_the_mask_is_not_done(bank, dataset):
+    sample = load_sample(dataset, "remove")
+    damaged = sample["target"].copy()
+    rows, columns = np.nonzero(~sample["mask"])
+    far = np.abs(rows - rows[0]) + np.abs(columns - columns[0]) < 6
+    damaged[rows[far], columns[far]] ^= 255
+    assert not score_one(make_scorer(bank), sample, damaged)["kept"]
+
+
+def test_a_moved_object_must_leave_its_old_place(bank, dataset):
+    sample = load_sample(dataset, "move")
+    at_new, at_old = score.split_mask(sample)
+    assert at_new.any()
+    assert at_old.any()
+    assert not (at_new & at_old).any()
+    assert ((at_new | at_old) == sample["mask"]).all()
+    doubled = np.where(at_new[..., None], sample["target"], sample["source"])
+    assert not score_one(make_scorer(bank, sample["noun"]), sample, doubled)["nearer"]
+
+
+def test_a_global_edit_must_be_the_asked_one(bank, dataset):
+    scorer = make_scorer(bank)
+    sample = load_sample(dataset, "global")
+    assert score_one(scorer, sample, sample["target"])["done"]
+    assert not score_one(scorer, sample, sample["source"])["done"]
+    other = "sepia" if sample["edit"] != "sepia" else "night"
+    edited = score.apply_global_edit(sample["source"], other, score.GROUND, random.Random(0))
+    assert not score_one(scorer, sample, edited)["done"]
+
+
+def test_the_image_of_a_map_must_be_nearest_to_its_own_target(bank, dataset):
+    samples = score.load_samples(dataset, "canny", None)
+    targets = [sample["target"] for sample in samples]
+    scorer = make_scorer(bank)
+    assert [row["done"] for row in scorer.score(samples, targets, targets)] == [True] * 3
+    assert [row["done"] for row in scorer.score(samples, targets[1:] + targets[:1], targets)] == [False] * 3
+
+
+def test_outside_psnr_leaves_out_the_mask_and_its_neighborhood():
+    target = np.full((32, 32, 3), 100, np.uint8)
+    mask = np.zeros((32, 32), bool)
+    mask[10:12, 10:12] = True
+    image = target.copy()
+    image[6:16, 6:16] = 0
+    assert score.compute_outside_psnr(image, target, mask, reach=4) == float("inf")
+    image[20, 20] += 10
+    assert 20 < score.compute_outside_psnr(image, target, mask, reach=4) < 60
+    assert score.compute_outside_psnr(image, target, ~mask, reach=4) == float("inf")
+
+
+def test_another_prompt_asks_for_something_else(dataset):
+    samples = score.load_samples(dataset, "add", None)
+    prompts = score.pick_other_prompts([samples[0], samples[0] | {"prompt": "the same, said otherwise"}, samples[1]])
+    assert prompts[0] == prompts[1] == samples[1]["prompt"]
+    assert prompts[2] == samples[0]["prompt"]
+
+
+@pytest.mark.parametrize("setting", ["greedy", "greedy-3-1", "beam-3", "sampled-x"])
+def test_unknown_settings_are_named(setting):
+    with pytest.raises(ValueError, match=f"`settings` holds '{setting}'"):
+        score.parse_setting(setting)
+    assert score.parse_setting("greedy-1.5") == {"do_sample": False, "guidance_scale": 1.5}
+    assert score.parse_setting("sampled-3-0.5") == {"do_sample": True, "guidance_scale": 3.0, "temperature": 0.5}
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def options(bank, dataset, folder):
+    pipeline = build_pipeline(grid_size=16, num_text_tokens=80)
+    pipeline.save_pretrained(folder / "editor")
+    save_file(features.load_features(None).state_dict(), folder / "features.safetensors")
+    train_judge.save_judge(make_judge(bank, "car"), {"plain": {"noun": 0.5}}, folder / "judge.safetensors")
+    return {
+        "model": folder / "editor",
+        "dataset": dataset,
+        "features": folder / "features.safetensors",
+        "judge": folder / "judge.safetensors",
+        "operations": ["recolor", "global", "canny"],
+        "settings": ["greedy-2", "sampled-1"],
+        "num_sweep": 1,
+        "num_control": 2,
+        "num_shown": 4,
+    }
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def run(options):
+        words = []
+        for name, value in options.items():
+            words += [f"--{name}", *map(str, np.atleast_1d(value))]
+        monkeypatch.setattr(sys, "argv", ["score.py", *words])
+        score.main()
+
+    return run
+
+
+def test_the_command_scores_and_goes_on_where_it_stopped(run, options, tmp_path):
+    folder = tmp_path / "scores"
+    run({**options, "output_dir": folder})
+    results = json.loads((folder / "scores.json").read_text())
+    settings = results["settings"]
+    assert list(settings) == ["ceiling", "untouched source", "another instruction", "greedy-2", "sampled-1"]
+    assert [means["recolor"]["count"] for means in settings.values()] == [3, 3, 2, 3, 1]
+    assert settings["untouched source"]["recolor"]["done"] == settings["untouched source"]["global"]["done"] == 0
+    assert results["judge"] == {"plain": {"noun": 0.5}}
+    tables = (folder / "scores.md").read_text()
+    assert "| setting | recolor | global | canny |" in tables
+    assert "| greedy-2, of the ceiling |" in tables
+    for name in ("samples.png", "failures.png"):
+        assert min(Image.open(folder / name).size) > SIDE
+    parts = {path: path.stat().st_mtime_ns for path in folder.glob("parts/*/*.parquet")}
+    missing = folder / "parts" / "greedy-2" / "global.parquet"
+    missing.unlink()
+    run({**options, "output_dir": folder})
+    again = {path: path.stat().st_mtime_ns for path in folder.glob("parts/*/*.parquet")}
+    assert [path for path in parts if parts[path] != again[path]] == [missing]
+    assert json.loads((folder / "scores.json").read_text()) == results
+    with pytest.raises(ValueError, match=r"`output_dir` .* holds scores of `seed` 0"):
+        run({**options, "output_dir": folder, "seed": 1})
+    with pytest.raises(ValueError, match="`operations` holds paint"):
+        run({**options, "output_dir": folder, "operations": ["paint"]})
