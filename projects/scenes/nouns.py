@@ -101,7 +101,7 @@ NOUNS = {
         "kl:futon-couch kl:mid-century-bench-sofa cc0:winchesterSofa cc0:sofa2 by:couch3 by:sofa3 sc:clear_sofa "
         "sc:simple_sofa sc:beige_sofa sc:leather_sofa",
         "1f6cb-fe0f",
-        turn=2.0,
+        turn=1.6,
     ),
     "stool": N(0.35, "", "by:green_stool cc0:stool2"),
     "table": N(0.5, "", "cc0:oakTable sc:table4 sc:table3 by:table sc:wooden_table_office"),
@@ -134,9 +134,9 @@ NOUNS = {
     "vase": N(0.3, "", "sc:vase1 sc:vase2 sc:vase3 sc:jar", "1f3fa"),
     "candle": N(0.32, "", "", "1f56f-fe0f"),
     "television": N(0.48, "TV", "cc0:led_tv sc:tv", "1f4fa", turn=1.1, recolor=False),
-    "laptop": N(0.36, "notebook computer", "by:laptop", "1f4bb", turn=1.3),
+    "laptop": N(0.36, "notebook computer", "by:laptop", "1f4bb", turn=1.0),
     "computer": N(0.38, "desktop computer", "kl:apple-imac-1998", "1f5a5-fe0f", turn=1.3),
-    "radio": N(0.32, "", "by:radio", "1f4fb", turn=1.3),
+    "radio": N(0.32, "", "by:radio", "1f4fb", turn=1.1),
     "camera": N(0.28, "", "", "1f4f7"),
     "telephone": N(0.28, "phone", "", "260e-fe0f"),
     # Music, toys and sport
