@@ -5,6 +5,7 @@ A chunk's pairs are a function of the seed and of the chunk's number, whichever 
 
 import mmap
 import multiprocessing
+import os
 import queue
 import traceback
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ class PairStream:
         return self.shapes[draw]
 
     def _work(self):
+        os.nice(10)  # training and compilation come first
         try:
             while True:
                 slot = self.free.get()

@@ -1,0 +1,147 @@
+"""The training of the scene editor, rehearsed: pairs from other processes, both stages, what is shipped."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from scenes_bank import make_bank
+from transformers import T5Config, T5EncoderModel
+
+from editar_hf import EditARImageProcessor, EditARPipeline, EditARProcessor
+from editar_hf.training.tokenizer import train_tokenizer
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "projects" / "scenes"))
+import ship
+import train
+from bank import Bank
+from compose import compose_pair
+from features import load_features
+from pair_stream import NUM_VALIDATION_CHUNKS, PairStream, compute_token_mask
+
+
+SHAPES = [(64, 64), (48, 64)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bank, a text encoder and features, all tiny."""
+    folder = tmp_path_factory.mktemp("scenes")
+    make_bank(folder / "bank")
+    (folder / "bank" / "ATTRIBUTION.md").write_text("A cat: by someone, CC0.")
+    tokenizer = train_tokenizer(["remove the ball", "add a red box", "make it night"] * 10, vocab_size=160)
+    config = T5Config(vocab_size=len(tokenizer), d_model=64, d_kv=64, d_ff=64, num_heads=1, num_layers=1)
+    T5EncoderModel(config).save_pretrained(folder / "text-encoder")
+    tokenizer.save_pretrained(folder / "text-encoder")
+    save_file(load_features(None).state_dict(), folder / "features.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(folder):
+    words = ["--bank", folder / "bank", "--text_encoder", folder / "text-encoder", "--device", "cpu", "--no-compile"]
+    words += ["--features", folder / "features.safetensors", "--workers", 1, "--rehearse", "--log_steps", 1]
+    return [str(word) for word in words]
+
+
+@pytest.fixture(scope="module")
+def run(folder, words):
+    """Both stages, some seconds each."""
+    train.main([*words, "--output_dir", str(folder / "run"), "--tokenizer_minutes", "0.05", "--editor_minutes", "0.05"])
+    return folder / "run"
+
+
+def read_log(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    tokenizer = train.AutoTokenizer.from_pretrained(folder / "text-encoder")
+    return EditARProcessor(EditARImageProcessor(size=64, stride=8), tokenizer, num_text_tokens=32)
+
+
+@pytest.mark.filterwarnings("ignore:A prompt is longer")
+def test_chunks_are_the_pairs_of_their_numbers(folder, processor):
+    bank = Bank.load(folder / "bank")
+    stream = PairStream(bank, processor, SHAPES, [0.5, 0.5], 8, chunk_size=2, num_slots=3, num_workers=2, seed=5)
+    try:
+        shapes = set()
+        for _ in range(8):  # more than there are slots: they are used again
+            chunk = stream.take(timeout=60)
+            height, width = chunk.sources.shape[1:3]
+            shapes.add((height, width))
+            split = "test" if chunk.number < NUM_VALIDATION_CHUNKS else "train"
+            assert chunk.is_validation == (split == "test")
+            for place in range(2):
+                pair = compose_pair(bank, 5, 2 * chunk.number + place, split=split, height=height, width=width)
+                assert np.array_equal(chunk.sources[place], pair.source)
+                assert np.array_equal(chunk.targets[place], pair.target)
+                assert np.array_equal(chunk.edit_masks[place], compute_token_mask(pair.mask, 8))
+                inputs = processor(text=pair.instruction, task=pair.task, return_tensors="np")
+                assert np.array_equal(chunk.input_ids[place], inputs.input_ids[0])
+            stream.release(chunk)
+        assert shapes == set(SHAPES)
+    finally:
+        stream.close()
+
+
+def test_a_process_that_fails_is_reported(processor):
+    stream = PairStream(None, processor, SHAPES, [0.5, 0.5], 8, chunk_size=2, num_slots=1, num_workers=1)
+    try:
+        with pytest.raises(RuntimeError, match="Traceback"):
+            stream.take(timeout=60)
+    finally:
+        stream.close()
+
+
+def test_token_masks_mark_every_square_that_holds_a_pixel():
+    mask = np.zeros((16, 24), dtype=bool)
+    mask[7, 8] = mask[8, 23] = True
+    assert compute_token_mask(mask, 8).tolist() == [False, True, False, False, False, True]
+
+
+def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
+    log = read_log(run)
+    assert [line["stage"] for line in log if line.get("event") == "held out"] == ["tokenizer", "editor"]
+    assert all(np.isfinite(value) for line in log for value in line.values() if isinstance(value, float))
+    pipe = EditARPipeline.from_pretrained(ship.unpack_pipeline(run, tmp_path))
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe("remove the ball", image=Image.new("RGB", (64, 48)), height=48, width=64).images[0].size == (64, 48)
+
+
+def test_training_goes_on_from_a_pipeline(run, words, folder, tmp_path):
+    """No step but a warm-up's first: the weights stay within its learning rate, and the tokenizer is the same."""
+    editor = ship.unpack_pipeline(run, tmp_path)
+    times = ["--tokenizer_minutes", "0", "--editor_minutes", "0.0001"]
+    train.main([*words, "--editor", str(editor), "--output_dir", str(tmp_path / "again"), *times])
+    before = EditARPipeline.from_pretrained(editor)
+    after = EditARPipeline.from_pretrained(ship.unpack_pipeline(tmp_path / "again", tmp_path / "unpacked"))
+    assert torch.equal(before.transformer.model.null_prompt_embeds, after.transformer.model.null_prompt_embeds)
+    for name in ("transformer", "text_encoder"):
+        pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True)
+        assert all(torch.allclose(old, new, atol=1e-3, rtol=2**-7) for old, new in pairs)
+    pairs = zip(before.vq_model.parameters(), after.vq_model.parameters(), strict=True)
+    assert all(torch.equal(old, new) for old, new in pairs)
+
+
+def test_shipped_folder_has_its_defaults_and_credits(run, folder, tmp_path):
+    words = ["--parts", run, "--bank", folder / "bank", "--output_dir", tmp_path / "editor", "--guidance_scale", 2.5]
+    ship.main([str(word) for word in words])
+    pipe = EditARPipeline.from_pretrained(tmp_path / "editor")
+    assert (pipe.transformer.generation_config.guidance_scale, pipe.processor.num_text_tokens) == (2.5, 32)
+    assert (tmp_path / "editor" / "ATTRIBUTION.md").read_bytes() == (folder / "bank" / "ATTRIBUTION.md").read_bytes()
+    assert not [path for path in (tmp_path / "editor").rglob("*.json") if str(tmp_path) in path.read_text()]
+
+
+def test_missing_parts_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="`parts`"):
+        ship.unpack_pipeline(tmp_path, tmp_path)
+    (tmp_path / "pipeline.tar.1").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pipeline\.tar\.1"):
+        ship.unpack_pipeline(tmp_path, tmp_path)
