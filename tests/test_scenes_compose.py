@@ -225,6 +225,7 @@ def test_articles_and_words(bank, pairs):
         assert text[1:] == text[1:].lower()
     named = {word for pair in pairs for word in re.findall(r"\w+", pair.instruction)}
     assert {"kitten", "automobile", "seat"} <= named
+    assert instructions.name_new(random.Random(0), {"bread": NOUNS["cat"] | {"synonyms": []}}, "bread") == "bread"
     for kind, phrases in instructions.PHRASES.items():
         assert len(set(phrases)) == len(phrases) >= 8, kind
 

@@ -227,6 +227,8 @@ PHRASES = {
 }
 # Of all phrases, so many begin with "please", leave out "the", or are written with a capital and a final stop.
 PLEASE, TERSE, SENTENCE = 0.02, 0.04, 0.04
+# Names of the bank that take no "a".
+UNCOUNTED = ("bread", "cheese", "luggage")
 # Words that sound otherwise than their first letter says.
 CONSONANT_STARTS = ("uni", "uk", "use", "eu", "one")
 VOWEL_STARTS = ("hour", "honest", "heir")
@@ -248,9 +250,9 @@ def draw_name(rng: random.Random, nouns: dict, noun: str) -> str:
 def name_new(rng: random.Random, nouns: dict, noun: str, color: str = "") -> str:
     """Name an object that is not there yet, or a described one: "a cat", "an orange chair"."""
     name = draw_name(rng, nouns, noun)
-    article = nouns[noun]["article"]
+    # Names of things without a singular ("scissors") have no article, whatever stands before them.
+    article = "" if name in UNCOUNTED else nouns[noun]["article"]
     if color or name != noun.lower():
-        # Names of things without a singular ("scissors") have no article, whatever stands before them.
         name = f"{color} {name}" if color else name
         article = article and choose_article(name)
     return f"{article} {name}" if article else name
