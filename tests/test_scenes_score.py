@@ -131,6 +131,17 @@ def test_the_judge_learns_and_its_file_loads(bank, tmp_path):
     torch.testing.assert_close(loaded(crops)[0], judge(crops)[0], rtol=0.05, atol=0.05)
 
 
+def test_a_judge_goes_on_from_one_with_other_nouns(bank):
+    before = make_judge(bank, "car", "blue")
+    judge = train_judge.Judge(["bus", "car", "cat"], ["blue", "gray"]).eval()
+    train_judge.start_from_judge(judge, before)
+    crops = torch.randn(2, 3, 32, 32)
+    answers = judge(crops)[0][:, [2, 3]]
+    torch.testing.assert_close(answers, before(crops)[0][:, [before.nouns.index("car"), before.nouns.index("cat")]])
+    assert answers.tolist() == [[1, 0], [1, 0]]
+    assert judge(crops)[1][:, 0].tolist() == [1, 1]
+
+
 def test_a_constant_judge_has_the_accuracy_of_chance(bank):
     judge = make_judge(bank, "car", "blue")
     accuracy = train_judge.measure_accuracy(
@@ -238,7 +249,7 @@ def test_unknown_settings_are_named(setting):
 
 @pytest.fixture(scope="module")
 def options(bank, dataset, folder):
-    pipeline = build_pipeline(grid_size=16, num_text_tokens=80)
+    pipeline = build_pipeline(grid_size=16, num_text_tokens=160)
     pipeline.save_pretrained(folder / "editor")
     save_file(features.load_features(None).state_dict(), folder / "features.safetensors")
     train_judge.save_judge(make_judge(bank, "car"), {"plain": {"noun": 0.5}}, folder / "judge.safetensors")

@@ -282,11 +282,26 @@ def measure_accuracy(judge: Judge, batches: DataLoader) -> dict:
     return accuracy | {"confused": dict(confused.most_common(20))}
 
 
+@torch.no_grad()
+def start_from_judge(judge: Judge, other: Judge):
+    """Start from a judge that was trained on another bank: from its network, and its heads where names agree."""
+    judge.network.load_state_dict(other.network.state_dict())
+    for head, names, other_head, other_names in (
+        (judge.noun_head, judge.nouns, other.noun_head, other.nouns),
+        (judge.color_head, judge.colors, other.color_head, other.colors),
+    ):
+        for label, name in enumerate(names):
+            if name in other_names:
+                head.weight[label] = other_head.weight[other_names.index(name)]
+                head.bias[label] = other_head.bias[other_names.index(name)]
+
+
 @dataclass
 class Arguments:
     bank: str = field(metadata={"help": "folder that build_bank.py made"})
     features: str = field(metadata={"help": "file that features.py made"})
     output: str = field(metadata={"help": "safetensors file to write"})
+    start: str | None = field(default=None, metadata={"help": "judge of an earlier bank to go on from"})
     num_pairs: int = field(default=20_000, metadata={"help": "pairs to train on"})
     num_test: int = field(default=1000, metadata={"help": "pairs of the test split to measure on"})
     batch_size: int = field(default=40, metadata={"help": "pairs; each shows one or two examples"})
@@ -302,6 +317,8 @@ def main():
     bank = Bank.load(args.bank)
     judge = Judge(sorted(bank.nouns), bank.colors)
     judge.network.load_state_dict(load_features(args.features, judge.network.strides).state_dict())
+    if args.start is not None:
+        start_from_judge(judge, load_judge(args.start))
     judge.to(args.device, memory_format=torch.channels_last)
     examples = Examples(judge, bank, "train", args.seed, args.num_pairs, is_degraded=True)
     train(judge, examples.load(args.batch_size, args.num_workers), args.learning_rate)
