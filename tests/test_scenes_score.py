@@ -223,10 +223,12 @@ def test_outside_psnr_leaves_out_the_mask_and_its_neighborhood():
     mask[10:12, 10:12] = True
     image = target.copy()
     image[6:16, 6:16] = 0
-    assert score.compute_outside_psnr(image, target, mask, reach=4) == float("inf")
+    outside = score.find_outside(mask, reach=4)
+    assert score.compute_psnr(image, target, outside) == float("inf")
     image[20, 20] += 10
-    assert 20 < score.compute_outside_psnr(image, target, mask, reach=4) < 60
-    assert score.compute_outside_psnr(image, target, ~mask, reach=4) == float("inf")
+    # One of 924 pixels differs by 10.
+    assert score.compute_psnr(image, target, outside) == pytest.approx(10 * np.log10(255**2 * 924 / 100))
+    assert score.compute_psnr(image, target, score.find_outside(~mask, reach=4)) == float("inf")
 
 
 def test_another_prompt_asks_for_something_else(dataset):

@@ -25,7 +25,7 @@ OTHERS = ["the", "old", "river", "house", "happy", "glass", "running", "tall", "
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bank")
-    names = {"cat": ["kitten"], "dog": ["puppy"], "traffic light": [], "orange": []}
+    names = {"cat": ["kitten"], "dog": ["puppy"], "T-shirt": [], "traffic light": [], "orange": []}
     nouns = {
         noun: {"synonyms": synonyms, "article": "a", "size": 0.4, "recolor": True} for noun, synonyms in names.items()
     }
@@ -62,6 +62,7 @@ def test_words_are_one_token_each_and_case_is_ignored(tokenizer, words):
     assert tokenizer.tokenize("make the cat red") == ["▁make", "▁the", "▁cat", "▁red"]
     assert tokenizer.tokenize("Make the CAT red.") == ["▁make", "▁the", "▁cat", "▁red", "."]
     assert tokenizer.tokenize("a happy river") == ["▁a", "▁happy", "▁river"]
+    assert tokenizer.tokenize("the T-shirt") == ["▁the", "▁t", "-", "shirt"]
     texts = [text for text, _ in words.list_instructions(50, seed=3)]
     assert all(len(tokenizer.tokenize(text)) == len(scenes.WORD.findall(text)) for text in texts)
 
@@ -125,6 +126,13 @@ def test_the_loss_falls_and_the_folder_loads(tokenizer, teacher, words, tmp_path
     expected = encoder.float()(inputs["input_ids"]).last_hidden_state
     torch.testing.assert_close(loaded(inputs["input_ids"]).last_hidden_state, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["text-encoder"]
+    # A later run with other pieces goes on from it.
+    later_words = scenes.Words(words.nouns | {"violin": words.nouns["cat"]}, words.colors, words.others)
+    later_tokenizer = scenes.build_tokenizer(later_words, vocab_size=800, num_word_pieces=160)
+    later = scenes.build_text_encoder(len(later_tokenizer), hidden_size=64, num_layers=1)
+    scenes.start_from_folder(later, later_tokenizer, tmp_path / "text-encoder")
+    inputs = later_tokenizer("make the cat red", return_tensors="pt")
+    torch.testing.assert_close(later(inputs["input_ids"]).last_hidden_state, expected)
 
 
 def test_a_batch_holds_sentences_of_like_length():

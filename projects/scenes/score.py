@@ -160,12 +160,14 @@ def pass_through_tokenizer(pipeline: EditARPipeline, images: list[np.ndarray], b
 # Scores
 
 
-def compute_outside_psnr(image: np.ndarray, target: np.ndarray, mask: np.ndarray, reach: int) -> float:
-    """Compute the PSNR, in dB, farther than `reach` pixels from the mask; infinite if nothing differs or is left."""
-    dilated = np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * reach + 1))) > 0
-    if dilated.all():
-        return float("inf")
-    error = np.square(image[~dilated].astype(float) - target[~dilated]).mean()
+def find_outside(mask: np.ndarray, reach: int) -> np.ndarray:
+    """Find the pixels farther than `reach` pixels, along rows and columns, from the mask: bool."""
+    return np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * reach + 1))) == 0
+
+
+def compute_psnr(image: np.ndarray, target: np.ndarray, region: np.ndarray) -> float:
+    """Compute the PSNR, in dB, of uint8 images over a region (bool); infinite if nothing differs there."""
+    error = np.square(image[region].astype(float) - target[region]).mean() if region.any() else 0
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
@@ -211,15 +213,13 @@ class Scorer:
             noun, color = names[index]
             asked = "" if sample["operation"] == "remove" else sample["new_noun"] or sample["noun"]
             has_color = not sample["color"] or sample["color"] == color
-            outside, ceiling = (
-                compute_outside_psnr(one, sample["target"], sample["mask"], self.token_size)
-                for one in (image, ceilings[index])
-            )
+            outside = find_outside(sample["mask"], self.token_size)
+            psnr, ceiling = (compute_psnr(one, sample["target"], outside) for one in (image, ceilings[index]))
             marks = {
                 "nearer": is_nearer[index],
                 "noun": noun == asked,
                 "color": has_color,
-                "kept": outside >= ceiling - PSNR_TOLERANCE,
+                "kept": psnr >= ceiling - PSNR_TOLERANCE,
             }
             scores.append({"done": all(marks.values()), **marks, "seen": f"{color} {noun}" if noun else "nothing"})
         return scores

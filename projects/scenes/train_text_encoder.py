@@ -143,6 +143,8 @@ def build_tokenizer(words: Words, vocab_size: int, num_word_pieces: int = NUM_WO
     visible = [word for word in words.others if word in emoji_words]
     pieces = train_tokenizer(words.others, num_word_pieces).get_vocab()
     pieces = sorted(pieces, key=pieces.get)
+    # Behind a hyphen or a quotation mark no space stands before a word.
+    pieces += [word for text in texts for word in re.findall(r"(?<=[^\s\w])[a-z]{2,}", text.lower())]
     pieces += [f"▁{word}" for word in (*needed, *visible, *words.others)]
     pieces = list(dict.fromkeys(pieces))[:vocab_size]
     # Equal scores: a word is split into as few pieces as there can be.
@@ -184,6 +186,20 @@ def start_from_teacher(encoder: T5EncoderModel, tokenizer, teacher: BertModel, t
     start = start @ components.T
     weight = encoder.get_input_embeddings().weight
     weight[:, : start.shape[1]] = start / start.std()
+
+
+@torch.no_grad()
+def start_from_folder(encoder: T5EncoderModel, tokenizer, folder: str):
+    """Start from an encoder that was trained earlier, perhaps with some other pieces: those keep their start."""
+    other, other_tokenizer = T5EncoderModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    weights = encoder.state_dict()
+    for name, tensor in other.state_dict().items():
+        if name.startswith("encoder.block.") or name == "encoder.final_layer_norm.weight":
+            weights[name].copy_(tensor)
+    known = other_tokenizer.get_vocab()
+    for piece, index in tokenizer.get_vocab().items():
+        if piece in known:
+            encoder.get_input_embeddings().weight[index] = other.get_input_embeddings().weight[known[piece]]
 
 
 @contextmanager
@@ -388,6 +404,7 @@ class Arguments:
     packages: str = field(metadata={"help": "folder of wheels; what is missing is downloaded there"})
     output_dir: str
     bank: str | None = field(default=None, metadata={"help": "folder of the bank; default: words of emoji as nouns"})
+    start: str | None = field(default=None, metadata={"help": "folder of an earlier run to go on from"})
     vocab_size: int = 4000
     hidden_size: int = 256
     num_layers: int = 4
@@ -419,6 +436,8 @@ def main():
         words.others = [word for word in words.others if f"▁{word}" in tokenizer.get_vocab()]
         encoder = build_text_encoder(len(tokenizer), args.hidden_size, args.num_layers)
         start_from_teacher(encoder, tokenizer, teacher, teacher_tokenizer)
+        if args.start is not None:
+            start_from_folder(encoder, tokenizer, args.start)
         lesson = Lesson(tokenizer, teacher, teacher_tokenizer)
         lesson.standardize([draw_sentence(rng, words) for _ in range(512)])
         report = measure_lengths(tokenizer, words)
