@@ -12,9 +12,10 @@ import io
 import json
 import random
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,6 @@ class Examples(Dataset):
             "crops": stack_crops([example.cut(rng) for example in examples]),
             "nouns": torch.tensor([self.noun_labels[example.noun] for example in examples]),
             "colors": torch.tensor([self.color_labels[example.color] for example in examples]),
-            "new_models": torch.tensor([pair.new_model] * len(examples)),
         }
 
     def load(self, batch_size: int, num_workers: int) -> DataLoader:
@@ -211,6 +211,17 @@ class Examples(Dataset):
 
 def join_items(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([item[name] for item in items]) for name in items[0]}
+
+
+def split_views(bank: Bank) -> Bank:
+    """Split the views of a bank anew, for the judge: one in eight is held out, whatever the model; no color is."""
+    numbers = Counter()
+    views = []
+    for view in sorted(bank.views, key=lambda view: zlib.crc32(view.id.encode())):
+        numbers[view.model] += 1
+        # A model's first view in this order is training's: emoji have no other.
+        views.append(replace(view, split="test-view" if numbers[view.model] % 8 == 2 else "train"))
+    return Bank(bank.nouns, bank.colors, [], views, bank.photographs)
 
 
 # Training
@@ -259,20 +270,17 @@ def measure_accuracy(judge: Judge, batches: DataLoader) -> dict:
     """Measure the share of right answers.
 
     Returns:
-        `dict`: `noun` (objects and nothing), `object`, `nothing`, `color` (of painted objects), `new_view` (views of
-        models that training shows), `new_model`, and `confused`, the most frequent confusions with their numbers.
+        `dict`: `noun` (objects and nothing), `object`, `nothing`, `color` (of painted objects), and `confused`, the
+        most frequent confusions with their numbers.
     """
     device = judge.noun_head.weight.device
     marks, confused = defaultdict(list), Counter()
     for batch in batches:
         names = judge.name(batch["crops"].to(device))
-        rows = zip(batch["nouns"].tolist(), batch["colors"].tolist(), batch["new_models"].tolist(), strict=True)
-        for (noun_label, color_label, is_new_model), (noun, color) in zip(rows, names, strict=True):
+        labels = zip(batch["nouns"].tolist(), batch["colors"].tolist(), strict=True)
+        for (noun_label, color_label), (noun, color) in zip(labels, names, strict=True):
             is_right = noun == judge.nouns[noun_label]
-            kinds = ["noun", "object" if noun_label else "nothing"]
-            if noun_label:
-                kinds.append("new_model" if is_new_model else "new_view")
-            for kind in kinds:
+            for kind in ("noun", "object" if noun_label else "nothing"):
                 marks[kind].append(is_right)
             if color_label >= 0:
                 marks["color"].append(color == judge.colors[color_label])
@@ -314,7 +322,7 @@ class Arguments:
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     set_seed(args.seed)
-    bank = Bank.load(args.bank)
+    bank = split_views(Bank.load(args.bank))
     judge = Judge(sorted(bank.nouns), bank.colors)
     judge.network.load_state_dict(load_features(args.features, judge.network.strides).state_dict())
     if args.start is not None:
