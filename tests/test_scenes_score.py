@@ -227,6 +227,8 @@ def test_the_image_of_a_map_must_be_nearest_to_its_own_target(bank, dataset):
     targets = [sample["target"] for sample in samples]
     scorer = make_scorer(bank)
     assert [row["done"] for row in scorer.score(samples, targets, targets)] == [True] * 3
+    maps = [sample["source"] for sample in samples]
+    assert [row["done"] for row in scorer.score(samples, maps, targets)] == [False] * 3
     assert [row["done"] for row in scorer.score(samples, targets[1:] + targets[:1], targets)] == [False] * 3
 
 
@@ -257,6 +259,11 @@ def test_unknown_settings_are_named(setting):
         score.parse_setting(setting)
     assert score.parse_setting("greedy-1.5") == {"do_sample": False, "guidance_scale": 1.5}
     assert score.parse_setting("sampled-3-0.5") == {"do_sample": True, "guidance_scale": 3.0, "temperature": 0.5}
+
+
+def test_means_leave_out_marks_that_no_sample_has():
+    rows = [{"done": True, "color": None}, {"done": False, "color": False}, {"done": False, "color": True}]
+    assert score.summarize(rows) == {"count": 3, "done": 0.3333, "color": 0.5}
 
 
 # The command

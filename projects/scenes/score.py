@@ -12,7 +12,8 @@ The samples are those that `compose.py --split test` writes. An edit of an objec
   tokenizer, minus 1 dB.
 
 A global edit counts as done when the result is nearer to the target than to the source and to every other global edit
-of the source. The image of a map counts as done when, of 16 targets, its own is the nearest.
+of the source. The image of a map counts as done when it is nearer to its target than to the map and to the targets of
+15 other samples.
 
 Beside the settings stand the target passed through the tokenizer (the ceiling), the untouched source, and the model
 given another sample's instruction. `output_dir` holds `scores.json`, `scores.md`, `samples.png`, `failures.png`, and in
@@ -49,6 +50,8 @@ KINDS = {
     "new_model": "new model",
     "new_color_pair": "new color–noun pair",
 }
+# What an edit of an object must have; `nearer` is reported of global edits, too.
+MARKS = ("nearer", "noun", "color", "kept")
 PSNR_TOLERANCE = 1.0
 NUM_MAP_TARGETS = 16
 # The ground line that the other global edits are drawn with: the data set does not name the true one.
@@ -212,7 +215,7 @@ class Scorer:
         for index, (sample, image) in enumerate(zip(samples, images, strict=True)):
             noun, color = names[index]
             asked = "" if sample["operation"] == "remove" else sample["new_noun"] or sample["noun"]
-            has_color = not sample["color"] or sample["color"] == color
+            has_color = sample["color"] == color if sample["color"] else None
             outside = find_outside(sample["mask"], self.token_size)
             psnr, ceiling = (compute_psnr(one, sample["target"], outside) for one in (image, ceilings[index]))
             marks = {
@@ -221,7 +224,8 @@ class Scorer:
                 "color": has_color,
                 "kept": psnr >= ceiling - PSNR_TOLERANCE,
             }
-            scores.append({"done": all(marks.values()), **marks, "seen": f"{color} {noun}" if noun else "nothing"})
+            is_done = all(mark is not False for mark in marks.values())
+            scores.append({"done": is_done, **marks, "seen": f"{color} {noun}" if noun else "nothing"})
         return scores
 
     @torch.no_grad()
@@ -258,9 +262,11 @@ class Scorer:
 
     @torch.no_grad()
     def score_maps(self, samples, images):
-        result, target = (self.compute_maps(pixels) for pixels in (images, [s["target"] for s in samples]))
-        own = compute_feature_distance(result, target)
-        nearest = torch.full_like(own, float("inf"))
+        result, target, source = (
+            self.compute_maps(pixels)
+            for pixels in (images, [s["target"] for s in samples], [s["source"] for s in samples])
+        )
+        own, nearest = (compute_feature_distance(result, maps) for maps in (target, source))
         for shift in range(1, min(NUM_MAP_TARGETS, len(samples))):
             others = [feature_map.roll(shift, 0) for feature_map in target]
             nearest = torch.minimum(nearest, compute_feature_distance(result, others))
@@ -361,9 +367,12 @@ def score_operation(pipeline, scorer: Scorer, operation: str, args: Arguments, f
 
 
 def summarize(rows: list[dict]) -> dict:
-    """Average the marks of samples; `count` says of how many."""
-    marks = [name for name, value in rows[0].items() if isinstance(value, bool) and name not in KINDS]
-    return {"count": len(rows), **{name: round(float(np.mean([row[name] for row in rows])), 4) for name in marks}}
+    """Average the marks of samples, `color` over those that ask for one; `count` says how many samples there are."""
+    means = {"count": len(rows)}
+    for mark in ("done", *MARKS):
+        if values := [row[mark] for row in rows if row.get(mark) is not None]:
+            means[mark] = round(float(np.mean(values)), 4)
+    return means
 
 
 def collect_results(args: Arguments, folder: Path) -> dict:
@@ -400,9 +409,7 @@ def format_results(results: dict, main_setting: str) -> str:
             ceiling = settings["ceiling"][operation]["done"]
             shares.append(f"{100 * settings[main_setting][operation]['done'] / ceiling:.1f}" if ceiling else "–")
         lines.append(f"| {main_setting}, of the ceiling | " + " | ".join(shares) + " |")
-    marks = [
-        mark for mark in ("nearer", "noun", "color", "kept") if any(mark in m for m in settings[main_setting].values())
-    ]
+    marks = [mark for mark in MARKS if any(mark in means for means in settings[main_setting].values())]
     lines += ["", f"| {main_setting} | " + " | ".join(operations) + " |", "|---|" + "---|" * len(operations)]
     for mark in marks:
         means = [settings[main_setting][operation].get(mark) for operation in operations]
@@ -446,7 +453,7 @@ def draw_sheet(picks: list[tuple[dict, dict]], columns: int = 2, scale: int = 2,
     drawing = ImageDraw.Draw(sheet)
     for number, (sample, row) in enumerate(picks):
         left, top = number % columns * cell[0], number // columns * cell[1]
-        failed = [mark for mark in ("nearer", "noun", "color", "kept") if row.get(mark) is False]
+        failed = [mark for mark in MARKS if row.get(mark) is False]
         verdict = "done" if row["done"] else "failed: " + (", ".join(failed) or "not nearest")
         drawing.text((left + 2, top), f"{sample['prompt']}  [{verdict}]", fill="black")
         result = np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB"))
