@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(folder):
-    words = ["--bank", folder / "bank", "--text_encoder", folder / "text-encoder", "--device", "cpu", "--no-compile"]
+    words = ["--bank", folder / "bank", "--text_encoder", folder / "text-encoder", "--device", "cpu"]
     words += ["--features", folder / "features.safetensors", "--workers", 1, "--rehearse", "--log_steps", 1]
     return [str(word) for word in words]
 

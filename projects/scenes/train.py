@@ -44,7 +44,7 @@ from editar_hf.training.batch import draw_conditioning_dropout, drop_target_toke
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
 from editar_hf.training.step import TrainingStep
 from editar_hf.training.validation import build_contact_sheet
-from editar_hf.training.vq import DeadCodeReviver, compute_psnr, draw_codebook, prepare_pixel_values, start_from_codes
+from editar_hf.training.vq import DeadCodeReviver, compute_psnr, draw_codebook, start_from_codes
 
 
 # Parts of the packed pipeline, in bytes: small enough for places that take no large file.
@@ -54,6 +54,7 @@ STRIDE = 8
 SHAPES = {(16, 16): 0.6, (12, 16): 0.13, (16, 12): 0.13, (9, 16): 0.07, (16, 9): 0.07}
 REHEARSED_SHAPES = {(8, 8): 0.7, (6, 8): 0.15, (8, 6): 0.15}
 TOKENIZER_BATCH = 256
+REVIVAL_STEPS = 20
 # The text encoder starts from a teacher's states, the decoder from nothing.
 TEXT_LEARNING_RATE_FACTOR = 0.3
 EMA_DECAY = 0.998
@@ -71,10 +72,11 @@ def parse_arguments(arguments=None):
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--tokenizer_minutes", type=float, default=2.5)
     parser.add_argument("--editor_minutes", type=float, default=5.0)
-    parser.add_argument("--tokenizer", type=Path, help="VQ model to use as it is; its stage is left out")
+    parser.add_argument("--tokenizer", type=Path, help="VQ model to go on from; with 0 minutes it is used as it is")
     parser.add_argument("--editor", type=Path, help="pipeline folder to go on from, its tokenizer included")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--slots", type=int, default=600, help="chunks of pairs that are kept as pictures")
+    parser.add_argument("--slots", type=int, default=100, help="chunks of pairs that wait for the device at most")
+    parser.add_argument("--tokenizer_chunks", type=int, default=600, help="chunks of pairs that train the tokenizer")
     parser.add_argument("--chunk_size", type=int, default=256, help="pairs of a chunk")
     parser.add_argument("--batch_size", type=int, default=512, help="pairs of a step of the decoder")
     parser.add_argument("--most_pairs", type=int, default=800_000, help="pairs that are composed for the decoder")
@@ -89,13 +91,23 @@ def parse_arguments(arguments=None):
     parser.add_argument("--guidance_scale", type=float, default=1.5, help="written into the pipeline")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=("tokenizer", "editor"),
+        default=[],
+        help="what to compile; it pays off where a stage has more than about three minutes",
+    )
     parser.add_argument("--log_steps", type=int, default=50, help="steps between lines of figures")
     parser.add_argument("--rehearse", action="store_true", help="64 × 64 pixels, small networks, small batches")
     args = parser.parse_args(arguments)
+    if args.editor and args.tokenizer_minutes:
+        parser.error("`--editor` holds for the tokenizer that it was trained with; give `--tokenizer_minutes 0`.")
+    if not (args.tokenizer_minutes or args.tokenizer or args.editor):
+        parser.error("`--tokenizer_minutes` is 0; give `--tokenizer` or `--editor`, whose tokenizer is used.")
     args.shapes = REHEARSED_SHAPES if args.rehearse else SHAPES
     if args.rehearse:
-        args.slots, args.chunk_size, args.batch_size = 64, 32, 32
+        args.slots, args.chunk_size, args.batch_size, args.tokenizer_chunks = 8, 32, 32, 64
         args.hidden_size, args.layers, args.log_steps = 128, 4, 10
     return args
 
@@ -175,7 +187,7 @@ def build_tokenizer(rehearse: bool) -> EditARVQModel:
     )
 
 
-def compute_tokenizer_losses(args, model, features, pixel_values, wanted, is_edited):
+def compute_tokenizer_losses(args, model, features, pixel_values, is_edited):
     """Compute the loss of a batch of pictures, sources before targets, its parts, and the model's output.
 
     Tokens that an edit leaves alone should be the same before and after, so that the editor can copy them. The encoder
@@ -183,10 +195,11 @@ def compute_tokenizer_losses(args, model, features, pixel_values, wanted, is_edi
 
     Args:
         pixel_values (`torch.Tensor` of shape `(2 * pairs, 3, height, width)`): Pixels in [-1, 1].
-        wanted (`list[torch.Tensor]`): The pictures' feature maps.
         is_edited (`torch.BoolTensor` of shape `(pairs, tokens)`): Tokens that the edit may change.
     """
     output = model(pixel_values)
+    with torch.no_grad():
+        wanted = features(pixel_values)
     error = output.reconstruction.float() - pixel_values
     before, after = output.latents.chunk(2)
     distances = (before - after).square().mean(dim=-1)
@@ -204,32 +217,60 @@ def compute_tokenizer_losses(args, model, features, pixel_values, wanted, is_edi
     return loss, parts, output
 
 
-class PicturePool:
-    """The square pictures of all chunks so far; chunks of other shapes, and those held out, are kept apart."""
+def to_pixel_values(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn uint8 pixels `(batch, height, width, 3)` into float32 in [-1, 1], `(batch, 3, height, width)`."""
+    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
 
-    def __init__(self, stream: PairStream):
-        self.stream, self.chunks, self.square, self.held_out = stream, [], [], []
+
+def load_chunk(chunk: Chunk, device) -> dict[str, torch.Tensor]:
+    """Copy a chunk's arrays to the device."""
+    names = ("sources", "targets", "edit_mask", "input_ids")
+    arrays = (chunk.sources, chunk.targets, chunk.edit_masks, chunk.input_ids)
+    return {name: torch.tensor(array, device=device) for name, array in zip(names, arrays, strict=True)}
+
+
+def draw_rows(
+    chunks: list[dict[str, torch.Tensor]], num_rows: int, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Draw rows of chunks of one shape, a quarter of a chunk at a time."""
+    size = len(chunks[0]["edit_mask"])
+    parts, part_size = [], min(num_rows, size // 4)
+    for _ in range(num_rows // part_size):
+        chunk = chunks[rng.integers(len(chunks))]
+        # Drawn on the device: copying the places there would wait for it.
+        places = torch.randperm(size, device=chunk["edit_mask"].device)[:part_size]
+        parts.append({name: tensor[places] for name, tensor in chunk.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class PicturePool:
+    """The pairs that the tokenizer is trained on, on the device: square ones, and those held out."""
+
+    def __init__(self, stream: PairStream, device, most_chunks: int):
+        self.stream, self.device, self.most_chunks = stream, device, most_chunks
+        self.chunks, self.square, self.held_out = [], [], []
 
     def update(self, timeout: float | None = None):
         """Take in what the stream has ready, waiting for at most `timeout` seconds for the first."""
-        while (chunk := self.stream.take(timeout)) is not None:
+        while len(self.chunks) < self.most_chunks and (chunk := self.stream.take(timeout)) is not None:
             timeout = None
-            self.chunks.append(chunk)
+            rows = load_chunk(chunk, self.device)
+            self.stream.release(chunk)
+            self.chunks.append((rows, chunk.is_validation))
             if chunk.is_validation:
-                self.held_out.append(chunk)
-            elif chunk.sources.shape[1:3] == self.stream.shapes[0]:
-                self.square.append(chunk)
+                self.held_out.append(rows)
+            elif rows["sources"].shape[1:3] == self.stream.shapes[0]:
+                self.square.append(rows)
 
-    def wait(self, is_enough):
-        while not is_enough():
+    def wait(self, num_square: int):
+        """Wait for so many square chunks, and for those held out."""
+        while len(self.square) < num_square or len(self.held_out) < NUM_VALIDATION_CHUNKS:
             self.update(timeout=1.0)
 
-    def draw(self, batch_size: int, rng: np.random.Generator, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw pairs of one chunk: pixels in [−1, 1], sources before targets, and the tokens that may change."""
-        chunk = self.square[rng.integers(len(self.square))]
-        places = rng.permutation(len(chunk.sources))[: batch_size // 2]
-        pixels = np.concatenate([chunk.sources[places], chunk.targets[places]])
-        return prepare_pixel_values(pixels, device), torch.from_numpy(chunk.edit_masks[places]).to(device)
+    def draw(self, num_pairs: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw pairs: their pixels in [-1, 1], sources before targets, and the tokens that may change."""
+        rows = draw_rows(self.square, num_pairs, rng)
+        return to_pixel_values(torch.cat([rows["sources"], rows["targets"]])), rows["edit_mask"]
 
 
 def train_tokenizer(args, pool: PicturePool, log: Log):
@@ -237,22 +278,27 @@ def train_tokenizer(args, pool: PicturePool, log: Log):
     device, rng = torch.device(args.device), np.random.default_rng(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     clock = Clock(args.tokenizer_minutes)
-    model = build_tokenizer(args.rehearse).to(device, memory_format=torch.channels_last)
-    features = load_features(args.features).to(device, memory_format=torch.channels_last).requires_grad_(False)
-    batch_size = min(TOKENIZER_BATCH, 2 * args.chunk_size)
-    pool.wait(lambda: len(pool.square) >= min(8, args.slots // 4) and len(pool.held_out) == 2)
+    if args.tokenizer:
+        model = EditARVQModel.from_pretrained(args.tokenizer, dtype=torch.float32)
+    else:
+        model = build_tokenizer(args.rehearse)
+    model.to(device, memory_format=torch.channels_last).train()
+    features = load_features(args.features).to(device, memory_format=torch.channels_last)
+    num_pairs = min(TOKENIZER_BATCH // 2, args.chunk_size)
+    pool.wait(num_square=8)
     log.write(stage="tokenizer", event="first chunks")
 
-    with torch.no_grad():
-        latents = [model.encode(pool.draw(batch_size, rng, device)[0]).latents.flatten(0, 1) for _ in range(4)]
-        codes = draw_codebook(torch.cat(latents), model.config.num_embeddings, generator)
-        model.quantize.embedding.weight.copy_(codes)
+    if not args.tokenizer:
+        with torch.no_grad():
+            latents = [model.encode(pool.draw(num_pairs, rng)[0]).latents.flatten(0, 1) for _ in range(4)]
+            codes = draw_codebook(torch.cat(latents), model.config.num_embeddings, generator)
+            model.quantize.embedding.weight.copy_(codes)
     average = AveragedWeights(model.parameters())
     optimizer = build_optimizer(model.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    reviver = DeadCodeReviver(model.quantize.embedding, patience=100)
-    compiled_features = features
-    if args.compile:
-        compiled_features = torch.compile(features, dynamic=False)
+    # It looks for codes out of use once in `REVIVAL_STEPS` steps: each look waits for the device.
+    reviver = DeadCodeReviver(model.quantize.embedding, patience=5)
+    used_tokens = []
+    if "tokenizer" in args.compile:
         for part in (model.encoder, model.decoder):
             part.compile(dynamic=False)
 
@@ -260,22 +306,22 @@ def train_tokenizer(args, pool: PicturePool, log: Log):
     while clock.progress < 1:
         pool.update()
         clock.set_learning_rates([optimizer], step)
-        pixel_values, is_edited = pool.draw(batch_size, rng, device)
+        pixel_values, is_edited = pool.draw(num_pairs, rng)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            with torch.no_grad():
-                wanted = features(pixel_values)
-            loss, parts, output = compute_tokenizer_losses(
-                args, model, compiled_features, pixel_values, wanted, is_edited
-            )
+            loss, parts, output = compute_tokenizer_losses(args, model, features, pixel_values, is_edited)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update()
-        # Codes are not moved any more once the rest has to settle.
-        if clock.progress < 0.7:
-            reviver.step(output.image_tokens, output.latents.detach().flatten(0, 1), optimizer, generator)
         step += 1
+        used_tokens.append(output.image_tokens)
+        if step % REVIVAL_STEPS == 0:
+            # Codes are not moved any more once the rest has to settle.
+            if clock.progress < 0.7:
+                latents = output.latents.detach().flatten(0, 1)
+                reviver.step(torch.cat(used_tokens), latents, optimizer, generator)
+            used_tokens.clear()
         if step % args.log_steps == 0:
             log.write(stage="tokenizer", step=step, **{name: value.item() for name, value in parts.items()})
     # An average over moved codes would lie between places.
@@ -287,25 +333,23 @@ def train_tokenizer(args, pool: PicturePool, log: Log):
 
 
 @torch.no_grad()
-def evaluate_tokenizer(model: EditARVQModel, chunk: Chunk, folder: Path, log: Log):
-    """Measure the tokenizer on held-out targets, and save a sheet of them above their reconstructions."""
-    pixel_values = prepare_pixel_values(chunk.targets, model.device)
-    grid = [side // model.config.stride for side in pixel_values.shape[-2:]]
-    image_tokens = model.encode(pixel_values).image_tokens
+def evaluate_tokenizer(model: EditARVQModel, rows: dict[str, torch.Tensor], folder: Path, log: Log):
+    """Measure the tokenizer on held-out pairs, and save a sheet of their targets above the reconstructions."""
+    sources, targets = (to_pixel_values(rows[name]) for name in ("sources", "targets"))
+    grid = [side // STRIDE for side in targets.shape[-2:]]
+    image_tokens = model.encode(targets).image_tokens
     decoded = model.decode(image_tokens, *grid)
-    is_same = model.encode(prepare_pixel_values(chunk.sources, model.device)).image_tokens == image_tokens
+    is_same = model.encode(sources).image_tokens == image_tokens
     log.write(
         stage="tokenizer",
         event="held out",
-        psnr=compute_psnr(decoded, pixel_values).mean().item(),
+        psnr=compute_psnr(decoded, targets).mean().item(),
         codes_used=len(image_tokens.unique()) / model.config.num_embeddings,
-        kept_tokens_equal=is_same[torch.from_numpy(~chunk.edit_masks).to(is_same.device)].float().mean().item(),
+        kept_tokens_equal=is_same[~rows["edit_mask"]].float().mean().item(),
     )
-    rows = []
-    for start in range(0, min(32, len(chunk.targets)), 8):
-        for pictures in (chunk.targets[start : start + 8], to_pixels(decoded[start : start + 8])):
-            rows.append([Image.fromarray(picture) for picture in pictures])
-    build_contact_sheet(rows).save(folder / "tokenizer.png")
+    pictures = [[Image.fromarray(p) for p in to_pixels(batch[:32])] for batch in (targets, decoded)]
+    sheet = [row[start : start + 8] for start in range(0, len(pictures[0]), 8) for row in pictures]
+    build_contact_sheet(sheet).save(folder / "tokenizer.png")
 
 
 def to_pixels(pixel_values: torch.Tensor) -> np.ndarray:
@@ -323,8 +367,6 @@ class TokenPool:
     A thread tokenizes chunks as they are ready, on a CUDA stream of its own, so that training does not wait for them.
     """
 
-    names = ("source_image_tokens", "target_image_tokens", "edit_mask", "input_ids")
-
     def __init__(self, vq_model: EditARVQModel, stream: PairStream, most_pairs: int):
         self.vq_model, self.stream, self.most_pairs = vq_model, stream, most_pairs
         self.chunks = {shape: [] for shape in stream.shapes}
@@ -338,7 +380,8 @@ class TokenPool:
                 chunk = self.stream.take(timeout=0.2)
                 if chunk is not None:
                     with torch.cuda.stream(side):
-                        self.add(chunk)
+                        self.add(load_chunk(chunk, self.vq_model.device), chunk.is_validation)
+                    self.stream.release(chunk)
         except Exception as error:
             self.error = error
 
@@ -357,39 +400,33 @@ class TokenPool:
         self.thread.join()
 
     @torch.no_grad()
-    def add(self, chunk: Chunk):
-        """Tokenize a chunk and release its memory."""
+    def add(self, rows: dict[str, torch.Tensor], is_validation: bool):
+        """Tokenize the pictures of a chunk and keep the rest of it."""
         device = self.vq_model.device
-        pictures = (prepare_pixel_values(pixels, device) for pixels in (chunk.sources, chunk.targets))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            tokens = [self.vq_model.encode(pixel_values).image_tokens.short() for pixel_values in pictures]
-        rest = [torch.from_numpy(array.copy()).to(device) for array in (chunk.edit_masks, chunk.input_ids)]
-        batch = dict(zip(self.names, (*tokens, *rest), strict=True))
+            source, target = (
+                self.vq_model.encode(to_pixel_values(rows[name])).image_tokens.short()
+                for name in ("sources", "targets")
+            )
+        batch = {"source_image_tokens": source, "target_image_tokens": target}
+        batch |= {name: rows[name] for name in ("edit_mask", "input_ids")}
         if device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        if chunk.is_validation:
+        if is_validation:
             self.held_out.append(batch)
         else:
-            self.chunks[chunk.sources.shape[1:3]].append(batch)
-        self.stream.release(chunk)
+            self.chunks[rows["sources"].shape[1:3]].append(batch)
 
     @property
     def num_pairs(self) -> int:
         return sum(len(chunks) for chunks in self.chunks.values()) * self.stream.chunk_size
 
     def draw(self, batch_size: int, rng: np.random.Generator) -> tuple[tuple[int, int], dict[str, torch.Tensor]]:
-        """Draw a batch of one shape, shapes by their share of the pairs, a quarter of a chunk at a time."""
+        """Draw a batch of one shape, shapes by their share of the pairs."""
         self.check()
         counts = np.array([len(chunks) for chunks in self.chunks.values()], dtype=float)
         shape = list(self.chunks)[rng.choice(len(counts), p=counts / counts.sum())]
-        chunks, size = self.chunks[shape], min(batch_size, self.stream.chunk_size // 4)
-        parts = []
-        for _ in range(batch_size // size):
-            # Drawn on the device: copying the places there would wait for it.
-            places = torch.randperm(self.stream.chunk_size, device=self.vq_model.device)[:size]
-            chunk = chunks[rng.integers(len(chunks))]
-            parts.append({name: tensor[places] for name, tensor in chunk.items()})
-        return shape, prepare_batch({name: torch.cat([part[name] for part in parts]) for name in self.names})
+        return shape, prepare_batch(draw_rows(self.chunks[shape], batch_size, rng))
 
 
 def prepare_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -456,7 +493,7 @@ def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> E
 
     transformer, text_encoder = pipeline.transformer.to(device).train(), pipeline.text_encoder.to(device).train()
     transformer.set_attn_implementation("causal")
-    if args.compile:
+    if "editor" in args.compile:
         for layer in transformer.model.layers:
             layer.compile()
     steps = {
@@ -563,20 +600,21 @@ def main(arguments=None):
     )
     tokens = None
     try:
-        pool = PicturePool(stream)
-        if not args.editor and not args.tokenizer:
+        pool = PicturePool(stream, torch.device(args.device), args.tokenizer_chunks)
+        vq_folder = args.editor / "vq_model" if args.editor else args.tokenizer
+        if args.tokenizer_minutes:
             train_tokenizer(args, pool, log)
-        folder = args.editor / "vq_model" if args.editor else args.tokenizer or args.output_dir / "tokenizer"
-        vq_model = EditARVQModel.from_pretrained(folder, dtype=torch.float32)
+            vq_folder = args.output_dir / "tokenizer"
+        vq_model = EditARVQModel.from_pretrained(vq_folder, dtype=torch.float32)
         vq_model.to(args.device, memory_format=torch.channels_last).eval()
-        pool.wait(lambda: pool.held_out)
+        pool.wait(num_square=1)
         evaluate_tokenizer(vq_model, pool.held_out[0], args.output_dir, log)
         if not args.editor_minutes:
             return
         pipeline = build_pipeline(args, vq_model.cpu(), processor)
         tokens = TokenPool(vq_model.to(args.device), stream, args.most_pairs)
-        for chunk in pool.chunks:
-            tokens.add(chunk)
+        while pool.chunks:
+            tokens.add(*pool.chunks.pop())
         shipped = train_editor(args, pipeline, tokens, log)
         evaluate_editor(args, shipped, tokens, log)
     finally:
