@@ -20,6 +20,7 @@ import compose
 import features
 import score
 import train_judge
+from nouns import NOUNS
 from scenes_bank import make_bank
 
 
@@ -114,6 +115,14 @@ def test_the_judge_sees_every_model_but_not_every_view(bank):
     assert {view.id for view in again.views if view.split == "test-view"} == {view.id for view in held_out}
 
 
+def test_kin_are_nouns_of_the_bank_that_may_name_the_same_thing():
+    assert set().union(*train_judge.KIN) <= set(NOUNS)
+    assert train_judge.are_kin("sofa", "armchair")
+    assert train_judge.are_kin("cat", "cat")
+    assert not train_judge.are_kin("sofa", "chair")
+    assert not train_judge.are_kin("sofa", "")
+
+
 def test_degrading_changes_most_pictures_a_little(bank):
     pixels = compose.compose_pair(bank, 0, 0).target
     changed = [train_judge.degrade(pixels, random.Random(seed)) for seed in range(20)]
@@ -135,7 +144,7 @@ def test_the_judge_learns_and_its_file_loads(bank, tmp_path):
     accuracy = train_judge.measure_accuracy(
         judge, train_judge.Examples(judge, bank, "test", 1, 20, is_degraded=False).load(8, 0)
     )
-    assert {"noun", "object", "nothing", "color", "confused"} == accuracy.keys()
+    assert {"noun", "object", "kin", "nothing", "color", "confused"} == accuracy.keys()
     train_judge.save_judge(judge, accuracy, tmp_path / "judge.safetensors")
     loaded = train_judge.load_judge(tmp_path / "judge.safetensors")
     assert loaded.accuracy == accuracy

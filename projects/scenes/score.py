@@ -7,7 +7,8 @@ The samples are those that `compose.py --split test` writes. An edit of an objec
 
 * inside the mask the result is nearer to the target than to the source, by the distance of Lite0's features; a moved
   object's old and new place are compared one by one;
-* the judge (see `train_judge.py`) sees the asked noun there, and the asked color, or nothing where it was removed;
+* the judge (see `train_judge.py`) sees the asked noun there, or one of its kin, and the asked color; or nothing where
+  an object was removed;
 * farther than a token from the mask, the PSNR to the target is at least that of the target passed through the image
   tokenizer, minus 1 dB.
 
@@ -35,7 +36,7 @@ from compose import MAPS, OPERATIONS
 from features import FeatureNetwork, compute_feature_distance, load_features
 from global_edits import GLOBAL_EDITS, apply_global_edit
 from PIL import Image, ImageDraw, ImageFilter
-from train_judge import Judge, cut_crop, load_judge, stack_crops
+from train_judge import Judge, are_kin, cut_crop, load_judge, stack_crops
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
@@ -106,10 +107,10 @@ def decode_image(encoded: dict, mode: str = "RGB") -> np.ndarray:
 
 def load_samples(dataset: str, operation: str, number: int | None) -> list[dict]:
     """Load the first samples of an operation; their images become uint8 arrays, their mask a bool array."""
-    (*_, path) = [None, *sorted(Path(dataset).glob(f"*-{operation}.parquet"))]
-    if path is None:
+    paths = sorted(Path(dataset).glob(f"*-{operation}.parquet"))
+    if not paths:
         raise ValueError(f"`dataset` {dataset!r} has no file *-{operation}.parquet; write it with compose.py.")
-    samples = pq.read_table(path).slice(0, number).to_pylist()
+    samples = pq.read_table(paths[0]).slice(0, number).to_pylist()
     for sample in samples:
         sample["source"], sample["target"] = (
             decode_image(sample.pop(f"{name}_image")) for name in ("source", "target")
@@ -220,7 +221,7 @@ class Scorer:
             psnr, ceiling = (compute_psnr(one, sample["target"], outside) for one in (image, ceilings[index]))
             marks = {
                 "nearer": is_nearer[index],
-                "noun": noun == asked,
+                "noun": are_kin(noun, asked),
                 "color": has_color,
                 "kept": psnr >= ceiling - PSNR_TOLERANCE,
             }

@@ -36,6 +36,29 @@ CROP_SIZE = 64
 CROP_MARGIN, SMALLEST_CROP = 1.25, 24
 NOTHING = ""
 OPERATIONS = ("add", "remove", "replace", "recolor", "move")
+# Nouns of the bank that a person may use for the same thing, seen small: the judge need not tell them apart.
+KIN = (
+    {"ambulance", "van"},
+    {"armchair", "chair"},
+    {"armchair", "sofa"},
+    {"bouquet", "potted plant"},
+    {"box", "briefcase"},
+    {"box", "crate"},
+    {"briefcase", "suitcase"},
+    {"bus", "van"},
+    {"cake", "cupcake"},
+    {"car", "police car", "taxi"},
+    {"computer", "laptop"},
+    {"computer", "television"},
+    {"dollhouse", "house"},
+    {"fire engine", "truck"},
+    {"hat", "top hat"},
+    {"kettle", "teapot"},
+    {"motorcycle", "scooter"},
+    {"palm tree", "tree"},
+    {"parasol", "umbrella"},
+    {"toy train", "train"},
+)
 # Stages before this one keep the weights of ImageNet.
 FIRST_TRAINED_STAGE = 3
 # Not the seed of the samples that are scored.
@@ -97,6 +120,11 @@ def save_judge(judge: Judge, accuracy: dict, path: Path):
     unfinished = path.with_name(path.name + ".unfinished")
     save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, unfinished, metadata)
     unfinished.replace(path)
+
+
+def are_kin(one: str, other: str) -> bool:
+    """Say whether two nouns are the same, or may name the same thing."""
+    return one == other or any(one in names and other in names for names in KIN)
 
 
 # Crops
@@ -270,8 +298,8 @@ def measure_accuracy(judge: Judge, batches: DataLoader) -> dict:
     """Measure the share of right answers.
 
     Returns:
-        `dict`: `noun` (objects and nothing), `object`, `nothing`, `color` (of painted objects), and `confused`, the
-        most frequent confusions with their numbers.
+        `dict`: `noun` (objects and nothing), `kin` (the same, but kin is right), `object`, `nothing`, `color` (of
+        painted objects), and `confused`, the most frequent confusions with their numbers.
     """
     device = judge.noun_head.weight.device
     marks, confused = defaultdict(list), Counter()
@@ -282,6 +310,7 @@ def measure_accuracy(judge: Judge, batches: DataLoader) -> dict:
             is_right = noun == judge.nouns[noun_label]
             for kind in ("noun", "object" if noun_label else "nothing"):
                 marks[kind].append(is_right)
+            marks["kin"].append(are_kin(noun, judge.nouns[noun_label]))
             if color_label >= 0:
                 marks["color"].append(color == judge.colors[color_label])
             if not is_right:
