@@ -321,6 +321,8 @@ def test_the_command_scores_and_goes_on_where_it_stopped(run, options, tmp_path)
     tables = (folder / "scores.md").read_text()
     assert "| setting | recolor | global | canny |" in tables
     assert "| greedy-2, of the ceiling |" in tables
+    assert "| ceiling: noun |" in tables
+    assert "plain crops: noun 50.0." in tables
     for name in ("samples.png", "failures.png"):
         assert min(Image.open(folder / name).size) > SIDE
     parts = {path: path.stat().st_mtime_ns for path in folder.glob("parts/*/*.parquet")}

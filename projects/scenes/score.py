@@ -410,11 +410,13 @@ def format_results(results: dict, main_setting: str) -> str:
             ceiling = settings["ceiling"][operation]["done"]
             shares.append(f"{100 * settings[main_setting][operation]['done'] / ceiling:.1f}" if ceiling else "–")
         lines.append(f"| {main_setting}, of the ceiling | " + " | ".join(shares) + " |")
-    marks = [mark for mark in MARKS if any(mark in means for means in settings[main_setting].values())]
-    lines += ["", f"| {main_setting} | " + " | ".join(operations) + " |", "|---|" + "---|" * len(operations)]
-    for mark in marks:
-        means = [settings[main_setting][operation].get(mark) for operation in operations]
-        lines.append(f"| {mark} | " + " | ".join("" if m is None else f"{100 * m:.1f}" for m in means) + " |")
+    lines += ["", "| setting: mark | " + " | ".join(operations) + " |", "|---|" + "---|" * len(operations)]
+    for setting in results["kinds"]:
+        for mark in MARKS:
+            means = [settings[setting][operation].get(mark) for operation in operations]
+            if any(mean is not None for mean in means):
+                cells = ["" if mean is None else f"{100 * mean:.1f}" for mean in means]
+                lines.append(f"| {setting}: {mark} | " + " | ".join(cells) + " |")
     lines += ["", "| edits of objects | " + " | ".join(f"{setting} | count" for setting in results["kinds"]) + " |"]
     lines.append("|---|" + "---|---|" * len(results["kinds"]))
     for kind, words in KINDS.items():
@@ -423,6 +425,9 @@ def format_results(results: dict, main_setting: str) -> str:
             if any(means):
                 cells = [f"{100 * m['done']:.1f} | {m['count']}" if m else " | 0" for m in means]
                 lines.append(f"| {words if half == 'new' else 'no ' + words} | " + " | ".join(cells) + " |")
+    for name, accuracy in results["judge"].items():
+        shares = [f"{kind} {100 * share:.1f}" for kind, share in accuracy.items() if kind != "confused"]
+        lines += ["", f"Accuracy of the judge in percent, {name} crops: {', '.join(shares)}."]
     return "\n".join(lines) + "\n"
 
 
