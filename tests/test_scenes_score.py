@@ -309,7 +309,7 @@ def run(monkeypatch):
     return run
 
 
-def test_the_command_scores_and_goes_on_where_it_stopped(run, options, tmp_path):
+def test_the_command_scores_and_goes_on_where_it_stopped(run, options, bank, tmp_path):
     folder = tmp_path / "scores"
     run({**options, "output_dir": folder})
     results = json.loads((folder / "scores.json").read_text())
@@ -334,5 +334,13 @@ def test_the_command_scores_and_goes_on_where_it_stopped(run, options, tmp_path)
     assert json.loads((folder / "scores.json").read_text()) == results
     with pytest.raises(ValueError, match=r"`output_dir` .* holds scores of `seed` 0"):
         run({**options, "output_dir": folder, "seed": 1})
+    # Another judge sees other nouns in the same images.
+    train_judge.save_judge(make_judge(bank, "chair"), {"plain": {"noun": 0.25}}, tmp_path / "other.safetensors")
+    run({**options, "output_dir": folder, "judge": tmp_path / "other.safetensors", "rescore": True})
+    rescored = json.loads((folder / "scores.json").read_text())
+    assert rescored["judge"] == {"plain": {"noun": 0.25}}
+    assert rescored["settings"]["ceiling"]["global"] == settings["ceiling"]["global"]
+    seen = {row["seen"] for row in score.read_part(folder / "parts" / "greedy-2" / "recolor.parquet")}
+    assert seen == {"red chair"}
     with pytest.raises(ValueError, match="`operations` holds paint"):
         run({**options, "output_dir": folder, "operations": ["paint"]})

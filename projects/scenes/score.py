@@ -18,7 +18,8 @@ of the source. The image of a map counts as done when it is nearer to its target
 
 Beside the settings stand the target passed through the tokenizer (the ceiling), the untouched source, and the model
 given another sample's instruction. `output_dir` holds `scores.json`, `scores.md`, `samples.png`, `failures.png`, and in
-`parts/` the images and scores of each setting and operation: a run that was interrupted goes on after them.
+`parts/` the images and scores of each setting and operation: a run that was interrupted goes on after them, and
+`--rescore` scores these images again, with another judge or on another machine, without editing anew.
 """
 
 import io
@@ -79,6 +80,7 @@ class Arguments:
     num_sweep: int = field(default=100, metadata={"help": "samples an operation for other settings than the first"})
     num_control: int = field(default=100, metadata={"help": "samples an operation for another instruction"})
     num_shown: int = field(default=12, metadata={"help": "edits, and failures, on the sheets"})
+    rescore: bool = field(default=False, metadata={"help": "score the images of an earlier run again"})
     batch_size: int = 64
     device: str = "cpu"
     dtype: str = field(default="float32", metadata={"help": "of the editor"})
@@ -289,13 +291,18 @@ def split_mask(sample: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_part(path: Path, samples: list[dict], images: list[np.ndarray], scores: list[dict]):
+    """Write the images, compressed, with their scores and with what is new about the samples."""
     rows = []
     for sample, image, score in zip(samples, images, scores, strict=True):
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "WEBP", quality=95)
+        Image.fromarray(image).save(buffer, "WEBP", quality=90)
         kinds = {kind: sample[kind] for kind in KINDS}
         rows.append({"index": sample["index"], "image": buffer.getvalue(), **kinds, **score})
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: list[dict]):
     unfinished = path.with_name(path.name + ".unfinished")
     pq.write_table(pa.Table.from_pylist(rows), unfinished)
     unfinished.replace(path)
@@ -307,19 +314,20 @@ def read_part(path: Path, with_images: bool = False) -> list[dict]:
 
 
 def check_run(folder: Path, args: Arguments):
-    """Refuse to mix parts of other models, data or samples."""
-    run = {
-        name: value
-        for name, value in asdict(args).items()
-        if name in ("model", "dataset", "features", "judge", "num_samples", "num_sweep", "num_control", "seed")
-    }
+    """Refuse to mix parts of other models, data or samples; paths count by their last name."""
+    names = ["model", "dataset", "num_samples", "num_sweep", "num_control", "seed"]
+    if not args.rescore:
+        names += ["features", "judge"]
+    paths = ("model", "dataset", "features", "judge")
+    run = {name: Path(value).name if name in paths else value for name, value in asdict(args).items()}
     path = folder / "run.json"
-    if path.is_file() and (before := json.loads(path.read_text())) != run:
-        name = next(name for name in run if before.get(name) != run[name])
-        raise ValueError(
-            f"`output_dir` {str(folder)!r} holds scores of `{name}` {before.get(name)!r}, and this run has "
-            f"{run[name]!r}; choose another folder or delete it."
-        )
+    before = json.loads(path.read_text()) if path.is_file() else run
+    for name in names:
+        if before[name] != run[name]:
+            raise ValueError(
+                f"`output_dir` {str(folder)!r} holds scores of `{name}` {before[name]!r}, and this run has "
+                f"{run[name]!r}; choose another folder or delete it."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run, indent=1))
 
@@ -347,19 +355,27 @@ def score_operation(pipeline, scorer: Scorer, operation: str, args: Arguments, f
     all_samples = ceilings = None
     for setting in (*args.controls, *args.settings):
         path = folder / "parts" / setting / f"{operation}.parquet"
-        if path.is_file():
+        if path.is_file() and not args.rescore:
             continue
         if all_samples is None:
             all_samples = load_samples(args.dataset, operation, args.num_samples)
             targets = [sample["target"] for sample in all_samples]
             ceilings = pass_through_tokenizer(pipeline, targets, args.batch_size)
         samples = all_samples[: count_samples(args, setting)]
-        images = make_images(pipeline, samples, setting, ceilings[: len(samples)], args)
+        if path.is_file():
+            rows = read_part(path, with_images=True)
+            images = [np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in rows]
+            samples = samples[: len(images)]
+        else:
+            images = make_images(pipeline, samples, setting, ceilings[: len(samples)], args)
         scores = []
         for start in range(0, len(samples), args.batch_size):
-            rows = slice(start, start + args.batch_size)
-            scores += scorer.score(samples[rows], images[rows], ceilings[rows])
-        write_part(path, samples, images, scores)
+            batch = slice(start, start + args.batch_size)
+            scores += scorer.score(samples[batch], images[batch], ceilings[batch])
+        if path.is_file():
+            write_rows(path, [{**row, **score} for row, score in zip(rows, scores, strict=True)])
+        else:
+            write_part(path, samples, images, scores)
         done = np.mean([score["done"] for score in scores])
         print(f"{setting}, {operation}: {100 * done:.1f} % of {len(scores)}", flush=True)
 
