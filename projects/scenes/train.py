@@ -180,7 +180,7 @@ def build_tokenizer(rehearse: bool) -> EditARVQModel:
             num_embeddings=512 if rehearse else 4096,
             latent_channels=64,
             base_channels=16 if rehearse else 32,
-            channel_multipliers=(1, 1, 2, 4),
+            channel_multipliers=(1, 2, 2, 4),
             num_res_blocks=1,
             norm_num_groups=2,
         )
