@@ -1,6 +1,8 @@
 """The training of the scene editor, rehearsed: pairs from other processes, both stages, what is shipped."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from editar_hf import EditARImageProcessor, EditARPipeline, EditARProcessor
 from editar_hf.training.tokenizer import train_tokenizer
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "projects" / "scenes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "scenes"))
 import ship
 import train
 from bank import Bank
@@ -25,6 +27,7 @@ from features import load_features
 from pair_stream import NUM_VALIDATION_CHUNKS, PairStream, compute_token_mask
 
 
+ROOT = Path(__file__).parents[1]
 SHAPES = [(64, 64), (48, 64)]
 
 
@@ -45,15 +48,19 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def words(folder):
     words = ["--bank", folder / "bank", "--text_encoder", folder / "text-encoder", "--device", "cpu"]
-    words += ["--features", folder / "features.safetensors", "--workers", 1, "--rehearse", "--log_steps", 1]
+    words += ["--features", folder / "features.safetensors", "--workers", 1, "--log_steps", 1]
     return [str(word) for word in words]
 
 
 @pytest.fixture(scope="module")
 def run(folder, words):
-    """Both stages, some seconds each."""
-    train.main([*words, "--output_dir", str(folder / "run"), "--tokenizer_minutes", "0.05", "--editor_minutes", "0.05"])
-    return folder / "run"
+    """Both stages, some seconds each, as they run on a GPU machine."""
+    environment = {**os.environ, "PYTHON": sys.executable, "LIBRARIES": "none", "OUT": str(folder / "slot")}
+    times = ["--tokenizer_minutes", "0.05", "--editor_minutes", "0.05"]
+    command = ["bash", ROOT / "benchmarks" / "gpu_slot.sh", "--rehearse", "--stages", "training", *words, *times]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return folder / "slot" / "training"
 
 
 def read_log(run):
@@ -119,7 +126,7 @@ def test_training_goes_on_from_a_pipeline(run, words, folder, tmp_path):
     """No step but a warm-up's first: the weights stay within its learning rate, and the tokenizer is the same."""
     editor = ship.unpack_pipeline(run, tmp_path)
     times = ["--tokenizer_minutes", "0", "--editor_minutes", "0.0001"]
-    train.main([*words, "--editor", str(editor), "--output_dir", str(tmp_path / "again"), *times])
+    train.main([*words, "--rehearse", "--editor", str(editor), "--output_dir", str(tmp_path / "again"), *times])
     before = EditARPipeline.from_pretrained(editor)
     after = EditARPipeline.from_pretrained(ship.unpack_pipeline(tmp_path / "again", tmp_path / "unpacked"))
     assert torch.equal(before.transformer.model.null_prompt_embeds, after.transformer.model.null_prompt_embeds)

@@ -96,7 +96,7 @@ def parse_arguments(arguments=None):
         nargs="*",
         choices=("tokenizer", "editor"),
         default=[],
-        help="what to compile; it pays off where a stage has more than about three minutes",
+        help="what to compile; it takes more than a minute of a stage's time",
     )
     parser.add_argument("--log_steps", type=int, default=50, help="steps between lines of figures")
     parser.add_argument("--rehearse", action="store_true", help="64 × 64 pixels, small networks, small batches")
@@ -481,6 +481,23 @@ def build_optimizers(args, transformer: nn.Module, text_encoder: nn.Module) -> l
     return optimizers
 
 
+def compile_ahead(steps: dict[tuple[int, int], TrainingStep], batch_size: int, device, log: Log):
+    """Compile for every shape, on made-up tokens, while no other thread uses the device: beside one it took minutes."""
+    for (height, width), step in steps.items():
+        num_tokens = height * width // STRIDE**2
+        batch = {f"{name}_image_tokens": torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
+                 for name in ("source", "target")}  # fmt: skip
+        batch["edit_mask"] = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
+        for name in ("input_ids", "attention_mask"):
+            batch[name] = torch.ones(batch_size, NUM_TEXT_TOKENS, dtype=torch.long, device=device)
+        dropped = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = step(batch, dropped, dropped)["loss"]
+        loss.backward()
+        step.zero_grad()
+        log.write(stage="editor", event="compiled", height=height, width=width)
+
+
 def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> EditARPipeline:
     """Train decoder and text encoder for `args.editor_minutes`; return a bfloat16 pipeline of the averaged weights."""
     device, rng = torch.device(args.device), np.random.default_rng(args.seed)
@@ -502,6 +519,9 @@ def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> E
         )
         for shape in pool.chunks
     }
+    clock = Clock(args.editor_minutes)
+    if "editor" in args.compile:
+        compile_ahead(steps, args.batch_size, device, log)
     optimizers = build_optimizers(args, transformer, text_encoder)
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
     average = AveragedWeights(parameters)
@@ -509,7 +529,7 @@ def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> E
     pool.wait_for(4 * args.batch_size)
     log.write(stage="editor", event="first tokens", pairs=pool.num_pairs)
 
-    clock, step, next_save = Clock(args.editor_minutes), 0, 0.5
+    step, next_save = 0, 0.5
     while clock.progress < 1:
         clock.set_learning_rates(optimizers, step)
         shape, batch = pool.draw(args.batch_size, rng)
