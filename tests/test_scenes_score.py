@@ -79,7 +79,7 @@ def test_a_crop_is_a_square_around_the_box_inside_the_picture():
     assert crop[2, 2, 0] == 0
     assert abs((crop[:, :, 0] > 127).mean() - 0.64) < 0.05
     for box in ((0, 0, 20, 20), (80, 40, 100, 60), (0, 0, 100, 60)):
-        assert train_judge.cut_crop(pixels, box).size == (train_judge.CROP_SIZE,) * 2
+        assert train_judge.cut_crop(pixels, box, size=32).size == (32, 32)
 
 
 @pytest.mark.parametrize("operation", train_judge.OPERATIONS)
@@ -133,7 +133,7 @@ def test_degrading_changes_most_pictures_a_little(bank):
 
 def test_the_judge_learns_and_its_file_loads(bank, tmp_path):
     torch.manual_seed(0)
-    judge = train_judge.Judge(sorted(bank.nouns), bank.colors)
+    judge = train_judge.Judge(sorted(bank.nouns), bank.colors, crop_size=48)
     judge.network.load_state_dict(features.load_features(None, judge.network.strides).state_dict())
     frozen = judge.network.stem.weight.clone()
     examples = train_judge.Examples(judge, bank, "train", 0, 160, is_degraded=True)
@@ -149,6 +149,7 @@ def test_the_judge_learns_and_its_file_loads(bank, tmp_path):
     loaded = train_judge.load_judge(tmp_path / "judge.safetensors")
     assert loaded.accuracy == accuracy
     assert loaded.nouns == ["", *sorted(bank.nouns)]
+    assert loaded.crop_size == judge.crop_size == 48
     crops = examples[0]["crops"]
     torch.testing.assert_close(loaded(crops)[0], judge(crops)[0], rtol=0.05, atol=0.05)
 

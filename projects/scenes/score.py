@@ -212,7 +212,9 @@ class Scorer:
 
     def score_local(self, samples, images, ceilings):
         is_nearer = self.compare_inside(samples, images)
-        crops = stack_crops([cut_crop(image, s["box"]) for image, s in zip(images, samples, strict=True)])
+        crops = stack_crops(
+            [cut_crop(image, s["box"], self.judge.crop_size) for image, s in zip(images, samples, strict=True)]
+        )
         names = self.judge.name(crops.to(self.device))
         scores = []
         for index, (sample, image) in enumerate(zip(samples, images, strict=True)):

@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser, set_seed
 
 
-CROP_SIZE = 64
 # Side of a crop, in longer sides of the object's box; and the fewest pixels.
 CROP_MARGIN, SMALLEST_CROP = 1.25, 24
 NOTHING = ""
@@ -71,10 +70,12 @@ class Judge(nn.Module):
     Args:
         nouns (`Sequence[str]`): Names of objects; "nothing" comes before them, as number 0.
         colors (`Sequence[str]`): Names of colors.
+        crop_size (`int`, *optional*, defaults to 64): Pixels a side of the crops it is trained on.
     """
 
-    def __init__(self, nouns: Sequence[str], colors: Sequence[str]):
+    def __init__(self, nouns: Sequence[str], colors: Sequence[str], crop_size: int = 64):
         super().__init__()
+        self.crop_size = crop_size
         self.nouns, self.colors = [NOTHING, *nouns], list(colors)
         self.network = FeatureNetwork(tuple(LAST_STAGES))
         width = sum(self.network.channels)
@@ -93,8 +94,12 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def name(self, crops: torch.Tensor) -> list[tuple[str, str]]:
-        """Name noun (`""` for nothing) and color of each crop; the color of nothing means nothing."""
-        nouns, colors = (logits.argmax(1).tolist() for logits in self(crops))
+        """Name noun (`""` for nothing) and color of each crop; the color of nothing means nothing.
+
+        The answer is that of a crop and its mirror image together.
+        """
+        answers = zip(self(crops), self(crops.flip(-1)), strict=True)
+        nouns, colors = ((logits + mirrored).argmax(1).tolist() for logits, mirrored in answers)
         return [(self.nouns[noun], self.colors[color]) for noun, color in zip(nouns, colors, strict=True)]
 
 
@@ -104,7 +109,7 @@ def load_judge(path: str | Path) -> Judge:
         raise ValueError(f"`path` {str(path)!r} is no file; write it with projects/scenes/train_judge.py.")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-        judge = Judge(json.loads(metadata["nouns"]), json.loads(metadata["colors"]))
+        judge = Judge(*(json.loads(metadata[name]) for name in ("nouns", "colors", "crop_size")))
         judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
     judge.accuracy = json.loads(metadata["accuracy"])
     return judge.eval().requires_grad_(False)
@@ -114,6 +119,7 @@ def save_judge(judge: Judge, accuracy: dict, path: Path):
     metadata = {
         "nouns": json.dumps(judge.nouns[1:]),
         "colors": json.dumps(judge.colors),
+        "crop_size": json.dumps(judge.crop_size),
         "accuracy": json.dumps(accuracy),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +136,7 @@ def are_kin(one: str, other: str) -> bool:
 # Crops
 
 
-def cut_crop(pixels: np.ndarray, box: Sequence[float], size: int = CROP_SIZE) -> Image.Image:
+def cut_crop(pixels: np.ndarray, box: Sequence[float], size: int) -> Image.Image:
     """Cut a square around a box out of a picture and bring it to `size` pixels.
 
     The square is shifted inside the picture, and is at most as large as its shorter side.
@@ -181,13 +187,13 @@ class Example:
     noun: str
     color: str = ""
 
-    def cut(self, rng: random.Random | None = None) -> Image.Image:
+    def cut(self, size: int, rng: random.Random | None = None) -> Image.Image:
         """Cut the crop; with `rng`, degraded and slightly shifted."""
         if rng is None:
-            return cut_crop(self.pixels, self.box)
+            return cut_crop(self.pixels, self.box, size)
         reach = 0.08 * max(self.box[2] - self.box[0], self.box[3] - self.box[1])
         box = [side + rng.uniform(-reach, reach) for side in self.box]
-        return cut_crop(degrade(self.pixels, rng), box)
+        return cut_crop(degrade(self.pixels, rng), box, size)
 
 
 def list_examples(pair: Pair) -> list[Example]:
@@ -206,7 +212,7 @@ class Examples(Dataset):
     """Crops of pairs with their labels: item `index` is what pair `index` shows.
 
     Args:
-        judge (`Judge`): Numbers nouns and colors.
+        judge (`Judge`): Numbers nouns and colors, and says how large crops are.
         bank (`Bank`): Objects and photographs.
         split (`str`), seed (`int`), number (`int`): Which pairs.
         is_degraded (`bool`): Whether crops are degraded and slightly shifted.
@@ -216,6 +222,7 @@ class Examples(Dataset):
         self.noun_labels = {noun: label for label, noun in enumerate(judge.nouns)}
         # A color that is not known is −1: no loss looks at it.
         self.color_labels = {color: label for label, color in enumerate(judge.colors)} | {"": -1}
+        self.crop_size = judge.crop_size
         self.bank, self.split, self.seed, self.number, self.is_degraded = bank, split, seed, number, is_degraded
 
     def __len__(self) -> int:
@@ -227,7 +234,7 @@ class Examples(Dataset):
         examples = list_examples(pair)
         rng = random.Random(f"{self.seed} {index} crops") if self.is_degraded else None
         return {
-            "crops": stack_crops([example.cut(rng) for example in examples]),
+            "crops": stack_crops([example.cut(self.crop_size, rng) for example in examples]),
             "nouns": torch.tensor([self.noun_labels[example.noun] for example in examples]),
             "colors": torch.tensor([self.color_labels[example.color] for example in examples]),
         }
@@ -339,6 +346,7 @@ class Arguments:
     features: str = field(metadata={"help": "file that features.py made"})
     output: str = field(metadata={"help": "safetensors file to write"})
     start: str | None = field(default=None, metadata={"help": "judge of an earlier bank to go on from"})
+    crop_size: int = field(default=64, metadata={"help": "pixels a side; 96 is better and slower"})
     num_pairs: int = field(default=20_000, metadata={"help": "pairs to train on"})
     num_test: int = field(default=1000, metadata={"help": "pairs of the test split to measure on"})
     batch_size: int = field(default=40, metadata={"help": "pairs; each shows one or two examples"})
@@ -352,7 +360,7 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     set_seed(args.seed)
     bank = split_views(Bank.load(args.bank))
-    judge = Judge(sorted(bank.nouns), bank.colors)
+    judge = Judge(sorted(bank.nouns), bank.colors, args.crop_size)
     judge.network.load_state_dict(load_features(args.features, judge.network.strides).state_dict())
     if args.start is not None:
         start_from_judge(judge, load_judge(args.start))
