@@ -24,7 +24,7 @@ from generation_systems import build_inputs, build_model
 from report import describe_machine, format_table, time_call, write_result
 
 from editar_hf import EditARPipeline, EditARVQConfig, EditARVQModel
-from editar_hf.pipeline_steps import RowPreview
+from editar_hf.pipelines.callbacks import RowPreview
 from editar_hf.processing_masks import prepare_mask
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["accelerate", "datasets", "diffusers.guiders", "editar_hf.pipeline_editar", "peft", "torch.distributed.fsdp"]
+    ["accelerate", "datasets", "diffusers.guiders", "editar_hf.pipelines", "peft", "torch.distributed.fsdp"]
 )
 
 

@@ -31,7 +31,7 @@ DISTRIBUTIONS = metadata.packages_distributions()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 NETWORKS = {"checks", "configuration_editar", "generation", "modeling_editar", "modeling_editar_vq"}
-PIPELINE = {*NETWORKS, "processing_editar", "pipeline_editar"}
+PIPELINE = {*NETWORKS, "processing_editar", "pipelines"}
 # The modules of the package and what each may import from it, inside functions too. Nothing points upward.
 MAY_IMPORT = {
     "checks": set(),
@@ -45,28 +45,20 @@ MAY_IMPORT = {
     "model_card": set(),
     "data_files": set(),
     "hub": {"model_card"},
-    "pipeline_inputs": {"checks", "configuration_editar", "generation", "processing_editar"},
-    "pipeline_loading": set(),
-    "pipeline_lora": {"checks", "hub", "pipeline_loading"},
-    "pipeline_sharing": {"checks", "hub", "model_card", "pipeline_loading"},
-    "pipeline_steps": set(),
-    "pipeline_sources": {"generation", "pipeline_inputs", "pipeline_steps", "processing_editar", "processing_masks"},
-    "pipeline_editar": {
-        *(*PIPELINE, "pipeline_inputs", "pipeline_lora", "pipeline_sharing", "pipeline_sources", "pipeline_steps"),
-    },
+    "pipelines": {*NETWORKS, "hub", "model_card", "processing_editar", "processing_masks"},
     "self_check": PIPELINE,
-    "conversion": {*PIPELINE, "hub", "model_card", "pipeline_loading", "self_check"},
+    "conversion": {*PIPELINE, "hub", "model_card", "self_check"},
     "training": {
-        *(*PIPELINE, "condition_maps", "data_files", "hub", "model_card", "pipeline_lora", "processing_masks"),
+        *(*PIPELINE, "condition_maps", "data_files", "hub", "model_card", "processing_masks"),
         "__init__",
     },
     "evaluation": {
-        *(*PIPELINE, "condition_maps", "conversion", "data_files", "hub", "pipeline_loading", "processing_masks"),
+        *(*PIPELINE, "condition_maps", "conversion", "data_files", "hub", "processing_masks"),
         "__init__",
     },
     "__init__": PIPELINE,
     "commands": {
-        *(*PIPELINE, "__init__", "condition_maps", "conversion", "evaluation", "hub", "pipeline_loading", "self_check"),
+        *(*PIPELINE, "__init__", "condition_maps", "conversion", "evaluation", "hub", "self_check"),
         "training",
     },
 }
@@ -76,7 +68,7 @@ MAY_IMPORT_AT_THE_TOP = {
     "datasets": {"training", "evaluation"},
     "diffusers": {
         *("generation", "modeling_editar", "modeling_editar_vq"),
-        *("pipeline_editar", "pipeline_loading", "pipeline_lora", "processing_editar"),
+        *("pipelines", "processing_editar"),
     },
     "evaluate": {"evaluation"},
     "peft": {"training"},
@@ -190,10 +182,10 @@ def test_nothing_imports_torchvision():
 def test_import_walk_sees_relative_nested_and_absolute_imports(tmp_path):
     path = tmp_path / "src" / "editar_hf" / "commands" / "edit.py"
     path.parent.mkdir(parents=True)
-    path.write_text("import torch.nn\nfrom . import env\ndef run():\n    from ..pipeline_editar import EditARPipeline")
+    path.write_text("import torch.nn\nfrom . import env\ndef run():\n    from ..pipelines import EditARPipeline")
     top = {"torch.nn", "editar_hf.commands.env"}
     assert find_imports(path, at_the_top=True) == top
-    assert find_imports(path) == {*top, "editar_hf.pipeline_editar.EditARPipeline"}
+    assert find_imports(path) == {*top, "editar_hf.pipelines.EditARPipeline"}
 
 
 # The package from outside

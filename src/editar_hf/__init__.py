@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .configuration_editar import EditARConfig, EditARVQConfig
     from .modeling_editar import EditARForConditionalGeneration, EditARModel
     from .modeling_editar_vq import EditARVQModel
-    from .pipeline_editar import EditARPipeline, EditARPipelineOutput
+    from .pipelines.pipeline_editar import EditARPipeline, EditARPipelineOutput
     from .processing_editar import EditARImageProcessor, EditARProcessor
 
 __version__ = "0.1.0"
@@ -39,8 +39,8 @@ _MODULE_OF = {
     "EditARVQModel": ".modeling_editar_vq",
     "EditARImageProcessor": ".processing_editar",
     "EditARProcessor": ".processing_editar",
-    "EditARPipeline": ".pipeline_editar",
-    "EditARPipelineOutput": ".pipeline_editar",
+    "EditARPipeline": ".pipelines.pipeline_editar",
+    "EditARPipelineOutput": ".pipelines.pipeline_editar",
 }
 
 # `model_index.json` records our components under "editar_hf". To load one, diffusers asks that module for the base

@@ -27,8 +27,8 @@ from .hub import check_folder_or_hub_id
 from .model_card import compose_snippet
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
-from .pipeline_editar import EditARPipeline
-from .pipeline_loading import describe_key_problems, list_keys
+from .pipelines.loading import describe_key_problems, list_keys
+from .pipelines.pipeline_editar import EditARPipeline
 from .processing_editar import EditARImageProcessor, EditARProcessor
 
 

@@ -358,7 +358,7 @@ def load_pipeline(args: argparse.Namespace):
     """Load the pipeline, and the adapter if one was given."""
     import torch
 
-    from ..pipeline_editar import EditARPipeline
+    from ..pipelines.pipeline_editar import EditARPipeline
 
     dtype = {}
     if args.dtype is not None:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..conversion import is_weights, new_folder, open_checkpoint
-from ..pipeline_loading import describe_key_problems
+from ..pipelines.loading import describe_key_problems
 from .metric_models import COMPARED_LAYERS, FIDInceptionConfig, FIDInceptionModel, LPIPSConfig, LPIPSModel
 
 

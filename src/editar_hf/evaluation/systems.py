@@ -87,7 +87,7 @@ class VQReconstruction(System):
         return {"reconstruct": f"{self.reconstruct}_image"}
 
     def load(self) -> None:
-        from ..pipeline_editar import EditARPipeline
+        from ..pipelines.pipeline_editar import EditARPipeline
 
         self.pipeline = EditARPipeline.from_pretrained(self.model, dtype=torch.float32, text_encoder=None)
         self.pipeline.to(get_process().device)
@@ -137,7 +137,7 @@ class EditAR(System):
         return {"use_masks": "mask"} if self.use_masks else {}
 
     def load(self) -> None:
-        from ..pipeline_editar import EditARPipeline
+        from ..pipelines.pipeline_editar import EditARPipeline
 
         self.pipeline = EditARPipeline.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
         if self.lora is not None:

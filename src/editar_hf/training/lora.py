@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from peft import LoraConfig
 
 from ..modeling_editar import EditARForConditionalGeneration
-from ..pipeline_lora import attach_adapter
+from ..pipelines.lora import attach_adapter
 
 
 ADAPTER_NAME = "default"

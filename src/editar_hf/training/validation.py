@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from ..pipeline_editar import EditARPipeline
+from ..pipelines.pipeline_editar import EditARPipeline
 
 
 def build_contact_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:

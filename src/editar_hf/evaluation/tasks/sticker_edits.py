@@ -63,7 +63,7 @@ def read_samples(source: str, tokenizer: str | None = None) -> Iterator[Sample]:
 
 def load_tokenizer(name: str):
     """Load a pipeline's tokenizer: a function from picture to picture, and the pixels per token."""
-    from ...pipeline_editar import EditARPipeline
+    from ...pipelines.pipeline_editar import EditARPipeline
 
     try:
         pipeline = EditARPipeline.from_pretrained(name, dtype=torch.float32, text_encoder=None)

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from transformers.image_utils import ImageInput
 
-from .checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_texts
-from .configuration_editar import EditARConfig
-from .generation import SourceCache
-from .generation.configuration import EditARGenerationConfig
-from .generation.inputs import (
+from ..checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_texts
+from ..configuration_editar import EditARConfig
+from ..generation import SourceCache
+from ..generation.configuration import EditARGenerationConfig
+from ..generation.inputs import (
     check_decoding,
     check_prompt_embeds,
     check_source_cache,
     check_source_image_tokens,
 )
-from .processing_editar import OUTPUT_TYPES, TEXT_TO_IMAGE, apply_task_prefix, check_task
+from ..processing_editar import OUTPUT_TYPES, TEXT_TO_IMAGE, apply_task_prefix, check_task
 
 
 # More images than this in one call are a slip of the pen: their caches fit no memory.

@@ -12,10 +12,10 @@ from huggingface_hub import file_exists, get_cached_repo_tree, hf_hub_download, 
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.utils import logging
 
-from .checks import check_integer, check_path, check_texts
-from .hub import check_folder_or_hub_id, create_repository
-from .model_card import CARD_FILE, compose_pipeline_card, write_pipeline_card
-from .pipeline_loading import INDEX_FILE, check_pipeline_folder, choose_dtype, select_pipeline_files
+from ..checks import check_integer, check_path, check_texts
+from ..hub import check_folder_or_hub_id, create_repository
+from ..model_card import CARD_FILE, compose_pipeline_card, write_pipeline_card
+from .loading import INDEX_FILE, check_pipeline_folder, choose_dtype, select_pipeline_files
 
 
 logger = logging.get_logger(__name__)

@@ -131,7 +131,7 @@ def check_pipeline_folder(folder: Path, components: dict[str, type], variant: st
             continue
         if not issubclass(component_class, PreTrainedModel):
             # A processor asks the Auto classes for its parts. They know ours once the package was asked for a name.
-            check_loads(folder / name, getattr(import_module(__package__), component_class.__name__))
+            check_loads(folder / name, getattr(import_module("editar_hf"), component_class.__name__))
         else:
             paths = [folder / file for file in sorted(weight_files) if file.startswith(f"{name}/")]
             dtypes |= check_weights(folder / name, component_class, paths)

@@ -13,11 +13,9 @@ import torch
 from PIL import Image
 from transformers.image_utils import ImageInput
 
-from .generation import SourceCache
-from .pipeline_inputs import SourceArguments, check_cached_pictures, compute_batch_size
-from .pipeline_steps import RowPreview
-from .processing_editar import list_pictures, prepare_rgb_picture
-from .processing_masks import (
+from ..generation import SourceCache
+from ..processing_editar import list_pictures, prepare_rgb_picture
+from ..processing_masks import (
     Window,
     apply_blend,
     compute_edit_mask,
@@ -26,6 +24,8 @@ from .processing_masks import (
     describe_lost_white,
     prepare_mask,
 )
+from .callbacks import RowPreview
+from .inputs import SourceArguments, check_cached_pictures, compute_batch_size
 
 
 @dataclass

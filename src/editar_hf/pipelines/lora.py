@@ -20,9 +20,9 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .checks import check_number, check_path
-from .hub import check_folder_or_hub_id
-from .pipeline_loading import describe_key_problems, read_header, read_json_object
+from ..checks import check_number, check_path
+from ..hub import check_folder_or_hub_id
+from .loading import describe_key_problems, read_header, read_json_object
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

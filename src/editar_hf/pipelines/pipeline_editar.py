@@ -2,7 +2,7 @@
 
 The pipeline joins the parts: processor, text encoder, VQ tokenizer, decoder. What is decoded, and how, is
 `EditARForConditionalGeneration.generate`'s business; how a folder of parts is saved, loaded and shared stands in
-`pipeline_sharing.py`, adapters in `pipeline_lora.py`, pictures and masks in `pipeline_sources.py`.
+`pipelines/sharing.py`, adapters in `pipelines/lora.py`, pictures and masks in `pipelines/edit_region.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,16 @@ from PIL import Image
 from transformers import StoppingCriteriaList, T5EncoderModel
 from transformers.image_utils import ImageInput
 
-from .checks import check_choice, check_integer, check_tensor, check_texts
-from .generation import SourceCache
-from .generation.configuration import resolve_generation_config
-from .generation.inputs import check_generator
-from .modeling_editar import EditARForConditionalGeneration
-from .modeling_editar_vq import EditARVQModel
-from .pipeline_inputs import (
+from ..checks import check_choice, check_integer, check_tensor, check_texts
+from ..generation import SourceCache
+from ..generation.configuration import resolve_generation_config
+from ..generation.inputs import check_generator
+from ..modeling_editar import EditARForConditionalGeneration
+from ..modeling_editar_vq import EditARVQModel
+from ..processing_editar import OUTPUT_TYPES, EditARProcessor, check_task
+from .callbacks import RowPreview, StepReporter
+from .edit_region import EditARSourcesMixin
+from .inputs import (
     MAX_NUM_IMAGES,
     SourceArguments,
     add_task_prefixes,
@@ -37,11 +40,8 @@ from .pipeline_inputs import (
     resolve_restore_size,
     warn_of_no_effect,
 )
-from .pipeline_lora import EditARLoraMixin
-from .pipeline_sharing import EditARSharingMixin
-from .pipeline_sources import EditARSourcesMixin
-from .pipeline_steps import RowPreview, StepReporter
-from .processing_editar import OUTPUT_TYPES, EditARProcessor, check_task
+from .lora import EditARLoraMixin
+from .sharing import EditARSharingMixin
 
 
 @dataclass
