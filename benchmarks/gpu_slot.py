@@ -2,7 +2,7 @@
 
     bash benchmarks/gpu_slot.sh --stages benchmarks
     bash benchmarks/gpu_slot.sh --stages benchmarks training --seconds 120 --bank bank --text_encoder FOLDER \
-        --features FILE --tokenizer_minutes 2.5 --editor_minutes 4
+        --features FILE --vq_minutes 2.5 --editor_minutes 4
     bash benchmarks/gpu_slot.sh --rehearse --stages benchmarks    # tiny sizes on the CPU
 
 `gpu_slot.sh` unpacks what `make wheels` packed and starts this. Options that are unknown here go to

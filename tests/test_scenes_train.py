@@ -56,7 +56,7 @@ def words(folder):
 def run(folder, words):
     """Both stages, some seconds each, as they run on a GPU machine."""
     environment = {**os.environ, "PYTHON": sys.executable, "LIBRARIES": "none", "OUT": str(folder / "slot")}
-    times = ["--tokenizer_minutes", "0.05", "--editor_minutes", "0.05"]
+    times = ["--vq_minutes", "0.05", "--editor_minutes", "0.05"]
     command = ["bash", ROOT / "benchmarks" / "gpu_slot.sh", "--rehearse", "--stages", "training", *words, *times]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -115,7 +115,7 @@ def test_token_masks_mark_every_square_that_holds_a_pixel():
 
 def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
     log = read_log(run)
-    assert [line["stage"] for line in log if line.get("event") == "held out"] == ["tokenizer", "editor"]
+    assert [line["stage"] for line in log if line.get("event") == "held out"] == ["vq_model", "editor"]
     assert all(np.isfinite(value) for line in log for value in line.values() if isinstance(value, float))
     pipe = EditARPipeline.from_pretrained(ship.unpack_pipeline(run, tmp_path))
     assert pipe.transformer.dtype == torch.bfloat16
@@ -123,9 +123,9 @@ def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
 
 
 def test_training_goes_on_from_a_pipeline(run, words, folder, tmp_path):
-    """No step but a warm-up's first: the weights stay within its learning rate, and the tokenizer is the same."""
+    """No step but a warm-up's first: the weights stay within its learning rate, and the VQ model is the same."""
     editor = ship.unpack_pipeline(run, tmp_path)
-    times = ["--tokenizer_minutes", "0", "--editor_minutes", "0.0001"]
+    times = ["--vq_minutes", "0", "--editor_minutes", "0.0001"]
     train.main([*words, "--rehearse", "--editor", str(editor), "--output_dir", str(tmp_path / "again"), *times])
     before = EditARPipeline.from_pretrained(editor)
     after = EditARPipeline.from_pretrained(ship.unpack_pipeline(tmp_path / "again", tmp_path / "unpacked"))

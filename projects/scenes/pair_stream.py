@@ -96,9 +96,13 @@ class PairStream:
 
     def _work(self):
         os.nice(10)  # training and compilation come first
+        parent = os.getppid()
         try:
-            while True:
-                slot = self.free.get()
+            while os.getppid() == parent:  # else it was killed
+                try:
+                    slot = self.free.get(timeout=2)
+                except queue.Empty:
+                    continue
                 with self.next_number.get_lock():
                     number = self.next_number.value
                     self.next_number.value += 1

@@ -1,12 +1,12 @@
-"""Train the scene editor: first its VQ tokenizer, then decoder and text encoder, each for a number of minutes.
+"""Train the scene editor: first its VQ model, then decoder and text encoder, each for a number of minutes.
 
     python projects/scenes/train.py --bank bank --text_encoder text-encoder --features features.safetensors \
-        --output_dir scenes --tokenizer_minutes 2.5 --editor_minutes 5
+        --output_dir scenes --vq_minutes 2.5 --editor_minutes 5
 
 Pairs are composed by processes beside the training, tokenized once, and kept as tokens in the device's memory. Learning
 rates follow the clock: every stage ends when its minutes are over. `output_dir` receives, as each stage ends,
-`tokenizer/` (the VQ model), `pipeline.tar.0`, `.1` … (the pipeline folder, in parts; join them with `cat`), sheets of
-pictures and `metrics.jsonl`. `--tokenizer` and `--editor` go on from what an earlier run brought home.
+`vq_model/` (the VQ model), `pipeline.tar.0`, `.1` … (the pipeline folder, in parts; join them with `cat`), sheets of
+pictures and `metrics.jsonl`. `--vq_model` and `--editor` go on from what an earlier run brought home.
 """
 
 import argparse
@@ -53,7 +53,7 @@ STRIDE = 8
 # Rows and columns of tokens, and how often a pair has them: square, 4:3, 3:4, 16:9 and 9:16.
 SHAPES = {(16, 16): 0.6, (12, 16): 0.13, (16, 12): 0.13, (9, 16): 0.07, (16, 9): 0.07}
 REHEARSED_SHAPES = {(8, 8): 0.7, (6, 8): 0.15, (8, 6): 0.15}
-TOKENIZER_BATCH = 256
+VQ_BATCH = 256
 REVIVAL_STEPS = 20
 # The text encoder starts from a teacher's states, the decoder from nothing.
 TEXT_LEARNING_RATE_FACTOR = 0.3
@@ -70,13 +70,13 @@ def parse_arguments(arguments=None):
     parser.add_argument("--text_encoder", type=Path, required=True, help="folder that train_text_encoder.py wrote")
     parser.add_argument("--features", type=Path, required=True, help="file that features.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--tokenizer_minutes", type=float, default=2.5)
+    parser.add_argument("--vq_minutes", type=float, default=2.5)
     parser.add_argument("--editor_minutes", type=float, default=5.0)
-    parser.add_argument("--tokenizer", type=Path, help="VQ model to go on from; with 0 minutes it is used as it is")
-    parser.add_argument("--editor", type=Path, help="pipeline folder to go on from, its tokenizer included")
+    parser.add_argument("--vq_model", type=Path, help="VQ model to go on from; with 0 minutes it is used as it is")
+    parser.add_argument("--editor", type=Path, help="pipeline folder to go on from, its VQ model included")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--slots", type=int, default=100, help="chunks of pairs that wait for the device at most")
-    parser.add_argument("--tokenizer_chunks", type=int, default=600, help="chunks of pairs that train the tokenizer")
+    parser.add_argument("--vq_chunks", type=int, default=600, help="chunks of pairs that train the VQ model")
     parser.add_argument("--chunk_size", type=int, default=256, help="pairs of a chunk")
     parser.add_argument("--batch_size", type=int, default=512, help="pairs of a step of the decoder")
     parser.add_argument("--most_pairs", type=int, default=800_000, help="pairs that are composed for the decoder")
@@ -85,8 +85,8 @@ def parse_arguments(arguments=None):
     parser.add_argument("--muon_learning_rate", type=float, default=3e-3)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--edit_region_weight", type=float, default=6.0)
-    parser.add_argument("--feature_weight", type=float, default=1.0, help="of the tokenizer's feature loss")
-    parser.add_argument("--squared_error_weight", type=float, default=5.0, help="of the tokenizer's squared error")
+    parser.add_argument("--feature_weight", type=float, default=1.0, help="of the VQ model's feature loss")
+    parser.add_argument("--squared_error_weight", type=float, default=5.0, help="of the VQ model's squared error")
     parser.add_argument("--agreement_weight", type=float, default=1.0, help="of equal latents where nothing changes")
     parser.add_argument("--guidance_scale", type=float, default=1.5, help="written into the pipeline")
     parser.add_argument("--seed", type=int, default=0)
@@ -94,20 +94,20 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--compile",
         nargs="*",
-        choices=("tokenizer", "editor"),
+        choices=("vq_model", "editor"),
         default=[],
         help="what to compile; it takes more than a minute of a stage's time",
     )
     parser.add_argument("--log_steps", type=int, default=50, help="steps between lines of figures")
     parser.add_argument("--rehearse", action="store_true", help="64 × 64 pixels, small networks, small batches")
     args = parser.parse_args(arguments)
-    if args.editor and args.tokenizer_minutes:
-        parser.error("`--editor` holds for the tokenizer that it was trained with; give `--tokenizer_minutes 0`.")
-    if not (args.tokenizer_minutes or args.tokenizer or args.editor):
-        parser.error("`--tokenizer_minutes` is 0; give `--tokenizer` or `--editor`, whose tokenizer is used.")
+    if args.editor and args.vq_minutes:
+        parser.error("`--editor` holds for the VQ model that it was trained with; give `--vq_minutes 0`.")
+    if not (args.vq_minutes or args.vq_model or args.editor):
+        parser.error("`--vq_minutes` is 0; give `--vq_model` or `--editor`, whose VQ model is used.")
     args.shapes = REHEARSED_SHAPES if args.rehearse else SHAPES
     if args.rehearse:
-        args.slots, args.chunk_size, args.batch_size, args.tokenizer_chunks = 8, 32, 32, 64
+        args.slots, args.chunk_size, args.batch_size, args.vq_chunks = 8, 32, 32, 64
         args.hidden_size, args.layers, args.log_steps = 128, 4, 10
     return args
 
@@ -170,10 +170,10 @@ def attend_causally(module, query, key, value, attention_mask, dropout=0.0, scal
 AttentionInterface.register("causal", attend_causally)
 
 
-# Stage 1: the VQ tokenizer
+# Stage 1: the VQ model
 
 
-def build_tokenizer(rehearse: bool) -> EditARVQModel:
+def build_vq_model(rehearse: bool) -> EditARVQModel:
     """Build the untrained VQ model: stride 8, 4,096 codes of 8 numbers."""
     return EditARVQModel(
         EditARVQConfig(
@@ -187,7 +187,7 @@ def build_tokenizer(rehearse: bool) -> EditARVQModel:
     )
 
 
-def compute_tokenizer_losses(args, model, features, pixel_values, is_edited):
+def compute_vq_losses(args, model, features, pixel_values, is_edited):
     """Compute the loss of a batch of pictures, sources before targets, its parts, and the model's output.
 
     Tokens that an edit leaves alone should be the same before and after, so that the editor can copy them. The encoder
@@ -244,7 +244,7 @@ def draw_rows(
 
 
 class PicturePool:
-    """The pairs that the tokenizer is trained on, on the device: square ones, and those held out."""
+    """The pairs that the VQ model is trained on, on the device: square ones, and those held out."""
 
     def __init__(self, stream: PairStream, device, most_chunks: int):
         self.stream, self.device, self.most_chunks = stream, device, most_chunks
@@ -273,22 +273,22 @@ class PicturePool:
         return to_pixel_values(torch.cat([rows["sources"], rows["targets"]])), rows["edit_mask"]
 
 
-def train_tokenizer(args, pool: PicturePool, log: Log):
-    """Train the VQ model for `args.tokenizer_minutes`; save its averaged weights to `tokenizer/`."""
+def train_vq_model(args, pool: PicturePool, log: Log):
+    """Train the VQ model for `args.vq_minutes`; save its averaged weights to `vq_model/`."""
     device, rng = torch.device(args.device), np.random.default_rng(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    clock = Clock(args.tokenizer_minutes)
-    if args.tokenizer:
-        model = EditARVQModel.from_pretrained(args.tokenizer, dtype=torch.float32)
+    clock = Clock(args.vq_minutes)
+    if args.vq_model:
+        model = EditARVQModel.from_pretrained(args.vq_model, dtype=torch.float32)
     else:
-        model = build_tokenizer(args.rehearse)
+        model = build_vq_model(args.rehearse)
     model.to(device, memory_format=torch.channels_last).train()
     features = load_features(args.features).to(device, memory_format=torch.channels_last)
-    num_pairs = min(TOKENIZER_BATCH // 2, args.chunk_size)
+    num_pairs = min(VQ_BATCH // 2, args.chunk_size)
     pool.wait(num_square=8)
-    log.write(stage="tokenizer", event="first chunks")
+    log.write(stage="vq_model", event="first chunks")
 
-    if not args.tokenizer:
+    if not args.vq_model:
         with torch.no_grad():
             latents = [model.encode(pool.draw(num_pairs, rng)[0]).latents.flatten(0, 1) for _ in range(4)]
             codes = draw_codebook(torch.cat(latents), model.config.num_embeddings, generator)
@@ -298,7 +298,7 @@ def train_tokenizer(args, pool: PicturePool, log: Log):
     # It looks for codes out of use once in `REVIVAL_STEPS` steps: each look waits for the device.
     reviver = DeadCodeReviver(model.quantize.embedding, patience=5)
     used_tokens = []
-    if "tokenizer" in args.compile:
+    if "vq_model" in args.compile:
         for part in (model.encoder, model.decoder):
             part.compile(dynamic=False)
 
@@ -308,7 +308,7 @@ def train_tokenizer(args, pool: PicturePool, log: Log):
         clock.set_learning_rates([optimizer], step)
         pixel_values, is_edited = pool.draw(num_pairs, rng)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, parts, output = compute_tokenizer_losses(args, model, features, pixel_values, is_edited)
+            loss, parts, output = compute_vq_losses(args, model, features, pixel_values, is_edited)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -323,25 +323,25 @@ def train_tokenizer(args, pool: PicturePool, log: Log):
                 reviver.step(torch.cat(used_tokens), latents, optimizer, generator)
             used_tokens.clear()
         if step % args.log_steps == 0:
-            log.write(stage="tokenizer", step=step, **{name: value.item() for name, value in parts.items()})
+            log.write(stage="vq_model", step=step, **{name: value.item() for name, value in parts.items()})
     # An average over moved codes would lie between places.
     codes = model.quantize.embedding.weight.detach().clone()
     average.copy_to(model.parameters())
     model.quantize.embedding.weight.data.copy_(codes)
-    log.write(stage="tokenizer", event="end", step=step, chunks=len(pool.chunks))
-    model.save_pretrained(args.output_dir / "tokenizer")
+    log.write(stage="vq_model", event="end", step=step, chunks=len(pool.chunks))
+    model.save_pretrained(args.output_dir / "vq_model")
 
 
 @torch.no_grad()
-def evaluate_tokenizer(model: EditARVQModel, rows: dict[str, torch.Tensor], folder: Path, log: Log):
-    """Measure the tokenizer on held-out pairs, and save a sheet of their targets above the reconstructions."""
+def evaluate_vq_model(model: EditARVQModel, rows: dict[str, torch.Tensor], folder: Path, log: Log):
+    """Measure the VQ model on held-out pairs, and save a sheet of their targets above the reconstructions."""
     sources, targets = (to_pixel_values(rows[name]) for name in ("sources", "targets"))
     grid = [side // STRIDE for side in targets.shape[-2:]]
     image_tokens = model.encode(targets).image_tokens
     decoded = model.decode(image_tokens, *grid)
     is_same = model.encode(sources).image_tokens == image_tokens
     log.write(
-        stage="tokenizer",
+        stage="vq_model",
         event="held out",
         psnr=compute_psnr(decoded, targets).mean().item(),
         codes_used=len(image_tokens.unique()) / model.config.num_embeddings,
@@ -349,7 +349,7 @@ def evaluate_tokenizer(model: EditARVQModel, rows: dict[str, torch.Tensor], fold
     )
     pictures = [[Image.fromarray(p) for p in to_pixels(batch[:32])] for batch in (targets, decoded)]
     sheet = [row[start : start + 8] for start in range(0, len(pictures[0]), 8) for row in pictures]
-    build_contact_sheet(sheet).save(folder / "tokenizer.png")
+    build_contact_sheet(sheet).save(folder / "vq_model.png")
 
 
 def to_pixels(pixel_values: torch.Tensor) -> np.ndarray:
@@ -620,15 +620,15 @@ def main(arguments=None):
     )
     tokens = None
     try:
-        pool = PicturePool(stream, torch.device(args.device), args.tokenizer_chunks)
-        vq_folder = args.editor / "vq_model" if args.editor else args.tokenizer
-        if args.tokenizer_minutes:
-            train_tokenizer(args, pool, log)
-            vq_folder = args.output_dir / "tokenizer"
+        pool = PicturePool(stream, torch.device(args.device), args.vq_chunks)
+        vq_folder = args.editor / "vq_model" if args.editor else args.vq_model
+        if args.vq_minutes:
+            train_vq_model(args, pool, log)
+            vq_folder = args.output_dir / "vq_model"
         vq_model = EditARVQModel.from_pretrained(vq_folder, dtype=torch.float32)
         vq_model.to(args.device, memory_format=torch.channels_last).eval()
         pool.wait(num_square=1)
-        evaluate_tokenizer(vq_model, pool.held_out[0], args.output_dir, log)
+        evaluate_vq_model(vq_model, pool.held_out[0], args.output_dir, log)
         if not args.editor_minutes:
             return
         pipeline = build_pipeline(args, vq_model.cpu(), processor)
