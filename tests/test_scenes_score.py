@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import build_pipeline
+from tiny import build_pipeline, build_vq_model
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "scenes"))
@@ -137,12 +137,12 @@ def test_the_judge_learns_and_its_file_loads(bank, tmp_path):
     judge.network.load_state_dict(features.load_features(None, judge.network.strides).state_dict())
     frozen = judge.network.stem.weight.clone()
     examples = train_judge.Examples(judge, bank, "train", 0, 160, is_degraded=True)
-    losses = train_judge.train(judge, examples.load(8, 0), learning_rate=3e-3)
+    losses = train_judge.train(judge, examples.load(8), None, learning_rate=3e-3)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert torch.equal(judge.network.stem.weight, frozen)
     judge.eval()
     accuracy = train_judge.measure_accuracy(
-        judge, train_judge.Examples(judge, bank, "test", 1, 20, is_degraded=False).load(8, 0)
+        judge, train_judge.Examples(judge, bank, "test", 1, 20, is_degraded=False).load(8)
     )
     assert {"noun", "object", "kin", "nothing", "color", "confused"} == accuracy.keys()
     train_judge.save_judge(judge, accuracy, tmp_path / "judge.safetensors")
@@ -152,6 +152,30 @@ def test_the_judge_learns_and_its_file_loads(bank, tmp_path):
     assert loaded.crop_size == judge.crop_size == 48
     crops = examples[0]["crops"]
     torch.testing.assert_close(loaded(crops)[0], judge(crops)[0], rtol=0.05, atol=0.05)
+
+
+def test_passed_examples_show_what_the_tokenizer_makes_of_a_picture(bank):
+    judge, tokenizer = make_judge(bank), build_vq_model()
+    plain = train_judge.Examples(judge, bank, "train", 0, 5, is_degraded=False)
+    passed = train_judge.PassedExamples(judge, bank, "train", 0, 5, is_degraded=False).pass_pictures(tokenizer, 3)
+    for index in range(5):
+        assert torch.equal(plain[index]["nouns"], passed[index]["nouns"])
+        assert torch.equal(plain[index]["colors"], passed[index]["colors"])
+        assert not torch.equal(plain[index]["crops"], passed[index]["crops"])
+        assert torch.equal(passed[index]["crops"], passed[index]["crops"])
+    example = plain.compose(0)[0]
+    with torch.no_grad():
+        reconstruction = tokenizer(train_judge.stack_crops([example.pixels])).reconstruction[0].permute(1, 2, 0)
+    kept = torch.from_numpy(passed.kept[0][0].pixels) / 127.5 - 1
+    # In bfloat16 a few tokens are others.
+    assert torch.corrcoef(torch.stack([kept.flatten(), reconstruction.flatten()]))[0, 1] > 0.8
+    passed.is_degraded = True
+    assert not torch.equal(passed[0]["crops"], passed[0]["crops"])
+
+
+def test_batches_alternate_and_the_second_kind_begins_anew():
+    assert list(train_judge.alternate([1, 2, 3], ["a", "b"])) == [1, "a", 2, "b", 3, "a"]
+    assert list(train_judge.alternate([1, 2], None)) == [1, 2]
 
 
 def test_a_judge_goes_on_from_one_with_other_nouns(bank):
@@ -168,7 +192,7 @@ def test_a_judge_goes_on_from_one_with_other_nouns(bank):
 def test_a_constant_judge_has_the_accuracy_of_chance(bank):
     judge = make_judge(bank, "car", "blue")
     accuracy = train_judge.measure_accuracy(
-        judge, train_judge.Examples(judge, bank, "test", 1, 40, is_degraded=False).load(8, 0)
+        judge, train_judge.Examples(judge, bank, "test", 1, 40, is_degraded=False).load(8)
     )
     assert accuracy["nothing"] == 0
     assert 0 < accuracy["object"] < 0.6

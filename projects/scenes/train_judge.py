@@ -3,18 +3,23 @@
     python projects/scenes/train_judge.py --bank bank --features features.safetensors --output judge.safetensors
 
 It is EfficientNet-Lite0 (see `features.py`) with its last stages fine-tuned on crops of composed pairs, which are
-degraded as a tokenizer degrades them: blurred, compressed, noisy. Crops of places from which an object was removed, or
-where one will be added, show "nothing". Its accuracy is measured on the test split, whose views and photographs
-training does not show, and written into the file.
+degraded: blurred, compressed, noisy. With `--tokenizer`, half of the crops are of pictures that the image tokenizer of
+the editor has encoded and decoded: such are to be judged. Crops of places from which an object was removed, or where
+one will be added, show "nothing".
+
+The judge knows every model of the bank and every color on every noun, also those that no editor is shown. Of each
+model, one view in eight is held out; its accuracy is measured on those, on photographs that are held out as well, and
+written into the file.
 """
 
 import io
+import itertools
 import json
 import random
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +34,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser, set_seed
+
+from editar_hf import EditARVQModel
 
 
 # Side of a crop, in longer sides of the object's box; and the fewest pixels.
@@ -183,17 +190,20 @@ class Example:
     """A picture, a box in it, and what stands there: a noun or `""`, and the color it was painted in, if any."""
 
     pixels: np.ndarray
-    box: tuple[int, int, int, int]
+    box: tuple[float, float, float, float]
     noun: str
     color: str = ""
+
+    def shift(self, rng: random.Random) -> "Example":
+        """Shift the sides of the box by up to 8 % of the longer one."""
+        reach = 0.08 * max(self.box[2] - self.box[0], self.box[3] - self.box[1])
+        return replace(self, box=tuple(side + rng.uniform(-reach, reach) for side in self.box))
 
     def cut(self, size: int, rng: random.Random | None = None) -> Image.Image:
         """Cut the crop; with `rng`, degraded and slightly shifted."""
         if rng is None:
             return cut_crop(self.pixels, self.box, size)
-        reach = 0.08 * max(self.box[2] - self.box[0], self.box[3] - self.box[1])
-        box = [side + rng.uniform(-reach, reach) for side in self.box]
-        return cut_crop(degrade(self.pixels, rng), box, size)
+        return cut_crop(degrade(self.pixels, rng), self.shift(rng).box, size)
 
 
 def list_examples(pair: Pair) -> list[Example]:
@@ -228,20 +238,49 @@ class Examples(Dataset):
     def __len__(self) -> int:
         return self.number
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def compose(self, index: int) -> list[Example]:
         operation = OPERATIONS[index % len(OPERATIONS)]
-        pair = compose_pair(self.bank, self.seed, index, self.split, operation=operation)
-        examples = list_examples(pair)
-        rng = random.Random(f"{self.seed} {index} crops") if self.is_degraded else None
+        return list_examples(compose_pair(self.bank, self.seed, index, self.split, operation=operation))
+
+    def stack(self, examples: list[Example], rng: random.Random | None) -> dict[str, torch.Tensor]:
         return {
             "crops": stack_crops([example.cut(self.crop_size, rng) for example in examples]),
             "nouns": torch.tensor([self.noun_labels[example.noun] for example in examples]),
             "colors": torch.tensor([self.color_labels[example.color] for example in examples]),
         }
 
-    def load(self, batch_size: int, num_workers: int) -> DataLoader:
-        """Load batches of what `batch_size` pairs show, in order."""
-        return DataLoader(self, batch_size, collate_fn=join_items, num_workers=num_workers)
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.stack(self.compose(index), random.Random(f"{self.seed} {index}") if self.is_degraded else None)
+
+    def load(self, batch_size: int, num_workers: int = 0, shuffle: bool = False) -> DataLoader:
+        """Load batches of what `batch_size` pairs show."""
+        return DataLoader(self, batch_size, shuffle, collate_fn=join_items, num_workers=num_workers)
+
+
+class PassedExamples(Examples):
+    """The same, once passed through the image tokenizer and kept: crops of what the tokenizer makes of the pictures.
+
+    Crops are slightly shifted, differently each time, unless `is_degraded` is False.
+    """
+
+    @torch.no_grad()
+    def pass_pictures(self, tokenizer: EditARVQModel, batch_size: int) -> "PassedExamples":
+        """Compose all pairs and pass their pictures through the tokenizer."""
+        self.kept = []
+        for start in range(0, self.number, batch_size):
+            composed = [self.compose(index) for index in range(start, min(start + batch_size, self.number))]
+            pixels = stack_crops([example.pixels for examples in composed for example in examples])
+            with torch.autocast(tokenizer.device.type, torch.bfloat16):
+                passed = tokenizer(pixels.to(tokenizer.device)).reconstruction
+            passed = ((passed.float().permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+            pictures = iter(passed.numpy())
+            self.kept += [[replace(example, pixels=next(pictures)) for example in examples] for examples in composed]
+        return self
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(int(torch.randint(2**31, ()))) if self.is_degraded else None
+        examples = self.kept[index]
+        return self.stack([example.shift(rng) for example in examples] if rng else examples, None)
 
 
 def join_items(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -272,15 +311,24 @@ def choose_trained(judge: Judge) -> list[nn.Parameter]:
     return trained
 
 
-def train(judge: Judge, batches: DataLoader, learning_rate: float) -> list[float]:
-    """Train the judge, on one pass through the batches; return the loss of each step."""
+def alternate(composed: DataLoader, passed: DataLoader | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield all batches of `composed`; behind each of them one of `passed`, which begins anew when it ends."""
+    again = itertools.chain.from_iterable(itertools.repeat(passed)) if passed is not None else None
+    for batch in composed:
+        yield batch
+        if again is not None:
+            yield next(again)
+
+
+def train(judge: Judge, composed: DataLoader, passed: DataLoader | None, learning_rate: float) -> list[float]:
+    """Train the judge on one pass through `composed`, in turn with `passed`; return the loss of each step."""
     device = judge.noun_head.weight.device
     trained = choose_trained(judge)
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
-    total_steps = len(batches) + 1
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total_steps, pct_start=0.1)
+    num_steps = len(composed) * (1 if passed is None else 2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps + 1, pct_start=0.1)
     losses, started, num_crops = [], time.perf_counter(), 0
-    for step, batch in enumerate(batches, 1):
+    for step, batch in enumerate(alternate(composed, passed), 1):
         crops, nouns, colors = (batch[name].to(device) for name in ("crops", "nouns", "colors"))
         # On a CPU the backward pass of depthwise convolutions is slower in bfloat16.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -295,7 +343,7 @@ def train(judge: Judge, batches: DataLoader, learning_rate: float) -> list[float
         schedule.step()
         losses.append(loss.item())
         num_crops += len(crops)
-        if step % 50 == 0 or step == len(batches):
+        if step % 50 == 0 or step == num_steps:
             speed = num_crops / (time.perf_counter() - started)
             print(f"step {step}: loss {np.mean(losses[-50:]):.3f}, {speed:.0f} crops/s", flush=True)
     return losses
@@ -348,6 +396,8 @@ class Arguments:
     start: str | None = field(default=None, metadata={"help": "judge of an earlier bank to go on from"})
     crop_size: int = field(default=64, metadata={"help": "pixels a side; 96 is better and slower"})
     num_pairs: int = field(default=20_000, metadata={"help": "pairs to train on"})
+    tokenizer: str | None = field(default=None, metadata={"help": "VQ model whose pictures are learnt as well"})
+    num_passed: int = field(default=4000, metadata={"help": "pairs that are passed through the tokenizer"})
     num_test: int = field(default=1000, metadata={"help": "pairs of the test split to measure on"})
     batch_size: int = field(default=40, metadata={"help": "pairs; each shows one or two examples"})
     learning_rate: float = 2e-3
@@ -365,13 +415,23 @@ def main():
     if args.start is not None:
         start_from_judge(judge, load_judge(args.start))
     judge.to(args.device, memory_format=torch.channels_last)
-    examples = Examples(judge, bank, "train", args.seed, args.num_pairs, is_degraded=True)
-    train(judge, examples.load(args.batch_size, args.num_workers), args.learning_rate)
+    train_split = (judge, bank, "train", args.seed)
+    passed = tokenizer = None
+    if args.tokenizer is not None:
+        tokenizer = EditARVQModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(args.device)
+        examples = PassedExamples(*train_split, args.num_passed, is_degraded=True)
+        passed = examples.pass_pictures(tokenizer, args.batch_size).load(args.batch_size, shuffle=True)
+    composed = Examples(*train_split, args.num_pairs, is_degraded=True).load(args.batch_size, args.num_workers)
+    train(judge, composed, passed, args.learning_rate)
     judge.eval()
+    test_split = (judge, bank, "test", TEST_SEED, args.num_test)
     accuracy = {}
     for name, is_degraded in (("plain", False), ("degraded", True)):
-        examples = Examples(judge, bank, "test", TEST_SEED, args.num_test, is_degraded)
-        accuracy[name] = measure_accuracy(judge, examples.load(args.batch_size, args.num_workers))
+        batches = Examples(*test_split, is_degraded).load(args.batch_size, args.num_workers)
+        accuracy[name] = measure_accuracy(judge, batches)
+    if tokenizer is not None:
+        examples = PassedExamples(*test_split, is_degraded=False).pass_pictures(tokenizer, args.batch_size)
+        accuracy["passed"] = measure_accuracy(judge, examples.load(args.batch_size))
     save_judge(judge, accuracy, Path(args.output))
     print(json.dumps(accuracy, indent=1))
 
