@@ -44,21 +44,22 @@ MAY_IMPORT = {
     "condition_maps": {"processing_editar"},
     "model_card": set(),
     "data_files": set(),
+    "io": set(),
     "hub": {"model_card"},
-    "pipelines": {*NETWORKS, "hub", "model_card", "processing_editar", "processing_masks"},
+    "pipelines": {*NETWORKS, "hub", "io", "model_card", "processing_editar", "processing_masks"},
     "self_check": PIPELINE,
-    "conversion": {*PIPELINE, "hub", "model_card", "self_check"},
+    "conversion": {*PIPELINE, "hub", "io", "model_card", "self_check"},
     "training": {
-        *(*PIPELINE, "condition_maps", "data_files", "hub", "model_card", "processing_masks"),
+        *(*PIPELINE, "condition_maps", "data_files", "hub", "io", "model_card", "processing_masks"),
         "__init__",
     },
     "evaluation": {
-        *(*PIPELINE, "condition_maps", "conversion", "data_files", "hub", "processing_masks"),
+        *(*PIPELINE, "condition_maps", "conversion", "data_files", "hub", "io", "processing_masks"),
         "__init__",
     },
     "__init__": PIPELINE,
     "commands": {
-        *(*PIPELINE, "__init__", "condition_maps", "conversion", "evaluation", "hub", "self_check"),
+        *(*PIPELINE, "__init__", "condition_maps", "conversion", "evaluation", "hub", "io", "self_check"),
         "training",
     },
 }

@@ -8,14 +8,10 @@ bottom-up: weights of one network → one network → a pipeline and its folder.
 
 import argparse
 import math
-import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,6 +20,7 @@ from transformers import PreTrainedConfig, T5Config, T5EncoderModel, T5Tokenizer
 
 from .configuration_editar import EditARConfig, EditARVQConfig
 from .hub import check_folder_or_hub_id
+from .io import atomic_path
 from .model_card import compose_snippet
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
@@ -476,16 +473,12 @@ def revert_pipeline(model: str | Path, output_dir: str | Path):
     check_format_constants(EditARVQConfig.from_pretrained(model, subfolder="vq_model"), VQ_CONSTANTS)
     transformer = EditARForConditionalGeneration.from_pretrained(model, subfolder="transformer", dtype="auto")
     vq_model = EditARVQModel.from_pretrained(model, subfolder="vq_model", dtype="auto")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    save_published_weights(revert_transformer_weights(transformer), output_dir / REVERTED_TRANSFORMER)
-    save_published_weights(revert_vq_weights(vq_model), output_dir / REVERTED_VQ_MODEL)
-
-
-def save_published_weights(weights: dict[str, torch.Tensor], path: Path):
-    """Write weights as a published file, complete or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    torch.save({WEIGHTS_KEYS[0]: weights}, partial)
-    os.replace(partial, path)
+    for name, weights in (
+        (REVERTED_TRANSFORMER, revert_transformer_weights(transformer)),
+        (REVERTED_VQ_MODEL, revert_vq_weights(vq_model)),
+    ):
+        with atomic_path(output_dir / name) as unfinished:
+            torch.save({WEIGHTS_KEYS[0]: weights}, unfinished)
 
 
 def describe_sources(
@@ -541,32 +534,13 @@ def check_output_dir(output_dir: Path):
         raise ValueError(f"`output_dir` is {output_dir}, which already holds something; give a new folder.")
 
 
-@contextmanager
-def new_folder(output_dir: str | Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `output_dir` once all is written, and vanishes if that fails.
-
-    Raises:
-        ValueError: If `output_dir` already holds something.
-    """
-    output_dir = Path(output_dir)
-    check_output_dir(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's folder is its maker's alone
-        partial.replace(output_dir)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-
-
 def save_pipeline(pipeline: EditARPipeline, output_dir: str | Path, card: str):
     """Write a pipeline folder with its card, complete or not at all.
 
     Raises:
         ValueError: If the folder already holds something.
     """
-    with new_folder(output_dir) as partial:
-        pipeline.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+    check_output_dir(Path(output_dir))
+    with atomic_path(output_dir) as unfinished:
+        pipeline.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")

@@ -11,6 +11,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..io import atomic_path
+
 
 # Arguments that go to the pipeline under the same names.
 PIPELINE_OPTIONS = (
@@ -414,14 +416,11 @@ def edit(pipeline, job: Job, args: argparse.Namespace) -> None:
     with open_image(job.image) as image, nullcontext() if job.mask is None else open_image(job.mask) as mask:
         generator = torch.Generator().manual_seed(job.seed)
         images = pipeline(job.prompt, image=image, task=job.task, mask_image=mask, generator=generator, **given).images
-    job.output.parent.mkdir(parents=True, exist_ok=True)
     for edited, path in zip(images, list_outputs(job, args), strict=True):
         save_image(edited, path, args.quality)
 
 
 def save_image(image, path: Path, quality: int | None) -> None:
-    """Save an image under a temporary name, then rename it."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    # Not every format takes the profile from the image.
-    image.save(unfinished, icc_profile=image.info.get("icc_profile"), **choose_save_options(path, quality))
-    unfinished.replace(path)
+    """Save an image with its colour profile, which not every format takes from the image itself."""
+    with atomic_path(path) as unfinished:
+        image.save(unfinished, icc_profile=image.info.get("icc_profile"), **choose_save_options(path, quality))

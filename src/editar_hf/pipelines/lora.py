@@ -8,8 +8,6 @@ fused adapter by its weight at that time, so no adapter may change while any is 
 import copy
 import itertools
 import math
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import ClassVar
@@ -22,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..checks import check_number, check_path
 from ..hub import check_folder_or_hub_id
+from ..io import atomic_path
 from .loading import describe_key_problems, read_header, read_json_object
 
 
@@ -266,12 +265,9 @@ class EditARLoraMixin(LoraBaseMixin):
         self._check_not_offloaded()
         weights = get_adapter_weights(self.transformer, adapter_name)
         weights = {f"{KEY_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory) as temporary:
-            save_file(weights, f"{temporary}/{WEIGHTS_FILE}", metadata={"format": "pt"})
-            self.transformer.peft_config[adapter_name].save_pretrained(temporary)
-            for file in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(f"{temporary}/{file}", f"{save_directory}/{file}")
+        with atomic_path(Path(save_directory) / WEIGHTS_FILE) as unfinished:
+            save_file(weights, unfinished, metadata={"format": "pt"})
+        self.transformer.peft_config[adapter_name].save_pretrained(save_directory)
 
     def list_adapters(self) -> list[str]:
         """List the names of the decoder's adapters, active or not."""
