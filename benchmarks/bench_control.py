@@ -28,8 +28,9 @@ from editar_hf.pipelines.callbacks import RowPreview
 from editar_hf.processing_masks import prepare_mask
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+sys.path.append(str(ROOT / "projects" / "stickers"))
 from make_sticker_edits import OPERATIONS, TRANSLATIONS, make_sample  # noqa: E402
 
 

@@ -12,7 +12,7 @@ from tiny import draw_image
 from editar_hf.commands import main
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "stickers"))
 
 import make_sticker_edits as stickers
 

@@ -1,4 +1,4 @@
-"""How tests run the scripts in `examples/`, and what they run them on; the fixtures are pytest's for all test files."""
+"""How tests run the scripts in `examples/` and `projects/stickers/`, and the fixtures that they run them on."""
 
 import json
 import os
@@ -22,7 +22,8 @@ from editar_hf import EditARForConditionalGeneration, EditARVQConfig, EditARVQMo
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+STICKERS = EXAMPLES.parent / "projects" / "stickers"
+sys.path.insert(0, str(STICKERS))
 
 import make_sticker_edits as stickers  # noqa: E402
 
@@ -37,10 +38,14 @@ def list_words(options: dict) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
 
 
+def find_script(name: str) -> Path:
+    return next(folder / name for folder in (EXAMPLES, STICKERS) if (folder / name).exists())
+
+
 def run_script(name: str, *words: str, environment: dict | None = None, **options) -> str:
     """Run a script in a process of its own and return what it printed."""
     environment = {**(environment or os.environ), "ACCELERATE_USE_CPU": "true"}
-    finished = run_python(EXAMPLES / name, *list_words(options), *words, environment=environment)
+    finished = run_python(find_script(name), *list_words(options), *words, environment=environment)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -63,8 +68,9 @@ def run_here(monkeypatch, on_cpu):
     """Run a script in this interpreter, as if from its command line: quicker, and its errors can be caught."""
 
     def run(name: str, *words: str, **options):
-        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *list_words(options), *words])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        script = str(find_script(name))
+        monkeypatch.setattr(sys, "argv", [script, *list_words(options), *words])
+        runpy.run_path(script, run_name="__main__")
 
     return run
 

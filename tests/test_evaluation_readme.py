@@ -110,7 +110,7 @@ def test_the_commands_of_the_evaluation_section_run_in_their_order(tmp_path, mon
     monkeypatch.chdir(folder)
     for program, *words in calls:
         if program == "python":
-            assert words[0] == "examples/make_sticker_edits.py"
+            assert words[0] == "projects/stickers/make_sticker_edits.py"
             make_sticker_data(Path(words[words.index("--output_dir") + 1]), 3)
         elif program == "hf":
             download(words)
@@ -145,9 +145,10 @@ def test_the_table_of_distillation_has_the_command_for_the_papers_teacher_under_
         (programs / name).chmod(0o755)
     folders = {"RUNS": f"{tmp_path}/runs", "RESULTS": f"{tmp_path}/results"}
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", **folders}
-    subprocess.run(["bash", ROOT / "examples" / "run_ablations.sh", "distillation"], env=environment, check=True)
+    script = ROOT / "projects" / "stickers" / "run_ablations.sh"
+    subprocess.run(["bash", script, "distillation"], env=environment, check=True)
     page = (tmp_path / "results" / "distillation" / "report.md").read_text()
     under, bars = page.partition("Scored on cpu.\n\nMade by ")[2].split("\n\n")
     assert "The stand-in teacher is no DINOv2" in under
-    assert "`TEACHER=facebook/dinov2-base bash examples/run_ablations.sh distillation`" in under
+    assert "`TEACHER=facebook/dinov2-base bash projects/stickers/run_ablations.sh distillation`" in under
     assert bars == "![bars](categories.png)\n"

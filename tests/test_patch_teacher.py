@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "stickers"))
 
 import train_patch_teacher as teacher
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "editar_hf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+STICKERS = ROOT / "projects" / "stickers"
 SCRIPTS = [
     *EXAMPLES,
     *(p for folder in ("tests", "benchmarks", "projects") for p in sorted((ROOT / folder).rglob("*.py"))),
@@ -358,11 +359,15 @@ def list_flags(script: Path) -> set[str]:
     return flags
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "examples").glob("*.sh")), *EXAMPLES], ids=name_path)
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *EXAMPLES, *sorted(STICKERS.glob("*.py")), *sorted(ROOT.glob("[ep]*/**/*.sh"))],
+    ids=name_path,
+)
 def test_flags_in_the_commands_of_a_page_exist(page):
     text = page.read_text().replace("\\\n", " ")
-    for name, words in re.findall(r"examples/(\w+\.py)((?: +[^\n`]*)?)", text):
-        script = ROOT / "examples" / name
+    for name, words in re.findall(r"((?:examples|projects/stickers)/\w+\.py)((?: +[^\n`]*)?)", text):
+        script = ROOT / name
         flags = set(re.findall(r"(?<!\S)--[a-z]\w*", words))
         assert flags <= list_flags(script), (name, flags - list_flags(script))
 

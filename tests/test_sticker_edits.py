@@ -13,7 +13,7 @@ from datasets import load_dataset
 from PIL import Image, ImageFilter
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "stickers"))
 
 import make_copy_edits as copying
 import make_sticker_edits as stickers

@@ -4,7 +4,7 @@ An edit counts as done when, inside the mask, the asked sticker is there (its er
 one in Lab, and the asked shape fits best of the four) or the sticker is gone, and when everything further than a token
 from the mask is as near to the true target as the target passed through the tokenizer, minus 1 dB of PSNR. A translated
 picture counts as done when every sticker and the background are right. Geometry comes from the `details` of the data
-set that `examples/make_sticker_edits.py` draws, with the colours and outlines of this file.
+set that `projects/stickers/make_sticker_edits.py` draws, with the colours and outlines of this file.
 
     ceiling = compute_outside_psnr(target_through_tokenizer, target, mask, token_size)
     scores = [score_sample(picture, ceiling, source, target, mask, details, token_size) for ...]

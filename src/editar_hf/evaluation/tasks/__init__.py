@@ -104,7 +104,7 @@ TASKS = {
         trade_off=("psnr_unedited", "l1"),
     ),
     "sticker-edits": Task(
-        "the demo's test set; a folder that examples/make_sticker_edits.py wrote",
+        "the demo's test set; a folder that projects/stickers/make_sticker_edits.py wrote",
         sticker_edits.read_samples,
         ("done", "inside", "outside", "psnr_unedited", "ssim_unedited", "psnr"),
         options=("tokenizer",),

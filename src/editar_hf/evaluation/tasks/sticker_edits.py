@@ -1,7 +1,7 @@
 """Sticker edits, the demo checkpoint's test set: the pixels tell whether an edit was carried out, without a model.
 
-The source is a folder that `examples/make_sticker_edits.py` wrote. How near to the truth what is outside the mask must
-come is measured here, once for all systems: as near as the truth that went through a tokenizer, less 1 dB.
+The source is a folder that `projects/stickers/make_sticker_edits.py` wrote. How near to the truth what is outside the
+mask must come is measured here, once for all systems: as near as the truth that went through a tokenizer, less 1 dB.
 """
 
 from collections.abc import Iterator

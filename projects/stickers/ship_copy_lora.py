@@ -1,6 +1,6 @@
 """Ship the adapter that `train_copy_lora.sh` trained: its weights, and a card with its figures and a picture.
 
-    python examples/ship_copy_lora.py --model examples/sticker-editor --adapter runs/copy/run/adapter \
+    python projects/stickers/ship_copy_lora.py --model examples/sticker-editor --adapter runs/copy/run/adapter \
         --dataset runs/copy/new --figures runs/copy/figures --output_dir examples/sticker-copy-lora \
         --hardware "two CPU cores, 12 minutes"
 
@@ -52,10 +52,11 @@ copied = pipe("copy the red circle to the top left", image=image, do_sample=Fals
 
 ## Training
 
-300 pairs of the new operation from `examples/make_copy_edits.py`, three draws in ten, and 6,000 pairs of the
-operations the editor knows, a third of them moves, from `examples/make_sticker_edits.py` with a seed of its own.
+300 pairs of the new operation from `projects/stickers/make_copy_edits.py`, three draws in ten, and 6,000 pairs of the
+operations the editor knows, a third of them moves, from `projects/stickers/make_sticker_edits.py` with a seed of its
+own.
 Rank {rank}, alpha {alpha:g}, on {modules}{trained_whole}.
-`bash examples/train_copy_lora.sh` makes the data, trains, measures and writes this card, with seed 0;
+`bash projects/stickers/train_copy_lora.sh` makes the data, trains, measures and writes this card, with seed 0;
 hardware: {hardware}.
 
 ## Figures

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Teach the sticker editor an operation it does not know, "copy the red circle to the top left", with a LoRA adapter:
-# 300 new pairs, and 6,000 old ones so that nothing is forgotten. Training stops after a quarter of an hour at the latest.
-# All stages: bash examples/train_copy_lora.sh      One of them: bash examples/train_copy_lora.sh figures
+# 300 new pairs, and 6,000 old ones so that nothing is forgotten. Training stops after 15 minutes at the latest.
+# All stages: bash projects/stickers/train_copy_lora.sh
+# One of them: bash projects/stickers/train_copy_lora.sh figures
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 MODEL=examples/sticker-editor
 ADAPTER=examples/sticker-copy-lora
 RUNS=runs/copy
@@ -13,8 +14,9 @@ export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 
 # A third of the old pairs are moves: told from copies by one word, they are the first to be forgotten.
 data() {
-    python examples/make_copy_edits.py --output_dir "$RUNS/new" --resolution 64 --num_train 300 --num_test 500 --seed 0
-    python examples/make_sticker_edits.py --output_dir "$RUNS/old" --resolution 64 --num_train 6000 \
+    python projects/stickers/make_copy_edits.py --output_dir "$RUNS/new" --resolution 64 --seed 0 \
+        --num_train 300 --num_test 500
+    python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/old" --resolution 64 --num_train 6000 \
         --num_validation 8 --num_test 100 --seed 1 --shares 0.13 0.1 0.1 0.1 0.35 --num_workers 2
     for part in new old; do
         python examples/precompute_tokens.py --dataset "$RUNS/$part" --split train --vq_model "$MODEL/vq_model" \
@@ -24,7 +26,7 @@ data() {
 
 # With the projection of the prompts trained along, 85 % of the ceiling; without, in as long, 58 %: copies became moves.
 train() {
-    python examples/train_editar.py --model "$MODEL" --recipe examples/recipes/copy.yaml --output_dir "$RUNS/run" \
+    python examples/train_editar.py --model "$MODEL" --recipe projects/stickers/copy.yaml --output_dir "$RUNS/run" \
         --lora_rank 16 --lora_modules_to_save text_projection --learning_rate 1e-3 --lr_scheduler linear \
         --lr_warmup_steps 20 --batch_size 16 --max_train_steps 1300 --max_train_minutes 15 --edit_region_weight 3 \
         --target_token_dropout 0.3 --checkpointing_steps 300 --resume_from_checkpoint latest --seed 0
@@ -32,7 +34,7 @@ train() {
 
 # At the editor's own guidance scale.
 measure() {
-    python examples/evaluate_sticker_editor.py --model "$MODEL" --dataset "$RUNS/$1" --settings greedy-1.5 \
+    python projects/stickers/evaluate_sticker_editor.py --model "$MODEL" --dataset "$RUNS/$1" --settings greedy-1.5 \
         --controls ceiling --output "$RUNS/figures/$1-$2.json" "${@:3}"
 }
 
@@ -44,7 +46,7 @@ figures() {
 }
 
 ship() {
-    python examples/ship_copy_lora.py --model "$MODEL" --adapter "$RUNS/run/adapter" --dataset "$RUNS/new" \
+    python projects/stickers/ship_copy_lora.py --model "$MODEL" --adapter "$RUNS/run/adapter" --dataset "$RUNS/new" \
         --figures "$RUNS/figures" --output_dir "$ADAPTER" --hardware "${HARDWARE:-two CPU cores}"
 }
 

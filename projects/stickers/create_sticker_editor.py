@@ -1,6 +1,6 @@
 """Create the untrained sticker editor: a pipeline folder with a small T5, a small decoder and a trained tokenizer.
 
-    python examples/create_sticker_editor.py --dataset stickers-tokens --vq_model sticker-tokenizer \
+    python projects/stickers/create_sticker_editor.py --dataset stickers-tokens --vq_model sticker-tokenizer \
         --output_dir sticker-editor-untrained
 
 The T5 tokenizer is trained on the prompts of the data set. `examples/train_editar.py` takes it from there.

@@ -1,6 +1,6 @@
 """Turn a trained sticker editor into the folder that is shipped: 16-bit weights and chosen defaults for sampling.
 
-    python examples/ship_sticker_editor.py --model runs/editor/pipeline --output_dir examples/sticker-editor \
+    python projects/stickers/ship_sticker_editor.py --model runs/editor/pipeline --output_dir examples/sticker-editor \
         --guidance_scale 1.5 --temperature 0.3
 """
 

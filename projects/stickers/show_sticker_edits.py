@@ -1,6 +1,6 @@
 """Draw what the sticker editor makes of the first test samples: a row for each task, with source, result and target.
 
-    python examples/show_sticker_edits.py --model examples/sticker-editor --output docs/sticker-editor.png
+    python projects/stickers/show_sticker_edits.py --model examples/sticker-editor --output docs/sticker-editor.png
 
 The samples are those of `make_sticker_edits.py` with its seed 0, made on the spot; nothing is picked.
 """

@@ -1,6 +1,6 @@
 """Measure the sticker editor on held-out samples: which share of the edits it carries out, and what two controls say.
 
-    python examples/evaluate_sticker_editor.py --model examples/sticker-editor --dataset stickers \
+    python projects/stickers/evaluate_sticker_editor.py --model examples/sticker-editor --dataset stickers \
         --settings greedy-3 sampled-3 greedy-1 greedy-7.5 --output results.json
 
 A setting is a way to choose tokens, a guidance scale and, where tokens are sampled at another temperature than 1, that

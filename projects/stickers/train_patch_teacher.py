@@ -1,6 +1,6 @@
 """Train a stand-in for DINOv2: a tiny `Dinov2Model` that knows the colour and the shape of stickers, patch by patch.
 
-    python examples/train_patch_teacher.py --output_dir runs/patch-teacher
+    python projects/stickers/train_patch_teacher.py --output_dir runs/patch-teacher
 
 Where the real weights are at hand they are the better teacher. This one lets `train_editar.py --distillation_model` be
 studied at the size of the demo: its features tell what a sticker editor must know. It sees training scenes alone,

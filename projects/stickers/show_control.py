@@ -1,6 +1,6 @@
 """Draw what masks, sessions and a kept source are for, with the sticker editor: the picture of the README.
 
-    python examples/show_control.py --model examples/sticker-editor --output docs/control.png
+    python projects/stickers/show_control.py --model examples/sticker-editor --output docs/control.png
 
 The sources are the first test samples of `make_sticker_edits.py` with its seed 0, made on the spot; nothing is picked.
 """

@@ -4,7 +4,7 @@ A picture is a crop of a real photograph with one to four coloured stickers on i
 adds or moves one sticker; a translation turns a canny, depth or segmentation map into stickers on a plain background,
 with the colours told by a caption. Every length is a fraction of the picture's side, so any resolution works.
 
-    python examples/make_sticker_edits.py --output_dir stickers --num_train 200000 --resolution 128
+    python projects/stickers/make_sticker_edits.py --output_dir stickers --num_train 200000 --resolution 128
 
 writes `train-*.parquet`, `validation-*.parquet` and `test-*.parquet` with the columns `source_image`, `target_image`,
 `prompt` (without a task prefix), `mask` (white = may change), `task` and `details` (JSON, what the scoring needs).

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Make the small checkpoint in examples/sticker-editor, stage by stage, on two CPU cores. Every stage may be stopped and
-# started again, and goes on where it was. All stages: bash examples/train_sticker_editor.sh
-# One of them: bash examples/train_sticker_editor.sh tokenizer
+# started again, and goes on where it was. All stages: bash projects/stickers/train_sticker_editor.sh
+# One of them: bash projects/stickers/train_sticker_editor.sh tokenizer
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 RUNS=${RUNS:-runs}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 # Freed memory stays with the process: asking the system for it anew is a good part of a step on a CPU.
 export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 
 data() {
-    python examples/make_sticker_edits.py --output_dir "$RUNS/stickers" --resolution 64 --seed 0 \
+    python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/stickers" --resolution 64 --seed 0 \
         --num_train 160000 --num_validation 1600 --num_test 500 --num_workers 2
-    python examples/make_sticker_edits.py --output_dir "$RUNS/more-stickers" --resolution 64 --seed 1 \
+    python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/more-stickers" --resolution 64 --seed 1 \
         --num_train 30000 --num_validation 0 --num_test 0 --shares 0.4 0.1 0.25 0.05 0.1 --num_workers 2
 }
 
@@ -63,8 +63,9 @@ train_editor() {
 # thirds as high that falls from the start. And again, half as high, on new pairs, most of them of the operations that
 # fail most often; in float32, because that machine multiplied it faster.
 editor() {
-    [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$RUNS/tokenizer-decoding/tokenizer" \
-        --dataset "$RUNS/stickers/train-00000*.parquet" --output_dir "$RUNS/untrained"
+    [ -d "$RUNS/untrained" ] || python projects/stickers/create_sticker_editor.py \
+        --vq_model "$RUNS/tokenizer-decoding/tokenizer" --dataset "$RUNS/stickers/train-00000*.parquet" \
+        --output_dir "$RUNS/untrained"
     train_editor --dataset "$RUNS/tokens" --model "$RUNS/untrained" --output_dir "$RUNS/editor-small-batches" \
         --batch_size 32 --max_train_steps 2000 --checkpointing_steps 1000 --validation_steps 2000
     large_batches=(--batch_size 64 --checkpointing_steps 500 --validation_steps 1000)
@@ -84,18 +85,19 @@ editor() {
 }
 
 ship_pipeline() {
-    python examples/ship_sticker_editor.py --model "$1" --output_dir "$2" --guidance_scale 1.5 --temperature 0.3
+    python projects/stickers/ship_sticker_editor.py --model "$1" --output_dir "$2" \
+        --guidance_scale 1.5 --temperature 0.3
 }
 
 # The guidance scale is the one with the most edits done on validation samples; at this temperature sampling costs less
 # than two points, so that seeds mean something.
 ship() {
     ship_pipeline "$RUNS/editor/pipeline" examples/sticker-editor
-    python examples/show_sticker_edits.py --model examples/sticker-editor --output docs/sticker-editor.png
+    python projects/stickers/show_sticker_edits.py --model examples/sticker-editor --output docs/sticker-editor.png
 }
 
 figures() {
-    python examples/evaluate_sticker_editor.py --model examples/sticker-editor --dataset "$RUNS/stickers" \
+    python projects/stickers/evaluate_sticker_editor.py --model examples/sticker-editor --dataset "$RUNS/stickers" \
         --settings greedy-1.5 sampled-1.5-0.3 sampled-1.5 greedy-1 greedy-3 greedy-7.5 --output "$RUNS/figures.json"
 }
 

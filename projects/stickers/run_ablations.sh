@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The paper's two studies at the size of the demo: guidance from 1 to 7.5 with the shipped checkpoint, and distillation
 # on and off, from training to report. Each stage may be stopped and started again, and goes on where it was.
-# Both: bash examples/run_ablations.sh
-# One of them: bash examples/run_ablations.sh guidance
+# Both: bash projects/stickers/run_ablations.sh
+# One of them: bash projects/stickers/run_ablations.sh guidance
 #
 # TEACHER is the DINOv2 of the distillation study. The default is a stand-in, trained here for some minutes to tell the
-# colour and shape of stickers; the paper's: TEACHER=facebook/dinov2-base bash examples/run_ablations.sh distillation
+# colour and shape of stickers. The paper's:
+# TEACHER=facebook/dinov2-base bash projects/stickers/run_ablations.sh distillation
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 RUNS=${RUNS:-runs/ablations}
 MODEL=${MODEL:-examples/sticker-editor}
 TEACHER=${TEACHER:-$RUNS/stand-in-teacher}
@@ -21,7 +22,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The samples are prepared once; all runs are about the same.
 data() {
     [ -d "$RUNS/data" ] && return
-    python examples/make_sticker_edits.py --output_dir "$RUNS/stickers" --resolution 64 --seed 0 \
+    python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/stickers" --resolution 64 --seed 0 \
         --num_train 0 --num_validation 0 --num_test "$NUM_TEST" --num_workers 1
     editar-hf evaluate prepare --task sticker-edits --source "$RUNS/stickers" --tokenizer "$MODEL" \
         --output-dir "$RUNS/data"
@@ -40,7 +41,7 @@ publish() {  # STUDY RUN...
     cp "$RUNS/$study-report"/{report.md,categories.png} "$RESULTS/$study/"
     [ "$study" = distillation ] || cp "$RUNS/$study-report/guidance.png" "$RESULTS/$study/"
     sed -i -e '/-sheet\.png)$/,+1d' "$RESULTS/$study/report.md"
-    printf '\nMade by `NUM_TEST=%s bash examples/run_ablations.sh %s` on %s; %s, %s cores. %s\n' \
+    printf '\nMade by `NUM_TEST=%s bash projects/stickers/run_ablations.sh %s` on %s; %s, %s cores. %s\n' \
         "$NUM_TEST" "$study" "$(date -I)" "$(uname -m)" "$(nproc --all)" "$NOTE" > "$RUNS/$study-report/note.md"
     sed -i -e "/^Scored on /r $RUNS/$study-report/note.md" "$RESULTS/$study/report.md"
 }
@@ -57,7 +58,7 @@ guidance() {
 
 teacher() {
     [ -d "$TEACHER" ] || [ "$TEACHER" != "$RUNS/stand-in-teacher" ] || \
-        python examples/train_patch_teacher.py --output_dir "$TEACHER"
+        python projects/stickers/train_patch_teacher.py --output_dir "$TEACHER"
 }
 
 # Both editors start from the same weights, see the same pairs in the same order, and differ in the teacher alone.
@@ -65,10 +66,10 @@ distillation() {
     data
     teacher
     [ -f "$RUNS/pairs/train-00000-of-00001.parquet" ] || \
-        python examples/make_sticker_edits.py --output_dir "$RUNS/pairs" --resolution 64 --seed 1 \
+        python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/pairs" --resolution 64 --seed 1 \
             --num_train "$NUM_TRAIN" --num_validation 0 --num_test 0 --shard_size "$NUM_TRAIN" --num_workers 1
     width=$(python -c "from transformers import AutoConfig as C; print(C.from_pretrained('$TEACHER').hidden_size)")
-    [ -d "$RUNS/untrained" ] || python examples/create_sticker_editor.py --vq_model "$MODEL/vq_model" \
+    [ -d "$RUNS/untrained" ] || python projects/stickers/create_sticker_editor.py --vq_model "$MODEL/vq_model" \
         --dataset "$RUNS/pairs" --output_dir "$RUNS/untrained" --distillation_hidden_size "$width"
     distilled=distilled-by-$(basename "$TEACHER")
     for name in "$distilled" undistilled; do
@@ -84,7 +85,7 @@ distillation() {
     done
     note="Both trained for $STEPS steps of 32 pairs, of $NUM_TRAIN."
     [ "$TEACHER" != "$RUNS/stand-in-teacher" ] || note+=" The stand-in teacher is no DINOv2: it was trained on stickers."
-    note+=" With the paper's: \`TEACHER=facebook/dinov2-base bash examples/run_ablations.sh distillation\`."
+    note+=" With the paper's: \`TEACHER=facebook/dinov2-base bash projects/stickers/run_ablations.sh distillation\`."
     NOTE=$note publish distillation "$RUNS/$distilled" "$RUNS/undistilled"
 }
 
