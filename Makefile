@@ -15,6 +15,7 @@ test: .venv/installed-dev  ## run the test suite
 
 quality: .venv/installed-dev  ## check style
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 # pip matches the number of a platform exactly.
 PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64

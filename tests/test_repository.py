@@ -372,12 +372,6 @@ def test_flags_in_the_commands_of_a_page_exist(page):
         assert flags <= list_flags(script), (name, flags - list_flags(script))
 
 
-def test_continuous_integration_runs_the_test_command_and_ruff():
-    script = ROOT / ".ci" / "run"
-    assert script.stat().st_mode & 0o111
-    assert script.read_text().splitlines()[-2:] == ["make test", ".venv/bin/ruff check"]
-
-
 # Size
 
 

@@ -59,6 +59,7 @@ class EditARConfig(PreTrainedConfig):
     >>> from editar_hf import EditARConfig
     >>> EditARConfig.from_preset("GPT-B", grid_size=16).intermediate_size
     2048
+
     ```
     """
 
@@ -163,6 +164,7 @@ class EditARVQConfig(PreTrainedConfig):
     >>> from editar_hf import EditARVQConfig
     >>> EditARVQConfig(channel_multipliers=(1, 2, 2, 4)).stride
     8
+
     ```
     """
 

@@ -286,6 +286,7 @@ class EditARImageProcessor(PilBackend):
     torch.Size([1, 3, 64, 64])
     >>> image_processor.postprocess(pixel_values)[0].getpixel((0, 0))
     (255, 0, 0)
+
     ```
     """
 
@@ -480,6 +481,7 @@ class EditARProcessor(ProcessorMixin):
     >>> inputs = processor(images=Image.new("RGB", (64, 64)), text="make the red circle blue")
     >>> inputs.source_pixel_values.shape, inputs.input_ids.shape
     (torch.Size([1, 3, 64, 64]), torch.Size([1, 32]))
+
     ```
     """
 

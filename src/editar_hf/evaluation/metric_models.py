@@ -56,6 +56,7 @@ class LPIPSConfig(MetricModelConfig):
     >>> from editar_hf.evaluation.metric_models import LPIPSConfig
     >>> LPIPSConfig(width_divisor=16).width_divisor
     16
+
     ```
     """
 
@@ -90,6 +91,7 @@ class LPIPSModel(PreTrainedModel):
     >>> model = LPIPSModel(LPIPSConfig(width_divisor=16)).eval()
     >>> model(torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 64, 64)).tolist()
     [0.0, 0.0]
+
     ```
 
     Source: Zhang et al. (arXiv 1801.03924), equation 1.
@@ -163,6 +165,7 @@ class FIDInceptionConfig(MetricModelConfig):
     >>> from editar_hf.evaluation.metric_models import FIDInceptionConfig
     >>> FIDInceptionConfig().num_features
     2048
+
     ```
     """
 
@@ -326,6 +329,7 @@ class FIDInceptionModel(PreTrainedModel):
     >>> model = FIDInceptionModel(FIDInceptionConfig(width_divisor=16)).eval()
     >>> tuple(model(torch.zeros(2, 3, 299, 299)).shape)
     (2, 128)
+
     ```
 
     Source: Szegedy et al. (arXiv 1512.00567), table 1; Heusel et al. (arXiv 1706.08500) for its use.

@@ -31,6 +31,7 @@ class Protocol:
     >>> from editar_hf.evaluation.protocols import get_protocol
     >>> get_protocol("pnp-2023").ssim_border
     5
+
     ```
     """
 

@@ -103,6 +103,7 @@ class LPIPSScorer:
     >>> scorer = LPIPSScorer(LPIPSModel(LPIPSConfig(width_divisor=16)))
     >>> scorer(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)).item()
     0.0
+
     ```
     """
 
@@ -148,6 +149,7 @@ class StructureScorer:
     >>> images = torch.rand(2, 3, 64, 64)
     >>> StructureScorer(dino)(images, images).tolist()
     [0.0, 0.0]
+
     ```
     """
 
@@ -285,6 +287,7 @@ class DINOScorer:
     >>> images = torch.rand(2, 3, 64, 64)
     >>> DINOScorer(dino)(images, images).round(decimals=4).tolist()
     [1.0, 1.0]
+
     ```
     """
 
@@ -435,6 +438,7 @@ class InceptionScorer:
     >>> scorer = InceptionScorer(FIDInceptionModel(FIDInceptionConfig(width_divisor=16)))
     >>> tuple(scorer(torch.rand(2, 3, 64, 64)).shape)
     (2, 128)
+
     ```
     """
 

@@ -35,6 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> T5Tokenizer:
     >>> from editar_hf.training.tokenizer import train_tokenizer
     >>> train_tokenizer(["make the red circle blue"] * 100, vocab_size=120).tokenize("the circle")
     ['▁the', '▁circle']
+
     ```
     """
     texts = list(texts)
