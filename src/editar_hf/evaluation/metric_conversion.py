@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..conversion import is_weights, new_folder, open_checkpoint
+from ..conversion import check_output_dir, is_weights, open_checkpoint
+from ..io import atomic_path
 from ..pipelines.loading import describe_key_problems
 from .metric_models import COMPARED_LAYERS, FIDInceptionConfig, FIDInceptionModel, LPIPSConfig, LPIPSModel
 
@@ -92,5 +93,6 @@ def save_metric_model(model: PreTrainedModel, output_dir: str | Path) -> None:
     Raises:
         ValueError: If the folder already holds something.
     """
-    with new_folder(output_dir) as partial:
-        model.save_pretrained(partial)
+    check_output_dir(Path(output_dir))
+    with atomic_path(output_dir) as unfinished:
+        model.save_pretrained(unfinished)
