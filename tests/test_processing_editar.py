@@ -14,7 +14,8 @@ from PIL import Image, ImageCms
 from transformers import AutoImageProcessor, AutoProcessor
 
 from editar_hf import EditARImageProcessor, EditARProcessor
-from editar_hf.processing_editar import apply_task_prefix, compute_crop_geometry, prepare_rgb_picture
+from editar_hf.image_processing_editar import compute_crop_geometry, prepare_rgb_image
+from editar_hf.processing_editar import apply_task_prefix
 from editar_hf.training.tokenizer import train_tokenizer
 
 
@@ -113,7 +114,7 @@ def test_transparency_is_composited_over_white():
     pixels = np.asarray(picture).astype(float)
     expected = pixels[..., :3] * pixels[..., 3:] / 255 + 255 - pixels[..., 3:]
     for image in (picture, np.asarray(picture), torch.from_numpy(np.array(picture)).permute(2, 0, 1)):
-        assert np.abs(np.asarray(prepare_rgb_picture(image)) - expected).max() <= 1
+        assert np.abs(np.asarray(prepare_rgb_image(image)) - expected).max() <= 1
 
 
 def test_a_fully_transparent_pixel_is_white_in_every_mode_with_transparency():
@@ -127,7 +128,7 @@ def test_a_fully_transparent_pixel_is_white_in_every_mode_with_transparency():
     keyed.putdata([(1, 2, 3), (40, 50, 60)])
     keyed.info["transparency"] = (1, 2, 3)
     for image, solid in ((palette, (40, 50, 60)), (grey, (50, 50, 50)), (keyed, (40, 50, 60))):
-        prepared = prepare_rgb_picture(image)
+        prepared = prepare_rgb_image(image)
         assert prepared.getpixel((0, 0)) == (255, 255, 255)
         assert prepared.getpixel((1, 0)) == solid
 
@@ -151,7 +152,7 @@ def test_a_fully_transparent_pixel_is_white_in_every_mode_with_transparency():
     ],
 )
 def test_every_kind_of_pixel_becomes_the_nearest_8_bit_rgb(image, expected):
-    assert prepare_rgb_picture(image).getpixel((0, 0)) == (expected,) * 3
+    assert prepare_rgb_image(image).getpixel((0, 0)) == (expected,) * 3
 
 
 def test_the_same_picture_gives_the_same_pixels_as_pil_array_tensor_batch_and_list():
@@ -396,7 +397,7 @@ def test_postprocess_of_the_processor_is_the_image_processors(processor):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("no-such-scene.png", "'no-such-scene.png', from which no picture opens"),
+        ("no-such-scene.png", "'no-such-scene.png', from which no image opens"),
         (5, "holds a int; pass PIL images"),
         (None, "holds a NoneType"),
         ([], "`images` is empty"),
@@ -430,7 +431,7 @@ def test_paths_and_urls_are_opened(tmp_path):
         Thread(target=server.serve_forever, daemon=True).start()
         urls = [f"http://127.0.0.1:{server.server_port}/{name}" for name in ("scene.png", "gone.png")]
         pixel_values = EditARImageProcessor(size=32)([path, str(path), urls[0]]).pixel_values
-        with pytest.raises(ValueError, match=r"`images` is 'http://127.*gone.png', from which no picture opens"):
+        with pytest.raises(ValueError, match=r"`images` is 'http://127.*gone.png', from which no image opens"):
             EditARImageProcessor(size=32)(urls[1])
         server.shutdown()
     assert torch.equal(pixel_values, expected.expand(3, -1, -1, -1))
@@ -443,7 +444,7 @@ def test_pixels_are_taken_as_they_lie_where_the_exif_block_is_damaged(tmp_path):
     picture = draw_picture(32, 48)
     picture.save(path, exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
     with pytest.warns(UserWarning, match=r"The EXIF block of .*scene.png' in `images` is damaged"):
-        upright = prepare_rgb_picture(path)
+        upright = prepare_rgb_image(path)
     assert np.array_equal(np.asarray(upright), np.asarray(picture))
 
 

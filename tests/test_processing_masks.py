@@ -160,12 +160,12 @@ def test_colours_count_by_their_luminance_without_transparency_and_are_refused_w
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ("no-such-mask.png", "`mask_image` is 'no-such-mask.png', from which no picture opens"),
+        ("no-such-mask.png", "`mask_image` is 'no-such-mask.png', from which no image opens"),
         (None, "`mask_image` holds a NoneType"),
         (np.ones((8, 8), np.int64), "`mask_image` holds pixels of type int64"),
         (np.full((8, 8), 2.0), r"`mask_image` holds floats in \[2"),
-        (torch.zeros(2, 8, 8, dtype=torch.uint8), "`mask_image` holds a picture of shape"),
-        (Image.new("L", (0, 8)), "`mask_image` holds a picture of 0×8 pixels"),
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), "`mask_image` holds an image of shape"),
+        (Image.new("L", (0, 8)), "`mask_image` holds an image of 0×8 pixels"),
     ],
     ids=["path", "None", "int64", "range", "channels", "no pixel"],
 )

@@ -32,7 +32,7 @@ DISTRIBUTIONS = metadata.packages_distributions()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 NETWORKS = {"checks", "configuration_editar", "generation", "modeling_editar", "modeling_editar_vq"}
-PIPELINE = {*NETWORKS, "processing_editar", "pipelines"}
+PIPELINE = {*NETWORKS, "image_processing_editar", "processing_editar", "pipelines"}
 # The modules of the package and what each may import from it, inside functions too. Nothing points upward.
 MAY_IMPORT = {
     "checks": set(),
@@ -40,14 +40,23 @@ MAY_IMPORT = {
     "generation": {"checks", "configuration_editar"},
     "modeling_editar": {"configuration_editar", "generation"},
     "modeling_editar_vq": {"checks", "configuration_editar"},
-    "processing_editar": {"checks", "configuration_editar"},
-    "processing_masks": {"processing_editar"},
-    "condition_maps": {"processing_editar"},
+    "image_processing_editar": {"checks"},
+    "processing_editar": {"checks", "image_processing_editar"},
+    "processing_masks": {"image_processing_editar"},
+    "condition_maps": {"image_processing_editar"},
     "model_card": set(),
     "data_files": set(),
     "io": set(),
     "hub": {"model_card"},
-    "pipelines": {*NETWORKS, "hub", "io", "model_card", "processing_editar", "processing_masks"},
+    "pipelines": {
+        *NETWORKS,
+        "hub",
+        "io",
+        "image_processing_editar",
+        "model_card",
+        "processing_editar",
+        "processing_masks",
+    },
     "self_check": PIPELINE,
     "conversion": {*PIPELINE, "hub", "io", "model_card", "self_check"},
     "training": {
@@ -70,7 +79,7 @@ MAY_IMPORT_AT_THE_TOP = {
     "datasets": {"training", "evaluation"},
     "diffusers": {
         *("generation", "modeling_editar", "modeling_editar_vq"),
-        *("pipelines", "processing_editar"),
+        *("image_processing_editar", "pipelines"),
     },
     "evaluate": {"evaluation"},
     "peft": {"training"},

@@ -174,7 +174,7 @@ def encode(picture, kind="png"):
 
 
 REFUSED = {
-    "thin": ({"source_image": encode(Image.new("RGB", (2000, 1)))}, "A picture has 2000×1 pixels"),
+    "thin": ({"source_image": encode(Image.new("RGB", (2000, 1)))}, "An image has 2000×1 pixels"),
     "float": (
         {"target_image": encode(Image.fromarray(np.full((8, 8), 7.5, np.float32)), "tiff")},
         "`target_image` holds floats in",

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .configuration_editar import EditARConfig, EditARVQConfig
+    from .image_processing_editar import EditARImageProcessor
     from .modeling_editar import EditARForConditionalGeneration, EditARModel
     from .modeling_editar_vq import EditARVQModel
     from .pipelines.pipeline_editar import EditARPipeline, EditARPipelineOutput
-    from .processing_editar import EditARImageProcessor, EditARProcessor
+    from .processing_editar import EditARProcessor
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,7 @@ _MODULE_OF = {
     "EditARModel": ".modeling_editar",
     "EditARForConditionalGeneration": ".modeling_editar",
     "EditARVQModel": ".modeling_editar_vq",
-    "EditARImageProcessor": ".processing_editar",
+    "EditARImageProcessor": ".image_processing_editar",
     "EditARProcessor": ".processing_editar",
     "EditARPipeline": ".pipelines.pipeline_editar",
     "EditARPipelineOutput": ".pipelines.pipeline_editar",
@@ -57,9 +58,10 @@ def _register_auto_classes() -> None:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
     from .configuration_editar import EditARConfig, EditARVQConfig
+    from .image_processing_editar import EditARImageProcessor
     from .modeling_editar import EditARModel
     from .modeling_editar_vq import EditARVQModel
-    from .processing_editar import EditARImageProcessor, EditARProcessor
+    from .processing_editar import EditARProcessor
 
     # exist_ok: reloading the package registers again, and an attempt that failed half-way may be repeated.
     for config_class, model_class in ((EditARConfig, EditARModel), (EditARVQConfig, EditARVQModel)):

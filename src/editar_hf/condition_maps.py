@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .processing_editar import prepare_rgb_picture
+from .image_processing_editar import prepare_rgb_image
 
 
 def make_canny_map(image: Image.Image, low_threshold: float = 0.1, high_threshold: float = 0.2) -> Image.Image:
@@ -43,7 +43,7 @@ def make_canny_map(image: Image.Image, low_threshold: float = 0.1, high_threshol
             f"`low_threshold` is {low_threshold} and `high_threshold` {high_threshold}; both are positive, and the low "
             "one is not above the high one."
         )
-    pixels = torch.from_numpy(np.array(prepare_rgb_picture(image))).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(np.array(prepare_rgb_image(image))).permute(2, 0, 1)[None] / 255
     edges = canny(pixels, low_threshold, high_threshold)[1][0, 0]
     return Image.fromarray((edges * 255).byte().numpy()).convert("RGB")
 
@@ -126,6 +126,6 @@ def compute_palette(num_labels: int) -> np.ndarray:
 
 def run_model(image: Image.Image, model: PreTrainedModel, image_processor: BaseImageProcessor):
     """Run a vision model on an image; its outputs, and the image's height and width."""
-    picture = prepare_rgb_picture(image)
+    picture = prepare_rgb_image(image)
     inputs = image_processor(images=picture, return_tensors="pt").to(model.device, model.dtype)
     return model(**inputs), (picture.height, picture.width)

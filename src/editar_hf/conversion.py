@@ -20,13 +20,14 @@ from transformers import PreTrainedConfig, T5Config, T5EncoderModel, T5Tokenizer
 
 from .configuration_editar import EditARConfig, EditARVQConfig
 from .hub import check_folder_or_hub_id
+from .image_processing_editar import EditARImageProcessor
 from .io import atomic_path
 from .model_card import compose_snippet
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
 from .pipelines.loading import describe_key_problems, list_keys
 from .pipelines.pipeline_editar import EditARPipeline
-from .processing_editar import EditARImageProcessor, EditARProcessor
+from .processing_editar import EditARProcessor
 
 
 # Where the published weights are on the Hub.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter
 
-from .processing_editar import MAX_SILENT_CUT, compute_crop_geometry, open_picture, prepare_rgb_picture
+from .image_processing_editar import MAX_SILENT_CUT, compute_crop_geometry, open_image, prepare_rgb_image
 
 
 # From this grey on, of 0 to 255, a pixel of a mask is white.
@@ -31,7 +31,7 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
     """Bring a mask to bool (height, width), True where it is white, at the size of its source.
 
     Args:
-        mask_image (`PIL.Image.Image`, array, tensor, path or URL): The mask; read as `prepare_rgb_picture` does,
+        mask_image (`PIL.Image.Image`, array, tensor, path or URL): The mask; read as `prepare_rgb_image` does,
             and arrays and tensors of bool as well. A pixel is white if its luminance is 128 or more of 255, whatever
             its colour. Transparency is black: a white stroke on nothing frees the stroke.
         source_size (`tuple[int, int]`): Width and height of the source, in pixels.
@@ -43,9 +43,9 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
     if isinstance(mask_image, np.ndarray | torch.Tensor) and mask_image.dtype in (bool, torch.bool):
         mask_image = mask_image * np.uint8(255) if isinstance(mask_image, np.ndarray) else mask_image.byte() * 255
     if isinstance(mask_image, str | Path):
-        mask_image = open_picture(mask_image, "mask_image")  # once, for the two readings below
-    picture = prepare_rgb_picture(mask_image, background="black", name="mask_image")
-    check_transparency(picture, prepare_rgb_picture(mask_image, background="white", name="mask_image"))
+        mask_image = open_image(mask_image, "mask_image")  # once, for the two readings below
+    picture = prepare_rgb_image(mask_image, background="black", name="mask_image")
+    check_transparency(picture, prepare_rgb_image(mask_image, background="white", name="mask_image"))
     mask = picture.convert("L")
     is_white = np.asarray(mask) >= WHITE
     if mask.size == source_size:

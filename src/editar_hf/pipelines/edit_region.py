@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.image_utils import ImageInput
 
 from ..generation import SourceCache
-from ..processing_editar import list_pictures, prepare_rgb_picture
+from ..image_processing_editar import list_images, prepare_rgb_image
 from ..processing_masks import (
     Window,
     apply_blend,
@@ -77,7 +77,7 @@ class EditRegion:
 
 def prepare_pictures(image: ImageInput) -> list[Image.Image]:
     """Make upright RGB of the pictures of an `image` argument."""
-    pictures = [prepare_rgb_picture(picture, name="image") for picture in list_pictures(image)]
+    pictures = [prepare_rgb_image(picture, name="image") for picture in list_images(image)]
     if not pictures:
         raise ValueError("`image` is an empty list; pass at least one picture.")
     return pictures
@@ -153,7 +153,7 @@ class EditARSourcesMixin:
             pictures = prepare_pictures(given.image)
         masks, frames = None, None
         if given.mask_image is not None:
-            masks = list_pictures(given.mask_image)
+            masks = list_images(given.mask_image)
             pairs = pair_up(pictures or [Image.new("RGB", (width, height))], masks)
             masks = [prepare_mask(mask, picture.size) for picture, mask in pairs]
         if given.crop_to_mask:

@@ -20,7 +20,8 @@ from ..generation.inputs import (
     check_source_cache,
     check_source_image_tokens,
 )
-from ..processing_editar import OUTPUT_TYPES, TEXT_TO_IMAGE, apply_task_prefix, check_task
+from ..image_processing_editar import OUTPUT_TYPES
+from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix, check_task
 
 
 # More images than this in one call are a slip of the pen: their caches fit no memory.

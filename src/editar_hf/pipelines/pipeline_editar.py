@@ -21,9 +21,10 @@ from ..checks import check_choice, check_integer, check_tensor, check_texts
 from ..generation import SourceCache
 from ..generation.configuration import resolve_generation_config
 from ..generation.inputs import check_generator
+from ..image_processing_editar import OUTPUT_TYPES
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel
-from ..processing_editar import OUTPUT_TYPES, EditARProcessor, check_task
+from ..processing_editar import EditARProcessor, check_task
 from .callbacks import RowPreview, StepReporter
 from .edit_region import EditARSourcesMixin
 from .inputs import (

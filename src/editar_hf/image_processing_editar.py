@@ -1,0 +1,414 @@
+"""Images in, pixels out, and pixels back to images.
+
+`prepare_rgb_image` is the one way to make an upright RGB image of what a user passes. `EditARImageProcessor` brings
+images to the size the model works at, as pixels in [−1, 1], and back.
+"""
+
+import numbers
+import warnings
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from diffusers.utils import load_image
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_base import BatchFeature
+from transformers.image_utils import ImageInput, SizeDict
+
+from .checks import check_choice, check_has_values, check_integer, check_tensor
+
+
+RESIZE_MODES = ("crop", "stretch")
+OUTPUT_TYPES = ("pil", "np", "pt")
+# A larger side is a mistake: its pixels fit no memory.
+MAX_SIDE = 2**16
+# The centre crop warns if it cuts away more than this fraction of an image.
+MAX_SILENT_CUT = 0.02
+
+
+# Upright RGB
+
+
+def list_images(images: ImageInput, depth: int = 3) -> list:
+    """List the single images of an image, a batch, or a list of either; a list may even hold itself."""
+    if isinstance(images, list | tuple) and depth:
+        return [image for one in images for image in list_images(one, depth - 1)]
+    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+def open_image(source: str | Path, name: str = "images") -> Image.Image:
+    """Open the image at a path or a URL that starts with `http://` or `https://`.
+
+    Raises:
+        ValueError: If no image opens; the message names the argument `name`, and the path or URL.
+    """
+    try:
+        if str(source).startswith(("http://", "https://")):
+            return load_image(str(source), convert_method=lambda image: image)
+        return Image.open(Path(source).expanduser())
+    # Networks, file systems and PIL's readers raise errors of many kinds.
+    except Exception as error:
+        raise ValueError(f"`{name}` is {str(source)!r}, from which no image opens: {error}") from error
+
+
+def make_image(array: np.ndarray, name: str = "images") -> Image.Image:
+    """Make an 8-bit image of an array of shape (height, width) or (height, width, channels).
+
+    Args:
+        array (`np.ndarray`): uint8, uint16, or floats in [0, 1]; other types than uint8 are rounded to nearest.
+        name (`str`): The argument that brought the array, for messages.
+
+    Raises:
+        ValueError: If the shape, the type or the range does not fit.
+    """
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(
+            f"`{name}` holds an image of shape {array.shape}, read as (height, width, channels). Pass arrays of that "
+            "layout, or tensors of (channels, height, width), with 1, 3 or 4 channels and at least one pixel."
+        )
+    if array.dtype == np.uint8:
+        return Image.fromarray(array)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
+        return Image.fromarray(((array.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if array.dtype.kind != "f":
+        raise ValueError(f"`{name}` holds pixels of type {array.dtype}; pass uint8, uint16, or floats in [0, 1].")
+    if not (array.min() >= 0 and array.max() <= 1):  # written so that NaN is refused too
+        raise ValueError(
+            f"`{name}` holds floats in [{array.min()}, {array.max()}]; scale them to [0, 1], or pass uint8 pixels."
+        )
+    return Image.fromarray(np.round(array * 255).astype(np.uint8))
+
+
+def turn_upright(image: Image.Image, name: str) -> Image.Image:
+    """Read the pixels of an image and turn it as its EXIF block says; if that block is damaged, warn and leave it."""
+    file_name = getattr(image, "filename", None) or "a file"
+    try:
+        image.load()
+    # PIL reads the pixels of a file late, and its decoders raise errors of many kinds for damaged data.
+    except Exception as error:
+        raise ValueError(f"`{name}` holds {file_name!r}, which does not decode: {error}.") from error
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:
+        warnings.warn(
+            f"The EXIF block of {file_name!r} in `{name}` is damaged ({error}); the image is not rotated.", stacklevel=2
+        )
+        return image.copy()
+
+
+def prepare_rgb_image(
+    image: Image.Image | np.ndarray | torch.Tensor | str | Path, background: str = "white", name: str = "images"
+) -> Image.Image:
+    """Make an upright 8-bit RGB image without transparency; the result shares no memory with the input.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): A PIL image of any mode ("I" is read
+            as 16 bits, "F" as [0, 1]), an array (height, width, channels), a tensor (channels, height, width), a path
+            or a URL. Arrays and tensors hold uint8, uint16, or floats in [0, 1].
+        background (`str`): The colour behind transparent pixels; *defaults to* white.
+        name (`str`): The argument that brought the image, for messages.
+
+    Raises:
+        ValueError: If it is none of these, does not decode, is empty, or its values are out of range.
+    """
+    if isinstance(image, str | Path):
+        image = open_image(image, name)
+    if isinstance(image, torch.Tensor):
+        check_has_values(name, image)
+        image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image
+        image = make_image((image.movedim(0, -1) if image.ndim == 3 else image).numpy(), name)
+    elif isinstance(image, np.ndarray):
+        image = make_image(image, name)
+    elif isinstance(image, Image.Image):
+        image = turn_upright(image, name)
+    else:
+        raise ValueError(
+            f"`{name}` holds a {type(image).__name__}; pass PIL images, numpy arrays, torch tensors, paths, URLs, or a "
+            "list of them."
+        )
+    if image.mode.startswith("I"):
+        image = make_image(np.asarray(image).clip(0, 65535).astype(np.uint16), name)
+    elif image.mode == "F":
+        image = make_image(np.asarray(image), name)
+    if 0 in image.size:
+        raise ValueError(f"`{name}` holds an image of {image.width}×{image.height} pixels; it needs at least one.")
+    if image.mode == "La":
+        image = image.convert("LA")  # PIL converts "La" to no other mode.
+    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P", "PA") else None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = image.convert("RGB")
+    # Keep a colour profile only if it describes RGB, not grey or CMYK. Bytes 16 to 19 name its colour space
+    # (ICC.1:2022, section 7.2).
+    image.info.pop("icc_profile", None)
+    if profile is not None and profile[16:20] == b"RGB ":
+        image.info["icc_profile"] = profile
+    return image
+
+
+# The centre crop
+
+
+class CropGeometry(NamedTuple):
+    """Where the centre crop of an image lies.
+
+    Attributes:
+        resized_height, resized_width (`int`): Size of the whole image at the crop's scale, in pixels.
+        top, left (`int`): The crop's corner in the resized image, in pixels.
+        box (`tuple[int, int, int, int]`): Left, top, right and bottom of the original pixels that lie wholly inside
+            the crop, as PIL counts them.
+        cut_fraction (`float`): Fraction of the image's area that is cut away, in [0, 1).
+    """
+
+    resized_height: int
+    resized_width: int
+    top: int
+    left: int
+    box: tuple[int, int, int, int]
+    cut_fraction: float
+
+
+def compute_crop_geometry(source_height: int, source_width: int, height: int, width: int) -> CropGeometry:
+    """Compute where the centre crop of `height`×`width` pixels lies, after the image is scaled to cover it.
+
+    Source: the image preparation of LlamaGen (arXiv 2406.06525), which EditAR shares: shortest side, centre crop.
+
+    Raises:
+        ValueError: If the image is so thin that the crop would hold less than one whole pixel of it.
+    """
+    scale = max(height / source_height, width / source_width)
+    resized_height, resized_width = round(source_height * scale), round(source_width * scale)
+    top, left = (resized_height - height) // 2, (resized_width - width) // 2
+    box = (
+        -(-left * source_width // resized_width),
+        -(-top * source_height // resized_height),
+        (left + width) * source_width // resized_width,
+        (top + height) * source_height // resized_height,
+    )
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError(
+            f"An image has {source_width}×{source_height} pixels, of which a crop to {width}×{height} keeps less than "
+            'one. Pass `resize_mode="stretch"`.'
+        )
+    cut_fraction = 1 - height * width / (resized_height * resized_width)
+    return CropGeometry(resized_height, resized_width, top, left, box, cut_fraction)
+
+
+# The processor
+
+
+def check_return_tensors(return_tensors: str | None):
+    """Refuse array types that the processors do not make; None leaves tensors as they are."""
+    if return_tensors is not None:
+        check_choice("return_tensors", return_tensors, ("pt", "np"))
+
+
+class EditARImageProcessorKwargs(TypedDict, total=False):
+    """The settings of an `EditARImageProcessor`."""
+
+    size: int | dict[str, int] | SizeDict
+    resize_mode: str
+    stride: int
+
+
+class EditARImageProcessor(PilBackend):
+    """Bring images to pixels in [−1, 1] at the size the model works at, and pixels back to images.
+
+    Args:
+        size (`int` or `dict[str, int]`, *optional*): `height` and `width` in pixels; *defaults to* 512×512.
+        resize_mode (`str`, *optional*): `"crop"` (default, published) scales the image until it covers the size and
+            keeps the centre; `"stretch"` resizes it without keeping its proportions.
+        stride (`int`, *optional*): Pixels per side of the VQ model's tokens; *defaults to* 16. It divides every
+            height and width.
+
+    Raises:
+        ValueError: If `stride` does not divide the size, or `resize_mode` is unknown.
+
+    Source: LlamaGen (arXiv 2406.06525), whose image preparation EditAR (arXiv 2501.04699) shares.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from editar_hf import EditARImageProcessor
+    >>> image_processor = EditARImageProcessor(size=64)
+    >>> pixel_values = image_processor(Image.new("RGB", (80, 80), "red")).pixel_values
+    >>> pixel_values.shape
+    torch.Size([1, 3, 64, 64])
+    >>> image_processor.postprocess(pixel_values)[0].getpixel((0, 0))
+    (255, 0, 0)
+
+    ```
+    """
+
+    valid_kwargs = EditARImageProcessorKwargs
+
+    size = SizeDict(height=512, width=512)
+    resize_mode = "crop"
+    stride = 16
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._check_arguments(self.size, self.resize_mode)
+
+    def _standardize_kwargs(self, size=None, **kwargs):
+        try:
+            return super()._standardize_kwargs(size=size, default_to_square=True, **kwargs)  # a number is both sides
+        except (IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`size` is {size!r}; pass a number of pixels, or a dict of `height` and `width`."
+            ) from error
+
+    def _check_arguments(self, size: SizeDict, resize_mode: str):
+        check_integer("stride", self.stride)
+        for name, value in (("height", size and size.height), ("width", size and size.width)):
+            if not isinstance(value, numbers.Integral) or not 1 <= value <= MAX_SIDE or value % self.stride:
+                raise ValueError(
+                    f"`{name}` is {value!r}; pass a positive multiple of {self.stride}, the pixels per token of the VQ "
+                    f"model, and at most {MAX_SIDE}."
+                )
+        check_choice("resize_mode", resize_mode, RESIZE_MODES)
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        size: int | dict[str, int] | None = None,
+        resize_mode: str | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Bring images to `pixel_values` (batch, 3, height, width) in [−1, 1].
+
+        Args:
+            images: An image, a batch (4-D array or tensor), or a list of either; see `prepare_rgb_image`.
+            size (`int` or `dict[str, int]`, *optional*): `height` and `width` in pixels; *defaults to* the processor's.
+            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* the processor's.
+            return_tensors (`str`): `"pt"` or `"np"`.
+
+        Raises:
+            ValueError: If the size or the mode does not fit, or `images` is empty or holds what is not an image.
+        """
+        size = self.size if size is None else self._standardize_kwargs(size=size)["size"]
+        resize_mode = self.resize_mode if resize_mode is None else resize_mode
+        self._check_arguments(size, resize_mode)
+        check_return_tensors(return_tensors)
+        images = [prepare_rgb_image(image) for image in list_images(images)]
+        if not images:
+            raise ValueError("`images` is empty; pass at least one image.")
+        pixel_values = self.compute_pixel_values(images, size.height, size.width, resize_mode)
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def compute_pixel_values(
+        self, images: list[Image.Image], height: int, width: int, resize_mode: str
+    ) -> torch.Tensor:
+        """Resize upright RGB images and return pixels (batch, 3, height, width) in [−1, 1]."""
+        resized = [self._resize(image, height, width, resize_mode) for image in images]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
+        return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+    def _resize(self, image: Image.Image, height: int, width: int, resize_mode: str) -> Image.Image:
+        if resize_mode == "stretch":
+            return image.resize((width, height), Image.Resampling.LANCZOS)
+        crop = compute_crop_geometry(image.height, image.width, height, width)
+        if crop.cut_fraction > MAX_SILENT_CUT:
+            # The text is fixed, so that Python shows it once, however many images follow.
+            warnings.warn(
+                f"More than {MAX_SILENT_CUT:.0%} of an image is cut away by the centre crop; pass "
+                '`resize_mode="stretch"`, or a `height` and `width` of its proportions, to keep all of it.',
+                stacklevel=2,
+            )
+        resized = image.resize((crop.resized_width, crop.resized_height), Image.Resampling.LANCZOS)
+        return resized.crop((crop.left, crop.top, crop.left + width, crop.top + height))
+
+    def postprocess(
+        self, pixel_values: torch.Tensor, output_type: str = "pil"
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Turn `pixel_values` (batch, 3, height, width) back into images; values outside [−1, 1] are clamped.
+
+        Args:
+            pixel_values (`torch.Tensor`): Pixels, nominally in [−1, 1].
+            output_type (`str`): `"pil"` for a list of 8-bit images (rounded to nearest), `"np"` for an array
+                (batch, height, width, 3) in [0, 1], `"pt"` for a tensor (batch, 3, height, width) in [0, 1].
+
+        Raises:
+            ValueError: If `output_type` is none of these.
+            RuntimeError: If the pixels hold NaN.
+        """
+        check_tensor("pixel_values", pixel_values)
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; pass (batch, 3, height, width).")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        if pixel_values.isnan().any():
+            raise RuntimeError(
+                "`pixel_values` holds NaN: the VQ model overflowed in float16, or its weights are damaged."
+            )
+        pixels = ((pixel_values.detach().float() + 1) / 2).clamp(0, 1)
+        if output_type == "pt":
+            return pixels
+        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "np":
+            return pixels
+        return [make_image(image) for image in pixels]
+
+    def restore(
+        self,
+        edited_image: Image.Image,
+        source_image: Image.Image | np.ndarray | torch.Tensor,
+        height: int,
+        width: int,
+        resize_mode: str,
+        weights: np.ndarray | None = None,
+    ) -> Image.Image:
+        """Bring an edited image back to the size of its source.
+
+        After a crop, the edited part returns to its place, and the source's pixels around it stay as they are (upright
+        RGB, transparency over white). A stretch is undone by the inverse resize.
+
+        Args:
+            edited_image (`PIL.Image.Image`): The edited image. It may have been enlarged since the model made it.
+            source_image: The image that was edited; see `prepare_rgb_image`.
+            height, width (`int`): Pixels the model worked at.
+            resize_mode (`str`): How the source was brought to that size.
+            weights (`np.ndarray` of shape `(height, width)`, *optional*): Share of the edited image in each pixel, in
+                [0, 1]; where it is 0, the source's pixels stay exactly. *Defaults to* 1 everywhere.
+
+        Raises:
+            ValueError: If the size or the mode does not fit, or `source_image` is not an image.
+        """
+        self._check_arguments(SizeDict(height=height, width=width), resize_mode)
+        restored = prepare_rgb_image(source_image)
+
+        def undo_resize(image: Image.Image, resample: Image.Resampling) -> tuple[Image.Image, tuple[int, int]]:
+            """Return the image at the source's scale, and the place of its upper left corner in the source."""
+            if resize_mode == "stretch":
+                return image.resize(restored.size, resample), (0, 0)
+            crop = compute_crop_geometry(restored.height, restored.width, height, width)
+            left, top, right, bottom = crop.box
+            # The same box in the image, to a fraction of a pixel, so that what was edited returns to its place.
+            columns = [(x * crop.resized_width - crop.left * restored.width) / restored.width for x in (left, right)]
+            rows = [(y * crop.resized_height - crop.top * restored.height) / restored.height for y in (top, bottom)]
+            columns = [x * image.width / width for x in columns]
+            rows = [y * image.height / height for y in rows]
+            box = (columns[0], rows[0], columns[1], rows[1])
+            return image.resize((right - left, bottom - top), resample, box=box), (left, top)
+
+        edited, corner = undo_resize(edited_image, Image.Resampling.LANCZOS)
+        if weights is None:
+            restored.paste(edited, corner)
+            return restored
+        # Neither filter reaches further than one pixel of the larger image, so weights of 0 stay 0.
+        is_smaller = edited.width < width or edited.height < height
+        resample = Image.Resampling.BOX if is_smaller else Image.Resampling.BILINEAR
+        weights = np.asarray(undo_resize(Image.fromarray(weights.astype(np.float32)), resample)[0])
+        box = (*corner, corner[0] + edited.width, corner[1] + edited.height)
+        below, above = (np.asarray(image, np.float32) for image in (restored.crop(box), edited))
+        blended = below + weights[:, :, None] * (above - below)
+        restored.paste(Image.fromarray(np.round(blended).astype(np.uint8)), corner)
+        return restored
