@@ -7,7 +7,7 @@ REQUIREMENTS := setup.cfg pyproject.toml
 
 .PHONY: demo test quality wheels clean
 
-demo: .venv/installed-demo  ## edit a photograph with the shipped checkpoint and print where the picture is
+demo: .venv/installed-lora  ## edit a photograph with the shipped checkpoint and print where the picture is
 	$(BIN)/python examples/edit_photo.py
 
 test: .venv/installed-dev  ## run the test suite

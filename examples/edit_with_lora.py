@@ -1,0 +1,20 @@
+"""Edit with a LoRA adapter that teaches the model a new instruction: python examples/edit_with_lora.py"""
+
+import torch
+from PIL import Image
+
+from editar_hf import EditARPipeline
+
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pipe = EditARPipeline.from_pretrained("examples/sticker-editor").to(device)
+# The sticker editor cannot copy. This adapter was trained to; it needs `pip install peft`.
+pipe.load_lora_weights("examples/sticker-copy-lora", adapter_name="copy")
+pipe.set_adapters("copy", 1.0)
+
+edited = pipe(
+    "copy the red circle to the top right",
+    image=Image.open("examples/photo.png"),
+    do_sample=False,
+).images[0]
+edited.save("copied.png")
