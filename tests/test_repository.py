@@ -355,7 +355,7 @@ def test_commands_and_files_named_on_a_page_exist(page):
 
 
 def list_flags(script: Path) -> set[str]:
-    """List the flags of a script: the fields of its dataclass `Arguments`, or what it adds to a parser."""
+    """List a script's flags, with underscores: the fields of its dataclass `Arguments`, or what it adds to a parser."""
     flags = set()
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.ClassDef) and node.name == "Arguments":
@@ -365,7 +365,12 @@ def list_flags(script: Path) -> set[str]:
             flags |= {f"--no_{item.target.id}" for item in fields if ast.unparse(item.annotation) == "bool"}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
             flags |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
-    return flags
+    return {spell_with_underscores(flag) for flag in flags}
+
+
+def spell_with_underscores(flag: str) -> str:
+    """Spell a flag as `--with_underscores`; transformers' parser takes `--with-hyphens` too."""
+    return f"--{flag.removeprefix('--').replace('-', '_')}"
 
 
 @pytest.mark.parametrize(
@@ -377,7 +382,7 @@ def test_flags_in_the_commands_of_a_page_exist(page):
     text = page.read_text().replace("\\\n", " ")
     for name, words in re.findall(r"((?:examples|projects/stickers)/\w+\.py)((?: +[^\n`]*)?)", text):
         script = ROOT / name
-        flags = set(re.findall(r"(?<!\S)--[a-z]\w*", words))
+        flags = {spell_with_underscores(flag) for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", words)}
         assert flags <= list_flags(script), (name, flags - list_flags(script))
 
 

@@ -1,11 +1,16 @@
-"""The short examples, each run as written on the shipped sticker editor."""
+"""The short examples, run as written on the shipped sticker editor, and the minimal training at tiny size."""
 
+import re
 import runpy
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import build_pipeline, draw_image
+
+from editar_hf import EditARPipeline
 
 
 ROOT = Path(__file__).parents[1]
@@ -80,3 +85,29 @@ def test_edit_photo_saves_before_and_after(run_example, monkeypatch, tmp_path):
     assert np.array_equal(both[:, : PHOTO.shape[1]], PHOTO)
     after = both[:, -PHOTO.shape[1] :]
     assert is_blue(at(after, CIRCLE))
+
+
+def test_train_minimal_learns_pairs_and_saves_a_pipeline(tmp_path, capsys, monkeypatch):
+    build_pipeline().save_pretrained(tmp_path / "start")
+    (tmp_path / "pairs").mkdir()
+    features = datasets.Features(
+        {"source_image": datasets.Image(), "target_image": datasets.Image(), "prompt": datasets.Value("string")}
+    )
+    rows = {
+        "source_image": [draw_image(seed) for seed in range(4)],
+        "target_image": [draw_image(100 + seed) for seed in range(4)],
+        "prompt": ["make it blue"] * 4,
+    }
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "pairs" / "train.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    main = runpy.run_path(str(ROOT / "examples" / "train_minimal.py"))["main"]
+    paths = ["--model", tmp_path / "start", "--dataset", tmp_path / "pairs", "--output-dir", tmp_path / "trained"]
+    options = ["--batch-size", 4, "--num-steps", 60, "--learning-rate", 0.01, "--num-warmup-steps", 5]
+    main([str(word) for word in paths + options])
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 4
+    assert losses[-1] < 0.5 * losses[0]
+    trained = EditARPipeline.from_pretrained(tmp_path / "trained")
+    assert trained("make it blue", image=draw_image(0)).images[0].size == (16, 16)
+    with pytest.raises(ValueError, match="`batch_size` is 5; the data set has only 4 pairs"):
+        main([str(word) for word in [*paths, "--batch-size", 5]])
