@@ -13,9 +13,10 @@ demo: .venv/installed-lora  ## edit a photograph with the shipped checkpoint and
 test: .venv/installed-dev  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-quality: .venv/installed-dev  ## check style
+quality: .venv/installed-dev  ## check style, imports and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
 
 # pip matches the number of a platform exactly.
 PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
