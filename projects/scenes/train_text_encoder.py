@@ -408,7 +408,7 @@ class Arguments:
     vocab_size: int = 4000
     hidden_size: int = 256
     num_layers: int = 4
-    num_steps: int = 2500
+    num_steps: int = 4000
     batch_size: int = 64
     learning_rate: float = 2e-3
     seed: int = 0
