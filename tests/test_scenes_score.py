@@ -154,10 +154,10 @@ def test_the_judge_learns_and_its_file_loads(bank, tmp_path):
     torch.testing.assert_close(loaded(crops)[0], judge(crops)[0], rtol=0.05, atol=0.05)
 
 
-def test_passed_examples_show_what_the_tokenizer_makes_of_a_picture(bank):
-    judge, tokenizer = make_judge(bank), build_vq_model()
+def test_passed_examples_show_what_the_vq_model_makes_of_a_picture(bank):
+    judge, vq_model = make_judge(bank), build_vq_model()
     plain = train_judge.Examples(judge, bank, "train", 0, 5, is_degraded=False)
-    passed = train_judge.PassedExamples(judge, bank, "train", 0, 5, is_degraded=False).pass_pictures(tokenizer, 3)
+    passed = train_judge.PassedExamples(judge, bank, "train", 0, 5, is_degraded=False).pass_pictures(vq_model, 3)
     for index in range(5):
         assert torch.equal(plain[index]["nouns"], passed[index]["nouns"])
         assert torch.equal(plain[index]["colors"], passed[index]["colors"])
@@ -165,7 +165,7 @@ def test_passed_examples_show_what_the_tokenizer_makes_of_a_picture(bank):
         assert torch.equal(passed[index]["crops"], passed[index]["crops"])
     example = plain.compose(0)[0]
     with torch.no_grad():
-        reconstruction = tokenizer(train_judge.stack_crops([example.pixels])).reconstruction[0].permute(1, 2, 0)
+        reconstruction = vq_model(train_judge.stack_crops([example.pixels])).reconstruction[0].permute(1, 2, 0)
     kept = torch.from_numpy(passed.kept[0][0].pixels) / 127.5 - 1
     # In bfloat16 a few tokens are others.
     assert torch.corrcoef(torch.stack([kept.flatten(), reconstruction.flatten()]))[0, 1] > 0.8

@@ -9,14 +9,14 @@ The samples are those that `compose.py --split test` writes. An edit of an objec
   object's old and new place are compared one by one;
 * the judge (see `train_judge.py`) sees the asked noun there, or one of its kin, and the asked color; or nothing where
   an object was removed;
-* farther than a token from the mask, the PSNR to the target is at least that of the target passed through the image
-  tokenizer, minus 1 dB.
+* farther than a token from the mask, the PSNR to the target is at least that of the target passed through the VQ
+  model, minus 1 dB.
 
 A global edit counts as done when the result is nearer to the target than to the source and to every other global edit
 of the source. The image of a map counts as done when it is nearer to its target than to the map and to the targets of
 15 other samples.
 
-Beside the settings stand the target passed through the tokenizer (the ceiling), the untouched source, and the model
+Beside the settings stand the target passed through the VQ model (the ceiling), the untouched source, and the model
 given another sample's instruction. `output_dir` holds `scores.json`, `scores.md`, `samples.png`, `failures.png`, and in
 `parts/` the images and scores of each setting and operation: a run that was interrupted goes on after them, and
 `--rescore` scores these images again, with another judge or on another machine, without editing anew.
@@ -154,7 +154,7 @@ def edit_samples(pipeline: EditARPipeline, samples: list[dict], prompts: list[st
     return [np.asarray(image) for image in images]
 
 
-def pass_through_tokenizer(pipeline: EditARPipeline, images: list[np.ndarray], batch_size: int) -> list[np.ndarray]:
+def pass_through_vq_model(pipeline: EditARPipeline, images: list[np.ndarray], batch_size: int) -> list[np.ndarray]:
     passed = []
     for start in range(0, len(images), batch_size):
         batch = [Image.fromarray(image) for image in images[start : start + batch_size]]
@@ -200,7 +200,7 @@ class Scorer:
         return self.network(stack_crops(images).to(self.device))
 
     def score(self, samples: list[dict], images: list[np.ndarray], ceilings: list[np.ndarray]) -> list[dict]:
-        """Score images of samples of one operation; `ceilings` are the targets passed through the tokenizer.
+        """Score images of samples of one operation; `ceilings` are the targets passed through the VQ model.
 
         Returns:
             `list[dict]`: `done` and the marks that it follows from.
@@ -362,7 +362,7 @@ def score_operation(pipeline, scorer: Scorer, operation: str, args: Arguments, f
         if all_samples is None:
             all_samples = load_samples(args.dataset, operation, args.num_samples)
             targets = [sample["target"] for sample in all_samples]
-            ceilings = pass_through_tokenizer(pipeline, targets, args.batch_size)
+            ceilings = pass_through_vq_model(pipeline, targets, args.batch_size)
         samples = all_samples[: count_samples(args, setting)]
         if path.is_file():
             rows = read_part(path, with_images=True)

@@ -3,7 +3,7 @@
     python projects/scenes/train_judge.py --bank bank --features features.safetensors --output judge.safetensors
 
 It is EfficientNet-Lite0 (see `features.py`) with its last stages fine-tuned on crops of composed pairs, which are
-degraded: blurred, compressed, noisy. With `--tokenizer`, half of the crops are of pictures that the image tokenizer of
+degraded: blurred, compressed, noisy. With `--vq_model`, half of the crops are of pictures that the VQ model of
 the editor has encoded and decoded: such are to be judged. Crops of places from which an object was removed, or where
 one will be added, show "nothing".
 
@@ -169,7 +169,7 @@ def stack_crops(crops: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def degrade(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Blur, compress or add noise to a picture, as strongly as a tokenizer may; a fifth of all stay as they are."""
+    """Blur, compress or add noise to a picture, as strongly as a VQ model may; a fifth of all stay as they are."""
     if rng.random() < 0.2:
         return pixels
     image = Image.fromarray(pixels)
@@ -258,20 +258,20 @@ class Examples(Dataset):
 
 
 class PassedExamples(Examples):
-    """The same, once passed through the image tokenizer and kept: crops of what the tokenizer makes of the pictures.
+    """The same, once passed through the VQ model and kept: crops of what the VQ model makes of the pictures.
 
     Crops are slightly shifted, differently each time, unless `is_degraded` is False.
     """
 
     @torch.no_grad()
-    def pass_pictures(self, tokenizer: EditARVQModel, batch_size: int) -> "PassedExamples":
-        """Compose all pairs and pass their pictures through the tokenizer."""
+    def pass_pictures(self, vq_model: EditARVQModel, batch_size: int) -> "PassedExamples":
+        """Compose all pairs and pass their pictures through the VQ model."""
         self.kept = []
         for start in range(0, self.number, batch_size):
             composed = [self.compose(index) for index in range(start, min(start + batch_size, self.number))]
             pixels = stack_crops([example.pixels for examples in composed for example in examples])
-            with torch.autocast(tokenizer.device.type, torch.bfloat16):
-                passed = tokenizer(pixels.to(tokenizer.device)).reconstruction
+            with torch.autocast(vq_model.device.type, torch.bfloat16):
+                passed = vq_model(pixels.to(vq_model.device)).reconstruction
             passed = ((passed.float().permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
             pictures = iter(passed.numpy())
             self.kept += [[replace(example, pixels=next(pictures)) for example in examples] for examples in composed]
@@ -394,10 +394,10 @@ class Arguments:
     features: str = field(metadata={"help": "file that features.py made"})
     output: str = field(metadata={"help": "safetensors file to write"})
     start: str | None = field(default=None, metadata={"help": "judge of an earlier bank to go on from"})
-    crop_size: int = field(default=64, metadata={"help": "pixels a side; 96 is better and slower"})
-    num_pairs: int = field(default=20_000, metadata={"help": "pairs to train on"})
-    tokenizer: str | None = field(default=None, metadata={"help": "VQ model whose pictures are learnt as well"})
-    num_passed: int = field(default=4000, metadata={"help": "pairs that are passed through the tokenizer"})
+    crop_size: int = field(default=96, metadata={"help": "pixels a side; 64 is faster and worse"})
+    num_pairs: int = field(default=40_000, metadata={"help": "pairs to train on"})
+    vq_model: str | None = field(default=None, metadata={"help": "VQ model whose pictures are learnt as well"})
+    num_passed: int = field(default=5000, metadata={"help": "pairs that are passed through the VQ model"})
     num_test: int = field(default=1000, metadata={"help": "pairs of the test split to measure on"})
     batch_size: int = field(default=40, metadata={"help": "pairs; each shows one or two examples"})
     learning_rate: float = 2e-3
@@ -416,11 +416,11 @@ def main():
         start_from_judge(judge, load_judge(args.start))
     judge.to(args.device, memory_format=torch.channels_last)
     train_split = (judge, bank, "train", args.seed)
-    passed = tokenizer = None
-    if args.tokenizer is not None:
-        tokenizer = EditARVQModel.from_pretrained(args.tokenizer, dtype=torch.float32).to(args.device)
+    passed = vq_model = None
+    if args.vq_model is not None:
+        vq_model = EditARVQModel.from_pretrained(args.vq_model, dtype=torch.float32).to(args.device)
         examples = PassedExamples(*train_split, args.num_passed, is_degraded=True)
-        passed = examples.pass_pictures(tokenizer, args.batch_size).load(args.batch_size, shuffle=True)
+        passed = examples.pass_pictures(vq_model, args.batch_size).load(args.batch_size, shuffle=True)
     composed = Examples(*train_split, args.num_pairs, is_degraded=True).load(args.batch_size, args.num_workers)
     train(judge, composed, passed, args.learning_rate)
     judge.eval()
@@ -429,8 +429,8 @@ def main():
     for name, is_degraded in (("plain", False), ("degraded", True)):
         batches = Examples(*test_split, is_degraded).load(args.batch_size, args.num_workers)
         accuracy[name] = measure_accuracy(judge, batches)
-    if tokenizer is not None:
-        examples = PassedExamples(*test_split, is_degraded=False).pass_pictures(tokenizer, args.batch_size)
+    if vq_model is not None:
+        examples = PassedExamples(*test_split, is_degraded=False).pass_pictures(vq_model, args.batch_size)
         accuracy["passed"] = measure_accuracy(judge, examples.load(args.batch_size))
     save_judge(judge, accuracy, Path(args.output))
     print(json.dumps(accuracy, indent=1))
