@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARVQModel
-from editar_hf.hub import check_folder_or_hub_id
+from editar_hf.pipelines.hub import check_folder_or_hub_id
 from editar_hf.training.data import pack_states
 from editar_hf.training.rows import BadRowCount, RowReader, UnusableRow
 from editar_hf.training.sources import MADE_FROM_KEY, DataSource, list_files, load_recipe, open_source

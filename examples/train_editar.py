@@ -28,7 +28,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import HfArgumentParser, get_scheduler, set_seed
 
 from editar_hf import EditARPipeline
-from editar_hf.hub import check_folder_or_hub_id
+from editar_hf.pipelines.hub import check_folder_or_hub_id
 from editar_hf.training.batch import encode_image_tokens
 from editar_hf.training.card import compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint

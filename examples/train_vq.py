@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
 from editar_hf import EditARVQConfig, EditARVQModel
-from editar_hf.hub import check_folder_or_hub_id
+from editar_hf.pipelines.hub import check_folder_or_hub_id
 from editar_hf.training.card import PICTURE_FILE, compose_tokenizer_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.logs import print_banner, print_epochs

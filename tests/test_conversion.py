@@ -465,7 +465,7 @@ PUSH = """
 import sys
 from huggingface_hub import create_repo, upload_file
 from editar_hf.commands import main
-from editar_hf.hub import upload_folder
+from editar_hf.pipelines.hub import upload_folder
 create_repo("tester/mine")
 upload_file(path_or_fileobj=b"my card", path_in_repo="README.md", repo_id="tester/mine")
 assert main(["convert", *sys.argv[2:], "--output-dir", sys.argv[1]]) == 0

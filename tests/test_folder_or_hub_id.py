@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from editar_hf.hub import check_folder_or_hub_id
+from editar_hf.pipelines.hub import check_folder_or_hub_id
 
 
 @pytest.fixture(autouse=True)

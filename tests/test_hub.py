@@ -12,7 +12,7 @@ from hub_server import TOKEN, HubServer
 from processes import run_python
 from tiny import build_pipeline
 
-from editar_hf.model_card import compose_pipeline_card
+from editar_hf.pipelines.hub import make_card
 
 
 REPO, PRIVATE_REPO, BARE_REPO = "tester/tiny-editor", "tester/private-editor", "tester/bare"
@@ -173,7 +173,7 @@ def test_private_repository_needs_the_token(story):
 
 def test_card_names_the_repository_and_its_snippet_runs_as_pasted(story):
     card = story["hub"].read_files(REPO)["README.md"].decode()
-    assert card == compose_pipeline_card(REPO)
+    assert card == make_card("base", REPO)
     assert f'EditARPipeline.from_pretrained("{REPO}")' in read_snippet(card)
     assert story["loaded"]["edited"]
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import NUM_CODES, NUM_TEXT_TOKENS, STRIDE, TEXT_HIDDEN_SIZE, build_pipeline
 
 from editar_hf import EditARPipeline
-from editar_hf.model_card import compose_pipeline_card
+from editar_hf.pipelines.hub import make_card
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -404,7 +404,7 @@ def test_variant_is_loaded_where_there_is_one(pipe, folder):
 
 def test_card_is_written_once_and_kept_afterwards(pipe, folder):
     card = folder / "README.md"
-    assert card.read_text() == compose_pipeline_card("tiny-editor")
+    assert card.read_text() == make_card("base", "tiny-editor")
     card.write_text("what the user says")
     pipe.save_pretrained(folder)
     assert card.read_text() == "what the user says"

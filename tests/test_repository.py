@@ -244,7 +244,7 @@ def test_commands_and_files_named_on_a_page_exist(page):
     assert set(re.findall(r"(?:^|[`\s/])editar-hf ([a-z-]+)", code)) <= known
     extras = set(read_requirements())
     assert {extra for named in re.findall(r"\.\[([a-z,]+)\]", code) for extra in named.split(",")} <= extras
-    paths = re.findall(r"(?<![\w/.])(?:examples|tests|src|benchmarks|projects|model_cards|\.ci)/[\w./-]*\w", text)
+    paths = re.findall(r"(?<![\w/.])(?:examples|tests|src|benchmarks|projects|\.ci)/[\w./-]*\w", text)
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 

@@ -64,7 +64,7 @@ print(json.dumps(seen))
 """
 FAIL = """
 import sys
-from editar_hf.hub import try_to_upload_folder
+from editar_hf.pipelines.hub import try_to_upload_folder
 print(try_to_upload_folder(sys.argv[1], "tester/editor"))
 """
 

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
 from editar_hf.data_files import load_files
-from editar_hf.model_card import CARD_FILE
+from editar_hf.pipelines.hub import CARD_FILE
 from editar_hf.pipelines.lora import CONFIG_FILE, WEIGHTS_FILE
 from editar_hf.training.validation import build_contact_sheet
 

@@ -19,13 +19,11 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedConfig, T5Config, T5EncoderModel, T5Tokenizer
 
 from .configuration_editar import EditARConfig, EditARVQConfig
-from .hub import check_folder_or_hub_id
 from .image_processing_editar import EditARImageProcessor
 from .io import atomic_path
-from .model_card import compose_snippet
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
-from .pipelines.loading import describe_key_problems, list_keys
+from .pipelines.hub import check_folder_or_hub_id, describe_key_problems, list_keys, make_card
 from .pipelines.pipeline_editar import EditARPipeline
 from .processing_editar import EditARProcessor
 
@@ -38,34 +36,6 @@ PUBLISHED_TRANSFORMER = {
 }
 PUBLISHED_VQ_MODEL = {"repo_id": "peizesun/llamagen_t2i", "filename": "vq_ds16_t2i.pt"}
 PUBLISHED_TEXT_ENCODER = "google/flan-t5-xl"
-CARD = """\
----
-{license_line}library_name: editar-hf
-pipeline_tag: image-to-image
-tags: [editar, image-editing]
----
-
-# EditAR
-
-{introduction}
-
-{snippet}
-
-## Sources
-
-{sources}
-
-## Self-check
-
-A public-domain photograph through the tokenizer, and the likelihood of its own tokens (`editar-hf check`).
-
-{self_check}
-
-## Licence
-
-{license_text}
-"""
-
 INTRODUCTION = """\
 Edits images by instruction, one token after the other. These are published weights of EditAR
 ([arXiv 2501.04699](https://arxiv.org/abs/2501.04699)), its VQ tokenizer
@@ -513,20 +483,10 @@ def compose_card(
         license (`str`, *optional*): Identifier of the weights' licence; without it the card names none.
         is_start (`bool`): Whether the decoder is LlamaGen's and training has yet to begin.
     """
-    license_text = (
-        "Whoever converted these weights stated no licence. The terms of the original files apply: find them with "
-        "their authors before use."
-        if license is None
-        else f"`{license}`, as stated by whoever converted these weights."
-    )
-    return CARD.format(
-        license_line="" if license is None else f"license: {license}\n",
-        introduction=START_INTRODUCTION.format(new_parts=describe_new_parts()) if is_start else INTRODUCTION,
-        snippet=compose_snippet(name),
-        sources="\n".join(f"* {part}: {source}" for part, source in sources.items()),
-        self_check=self_check,
-        license_text=license_text,
-    )
+    introduction = START_INTRODUCTION.format(new_parts=describe_new_parts()) if is_start else INTRODUCTION
+    listed = "\n".join(f"* {part}: {source}" for part, source in sources.items())
+    facts = {"description": introduction, "sources": listed, "self_check": self_check}
+    return make_card("converted", name, license=license, **facts)
 
 
 def check_output_dir(output_dir: Path):

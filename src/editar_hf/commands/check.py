@@ -13,7 +13,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the figures; exit status 1 where one is not that of a trained pipeline."""
-    from ..hub import check_folder_or_hub_id
+    from ..pipelines.hub import check_folder_or_hub_id
     from ..pipelines.pipeline_editar import EditARPipeline
     from ..self_check import check_pipeline
 

@@ -73,7 +73,7 @@ def convert(args: argparse.Namespace) -> int:
     import torch
 
     from .. import conversion
-    from ..hub import upload_folder
+    from ..pipelines.hub import upload_folder
     from ..self_check import check_pipeline
 
     output_dir = Path(args.output_dir)

@@ -234,7 +234,7 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuse options that no job could run with."""
     import torch
 
-    from ..hub import check_folder_or_hub_id
+    from ..pipelines.hub import check_folder_or_hub_id
 
     limits = (("--quality", args.quality, 100), ("--num-images", args.num_images_per_prompt, 1000))
     for option, value, highest in limits:

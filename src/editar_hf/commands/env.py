@@ -67,7 +67,7 @@ def describe_dtype() -> str:
     """Say in which dtype a pipeline whose weights are stored in bfloat16 is loaded here, and why."""
     import torch
 
-    from ..pipelines.loading import choose_dtype
+    from ..pipelines.hub import choose_dtype
 
     dtype, reason = choose_dtype([torch.bfloat16])
     return f"{str(dtype or torch.bfloat16).removeprefix('torch.')} for weights stored in bfloat16; {reason}"

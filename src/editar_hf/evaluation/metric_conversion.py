@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..conversion import check_output_dir, is_weights, open_checkpoint
 from ..io import atomic_path
-from ..pipelines.loading import describe_key_problems
+from ..pipelines.hub import describe_key_problems
 from .metric_models import COMPARED_LAYERS, FIDInceptionConfig, FIDInceptionModel, LPIPSConfig, LPIPSModel
 
 

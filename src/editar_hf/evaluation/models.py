@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
-from ..hub import check_folder_or_hub_id
+from ..pipelines.hub import check_folder_or_hub_id
 from . import scorers
 from .protocols import Protocol
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..hub import check_folder_or_hub_id
+from ..pipelines.hub import check_folder_or_hub_id
 from .image_metrics import (
     check_mask,
     check_pair,

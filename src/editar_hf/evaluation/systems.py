@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from PIL import Image
 
-from ..hub import check_folder_or_hub_id
+from ..pipelines.hub import check_folder_or_hub_id
 from .image_metrics import quantize_pixels
 from .models import find_revision
 from .processes import get_process

@@ -1,6 +1,1 @@
-"""The pipeline that users call: `EditARPipeline`."""
-
-from .pipeline_editar import EditARPipeline, EditARPipelineOutput
-
-
-__all__ = ["EditARPipeline", "EditARPipelineOutput"]
+"""The pipeline that users call: `EditARPipeline`, and its parts."""

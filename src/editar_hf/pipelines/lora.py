@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..checks import check_number, check_path
-from ..hub import check_folder_or_hub_id
 from ..io import atomic_path
-from .loading import describe_key_problems, read_header, read_json_object
+from .hub import check_folder_or_hub_id, describe_key_problems, read_header, read_json_object
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -2,7 +2,7 @@
 
 The pipeline joins the parts: processor, text encoder, VQ tokenizer, decoder. What is decoded, and how, is
 `EditARForConditionalGeneration.generate`'s business; how a folder of parts is saved, loaded and shared stands in
-`pipelines/sharing.py`, adapters in `pipelines/lora.py`, pictures and masks in `pipelines/edit_region.py`.
+`pipelines/hub.py`, adapters in `pipelines/lora.py`, pictures and masks in `pipelines/edit_region.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import StoppingCriteriaList, T5EncoderModel
@@ -27,6 +26,7 @@ from ..modeling_editar_vq import EditARVQModel
 from ..processing_editar import EditARProcessor, check_task
 from .callbacks import RowPreview, StepReporter
 from .edit_region import EditARSourcesMixin
+from .hub import EditARHubMixin
 from .inputs import (
     MAX_NUM_IMAGES,
     SourceArguments,
@@ -42,7 +42,6 @@ from .inputs import (
     warn_of_no_effect,
 )
 from .lora import EditARLoraMixin
-from .sharing import EditARSharingMixin
 
 
 @dataclass
@@ -62,7 +61,7 @@ class EditARPipelineOutput(BaseOutput):
     num_passes: int
 
 
-class EditARPipeline(EditARLoraMixin, EditARSharingMixin, EditARSourcesMixin, DiffusionPipeline):
+class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
     """Edit images by instruction, or make them from text or from condition maps.
 
     Args:

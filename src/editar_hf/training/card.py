@@ -4,34 +4,12 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
-
-from huggingface_hub import ModelCard
 
 from ..configuration_editar import EditARVQConfig
-from ..model_card import compose_adapter_card, compose_pipeline_card, compose_tokenizer_card
+from ..pipelines.hub import make_card
 
 
 PACKAGES = ("editar-hf", "torch", "transformers", "diffusers", "accelerate", "datasets")
-TRAINING_SECTION = """\
-## Training
-
-{training} The command:
-
-```
-{command}
-```
-
-With {versions}.
-
-## Figures
-
-{figures}
-
-## Licence
-
-{license}
-"""
 TRAINING = """\
 Trained from `{base_model}` on `{dataset}`{num_pairs}, for {num_steps:,} steps of {num_samples_per_step:,} \
 pairs. The VQ tokenizer stayed as it was{frozen}."""
@@ -45,10 +23,6 @@ On {num_pictures:,} pictures held out: PSNR {psnr:.2f} dB; {code_usage:.1%} of t
 {perplexity:,.0f}. Some of them, and below each what comes back from its tokens:
 
 ![pictures, and what comes back](validation.png)"""
-NO_FIGURES = "Not stated yet: no pairs were held out. Whoever trained these weights can say here how well they do."
-NO_LICENSE = (
-    "Not stated yet. Whoever trained these weights can say here under which terms they, and the data, may be used."
-)
 
 
 def compose_training_card(
@@ -87,10 +61,11 @@ def compose_training_card(
         num_samples_per_step=num_samples_per_step,
         frozen="; the text encoder was trained along" if trained_text_encoder else ", and so did the text encoder",
     )
-    figures = NO_FIGURES if validation_loss is None else compose_figures(validation_loss)
-    section = compose_training_section(training, command, figures, license)
-    card = compose_adapter_card(name, base_model, section) if is_adapter else compose_pipeline_card(name, section)
-    return fill_header(card, dataset, base_model, license)
+    figures = None
+    if validation_loss is not None:
+        figures = f"{FIGURES.format(validation_loss=validation_loss)}\n\n![source, edited, target]({PICTURE_FILE})"
+    sections = {"training": training + describe_command(command), "figures": figures}
+    return make_card("adapter" if is_adapter else "base", name, dataset, base_model, license, **sections)
 
 
 def compose_tokenizer_training_card(
@@ -132,38 +107,12 @@ def compose_tokenizer_training_card(
         resolution=resolution,
     )
     figures = TOKENIZER_FIGURES.format(num_pictures=num_held_out, **figures)
-    section = compose_training_section(training, command, figures, license)
-    card = compose_tokenizer_card(name, config.stride, config.num_embeddings, resolution, section)
-    return fill_header(card, dataset, base_model, license)
+    sizes = {"stride": config.stride, "num_codes": config.num_embeddings, "resolution": resolution}
+    sections = {"training": training + describe_command(command), "figures": figures, **sizes}
+    return make_card("tokenizer", name, dataset, base_model, license, **sections)
 
 
-def compose_training_section(training: str, command: Sequence[str], figures: str, license: str | None) -> str:
-    versions = [f"{package} {version(package)}" for package in PACKAGES]
-    return TRAINING_SECTION.format(
-        training=training,
-        command=shlex.join(command),
-        versions=f"Python {platform.python_version()}, {', '.join(versions)}",
-        figures=figures,
-        license=NO_LICENSE if license is None else f"`{license}`.",
-    )
-
-
-def fill_header(card: str, dataset: str, base_model: str | None, license: str | None) -> str:
-    """Name data, base model and licence in a card's header; the Hub refuses ids that are folders of some machine."""
-    card = ModelCard(card)
-    if is_hub_id(dataset):
-        card.data.datasets = [dataset]
-    if base_model is not None and is_hub_id(base_model):
-        card.data.base_model = base_model
-    if license is not None:
-        card.data.license = license
-    return str(card)
-
-
-def compose_figures(validation_loss: float) -> str:
-    return f"{FIGURES.format(validation_loss=validation_loss)}\n\n![source, edited, target]({PICTURE_FILE})"
-
-
-def is_hub_id(path: str) -> bool:
-    """Tell an id such as `user/name` from a folder or a pattern of files."""
-    return not Path(path).exists() and not any(sign in path for sign in "*?[") and path.count("/") <= 1
+def describe_command(command: Sequence[str]) -> str:
+    """Quote a command, and name the versions of the packages that ran it."""
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    return f" The command:\n\n```\n{shlex.join(command)}\n```\n\nWith Python {platform.python_version()}, {versions}."

@@ -4,8 +4,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..hub import create_repository, try_to_upload_folder
-from ..model_card import CARD_FILE
+from ..pipelines.hub import CARD_FILE, create_repository, try_to_upload_folder
 from .card import PICTURE_FILE
 
 

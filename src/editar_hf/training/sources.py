@@ -19,7 +19,7 @@ from datasets.data_files import FILES_TO_IGNORE
 
 from ..checks import check_flag, check_number, check_texts
 from ..data_files import load_files, name_split
-from ..hub import check_folder_or_hub_id
+from ..pipelines.hub import check_folder_or_hub_id
 from ..processing_editar import TASK_PREFIXES
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ...condition_maps import make_canny_map
 from ...data_files import load_files
-from ...hub import check_folder_or_hub_id
+from ...pipelines.hub import check_folder_or_hub_id
 from ..processes import show_progress
 from ..samples import Sample, crop_labels, crop_picture
 from .sources import check_entry

@@ -1,0 +1,582 @@
+"""Load, save and share pipelines: folders, the Hub, model cards.
+
+diffusers downloads no component whose class is neither its own nor transformers', and transformers fills missing
+weights with random ones. This module does both checks before any weight is read, from file names and tensor headers.
+"""
+
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    constants,
+    create_repo,
+    file_exists,
+    get_cached_repo_tree,
+    hf_hub_download,
+    repo_exists,
+    repo_info,
+    snapshot_download,
+)
+from huggingface_hub import upload_folder as upload_to_hub
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+
+from ..checks import check_integer, check_path, check_texts
+
+
+logger = logging.get_logger(__name__)
+
+CARD_FILE = "README.md"
+CARD_TAGS = {"adapter": ["image-editing", "lora"], "tokenizer": ["vq-tokenizer"]}
+INDEX_FILE = "model_index.json"
+# Files that a component has beside its weights: configurations, tokenizers, chat templates.
+SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+WEIGHTS_SUFFIX = ".safetensors"
+# A configuration with more layers is damaged: building its network would not end.
+MAX_NUM_LAYERS = 1000
+# The CPU instructions, as `torch.cpu.get_capabilities()` names them, that compute in a dtype. Without them, torch
+# computes in a slow loop (pytorch#146508).
+CPU_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+# While it loads, transformers switches the initialisation of weights off for the whole process. Two loads at once
+# would leave each other's weights random.
+LOADING = threading.Lock()
+
+
+# Model cards
+
+
+def make_card(
+    template: str,
+    name: str,
+    dataset: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    **sections,
+) -> str:
+    """Make a model card from a template of this package, `editar_hf/model_cards/`.
+
+    A section that is left out says that it is not stated yet, and what its author can write there.
+
+    Args:
+        template (`str`): `"base"` (a pipeline), `"adapter"`, `"tokenizer"` (a VQ model) or `"converted"`.
+        name (`str`): The Hub id or folder that the card's snippet loads.
+        dataset, base_model (`str`, *optional*): What it was trained on and from. The header names Hub ids only.
+        license (`str`, *optional*): Identifier of the licence.
+        sections: Texts and numbers for the template.
+    """
+
+    def keep_hub_id(value: str | None) -> str | None:
+        is_local = value is None or Path(value).exists() or any(sign in value for sign in "*?[")
+        return None if is_local or value.count("/") > 1 else value
+
+    dataset_id = keep_hub_id(dataset)
+    data = ModelCardData(
+        library_name="editar-hf",
+        pipeline_tag="image-to-image",
+        tags=["editar", *CARD_TAGS.get(template, ["image-editing"])],
+        datasets=dataset_id and [dataset_id],
+        base_model=keep_hub_id(base_model),
+        license=license,
+    )
+    path = str(files("editar_hf") / "model_cards" / f"{template}.md")
+    title = name.rpartition("/")[2]
+    facts = {"name": name, "title": title, "base_model": base_model, "license": license, **sections}
+    return str(ModelCard.from_template(data, template_path=path, **facts))
+
+
+# Names of folders and repositories
+
+
+def check_folder_or_hub_id(value: str | os.PathLike, argument: str, repo_type: str = "model"):
+    """Refuse the name of a missing folder or file, before the Hub is asked for it.
+
+    A name such as `examples/my-model` could be a folder or a Hub id. It counts as a Hub id unless there is a folder
+    `examples` here, and neither the local cache nor the Hub knows the id.
+
+    Args:
+        value (`str` or `os.PathLike`): The name.
+        argument (`str`): The name of the user's argument, for the message.
+        repo_type (`str`): `"model"` or `"dataset"`.
+
+    Raises:
+        TypeError: If it is neither a string nor a path.
+        ValueError: If there is no such folder or file, and it is no Hub id either.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"`{argument}` is {value!r:.80}; pass a folder or a Hub id, as a string or a path.")
+    name = os.fspath(value)
+    if os.path.exists(name) or (isinstance(value, str) and is_hub_id(name, repo_type)):
+        return
+    raise ValueError(
+        f"`{argument}` is {name!r}: there is no such folder or file, and it is not a Hub id (`owner/name`). Check the "
+        f"path; relative ones start in {os.getcwd()}."
+    )
+
+
+def is_hub_id(name: str, repo_type: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    owner, slash, _ = name.partition("/")
+    if not (slash and os.path.isdir(owner)):
+        return True
+    if Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type)).is_dir():
+        return True
+    try:
+        return repo_exists(name, repo_type=repo_type)
+    except Exception:  # whatever keeps the Hub out of reach
+        return False
+
+
+# Uploads
+
+
+def create_repository(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Create a model repository on the Hub if it does not exist, and return its full id.
+
+    Args:
+        repo_id (`str`): Its id.
+        private (`bool`, *optional*): Whether only its owner sees it. `None` leaves that to the Hub: a new repository
+            is public, unless its organisation makes them private by default; an existing one stays as it is.
+        token (`str` or `bool`, *optional*): See `huggingface_hub.create_repo`.
+
+    Raises:
+        ValueError: If `private` is True, but the repository exists and is public.
+    """
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    # Of a repository that exists, `create_repo` changes nothing.
+    if private and not repo_info(repo_id, token=token).private:
+        raise ValueError(
+            f"The repository {repo_id} is to be private, but it exists and is public. Name another one, make it "
+            "private in its settings on the Hub, or upload to a public one (`private=False`; in training "
+            "`--no_hub_private_repo`)."
+        )
+    return repo_id
+
+
+def upload_folder(
+    folder: str | Path,
+    repo_id: str,
+    previous_card: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **options,
+) -> str:
+    """Upload a folder to the Hub without overwriting a hand-written model card.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        repo_id (`str`): The repository; it is created if it does not exist.
+        previous_card (`str`, *optional*): The card of an earlier upload, which the new one may replace.
+        private (`bool`, *optional*): See `create_repository`.
+        token (`str` or `bool`, *optional*): See `huggingface_hub.create_repo`.
+        options: Further arguments of `huggingface_hub.upload_folder`.
+
+    Returns:
+        The address of the commit.
+    """
+    create_repository(repo_id, private, token)
+    ignored = None
+    if file_exists(repo_id, CARD_FILE, token=token):
+        card = Path(hf_hub_download(repo_id, CARD_FILE, token=token)).read_text(encoding="utf-8")
+        ignored = [CARD_FILE] if card != previous_card else None
+    if ignored:
+        logger.warning(f"{repo_id} keeps the model card it has; {Path(folder) / CARD_FILE} was not uploaded.")
+    commit = upload_to_hub(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored, token=token, **options)
+    return commit.commit_url
+
+
+def try_to_upload_folder(
+    folder: str | Path, repo_id: str, previous_card: str | None = None, private: bool | None = None
+) -> str | None:
+    """Upload a folder as `upload_folder` does; if that fails, log how to repeat it and return None.
+
+    A failed upload must not end a training run.
+    """
+    try:
+        return upload_folder(folder, repo_id, previous_card, private)
+    except Exception as error:  # such as the network, the Hub, or a token that has expired
+        logger.error(
+            f"The upload to {repo_id} failed: {error}\nNothing is lost: {folder} holds all of it. To try again:\n"
+            f"    hf upload {repo_id} {folder}{' --private' if private else ''}"
+        )
+        return None
+
+
+# Checks before weights are read
+
+
+def choose_dtype(stored: Iterable[torch.dtype]) -> tuple[torch.dtype | None, str]:
+    """Choose the dtype of a pipeline that is loaded without `dtype`.
+
+    Args:
+        stored (iterable of `torch.dtype`): The dtypes of its weight files.
+
+    Returns:
+        The dtype, or None if each component keeps that of its files, and the reason as a sentence.
+    """
+    half = [dtype for dtype in CPU_INSTRUCTIONS if dtype in set(stored)]
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in half)
+    if not half:
+        return None, "as stored"
+    if torch.accelerator.is_available():
+        return None, f"as stored: the {torch.accelerator.current_accelerator().type} device computes in {names}"
+    capabilities = torch.cpu.get_capabilities()
+    if all(any(capabilities.get(name) for name in CPU_INSTRUCTIONS[dtype]) for dtype in half):
+        return None, f"as stored: this CPU has instructions for {names}"
+    return torch.float32, f"this CPU has no instructions for {names}, in which the weights are stored"
+
+
+def read_json_object(path: Path) -> dict:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: If it holds something else, or no JSON; the message names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{path}` is no JSON: {error}. Save or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` holds a {type(content).__name__}, not an object. Save or download it again.")
+    return content
+
+
+def select_weight_files(filenames: Iterable[str], variant: str | None) -> set[str]:
+    """Select the safetensors files to load; a component without files of `variant` gives its plain ones.
+
+    Raises:
+        ValueError: If no component has files of `variant`.
+    """
+    filenames = {name for name in filenames if name.endswith(WEIGHTS_SUFFIX)}
+    return set(variant_compatible_siblings(filenames, variant)[0])
+
+
+def check_variant(variant: str | None):
+    """Refuse what cannot be part of a file name."""
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w.-]{1,80}", variant)):
+        raise ValueError(f"`variant` is {variant!r:.80}; pass a part of files' names, such as 'fp16'.")
+
+
+def check_pipeline_folder(
+    folder: Path, components: dict[str, type], variant: str | None
+) -> tuple[set[torch.dtype], dict[str, object]]:
+    """Refuse a folder that is no pipeline, or whose weights do not fit the networks it describes.
+
+    Args:
+        folder (`Path`): The folder to be loaded.
+        components (`dict[str, type]`): The class of each component to be loaded from it.
+        variant (`str`, *optional*): Which weight files will be loaded.
+
+    Returns:
+        The dtypes of the weights, and the components without weights, loaded.
+
+    Raises:
+        ValueError: If `model_index.json` is absent or lacks a component, a JSON file holds no object, or keys of a
+            component's weights are missing, unexpected or wrongly shaped; the message lists them.
+    """
+    if folder.is_file():
+        raise ValueError(
+            f"`{folder}` is a file; give a pipeline folder. `editar-hf convert` makes one of published EditAR files."
+        )
+    if not (folder / INDEX_FILE).is_file():
+        raise ValueError(f"`{folder}` has no `{INDEX_FILE}`; give a folder that `save_pretrained` of a pipeline wrote.")
+    index = read_json_object(folder / INDEX_FILE)
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"`{folder / INDEX_FILE}` names no pipeline under `_class_name`. Save or download it again.")
+    if absent := [name for name in components if name not in index]:
+        raise ValueError(f"`{folder}` is no EditAR pipeline: its `{INDEX_FILE}` lacks {', '.join(absent)}.")
+    weight_files = select_weight_files((path.relative_to(folder).as_posix() for path in folder.glob("*/*")), variant)
+    dtypes, loaded = set(), {}
+    for name, component_class in components.items():
+        library, entry = component_class.__module__.partition(".")[0], index[name]
+        is_pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
+        is_right = is_pair and entry[0].partition(".")[0] == library and entry[1] == component_class.__name__
+        if not is_right and entry != [None, None]:
+            raise ValueError(
+                f"`{folder / INDEX_FILE}` says {entry!r} for {name}; an EditAR pipeline has a "
+                f"{component_class.__name__}."
+            )
+        for path in sorted((folder / name).glob("*.json")):
+            read_json_object(path)
+        if is_right and issubclass(component_class, PreTrainedModel):
+            paths = [folder / file for file in sorted(weight_files) if file.startswith(f"{name}/")]
+            dtypes |= check_weights(folder / name, component_class, paths)
+        elif is_right:
+            # To take a name from the package registers our classes with the Auto classes, which load a processor's
+            # parts.
+            loaded[name] = load_small(folder / name, getattr(import_module("editar_hf"), component_class.__name__))
+    return dtypes, loaded
+
+
+def load_small(folder: Path, loaded_class: type):
+    """Load a part without weights, and raise a `ValueError` for whatever error its library raises."""
+    try:
+        return loaded_class.from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(f"`{folder}` holds no {loaded_class.__name__} that loads: {error}") from error
+
+
+def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: list[Path]) -> set[torch.dtype]:
+    """Refuse weight files whose keys and shapes are not those of the network that the folder's configuration describes.
+
+    Returns:
+        The dtypes of the weights.
+
+    Raises:
+        ValueError: With a list of the wrong keys.
+    """
+    try:
+        config = model_class.config_class.from_pretrained(folder)
+        if "quantization_config" in config.to_dict():
+            return set()  # Quantised weights have other names and shapes, which their library checks.
+        check_config(config)
+        with torch.device("meta"):
+            model = model_class(config)
+    # A damaged configuration makes networks raise errors of any kind.
+    except Exception as error:
+        raise ValueError(f"`{folder / CONFIG_NAME}` describes no {model_class.__name__}: {error}") from error
+    if (folder / GENERATION_CONFIG_NAME).is_file() and hasattr(model_class, "generation_config_class"):
+        load_small(folder, model_class.generation_config_class)
+    # Of tied weights, a file holds one, under either name.
+    tied = model.all_tied_weights_keys
+    expected = {tied.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name: entry for path in paths for name, entry in read_header(path).items()}
+    found = {tied.get(name, name): shape for name, (shape, _) in stored.items()}
+    if problems := describe_key_problems(found, expected):
+        raise ValueError(
+            f"The weights in `{folder}` do not fit its configuration: {problems}. Save or download it again."
+        )
+    return {dtype for _, dtype in stored.values() if dtype.is_floating_point}
+
+
+def check_config(config: PreTrainedConfig):
+    """Refuse a configuration whose network would take forever to build."""
+    for name, kind in (("dtype", torch.dtype | None), ("model_type", str)):
+        if not isinstance(value := getattr(config, name), kind):
+            raise ValueError(f"`{name}` is {value!r}")
+    for name, value in config.to_dict().items():
+        if name.endswith(("layers", "blocks")) and isinstance(value, int) and value > MAX_NUM_LAYERS:
+            raise ValueError(f"`{name}` is {value}, more than {MAX_NUM_LAYERS}")
+
+
+def describe_key_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """List what is missing, unexpected and wrongly shaped among named shapes; return "" if nothing is."""
+    wrong_shapes = [
+        f"{name} {tuple(found[name])} instead of {tuple(expected[name])}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
+    problems = (
+        list_keys("missing", expected.keys() - found.keys()),
+        list_keys("unexpected", found.keys() - expected.keys()),
+        list_keys("wrongly shaped", wrong_shapes),
+    )
+    return "; ".join(filter(None, problems))
+
+
+def list_keys(kind: str, keys: Iterable[str]) -> str:
+    """List keys after what is wrong with them, such as "2 missing (a, b)"; return "" if there are none."""
+    keys = sorted(keys)
+    return f"{len(keys)} {kind} ({', '.join(keys)})" if keys else ""
+
+
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Read names, shapes and dtypes of the tensors in a safetensors file, without the tensors."""
+    try:
+        with safe_open(path, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {
+                name: (tuple(part.get_shape()), str_to_torch_dtype[part.get_dtype()]) for name, part in slices.items()
+            }
+    except (SafetensorError, OSError, KeyError) as error:  # A dtype that transformers does not know is a `KeyError`.
+        raise ValueError(f"`{path}` is not a safetensors checkpoint: {error}. Save or download it again.") from error
+
+
+# The pipeline's own methods
+
+
+class EditARHubMixin(DiffusionPipeline):
+    """Load, save and push a pipeline: what `EditARPipeline` does differently from diffusers' pipelines."""
+
+    def register_to_config(self, **kwargs):
+        """Record our components under the name of the package; the modules they sit in may move."""
+        package = __name__.partition(".")[0]
+        for name, value in kwargs.items():
+            if isinstance(value, tuple) and str(value[0]).startswith(f"{package}."):
+                kwargs[name] = (package, value[1])
+        super().register_to_config(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Self:
+        """Load a pipeline from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): A folder that `save_pretrained` wrote, or a Hub id.
+            dtype (`torch.dtype`, `dict` or `"auto"`, *optional*): One dtype, one per component, or `"auto"` for that of
+                the files. *Defaults to* that of the files if the device computes in it (GPUs, and CPUs with
+                instructions for it), and to float32 otherwise. The log says which.
+            attn_implementation (`str`, *optional*): The decoder's attention: `"eager"`, `"sdpa"`, ….
+            kwargs: Arguments of `DiffusionPipeline.from_pretrained`: `variant`, `revision`, `token`, `cache_dir`,
+                `local_files_only`, `device_map`, `quantization_config`, or components to be used in place of the stored
+                ones.
+
+        Raises:
+            ValueError: If there is no pipeline, a component's weights have missing, unexpected or wrongly shaped keys,
+                or `dtype` is unknown, before any weight is read; or if `attn_implementation` is unknown.
+            OSError: If it is no folder, and the Hub does not have it.
+        """
+        name = str(pretrained_model_name_or_path)
+        check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        if not (dtype is None or isinstance(dtype, torch.dtype | dict) or (isinstance(dtype, str) and dtype == "auto")):
+            raise ValueError(f"`dtype` is {dtype!r}; pass a dtype such as `torch.bfloat16`, a dict of them, or 'auto'.")
+        attn_implementation, variant = kwargs.pop("attn_implementation", None), kwargs.get("variant")
+        if attn_implementation is not None:
+            check_texts("attn_implementation", [attn_implementation])
+        check_variant(variant)
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.exists():
+            try:
+                folder = Path(cls.download(name, **kwargs))
+            except LocalEntryNotFoundError as error:  # whose message does not name the pipeline
+                raise FileNotFoundError(
+                    f"`{name}` is no folder here, and neither the cache nor the Hub gives it: {error}"
+                ) from error
+        components = {part: kind for part, (kind,) in cls._get_signature_types().items() if part not in kwargs}
+        stored, loaded = check_pipeline_folder(folder, components, variant)
+        kwargs |= loaded
+        if dtype is None and "quantization_config" not in kwargs:
+            dtype, reason = choose_dtype(stored)
+            names = dtype or " and ".join(sorted(map(str, stored)))
+            log = logger.info if dtype is None else logger.warning
+            log(f"Loading in {names}: {reason}. Pass `dtype` to choose another, or 'auto' for that of the files.")
+        with LOADING:
+            pipeline = super().from_pretrained(str(folder), dtype=None if dtype == "auto" else dtype, **kwargs)
+        if attn_implementation is not None:
+            pipeline.transformer.set_attn_implementation(attn_implementation)
+        pipeline.register_to_config(_name_or_path=name)
+        return pipeline
+
+    @classmethod
+    def download(
+        cls,
+        pretrained_model_name: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **kwargs,
+    ) -> str:
+        """Download the files of a Hub repository that the pipeline needs, and return the cached folder.
+
+        diffusers' own `download` refuses components that are neither its own nor transformers', and leaves out
+        `transformer/generation_config.json`.
+
+        Args:
+            pretrained_model_name (`str`): The Hub id.
+            revision, cache_dir, token, force_download, local_files_only (*optional*): See `snapshot_download`.
+            variant (`str`, *optional*): Which weight files to prefer.
+            kwargs: Further arguments of `from_pretrained`; files of a component among them are not downloaded.
+
+        Raises:
+            ValueError: If the repository holds no pipeline, or nothing of `variant`.
+        """
+        where = {"repo_id": pretrained_model_name, "revision": revision, "cache_dir": cache_dir}
+        how = {"token": token, "force_download": force_download, "local_files_only": local_files_only}
+        # The first call also caches the list of all files, for later calls without a connection.
+        snapshot_download(**where, **how, allow_patterns=[INDEX_FILE])
+        filenames = {file.path for file in get_cached_repo_tree(**where)}
+        if INDEX_FILE not in filenames:
+            raise ValueError(f"The repository has no `{INDEX_FILE}`; give the id of a pipeline.")
+        folders = tuple(f"{part}/" for part in cls._get_signature_keys(cls)[0] if part not in kwargs)
+        filenames = {name for name in filenames if name.startswith(folders)}
+        needed = {name for name in filenames if name.endswith(SIDE_FILE_SUFFIXES)}
+        needed |= {INDEX_FILE} | select_weight_files(filenames, variant)
+        return snapshot_download(**where, **how, allow_patterns=sorted(needed))
+
+    def save_pretrained(
+        self, save_directory: str | Path, variant: str | None = None, max_shard_size: int | str | None = None
+    ):
+        """Write the pipeline as a folder, and a model card if the folder has none.
+
+        Args:
+            save_directory (`str` or `Path`): The folder; made if it does not exist.
+            variant (`str`, *optional*): Marks the weight files, as in `model.fp16.safetensors`.
+            max_shard_size (`int` or `str`, *optional*): Largest weight file, in bytes or as in `"5GB"`.
+
+        Raises:
+            ValueError: If the decoder has LoRA adapters: only they would be saved.
+        """
+        if names := list(getattr(self.transformer, "peft_config", {})):
+            raise ValueError(
+                f"The pipeline has the adapters {', '.join(names)}. `save_lora_weights` saves one of them; to save a "
+                "pipeline, call `unload_lora_weights` first, and before it `fuse_lora` to keep what they have learnt."
+            )
+        check_path("save_directory", save_directory)
+        check_variant(variant)
+        if not isinstance(max_shard_size, str | None):
+            max_shard_size = check_integer("max_shard_size", max_shard_size)
+        elif max_shard_size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
+            raise ValueError(f"`max_shard_size` is {max_shard_size!r:.80}; pass a number of bytes, or one as in '5GB'.")
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        card = Path(save_directory) / CARD_FILE
+        if not card.exists():
+            card.write_text(make_card("base", card.resolve().parent.name), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> str:
+        """Upload the pipeline to a Hub repository, with a model card unless the repository has one.
+
+        Args:
+            repo_id (`str`): The repository; it is created if it does not exist.
+            private (`bool`, *optional*): Whether only its owner sees it. If left out, a new repository is public,
+                unless its organisation makes them private by default.
+            commit_message, token, create_pr (*optional*): See huggingface_hub's `upload_folder`.
+            variant, max_shard_size (*optional*): See `save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: If `private` is True, but the repository exists and is public.
+        """
+        repo_id = create_repository(repo_id, private, token)
+        with tempfile.TemporaryDirectory() as folder:
+            card = make_card("base", repo_id)
+            (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
+            self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+            message = commit_message or f"Upload {type(self).__name__}"
+            return upload_folder(folder, repo_id, card, token=token, commit_message=message, create_pr=create_pr)
