@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ from transformers import HfArgumentParser
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARVQModel
 from editar_hf.pipelines.hub import check_folder_or_hub_id
 from editar_hf.training.data import pack_states
-from editar_hf.training.rows import BadRowCount, RowReader, UnusableRow
+from editar_hf.training.rows import BadRowCount, RowReader
 from editar_hf.training.sources import MADE_FROM_KEY, DataSource, list_files, load_recipe, open_source
 
 
@@ -81,13 +82,9 @@ class Encoder:
     pipeline: EditARPipeline | None
 
     def read_rows(self, dataset: datasets.Dataset, start: int) -> Iterator[dict]:
-        """Yield the usable rows of `dataset`, whose first is row `start` of the source."""
-        for position, row in enumerate(dataset, start):
-            self.bad_rows.num_read += 1
-            try:
-                yield self.row_reader.read(row, self.source)
-            except UnusableRow as error:
-                self.bad_rows.add(self.source, position, error)
+        """Read the usable rows of `dataset`, whose first is row `start` of the source."""
+        read = partial(self.row_reader.read, source=self.source)
+        return self.bad_rows.read(enumerate(dataset, start), read, self.source.name)
 
     def encode_batch(self, rows: list[dict]) -> list[dict]:
         """Encode the two pictures of each row, and its mask if there is one."""

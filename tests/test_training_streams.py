@@ -228,14 +228,15 @@ def test_too_many_unusable_rows_stop_a_run_and_the_first_are_named(spoiled, row_
 
 
 def test_long_data_sets_are_judged_before_their_end():
-    count = BadRowCount(0.1)
-    for position in range(99):
-        count.num_read += 1
-        if position % 2:
-            count.add(DataSource("pairs"), position, UnusableRow("is broken"))
-    count.num_read += 1
+    def prepare(row):
+        if row % 2:
+            raise UnusableRow("is broken")
+        return row
+
+    usable = BadRowCount(0.1).read(enumerate(range(1000)), prepare, "pairs")
+    assert take(usable, 50) == list(range(0, 100, 2))
     with pytest.raises(ValueError, match=r"50 of 100 rows .*pairs, row 1: is broken; .*row 9: is broken\. Repair"):
-        count.add(DataSource("pairs"), 99, UnusableRow("is broken"))
+        next(usable)
 
 
 def test_the_first_usable_rows_are_what_a_run_is_validated_on(spoiled, row_reader):

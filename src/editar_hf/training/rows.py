@@ -1,9 +1,10 @@
 """Rows of a data set made ready for collation, and an account of those that cannot be used."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
@@ -22,6 +23,7 @@ ADDITION = "add "
 # Below as many rows a few bad ones say little about a data set; its end is judged in any case.
 MIN_ROWS_TO_JUDGE = 100
 NUM_OFFENDERS_NAMED = 5
+Row, Prepared = TypeVar("Row"), TypeVar("Prepared")
 
 
 class UnusableRow(Exception):
@@ -153,10 +155,10 @@ def ask_for_removal(instruction: str) -> str:
 
 @dataclass
 class BadRowCount:
-    """Count rows that cannot be used, log each, and stop a run of which they are too many.
+    """Skip, count and log rows that cannot be used, and stop a run with too many of them.
 
     Args:
-        max_fraction (`float`): Of the rows read, the share that may be skipped.
+        max_fraction (`float`): Fraction of the rows that may be skipped.
     """
 
     max_fraction: float
@@ -164,17 +166,38 @@ class BadRowCount:
     num_bad: int = 0
     offenders: list[str] = field(default_factory=list)
 
-    def add(self, source: DataSource, position: int, error: UnusableRow):
-        """Count and log one, the row at `position` of a source."""
+    def read(
+        self, rows: Iterable[tuple[int, Row]], prepare: Callable[[Row], Prepared], name: str
+    ) -> Iterator[Prepared]:
+        """Yield what `prepare` makes of each row, and skip the rows for which it raises `UnusableRow`.
+
+        Args:
+            rows (iterable): Pairs of a row's position in its data set and the row.
+            prepare (`Callable`): Makes a row ready, or raises `UnusableRow`.
+            name (`str`): What messages call the data set.
+
+        Raises:
+            ValueError: If too many rows were skipped so far.
+        """
+        for position, row in rows:
+            self.num_read += 1
+            try:
+                prepared = prepare(row)
+            except UnusableRow as error:
+                self.add(f"{name}, row {position}: {error}")
+            else:
+                yield prepared
+
+    def add(self, offender: str):
+        """Count and log a skipped row."""
         self.num_bad += 1
-        offender = f"{source.name}, row {position}: {error}"
         self.offenders = [*self.offenders, offender][:NUM_OFFENDERS_NAMED]
         logger.warning(f"Skipped {offender} ({self.num_bad} of {self.num_read} rows so far)")
         if self.num_read >= MIN_ROWS_TO_JUDGE:
             self.judge()
 
     def judge(self):
-        """Raise a `ValueError` if the rows skipped so far are too many."""
+        """Raise a `ValueError` if too many rows were skipped so far."""
         if self.num_bad > self.max_fraction * self.num_read:
             raise ValueError(
                 f"{self.num_bad} of {self.num_read} rows cannot be used, more than `max_bad_rows_fraction` "

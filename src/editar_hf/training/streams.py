@@ -7,6 +7,8 @@ shards are.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import datasets
@@ -16,7 +18,7 @@ from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from .data import EditCollator
-from .rows import BadRowCount, RowReader, UnusableRow
+from .rows import BadRowCount, RowReader
 from .sources import DataSource
 
 
@@ -155,17 +157,14 @@ class MixedRows(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         reader = Reader(self.process, self.num_processes, *((worker.id, worker.num_workers) if worker else (0, 1)))
-        rows = [self.read_for_ever(index, reader) for index in range(len(self.streams))]
+        rows = [
+            self.bad_rows.read(
+                self.read_for_ever(stream, reader), partial(self.row_reader.read, source=source), source.name
+            )
+            for source, stream in zip(self.sources, self.streams, strict=True)
+        ]
         while True:
-            index = self.draw_source(reader)
-            position, row = next(rows[index])
-            self.bad_rows.num_read += 1
-            try:
-                row = self.row_reader.read(row, self.sources[index])
-            except UnusableRow as error:
-                self.bad_rows.add(self.sources[index], position, error)
-            else:
-                yield row
+            yield next(rows[self.draw_source(reader)])
 
     def draw_source(self, reader: Reader) -> int:
         """Draw a source; the n-th draw of a reader is the same in every run."""
@@ -175,9 +174,9 @@ class MixedRows(torch.utils.data.IterableDataset):
         generator = np.random.default_rng((self.seed, reader.index, self.num_draws))
         return int(generator.choice(len(self.sources), p=self.probabilities))
 
-    def read_for_ever(self, index: int, reader: Reader) -> Iterator[tuple[int, dict]]:
+    def read_for_ever(self, stream: ShuffledRows | StreamedRows, reader: Reader) -> Iterator[tuple[int, dict]]:
         while True:
-            yield from self.streams[index].read_epoch(reader)
+            yield from stream.read_epoch(reader)
             self.bad_rows.judge()
 
     def state_dict(self) -> dict:
@@ -224,15 +223,8 @@ def collate_first_rows(
     Raises:
         ValueError: If there is no usable row, or of many rows too many are not.
     """
-    rows = []
-    for position, row in enumerate(opened):
-        bad_rows.num_read += 1
-        try:
-            rows.append(row_reader.read(row, source))
-        except UnusableRow as error:
-            bad_rows.add(source, position, error)
-        if len(rows) == batch_size * num_batches:
-            break
+    usable = bad_rows.read(enumerate(opened), partial(row_reader.read, source=source), source.name)
+    rows = list(islice(usable, batch_size * num_batches))
     if not rows:
         raise ValueError(f"`validation_dataset` {source.dataset!r} has no usable row.")
     batches = [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]

@@ -57,14 +57,12 @@ def decode_pictures(
     shape = (len(dataset) * len(dataset.column_names), resolution, resolution, 3)
     with tempfile.TemporaryFile(dir=folder) as file:
         pixels = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
-    num_pictures, source = 0, DataSource("pictures")
-    for position, row in enumerate(dataset):
-        bad_rows.num_read += 1
-        try:
-            pictures = [prepare_picture(value, name, resolution) for name, value in row.items()]
-        except UnusableRow as error:
-            bad_rows.add(source, position, error)
-            continue
+    num_pictures = 0
+
+    def prepare(row):
+        return [prepare_picture(value, name, resolution) for name, value in row.items()]
+
+    for pictures in bad_rows.read(enumerate(dataset), prepare, "pictures"):
         pixels[num_pictures : num_pictures + len(pictures)] = pictures
         num_pictures += len(pictures)
     bad_rows.judge()
