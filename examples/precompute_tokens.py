@@ -7,7 +7,7 @@
 place of `--vq_model` the shards hold the text states of its text encoder too, for trainings in which that is frozen;
 FLAN-T5-XL's take 0.5 MB a pair in bfloat16. Shards that exist are kept: a second run goes on where the first stopped.
 Started by `torchrun` or `accelerate launch` in several processes, each makes every so-many-th shard. Of a recipe, one
-source is encoded at a time: `--recipe examples/recipes/editar.yaml --source pipe-add`.
+data set is encoded at a time: `--recipe examples/recipes/editar.yaml --dataset_name pipe-add`.
 """
 
 import json
@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARVQModel
 from editar_hf.pipelines.hub import check_folder_or_hub_id
+from editar_hf.training.arguments import parse_arguments
 from editar_hf.training.data import pack_states
+from editar_hf.training.dataset_specs import MADE_FROM_KEY, DatasetSpec, list_files, load_recipe, open_dataset
 from editar_hf.training.rows import BadRowCount, RowReader
-from editar_hf.training.sources import MADE_FROM_KEY, DataSource, list_files, load_recipe, open_source
 
 
 @dataclass
@@ -40,8 +40,12 @@ class Arguments:
     vq_model: str | None = field(default=None, metadata={"help": "folder or Hub id of an EditARVQModel"})
     pipeline: str | None = field(default=None, metadata={"help": "folder or Hub id of a pipeline, for text states too"})
     dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or pattern of files"})
-    recipe: str | None = field(default=None, metadata={"help": "YAML file of data sets, of which `source` names one"})
-    source: str | None = field(default=None, metadata={"help": "name of the source of the recipe"})
+    recipe: str | None = field(
+        default=None, metadata={"help": "YAML file of data sets, of which `dataset_name` names one"}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "name of a data set of the recipe", "aliases": ["--source"]}
+    )
     split: str = field(default="train", metadata={"help": "split to encode"})
     source_image_column: str = field(default="source_image", metadata={"help": "column of the images to edit"})
     target_image_column: str = field(default="target_image", metadata={"help": "column of the edited images"})
@@ -56,25 +60,25 @@ class Arguments:
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
 
 
-def build_source(args: Arguments) -> DataSource:
-    """Name what to encode: a data set, or one source of a recipe; all of it is downloaded first."""
-    if (args.dataset is None) == (args.recipe is None) or (args.recipe is None) != (args.source is None):
-        raise ValueError("Give `dataset`, or `recipe` and `source`.")
+def build_spec(args: Arguments) -> DatasetSpec:
+    """Describe the data set to encode, which is downloaded as a whole first."""
+    if (args.dataset is None) == (args.recipe is None) or (args.recipe is None) != (args.dataset_name is None):
+        raise ValueError("Give `dataset`, or `recipe` and `dataset_name`.")
     if args.recipe is None:
         names = ("source_image", "target_image", "prompt")
         columns = {name: getattr(args, f"{name}_column") for name in names}
-        return DataSource(args.dataset, args.split, columns=columns, streaming=False)
-    sources = {source.name: source for source in load_recipe(args.recipe)}
-    if args.source not in sources:
-        raise ValueError(f"`source` is {args.source!r}; {args.recipe} has {', '.join(sources)}.")
-    return replace(sources[args.source], streaming=False)
+        return DatasetSpec(args.dataset, args.split, columns=columns, streaming=False)
+    specs = {spec.name: spec for spec in load_recipe(args.recipe)}
+    if args.dataset_name not in specs:
+        raise ValueError(f"`dataset_name` is {args.dataset_name!r}; {args.recipe} has {', '.join(specs)}.")
+    return replace(specs[args.dataset_name], streaming=False)
 
 
 @dataclass
 class Encoder:
-    """Encode rows of a source, in batches, into columns of tokens."""
+    """Encode rows of a data set, in batches, into columns of tokens."""
 
-    source: DataSource
+    spec: DatasetSpec
     vq_model: EditARVQModel
     row_reader: RowReader
     bad_rows: BadRowCount
@@ -82,9 +86,9 @@ class Encoder:
     pipeline: EditARPipeline | None
 
     def read_rows(self, dataset: datasets.Dataset, start: int) -> Iterator[dict]:
-        """Read the usable rows of `dataset`, whose first is row `start` of the source."""
-        read = partial(self.row_reader.read, source=self.source)
-        return self.bad_rows.read(enumerate(dataset, start), read, self.source.name)
+        """Read the usable rows of `dataset`, whose first is row `start` of the data set."""
+        read = partial(self.row_reader.read, spec=self.spec)
+        return self.bad_rows.read(enumerate(dataset, start), read, self.spec.name)
 
     def encode_batch(self, rows: list[dict]) -> list[dict]:
         """Encode the two pictures of each row, and its mask if there is one."""
@@ -118,9 +122,9 @@ class Encoder:
         unfinished = path.with_suffix(".unfinished")
         table = datasets.Dataset.from_list(encoded).data.table
         # Validation on the pictures that the tokens were made of is refused by this.
-        source, dataset = self.source, self.source.dataset
-        dataset = os.path.abspath(dataset) if list_files(source) else dataset
-        made_from = {"dataset": dataset, "config_name": source.config_name, "split": source.split}
+        spec = self.spec
+        dataset = os.path.abspath(spec.dataset) if list_files(spec) else spec.dataset
+        made_from = {"dataset": dataset, "config_name": spec.config_name, "split": spec.split}
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), MADE_FROM_KEY: json.dumps(made_from)})
         pq.write_table(table, unfinished)
         unfinished.rename(path)
@@ -167,17 +171,17 @@ def check_shards(output_dir: Path, split: str, num_shards: int):
 
 
 def main():
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    source = build_source(args)
+    args = parse_arguments(Arguments)
+    spec = build_spec(args)
     # Without an accelerator, accelerate joins processes only when it is told that they are to use the CPU.
     process = PartialState(cpu=not torch.accelerator.is_available())
     vq_model, pipeline = load_networks(args)
     height, width = size = resolve_size(args, vq_model, pipeline)
-    dataset = open_source(source)
+    dataset = open_dataset(spec)
     image_processor = EditARImageProcessor(size={"height": height, "width": width}, stride=vq_model.config.stride)
     row_reader = RowReader(image_processor, *size, args.resize_mode, vq_model.config.stride)
     bad_rows = BadRowCount(args.max_bad_rows_fraction)
-    encoder = Encoder(source, vq_model, row_reader, bad_rows, args.batch_size, pipeline)
+    encoder = Encoder(spec, vq_model, row_reader, bad_rows, args.batch_size, pipeline)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(dataset), args.shard_size)

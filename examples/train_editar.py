@@ -33,6 +33,7 @@ from editar_hf.training.batch import encode_image_tokens
 from editar_hf.training.card import compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.data import EditCollator, check_image_tokens
+from editar_hf.training.dataset_specs import DatasetSpec, check_held_out, load_recipe, open_dataset
 from editar_hf.training.distillation import DistillationTeacher
 from editar_hf.training.logs import LossLog, log_figures, print_banner, print_epochs
 from editar_hf.training.lora import TARGET_MODULES, add_lora
@@ -41,7 +42,6 @@ from editar_hf.training.optimization import build_muon, build_optimizer, split_h
 from editar_hf.training.results import check_push_arguments, create_repositories, save_result
 from editar_hf.training.rows import BadRowCount, RowReader
 from editar_hf.training.sharding import callable_parts, whole_parameters
-from editar_hf.training.sources import DataSource, check_held_out, load_recipe, open_source
 from editar_hf.training.step import TrainingStep, draw_dropout
 from editar_hf.training.streams import MixedRows, build_dataloader, collate_first_rows
 from editar_hf.training.validation import draw_validation_pictures
@@ -133,13 +133,13 @@ class Arguments:
     log_with: str | None = field(default=None, metadata={"help": "tensorboard, wandb, ..."})
 
 
-def build_sources(args: Arguments) -> list[DataSource]:
+def build_sources(args: Arguments) -> list[DatasetSpec]:
     """Name what to train on: the sources of a recipe, or one data set with its columns."""
     if (args.dataset is None) == (args.recipe is None):
         raise ValueError("Give `dataset` or `recipe`: one of them, and not both.")
     if args.recipe is not None:
         return load_recipe(args.recipe)
-    return [DataSource(args.dataset, columns=name_columns(args), streaming=args.streaming)]
+    return [DatasetSpec(args.dataset, columns=name_columns(args), streaming=args.streaming)]
 
 
 def name_columns(args: Arguments) -> dict[str, str]:
@@ -157,9 +157,9 @@ def build_collator(args: Arguments, pipeline: EditARPipeline) -> EditCollator:
     return EditCollator(pipeline.processor, height, width, args.resize_mode, stride, text_hidden_size)
 
 
-def open_checked(source: DataSource, pipeline: EditARPipeline, collator: EditCollator):
+def open_checked(source: DatasetSpec, pipeline: EditARPipeline, collator: EditCollator):
     """Open a source, and refuse tokens made in advance that do not fit the model."""
-    opened = open_source(source)
+    opened = open_dataset(source)
     if isinstance(opened, datasets.Dataset):
         check_image_tokens(opened, pipeline.transformer.config.vocab_size, *collator.grid)
     return opened
@@ -191,7 +191,7 @@ def build_data(
     sources, collator = build_sources(args), build_collator(args, pipeline)
     held_out_source = None
     if args.validation_dataset is not None:
-        held_out_source = DataSource(
+        held_out_source = DatasetSpec(
             args.validation_dataset, "validation", columns=name_columns(args), streaming=args.streaming
         )
         check_held_out(sources, held_out_source)

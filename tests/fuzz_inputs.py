@@ -44,9 +44,9 @@ from editar_hf import EditARConfig, EditARImageProcessor, EditARPipeline, EditAR
 from editar_hf.commands import main
 from editar_hf.generation import EditARGenerationConfig
 from editar_hf.training.data import EditCollator
+from editar_hf.training.dataset_specs import DatasetSpec, load_recipe, open_dataset
 from editar_hf.training.lora import add_lora
 from editar_hf.training.rows import RowReader, UnusableRow
-from editar_hf.training.sources import DataSource, load_recipe, open_source
 
 
 TIME_LIMIT, MEMORY_LIMIT = 20, 4 * 2**30
@@ -487,7 +487,7 @@ def training_cases(seed: int) -> Iterator[Case]:
     pipe = get_pipeline()
     geometry = (16, 16, "crop", STRIDE)
     reader, collate = RowReader(pipe.processor.image_processor, *geometry), EditCollator(pipe.processor, *geometry, 16)
-    own = DataSource("pairs")
+    own = DatasetSpec("pairs")
 
     def read(rows):
         return [collate([reader.read(row, own)]) for row in rows]
@@ -502,18 +502,27 @@ def training_cases(seed: int) -> Iterator[Case]:
         yield from call_cases("rows", lambda **given: read([given]), names, row, {"mask": ("`mask_image`",)}, values)
     fields = "dataset split config_name name probability columns task rewrite image_folder streaming"
     where = {"dataset": str(get_data() / "pairs")}
-    opening = lambda **given: read(open_source(DataSource(**given)))  # noqa: E731
+    opening = lambda **given: read(open_dataset(DatasetSpec(**given)))  # noqa: E731
     yield from call_cases("sources", opening, fields, where, dict.fromkeys(fields.split(), ("`dataset`",)))
     pairs = (get_data() / "pairs" / "train.parquet").read_bytes()
     files = [(f"pairs {label}", "train.parquet", content) for label, content in damage_bytes(pairs, seed)]
     files += [(f"{line:.40}", "train.jsonl", line.encode()) for line in LINES]
     for label, name, content in files:
-        run = lambda f, n=name, c=content: read(open_source(DataSource(str(write_picture(f, n, c)))))  # noqa: E731
+        run = lambda f, n=name, c=content: read(open_dataset(DatasetSpec(str(write_picture(f, n, c)))))  # noqa: E731
         yield Case("files of pairs", label, ("`dataset`", name, "_image`"), run)
-    recipes = [*JSON_FILES, b"a: [", b"sources: 3", b"sources: [3]", b"sources: [{}]", b"!!python/object:os.system {}"]
-    values = [yaml.safe_dump({"sources": [{**where, name: value}]}) for name in fields.split() for value in JSON_VALUES]
+    recipes = [
+        *JSON_FILES,
+        b"a: [",
+        b"datasets: 3",
+        b"datasets: [3]",
+        b"datasets: [{}]",
+        b"!!python/object:os.system {}",
+    ]
+    values = [
+        yaml.safe_dump({"datasets": [{**where, name: value}]}) for name in fields.split() for value in JSON_VALUES
+    ]
     for content in (*recipes, *(value.encode() for value in values)):
-        run = lambda f, c=content: [read(open_source(s)) for s in load_recipe(write_picture(f, "r.yaml", c))]  # noqa: E731
+        run = lambda f, c=content: [read(open_dataset(s)) for s in load_recipe(write_picture(f, "r.yaml", c))]  # noqa: E731
         yield Case("recipes", f"{content!r:.80}", ("r.yaml", "`dataset`"), run)
 
 

@@ -17,8 +17,8 @@ from tiny import draw_image
 
 from editar_hf import EditARPipeline, EditARVQModel
 from editar_hf.processing_editar import apply_task_prefix
+from editar_hf.training.dataset_specs import DatasetSpec, check_held_out, open_dataset
 from editar_hf.training.rows import decode_image
-from editar_hf.training.sources import DataSource, check_held_out, open_source
 
 
 # The tiny text length cuts most prompts, with a warning each.
@@ -70,11 +70,11 @@ def test_what_cannot_be_precomputed_is_refused_before_any_work(options, message,
 
 def test_tokens_are_of_the_size_of_the_pipeline_and_know_their_pictures(pictures, editor, tmp_path, run_here):
     run_here("precompute_tokens.py", dataset=pictures, pipeline=editor, output_dir=tmp_path)
-    rows = open_source(DataSource(str(tmp_path)))
+    rows = open_dataset(DatasetSpec(str(tmp_path)))
     assert len(rows[0]["source_image_tokens"]) == 16
-    check_held_out([DataSource(str(tmp_path))], DataSource(str(pictures), "validation"))
+    check_held_out([DatasetSpec(str(tmp_path))], DatasetSpec(str(pictures), "validation"))
     with pytest.raises(ValueError, match=r"`validation_dataset` .* holds what is trained on"):
-        check_held_out([DataSource(str(tmp_path))], DataSource(str(pictures), "train"))
+        check_held_out([DatasetSpec(str(tmp_path))], DatasetSpec(str(pictures), "train"))
 
 
 def test_precomputing_again_makes_only_the_missing_shards(tokens, pictures, editor, tmp_path, run_here):
@@ -242,7 +242,7 @@ def test_parquet_file_of_the_readme_holds_the_images(tmp_path, monkeypatch):
     exec(snippet, {})
     for file in files.values():
         file.unlink()
-    (row,) = open_source(DataSource("my-parquet"))
+    (row,) = open_dataset(DatasetSpec("my-parquet"))
     assert row["prompt"] == "make the car red"
     for name, picture in pair.items():
         assert np.array_equal(np.asarray(decode_image(row[name])), np.asarray(picture))
@@ -255,8 +255,8 @@ def test_recipes_of_the_readme_run_as_written(editor, pictures, tmp_path, run_he
     (tmp_path / "my-pairs").symlink_to(pictures)
     write_teacher(tmp_path / "facebook" / "dinov2-base")
     (tmp_path / "examples" / "recipes").mkdir(parents=True)
-    sources = [{"dataset": "my-pairs", "name": name, "probability": 0.5} for name in ("one", "other")]
-    (tmp_path / "examples" / "recipes" / "editar.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    specs = [{"dataset": "my-pairs", "name": name, "probability": 0.5} for name in ("one", "other")]
+    (tmp_path / "examples" / "recipes" / "editar.yaml").write_text(yaml.safe_dump({"datasets": specs}))
     monkeypatch.chdir(tmp_path)
 
     page = (EXAMPLES.parent / "README.md").read_text().replace("\\\n", "")

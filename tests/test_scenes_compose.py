@@ -21,8 +21,8 @@ import recoloring
 from scenes_bank import HELD_OUT_PAIRS, NOUNS, make_bank
 
 from editar_hf.condition_maps import make_canny_map
+from editar_hf.training.dataset_specs import DatasetSpec, open_dataset
 from editar_hf.training.rows import RowReader
-from editar_hf.training.sources import DataSource, open_source
 
 
 LOCAL = ("add", "remove", "replace", "recolor", "move")
@@ -294,8 +294,8 @@ def test_the_data_set_opens_with_the_package(folder, tmp_path):
     assert sorted(path.name for path in output_dir.iterdir()) == sorted(
         f"test-{operation}.parquet" for operation in compose.OPERATIONS
     )
-    source = DataSource(str(output_dir), split="test")
-    rows = list(open_source(source))
+    source = DatasetSpec(str(output_dir), split="test")
+    rows = list(open_dataset(source))
     assert len(rows) == 3 * len(compose.OPERATIONS)
     reader = RowReader(None, 96, 128, "crop", 8)
     prepared = [reader.read(row, source) for row in rows]

@@ -198,7 +198,7 @@ def test_run_with_muon_resumes_bit_for_bit_too(editor, tokens, pictures, tmp_pat
 
 @pytest.fixture(scope="module")
 def recipe(pictures, tmp_path_factory) -> Path:
-    """Two sources: the pairs at hand, and as many again streamed from the shards of a Hub data set.
+    """Two data sets: the pairs at hand, and as many again streamed from the shards of a Hub data set.
 
     The pairs that are streamed come from the repository `tester/streamed`, of which the fixture is the folder.
     """
@@ -206,11 +206,11 @@ def recipe(pictures, tmp_path_factory) -> Path:
     pairs = datasets.Dataset.from_parquet(str(pictures / "train-00000-of-00001.parquet"))
     for index in range(4):
         pairs.shard(4, index).to_parquet(folder / f"train-{index:05d}-of-00004.parquet")
-    sources = [
+    specs = [
         {"dataset": str(pictures), "name": "at hand"},
         {"dataset": "tester/streamed", "name": "streamed", "probability": 2.0},
     ]
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"datasets": specs}))
     return folder
 
 
@@ -250,7 +250,7 @@ def test_killed_run_of_two_processes_on_mixed_streams_goes_on_bit_for_bit(editor
         resumed = train_on_recipe(editor, recipe, tmp_path / "killed", environment, *words)
     straight = read_figures(printed)
     assert list(straight) == [1, 2, 3, 4, 5, 6]
-    assert any("token_loss/source/streamed" in figures for figures in straight.values())
+    assert any("token_loss/dataset/streamed" in figures for figures in straight.values())
     assert read_figures(resumed) == {step: straight[step] for step in (4, 5, 6)}
     for name in ("pipeline", "pipeline-ema"):
         assert not name_changed(tmp_path / "straight" / name, tmp_path / "killed" / name)

@@ -458,15 +458,15 @@ def test_log_prints_means_since_the_last_line(accelerator, capsys):
         assert 0.01 < figures["memory_gib"] < 100
 
 
-def test_log_tells_tasks_and_sources_apart(accelerator, capsys):
+def test_log_tells_tasks_and_datasets_apart(accelerator, capsys):
     log = LossLog(accelerator, tokens_per_sample=9, num_steps=2)
-    log.add(build_losses(1.0, 2.0, 6.0), 3, task=["edit", "depth", "depth"], source=["a", "a", "b"])
-    log.add(build_losses(3.0, 4.0, 5.0), 3, task=["edit", "edit", "edit"], source=["a", "b", "b"])
+    log.add(build_losses(1.0, 2.0, 6.0), 3, task=["edit", "depth", "depth"], dataset=["a", "a", "b"])
+    log.add(build_losses(3.0, 4.0, 5.0), 3, task=["edit", "edit", "edit"], dataset=["a", "b", "b"])
     log.flush(1, learning_rate=0.25)
     line = capsys.readouterr().out
     assert "token_loss/task/depth 4, token_loss/task/edit 3.25" in line
-    assert "token_loss/source/a 2, token_loss/source/b 5" in line
-    log.add(build_losses(1.0), 1, task=["edit"], source=["a"])
+    assert "token_loss/dataset/a 2, token_loss/dataset/b 5" in line
+    log.add(build_losses(1.0), 1, task=["edit"], dataset=["a"])
     log.flush(2, learning_rate=0.25)
     assert "token_loss/" not in capsys.readouterr().out
 

@@ -1,7 +1,8 @@
-"""What training reads: sources opened under our names, rows made ready, endless streams of them, batches."""
+"""What training reads: data sets opened under our names, rows made ready, endless streams of them, batches."""
 
 import io
 import json
+import logging
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,15 @@ from editar_hf.condition_maps import make_canny_map
 from editar_hf.processing_editar import TASK_PREFIXES
 from editar_hf.processing_masks import compute_edit_mask, prepare_mask
 from editar_hf.training.data import EditCollator, check_image_tokens, pack_states, unpack_states
+from editar_hf.training.dataset_specs import (
+    DatasetSpec,
+    check_held_out,
+    find_files,
+    load_recipe,
+    open_dataset,
+    rename_columns,
+)
 from editar_hf.training.rows import RowReader, UnusableRow, ask_for_removal, decode_image
-from editar_hf.training.sources import DataSource, check_held_out, find_files, load_recipe, open_source, rename_columns
 
 
 RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "editar.yaml"
@@ -31,7 +39,7 @@ def pipe():
 
 def open_pairs(path, split="train", columns=None):
     """Open a data set that is one source."""
-    return open_source(DataSource(str(path), split, columns=columns or {}))
+    return open_dataset(DatasetSpec(str(path), split, columns=columns or {}))
 
 
 # Data sets
@@ -163,7 +171,7 @@ def test_validation_on_what_is_trained_on_is_refused(tmp_path):
     write_image_folder(apart / "validation", "q")
 
     def check(training, validation):
-        check_held_out([DataSource(str(training))], DataSource(str(validation), "validation"))
+        check_held_out([DatasetSpec(str(training))], DatasetSpec(str(validation), "validation"))
 
     for training, validation in ((flat, flat), (flat, f"{flat}/."), (apart, apart / "train")):
         with pytest.raises(
@@ -174,7 +182,7 @@ def test_validation_on_what_is_trained_on_is_refused(tmp_path):
     check(flat, apart)
     check("owner/name", "owner/name")
     with pytest.raises(ValueError, match=r"such as owner/name, validation"):
-        check_held_out([DataSource("owner/name", "validation[:9]")], DataSource("owner/name", "validation"))
+        check_held_out([DatasetSpec("owner/name", "validation[:9]")], DatasetSpec("owner/name", "validation"))
     # A folder `validation` inside the folder of pictures that is trained on.
     write_image_folder(flat / "validation", "q")
     with pytest.raises(ValueError, match=r"such as .*flat/validation/a\.png"):
@@ -244,7 +252,7 @@ def test_tokens_must_fill_the_grid_and_be_codes_of_the_model():
 
 
 # What every row has that was read from a source.
-READ = {"prompt": "a circle", "task": "edit", "source": "pairs"}
+READ = {"prompt": "a circle", "task": "edit", "dataset": "pairs"}
 
 
 def build_collator(pipe, height=16, width=16, resize_mode="stretch"):
@@ -256,7 +264,7 @@ def test_rows_of_pictures_become_what_the_processor_makes_of_each(pipe):
     # A row without a mask, of a source that has none, may change everywhere.
     rows[0]["edit_mask"] = [True, True, False, False, False, False]
     batch = build_collator(pipe, 8, 12)(rows)
-    assert batch.pop("groups") == {"task": ["edit"] * 2, "source": ["pairs"] * 2}
+    assert batch.pop("groups") == {"task": ["edit"] * 2, "dataset": ["pairs"] * 2}
     shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
     text = (2, NUM_TEXT_TOKENS)
     pixels = (2, 3, 8, 12)
@@ -304,7 +312,7 @@ def test_masks_are_read_as_the_pipeline_reads_them(name, resize_mode, pipe):
     picture, mask = draw_image(0, 64, 32), draw_masks()[name]
     row_reader = RowReader(pipe.processor.image_processor, 16, 16, resize_mode, STRIDE)
     row = {"source_image": picture, "target_image": picture, "mask": mask, "prompt": "a circle"}
-    row = row_reader.read(row, DataSource("pairs"))
+    row = row_reader.read(row, DatasetSpec("pairs"))
     assert "mask" not in row
     tokens = compute_edit_mask(prepare_mask(mask, (64, 32)), 16, 16, STRIDE, resize_mode)
     assert row["edit_mask"] == tokens.flatten().tolist()
@@ -321,10 +329,10 @@ def test_tokens_that_do_not_fill_the_grid_make_a_row_unusable(stored, pipe):
     row_reader = RowReader(pipe.processor.image_processor, 8, 8, "crop", STRIDE)
     row = {"source_image_tokens": [0] * 4, "target_image_tokens": stored, "prompt": "a circle"}
     with pytest.raises(UnusableRow, match="`target_image_tokens` does not hold 4 tokens"):
-        row_reader.read(row, DataSource("pairs"))
-    assert row_reader.read(row | {"target_image_tokens": [1] * 4}, DataSource("pairs"))["task"] == "edit"
+        row_reader.read(row, DatasetSpec("pairs"))
+    assert row_reader.read(row | {"target_image_tokens": [1] * 4}, DatasetSpec("pairs"))["task"] == "edit"
     with pytest.raises(UnusableRow, match="`prompt_embeds` is empty"):
-        row_reader.read(row | {"target_image_tokens": [1] * 4, "prompt_embeds": None}, DataSource("pairs"))
+        row_reader.read(row | {"target_image_tokens": [1] * 4, "prompt_embeds": None}, DatasetSpec("pairs"))
 
 
 @pytest.mark.filterwarnings("ignore:A prompt is longer")
@@ -359,7 +367,7 @@ def test_text_states_are_packed_and_unpacked_bit_for_bit(dtype):
         unpack_states(pack_states(states), 5, 4)
 
 
-# The published sources
+# The published data sets
 
 
 def encode(picture):
@@ -392,14 +400,14 @@ def read_source(name, path, pipe, **changes):
     (source,) = (source for source in load_recipe(RECIPE) if source.name == name)
     source = replace(source, dataset=str(path), **changes)
     row_reader = RowReader(pipe.processor.image_processor, 16, 16, "crop", STRIDE)
-    return [row_reader.read(row, source) for row in open_source(source)]
+    return [row_reader.read(row, source) for row in open_dataset(source)]
 
 
 def assert_drawn(picture, k, name):
     assert np.array_equal(np.asarray(picture), np.asarray(draw_image((k, *name.encode()), 24, 24)))
 
 
-def test_recipe_names_the_published_sources_and_probabilities():
+def test_recipe_names_the_published_data_sets_and_probabilities():
     """The defaults of the published script; PIPE half the time each way."""
     totals = {}
     for source in load_recipe(RECIPE):
@@ -422,7 +430,7 @@ def test_multigen_rows_are_depth_maps_or_edges_and_the_picture(stored, tmp_path,
     path = tmp_path / "train-0.parquet"
     write_rows(path, stored, ("control_depth", "image"), {"text": ["a barn", "a cow"]})
     for k, row in enumerate(read_source("multigen-depth", path, pipe)):
-        assert (row["prompt"], row["task"], row["source"]) == (("a barn", "a cow")[k], "depth", "multigen-depth")
+        assert (row["prompt"], row["task"], row["dataset"]) == (("a barn", "a cow")[k], "depth", "multigen-depth")
         assert_drawn(row["source_image"], k, "control_depth")
         assert_drawn(row["target_image"], k, "image")
     for k, row in enumerate(read_source("multigen-canny", path, pipe)):
@@ -478,14 +486,14 @@ def test_seed_data_edit_rows_are_read_from_json_lines_and_a_folder_of_pictures(t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sources: [", "does not load"),
-        ("sources: []", "has no list `sources`"),
-        ("- dataset: x", "has no list `sources`"),
-        ("sources: [{dataset: x, weight: 2}]", "names weight; a source has dataset, split, .*probability"),
-        ("sources: [{task: edit}]", "has a source without `dataset`"),
-        ("sources: [{dataset: x, probability: 0}]", "`probability` of 'x' is 0; it must be positive"),
-        ("sources: [{dataset: x, task: sketch}]", "`task` of 'x' is 'sketch'; the tasks are edit, canny"),
-        ("sources: [{dataset: x, rewrite: blur}]", "`rewrite` of 'x' is 'blur'; there are canny, removal"),
+        ("datasets: [", "does not load"),
+        ("datasets: []", "has no list `datasets`"),
+        ("- dataset: x", "has no list `datasets`"),
+        ("datasets: [{dataset: x, weight: 2}]", "names weight; a data set has dataset, split, .*probability"),
+        ("datasets: [{task: edit}]", "has a data set without the field `dataset`"),
+        ("datasets: [{dataset: x, probability: 0}]", "`probability` of 'x' is 0; it must be positive"),
+        ("datasets: [{dataset: x, task: sketch}]", "`task` of 'x' is 'sketch'; the tasks are edit, canny"),
+        ("datasets: [{dataset: x, rewrite: blur}]", "`rewrite` of 'x' is 'blur'; there are canny, removal"),
     ],
 )
 def test_recipes_that_are_none_are_refused(text, message, tmp_path):
@@ -495,6 +503,14 @@ def test_recipes_that_are_none_are_refused(text, message, tmp_path):
         load_recipe(path)
     with pytest.raises(ValueError, match="does not load"):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_recipe_with_the_old_name_of_its_list_still_loads(tmp_path, caplog):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("sources: [{dataset: x}]")
+    logging.getLogger("editar_hf").addHandler(caplog.handler)
+    assert [spec.dataset for spec in load_recipe(path)] == ["x"]
+    assert "rename `sources` to `datasets`" in caplog.text
 
 
 def write_tar(path, indices):

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from tiny import STRIDE, build_pipeline
 
+from editar_hf.training.dataset_specs import DatasetSpec
 from editar_hf.training.rows import BadRowCount, RowReader, UnusableRow, decode_image
-from editar_hf.training.sources import DataSource
 from editar_hf.training.streams import MixedRows, build_dataloader, collate_first_rows
 
 
@@ -46,10 +46,10 @@ def list_pairs(rows):
 
 
 def build_rows(row_reader, opened, probabilities=(1.0, 2.0), seed=0, **process):
-    sources = [
-        DataSource(f"source {k}", probability=p) for k, p in zip(range(len(opened)), probabilities, strict=False)
+    specs = [
+        DatasetSpec(f"data set {k}", probability=p) for k, p in zip(range(len(opened)), probabilities, strict=False)
     ]
-    return MixedRows(sources, opened, row_reader, 0.0, seed, **process)
+    return MixedRows(specs, opened, row_reader, 0.0, seed, **process)
 
 
 def stream_shards():
@@ -93,7 +93,7 @@ def test_workers_read_different_pairs_and_all_of_them(row_reader):
     assert sorted(pair for batch in batches for pair in batch) == list(range(NUM_AT_HAND))
 
 
-def test_sources_are_mixed_by_their_probabilities(row_reader):
+def test_data_sets_are_mixed_by_their_probabilities(row_reader):
     numbers = list_pairs(take(build_rows(row_reader, [AT_HAND, stream_shards()], (1.0, 3.0)), 2000))
     num_streamed = sum(number >= 100 for number in numbers)
     assert abs(num_streamed - 1500) < 4 * np.sqrt(2000 * 0.75 * 0.25)
@@ -121,11 +121,11 @@ def test_loader_goes_on_exactly_where_another_stopped(num_workers, num_seen, row
 
 def test_more_readers_than_a_source_can_serve_are_refused(row_reader):
     rows = build_rows(row_reader, [AT_HAND, stream_shards()])
-    message = "`num_workers` is 4; `dataset` 'source 1' has 3 shards for each of 1 processes"
+    message = "`num_workers` is 4; `dataset` 'data set 1' has 3 shards for each of 1 processes"
     with pytest.raises(ValueError, match=message):
         build_dataloader(rows, list_pairs, batch_size=2, num_workers=4)
     rows = build_rows(row_reader, [AT_HAND], num_processes=13)
-    with pytest.raises(ValueError, match="'source 0' has 12 rows for 13 readers"):
+    with pytest.raises(ValueError, match="'data set 0' has 12 rows for 13 readers"):
         build_dataloader(rows, list_pairs, batch_size=2, num_workers=0)
 
 
@@ -156,7 +156,7 @@ def spoiled():
 
 
 def test_unusable_rows_are_skipped_counted_and_logged(spoiled, row_reader, caplog):
-    rows = MixedRows([DataSource("pairs")], [spoiled], row_reader, max_bad_rows_fraction=0.34, seed=0)
+    rows = MixedRows([DatasetSpec("pairs")], [spoiled], row_reader, max_bad_rows_fraction=0.34, seed=0)
     with caplog.at_level(logging.WARNING, "editar_hf"):
         logging.getLogger("editar_hf").addHandler(caplog.handler)
         numbers = list_pairs(take(rows, 16))
@@ -198,7 +198,7 @@ def test_a_row_that_cannot_be_prepared_is_skipped_in_training_and_validation(nam
         for k in range(4)
     ]
     rows[2] |= changes
-    source, bad_rows = DataSource("pairs"), BadRowCount(0.5)
+    source, bad_rows = DatasetSpec("pairs"), BadRowCount(0.5)
 
     def collate(rows):
         return {"pairs": list_pairs(rows), "groups": "for logs"}
@@ -208,7 +208,7 @@ def test_a_row_that_cannot_be_prepared_is_skipped_in_training_and_validation(nam
     assert (bad_rows.num_read, bad_rows.num_bad) == (4, 1)
     assert bad_rows.offenders[0].startswith(f"pairs, row 2: {reason}")
     with pytest.raises(UnusableRow, match=re.escape(reason)):
-        row_reader.read(rows[2], DataSource("pairs", rewrite="canny"))
+        row_reader.read(rows[2], DatasetSpec("pairs", rewrite="canny"))
 
 
 @pytest.mark.filterwarnings("ignore:The EXIF block")
@@ -218,11 +218,11 @@ def test_a_damaged_exif_block_costs_no_row(row_reader):
     picture, stream = Image.new("RGB", (8, 4), "red"), io.BytesIO()
     picture.save(stream, "jpeg", exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
     row = {"prompt": "1", "source_image": stream.getvalue(), "target_image": stream.getvalue()}
-    assert row_reader.read(row, DataSource("pairs"))["source_image"].size == (8, 4)
+    assert row_reader.read(row, DatasetSpec("pairs"))["source_image"].size == (8, 4)
 
 
 def test_too_many_unusable_rows_stop_a_run_and_the_first_are_named(spoiled, row_reader):
-    rows = MixedRows([DataSource("pairs")], [spoiled], row_reader, max_bad_rows_fraction=0.3, seed=0)
+    rows = MixedRows([DatasetSpec("pairs")], [spoiled], row_reader, max_bad_rows_fraction=0.3, seed=0)
     with pytest.raises(ValueError, match=r"4 of 12 rows .* `max_bad_rows_fraction` 0.3 .* first: pairs, row \d+: `"):
         take(rows, 16)
 
@@ -243,7 +243,7 @@ def test_the_first_usable_rows_are_what_a_run_is_validated_on(spoiled, row_reade
     def collate(rows):
         return {"pairs": list_pairs(rows), "groups": "for logs"}
 
-    source = DataSource("pairs", split="validation")
+    source = DatasetSpec("pairs", split="validation")
     bad_rows = BadRowCount(0.0)
     batches = collate_first_rows(spoiled, source, row_reader, collate, 3, 2, bad_rows)
     assert (bad_rows.num_read, bad_rows.num_bad) == (9, 3)

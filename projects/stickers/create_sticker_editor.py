@@ -20,7 +20,7 @@ from editar_hf import (
     EditARVQModel,
 )
 from editar_hf.processing_editar import apply_task_prefix
-from editar_hf.training.sources import DataSource, open_source
+from editar_hf.training.dataset_specs import DatasetSpec, open_dataset
 from editar_hf.training.tokenizer import train_tokenizer
 from editar_hf.training.vq import start_from_codes
 
@@ -90,7 +90,7 @@ def build_transformer(args: Arguments, vq_model: EditARVQModel) -> EditARForCond
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     set_seed(args.seed)
-    dataset = open_source(DataSource(args.dataset, streaming=False))
+    dataset = open_dataset(DatasetSpec(args.dataset, streaming=False))
     tasks = dataset["task"][:] if "task" in dataset.column_names else "edit"
     tokenizer = train_tokenizer(apply_task_prefix(dataset["prompt"][:], tasks), args.text_vocab_size)
     vq_model = EditARVQModel.from_pretrained(args.vq_model, dtype=torch.float32)

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from editar_hf import EditARPipeline
 from editar_hf.data_files import load_files
 from editar_hf.evaluation.stickers import aggregate_scores, compute_outside_psnr, score_sample
-from editar_hf.training.sources import find_files
+from editar_hf.training.dataset_specs import find_files
 
 
 CONTROLS = ("ceiling", "untouched source", "another instruction")

@@ -64,7 +64,7 @@ class EditCollator:
 
     ```python
     {"source_pixel_values": (2, 3, 16, 16), "target_pixel_values": (2, 3, 16, 16), "input_ids": (2, L),
-     "attention_mask": (2, L), "groups": {"task": ["edit", "canny"], "source": ["my-pairs", "my-pairs"]}}
+     "attention_mask": (2, L), "groups": {"task": ["edit", "canny"], "dataset": ["my-pairs", "my-pairs"]}}
     {"source_image_tokens": [[5, 0, 3, 1], [2, 2, 7, 4]], "target_image_tokens": [[5, 0, 3, 6], [2, 1, 7, 4]],
      "edit_mask": [[False, False, False, True], [False, True, False, False]], "input_ids": ..., ...}
     ```
@@ -92,7 +92,7 @@ class EditCollator:
     def __call__(self, rows: Sequence[Mapping]) -> dict:
         tasks = [row["task"] for row in rows]
         text = self.processor(text=[row["prompt"] for row in rows], task=tasks)
-        groups = {"task": tasks, "source": [row["source"] for row in rows]}
+        groups = {"task": tasks, "dataset": [row["dataset"] for row in rows]}
         images = self.collate_tokens(rows) if "source_image_tokens" in rows[0] else self.collate_pictures(rows)
         if "prompt_embeds" in rows[0]:
             size = self.processor.num_text_tokens, self.text_hidden_size
@@ -107,7 +107,7 @@ class EditCollator:
         }
         batch = dict(self.processor(**pictures, **geometry))
         if any("edit_mask" in row for row in rows):
-            # A row without a mask, of a source that has none, may change everywhere.
+            # A row without a mask, of a data set without masks, may change everywhere.
             everywhere = [True] * math.prod(self.grid)
             batch["edit_mask"] = torch.tensor([row.get("edit_mask", everywhere) for row in rows])
         return batch

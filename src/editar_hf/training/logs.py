@@ -121,7 +121,7 @@ class LossLog:
         sums = {name: (torch.cat(losses).sum().item(), sum(map(len, losses))) for name, losses in self.groups.items()}
         gathered = gather_object([sums])
         names = sorted({name for part in gathered for name in part})
-        alone = {kind for kind in ("task", "source") if sum(f"/{kind}/" in name for name in names) == 1}
+        alone = {kind for kind in ("task", "dataset") if sum(f"/{kind}/" in name for name in names) == 1}
         totals = {name: [part[name] for part in gathered if name in part] for name in names}
         return {
             name: sum(total for total, _ in parts) / sum(count for _, count in parts)

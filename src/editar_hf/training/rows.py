@@ -1,4 +1,4 @@
-"""Rows of a data set made ready for collation, and an account of those that cannot be used."""
+"""Make rows of a data set ready for collation, and count those that cannot be used."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,28 +13,28 @@ from ..checks import check_texts
 from ..condition_maps import make_canny_map
 from ..processing_editar import TASK_PREFIXES, EditARImageProcessor, compute_crop_geometry, prepare_rgb_picture
 from ..processing_masks import compute_edit_mask, prepare_mask
-from .sources import DataSource
+from .dataset_specs import DatasetSpec
 
 
 logger = logging.get_logger(__name__)
 IMAGES = ("source_image", "target_image", "mask")
 TOKENS = ("source_image_tokens", "target_image_tokens", "edit_mask")
 ADDITION = "add "
-# Below as many rows a few bad ones say little about a data set; its end is judged in any case.
+# A few bad rows among fewer than this say little. The end of a data set is judged in any case.
 MIN_ROWS_TO_JUDGE = 100
 NUM_OFFENDERS_NAMED = 5
 Row, Prepared = TypeVar("Row"), TypeVar("Prepared")
 
 
 class UnusableRow(Exception):
-    """A row that training must leave out; the message says why."""
+    """A row that training must skip; the message says why."""
 
 
 def decode_image(value: Image.Image | Mapping | bytes | str, image_folder: str | None = None) -> Image.Image:
-    """Decode a picture in any of the ways data sets hold one: a picture, `{bytes, path}`, bytes, or a path.
+    """Decode an image that is stored as an image, as `{bytes, path}`, as bytes or as a path.
 
     Raises:
-        UnusableRow: If it is none of these, or does not decode.
+        UnusableRow: If it is none of these or does not decode.
     """
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -50,7 +50,7 @@ def decode_image(value: Image.Image | Mapping | bytes | str, image_folder: str |
         raise UnusableRow("does not decode: it is in no known format") from error
     except UnusableRow:
         raise
-    # What PIL's decoders raise on broken data is of many kinds.
+    # PIL's decoders raise errors of many classes on broken data.
     except Exception as error:
         raise UnusableRow(f"does not decode: {error}") from error
     return value
@@ -58,14 +58,13 @@ def decode_image(value: Image.Image | Mapping | bytes | str, image_folder: str |
 
 @dataclass
 class RowReader:
-    """Make rows ready for collation: all that can fail for a single row is done here.
+    """Make rows ready for collation. Everything that can fail for a single row happens here.
 
-    Images are decoded and made upright RGB, a mask becomes `edit_mask`, what a recipe rewrites is rewritten, and the
-    task and the source are named.
+    Images are decoded to upright RGB, a mask becomes `edit_mask`, and the rewrite of the recipe is applied.
 
     Args:
-        image_processor (`EditARImageProcessor`): Brings pictures to the size that edges are found at.
-        height, width (`int`): Pixels the pictures will be brought to.
+        image_processor (`EditARImageProcessor`): Resizes images before edges are found.
+        height, width (`int`): Size of the training images in pixels.
         resize_mode (`str`): `"crop"` or `"stretch"`.
         stride (`int`): Pixels per token and side, for masks.
     """
@@ -76,13 +75,13 @@ class RowReader:
     resize_mode: str
     stride: int
 
-    def read(self, row: Mapping, source: DataSource) -> dict:
-        """Return a row of `source` made ready.
+    def read(self, row: Mapping, spec: DatasetSpec) -> dict:
+        """Return a row of `spec` ready for collation, with its task and the name of its data set.
 
         Raises:
             UnusableRow: If it has no instruction, an unknown task, or an image or tokens that cannot be used.
         """
-        row = {**row, "source": source.name, "task": source.task or row.get("task") or "edit"}
+        row = {**row, "dataset": spec.name, "task": spec.task or row.get("task") or "edit"}
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise UnusableRow("`prompt` is empty")
         try:
@@ -95,16 +94,16 @@ class RowReader:
         for name in IMAGES:
             if name in row:
                 try:
-                    row[name] = decode_image(row[name], source.image_folder)
+                    row[name] = decode_image(row[name], spec.image_folder)
                 except UnusableRow as error:
                     raise UnusableRow(f"`{name}` {error}") from error
         try:
             self.prepare_images(row)
-            if source.rewrite == "canny":
+            if spec.rewrite == "canny":
                 row["source_image"] = self.find_edges(row["target_image"])
         except ValueError as error:
             raise UnusableRow(str(error)) from error
-        if source.rewrite == "removal":
+        if spec.rewrite == "removal":
             row["prompt"] = ask_for_removal(row["prompt"])
         return row
 
@@ -121,20 +120,20 @@ class RowReader:
             raise UnusableRow("`prompt_embeds` is empty, or no bytes")
 
     def prepare_images(self, row: dict):
-        """Make the images of a row upright RGB and its mask tokens, in place; a `ValueError` says what is refused."""
+        """Convert the images of a row to upright RGB and its mask to tokens, in place; raises `ValueError`."""
         pictures = [name for name in ("source_image", "target_image") if name in row]
         for name in pictures:
             row[name] = prepare_rgb_picture(row[name], name=name)
             if self.resize_mode == "crop":
                 compute_crop_geometry(row[name].height, row[name].width, self.height, self.width)
         if "mask" in row:
-            # Of the source's size; a source that is made of the target's edges comes later.
+            # The mask has the source image's size, or the target's if edges become the source image later.
             is_white = prepare_mask(row.pop("mask"), row[pictures[0]].size)
             edit_mask = compute_edit_mask(is_white, self.height, self.width, self.stride, self.resize_mode)
             row["edit_mask"] = edit_mask.flatten().tolist()
 
     def find_edges(self, picture: Image.Image) -> Image.Image:
-        """Find a picture's edges at the size the model works at: resized edges would be grey."""
+        """Find an image's edges at the size of training: resized edges would be grey."""
         size = {"height": self.height, "width": self.width}
         pixel_values = self.image_processor(picture, size=size, resize_mode=self.resize_mode).pixel_values
         return make_canny_map(self.image_processor.postprocess(pixel_values)[0])

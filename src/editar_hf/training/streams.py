@@ -1,9 +1,9 @@
-"""Endless streams of rows that resume exactly: data sets at hand are shuffled, those on the Hub read shard by shard.
+"""Endless streams of rows that resume exactly.
 
-A reader is one worker of one process. Every reader reads rows of its own, and the state of its stream is a few numbers,
-so a run that is killed and resumed goes on with the very rows it would have read. A shuffle buffer would lose its
-content then; streamed data sets have their shards shuffled instead, anew each epoch, and are mixed as well as their
-shards are.
+A reader is one worker of one process. Each reader reads its own rows, and the state of its stream is a few numbers. A
+resumed run therefore reads exactly the rows that the interrupted run would have read. `datasets` refills its shuffle
+buffer with other rows on resumption, and `interleave_datasets` repeats the same order each epoch. So data sets on disk
+are shuffled here, row by row, and streamed data sets by their shards alone.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +18,12 @@ from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from .data import EditCollator
+from .dataset_specs import DatasetSpec
 from .rows import BadRowCount, RowReader
-from .sources import DataSource
 
 
 class Reader(NamedTuple):
-    """Who reads: worker `worker` of `num_workers`, in process `process` of `num_processes`."""
+    """Worker `worker` of `num_workers` in process `process` of `num_processes`."""
 
     process: int
     num_processes: int
@@ -40,11 +40,11 @@ class Reader(NamedTuple):
 
 
 class ShuffledRows:
-    """Rows of a data set at hand, epoch after epoch, each epoch in an order of its own.
+    """Read a data set on disk epoch after epoch, each in a new order.
 
     Args:
         dataset (`datasets.Dataset`): The rows.
-        seed (`int`): What the orders depend on, beside the epoch.
+        seed (`int`): Seed of the orders, together with the epoch.
     """
 
     def __init__(self, dataset: datasets.Dataset, seed: int):
@@ -60,7 +60,7 @@ class ShuffledRows:
             )
 
     def read_epoch(self, reader: Reader) -> Iterator[tuple[int, dict]]:
-        """Yield what is left of the epoch as (position, row), then begin the next."""
+        """Yield the rest of the epoch as (position, row), then begin the next epoch."""
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
         for position in order[reader.index :: reader.count][self.num_read :].tolist():
             self.num_read += 1
@@ -75,11 +75,11 @@ class ShuffledRows:
 
 
 class StreamedRows:
-    """Rows of a data set that is read while it is downloaded, epoch after epoch, its shards shuffled in each.
+    """Read a streamed data set epoch after epoch, its shards in a new order each time.
 
     Args:
-        dataset (`datasets.IterableDataset`): The rows; each process and worker reads shards of its own.
-        seed (`int`): What the orders depend on, beside the epoch.
+        dataset (`datasets.IterableDataset`): The rows. Each process and worker reads its own shards.
+        seed (`int`): Seed of the orders, together with the epoch.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, seed: int):
@@ -96,7 +96,7 @@ class StreamedRows:
             )
 
     def read_epoch(self, reader: Reader) -> Iterator[tuple[int, dict]]:
-        """Yield what is left of the epoch as (position among the reader's rows, row), then begin the next."""
+        """Yield the rest of the epoch as (position among the reader's rows, row), then begin the next epoch."""
         dataset = split_dataset_by_node(self.dataset, reader.process, reader.num_processes)
         # `datasets` shuffles shards by the epoch alone, and epoch 0 not at all.
         dataset.set_epoch(1 + self.seed * 1_000_003 + self.epoch)
@@ -115,20 +115,20 @@ class StreamedRows:
 
 
 class MixedRows(torch.utils.data.IterableDataset):
-    """Rows of several sources for ever, made ready for collation; each comes from a source drawn by probability.
+    """Yield rows of several data sets without end, ready for collation. Each row's data set is drawn by probability.
 
     Args:
-        sources (`Sequence[DataSource]`): The sources.
-        opened (`Sequence`): Of each, what `open_source` opened.
+        specs (`Sequence[DatasetSpec]`): The data sets.
+        opened (`Sequence`): What `open_dataset` returned for each.
         row_reader (`RowReader`): Makes rows ready.
-        max_bad_rows_fraction (`float`): The share of rows that may be unusable before a `ValueError` stops the run.
-        seed (`int`): What orders and draws depend on.
-        process, num_processes (`int`): Which process this is, of how many.
+        max_bad_rows_fraction (`float`): Fraction of rows that may be unusable before a `ValueError` stops the run.
+        seed (`int`): Seed of the orders and draws.
+        process, num_processes (`int`): Index of this process, and number of processes.
     """
 
     def __init__(
         self,
-        sources: Sequence[DataSource],
+        specs: Sequence[DatasetSpec],
         opened: Sequence[datasets.Dataset | datasets.IterableDataset],
         row_reader: RowReader,
         max_bad_rows_fraction: float,
@@ -137,42 +137,40 @@ class MixedRows(torch.utils.data.IterableDataset):
         num_processes: int = 1,
     ):
         super().__init__()
-        self.sources, self.row_reader, self.seed = sources, row_reader, seed
+        self.specs, self.row_reader, self.seed = specs, row_reader, seed
         self.process, self.num_processes = process, num_processes
         self.streams = [
             ShuffledRows(dataset, seed) if isinstance(dataset, datasets.Dataset) else StreamedRows(dataset, seed)
             for dataset in opened
         ]
-        probabilities = np.array([source.probability for source in sources])
+        probabilities = np.array([spec.probability for spec in specs])
         self.probabilities = probabilities / probabilities.sum()
         self.bad_rows = BadRowCount(max_bad_rows_fraction)
         self.num_draws = 0
 
     def check(self, num_workers: int):
-        """Refuse, before a run begins, more readers than a source can serve."""
+        """Refuse, before a run begins, more readers than a data set can serve."""
         reader = Reader(self.process, self.num_processes, 0, max(1, num_workers))
-        for source, stream in zip(self.sources, self.streams, strict=True):
-            stream.check(source.name, reader)
+        for spec, stream in zip(self.specs, self.streams, strict=True):
+            stream.check(spec.name, reader)
 
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         reader = Reader(self.process, self.num_processes, *((worker.id, worker.num_workers) if worker else (0, 1)))
         rows = [
-            self.bad_rows.read(
-                self.read_for_ever(stream, reader), partial(self.row_reader.read, source=source), source.name
-            )
-            for source, stream in zip(self.sources, self.streams, strict=True)
+            self.bad_rows.read(self.read_for_ever(stream, reader), partial(self.row_reader.read, spec=spec), spec.name)
+            for spec, stream in zip(self.specs, self.streams, strict=True)
         ]
         while True:
-            yield next(rows[self.draw_source(reader)])
+            yield next(rows[self.draw_dataset(reader)])
 
-    def draw_source(self, reader: Reader) -> int:
-        """Draw a source; the n-th draw of a reader is the same in every run."""
+    def draw_dataset(self, reader: Reader) -> int:
+        """Draw the index of a data set. The n-th draw of a reader is the same in every run."""
         self.num_draws += 1
-        if len(self.sources) == 1:
+        if len(self.specs) == 1:
             return 0
         generator = np.random.default_rng((self.seed, reader.index, self.num_draws))
-        return int(generator.choice(len(self.sources), p=self.probabilities))
+        return int(generator.choice(len(self.specs), p=self.probabilities))
 
     def read_for_ever(self, stream: ShuffledRows | StreamedRows, reader: Reader) -> Iterator[tuple[int, dict]]:
         while True:
@@ -195,14 +193,14 @@ class MixedRows(torch.utils.data.IterableDataset):
 
 
 def build_dataloader(rows: MixedRows, collator: EditCollator, batch_size: int, num_workers: int) -> StatefulDataLoader:
-    """Build the endless loader of a run's batches, whose `state_dict` says where in its rows it is.
+    """Build the endless loader of a run's batches. Its `state_dict` holds its place in the rows.
 
     Raises:
-        ValueError: If there are more workers than a source can serve.
+        ValueError: If there are more workers than a data set can serve.
     """
     rows.check(num_workers)
-    # A data loader draws a number when it starts. Were it from the generator that dropout draws from, a run that is
-    # resumed would not be the uninterrupted one.
+    # A data loader draws a number when it starts. A draw from the default generator would change the dropout of a
+    # resumed run.
     generator = torch.Generator().manual_seed(rows.seed)
     return StatefulDataLoader(
         rows, batch_size=batch_size, collate_fn=collator, num_workers=num_workers, generator=generator
@@ -211,21 +209,21 @@ def build_dataloader(rows: MixedRows, collator: EditCollator, batch_size: int, n
 
 def collate_first_rows(
     opened: Iterable[Mapping],
-    source: DataSource,
+    spec: DatasetSpec,
     row_reader: RowReader,
     collator: EditCollator,
     batch_size: int,
     num_batches: int,
     bad_rows: BadRowCount,
 ) -> list[dict]:
-    """Collate the first usable rows of an opened source, in their order: what a run is validated on.
+    """Collate the first usable rows of an opened data set, in their order, for validation.
 
     Raises:
-        ValueError: If there is no usable row, or of many rows too many are not.
+        ValueError: If no row is usable, or too many are not.
     """
-    usable = bad_rows.read(enumerate(opened), partial(row_reader.read, source=source), source.name)
+    usable = bad_rows.read(enumerate(opened), partial(row_reader.read, spec=spec), spec.name)
     rows = list(islice(usable, batch_size * num_batches))
     if not rows:
-        raise ValueError(f"`validation_dataset` {source.dataset!r} has no usable row.")
+        raise ValueError(f"`validation_dataset` {spec.dataset!r} has no usable row.")
     batches = [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     return [{name: value for name, value in batch.items() if name != "groups"} for batch in batches]

@@ -15,8 +15,8 @@ from torch import nn
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel, compute_nearest_codes
 from ..processing_editar import compute_crop_geometry, prepare_rgb_picture
+from .dataset_specs import DatasetSpec, load_split
 from .rows import BadRowCount, UnusableRow, decode_image
-from .sources import DataSource, load_split
 from .validation import build_contact_sheet
 
 
@@ -31,7 +31,7 @@ def load_pictures(name: str, split: str, image_columns: Sequence[str]) -> datase
     Raises:
         ValueError: If a column is not there.
     """
-    dataset = load_split(DataSource(name, split, streaming=False))
+    dataset = load_split(DatasetSpec(name, split, streaming=False))
     missing = [column for column in image_columns if column not in dataset.column_names]
     if missing:
         raise ValueError(f"`image_columns` names {missing}, but {name!r} has {dataset.column_names}.")

@@ -1,6 +1,6 @@
-"""Where pairs come from: data sets on the Hub or at hand, opened under our column names, alone or mixed by a recipe.
+"""Open data sets of pairs, on the Hub or on disk, under our column names; and read recipes that mix several of them.
 
-Images stay encoded here, so that one broken file is one bad row and not the end of a run; `rows.py` decodes them.
+Images stay encoded here and `rows.py` decodes them. A broken file is then one bad row, and does not end the run.
 """
 
 import codecs
@@ -16,6 +16,7 @@ import datasets
 import pyarrow.parquet as pq
 import yaml
 from datasets.data_files import FILES_TO_IGNORE
+from transformers.utils import logging
 
 from ..checks import check_flag, check_number, check_texts
 from ..data_files import load_files, name_split
@@ -23,27 +24,28 @@ from ..pipelines.hub import check_folder_or_hub_id
 from ..processing_editar import TASK_PREFIXES
 
 
+logger = logging.get_logger(__name__)
 PIXEL_COLUMNS = ("source_image", "target_image", "prompt")
 TOKEN_COLUMNS = ("source_image_tokens", "target_image_tokens", "prompt")
-# A mask says where the edit is, as a picture or per token; a task says which prefix the prompt gets; text states that
-# are made in advance spare a frozen text encoder its work.
+# `mask` is an image and `edit_mask` holds a flag for each token. `task` chooses the prefix of the prompt.
+# `prompt_embeds` holds precomputed text states.
 OPTIONAL_COLUMNS = ("mask", "edit_mask", "task", "prompt_embeds")
-# What `rows.py` makes of a row, and the column that it makes.
+# How `rows.py` rewrites a row, and the column that it computes.
 REWRITES = {"canny": "source_image", "removal": None}
-# Files that data sets are read from, by the last part of their names, and what `datasets` calls them.
+# Suffixes of the files that data sets are read from, and what `datasets` calls these formats.
 FILE_KINDS = {"parquet": "parquet", "tar": "webdataset", "jsonl": "json"}
-# Where a parquet file of tokens says what they were made of.
+# Metadata key of a parquet file of tokens that says which data set they were computed from.
 MADE_FROM_KEY = b"editar_made_from"
 
 
 @dataclass
-class DataSource:
-    """One data set of pairs, and how to read it.
+class DatasetSpec:
+    """Describe a data set of pairs and how to read it.
 
-    The published PIPE pairs, backwards:
+    The published PIPE pairs, read backwards:
 
     ```python
-    DataSource(
+    DatasetSpec(
         "paint-by-inpaint/PIPE",
         columns={"source_image": "target_img", "target_image": "source_img", "prompt": "Instruction_VLM-LLM"},
         rewrite="removal",
@@ -54,19 +56,18 @@ class DataSource:
     Args:
         dataset (`str`): Hub id; a folder or a pattern of parquet files or of webdataset tars; a pattern of JSON-lines
             files; or an image folder with `metadata.jsonl`.
-        split (`str`): Its split. In a folder, files whose names start with it are taken; an image folder may have a
-            folder per split.
+        split (`str`): Its split. In a folder, the files whose names start with the split's name are read. An image
+            folder may have a folder for each split.
         config_name (`str`, *optional*): The configuration of a data set on the Hub.
-        name (`str`, *optional*): What logs call it; default: `dataset`.
-        probability (`float`): How often it is drawn from, relative to the other sources of a recipe.
-        columns (`Mapping`): Where our names differ from those of the data set, ours → theirs. A list names
-            alternatives, of which the first that is there counts.
-        task (`str`, *optional*): The task of every row; default: the column `task`, or else `"edit"`.
-        rewrite (`str`, *optional*): `"canny"` makes the source image of the target's edges; `"removal"` turns an
-            instruction "add …" into "Remove …".
-        image_folder (`str`, *optional*): Where image columns hold paths, the folder these start from.
-        streaming (`bool`): Whether a data set on the Hub is read while it is downloaded, and tars as they lie, and not
-            made ready on the disk first.
+        name (`str`, *optional*): Its name in logs; defaults to `dataset`.
+        probability (`float`): How often rows are drawn from it, relative to the other data sets of a recipe.
+        columns (`Mapping`): Maps our column names to those of the data set where they differ. A list names
+            alternatives, of which the first that exists is read.
+        task (`str`, *optional*): The task of every row; defaults to the column `task`, or else to `"edit"`.
+        rewrite (`str`, *optional*): `"canny"` computes the source image from the edges of the target image.
+            `"removal"` turns an instruction "add …" into "Remove …".
+        image_folder (`str`, *optional*): The folder that paths in image columns start from.
+        streaming (`bool`): Whether to read a data set of the Hub while it is downloaded, and tars without unpacking.
 
     Raises:
         ValueError: If there is no data set, the probability is not positive, or the task or rewrite is unknown.
@@ -104,8 +105,8 @@ class DataSource:
             check_texts(f"columns[{ours!r}]", theirs)
 
 
-def load_recipe(path: str | Path) -> list[DataSource]:
-    """Read the sources of a recipe: a YAML file with a list `sources`, whose items have the fields of `DataSource`.
+def load_recipe(path: str | Path) -> list[DatasetSpec]:
+    """Read a recipe: a YAML file with a list `datasets`, whose items have the fields of `DatasetSpec`.
 
     Raises:
         ValueError: If the file is not such a recipe.
@@ -114,33 +115,36 @@ def load_recipe(path: str | Path) -> list[DataSource]:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"`recipe` {str(path)!r} does not load: {error}") from error
-    items = recipe.get("sources") if isinstance(recipe, dict) else None
+    if isinstance(recipe, dict) and "sources" in recipe:
+        logger.warning(f"`recipe` {str(path)!r}: rename `sources` to `datasets`; the next version does not read it.")
+        recipe = {"datasets": recipe["sources"]} | recipe
+    items = recipe.get("datasets") if isinstance(recipe, dict) else None
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"`recipe` {str(path)!r} has no list `sources`, each with `dataset` and what else it needs.")
-    known = [item.name for item in fields(DataSource)]
+        raise ValueError(f"`recipe` {str(path)!r} has no list `datasets`, whose items have `dataset` and other fields.")
+    known = [item.name for item in fields(DatasetSpec)]
     if unknown := sorted({str(name) for item in items for name in item} - set(known)):
-        raise ValueError(f"`recipe` {str(path)!r} names {', '.join(unknown)}; a source has {', '.join(known)}.")
+        raise ValueError(f"`recipe` {str(path)!r} names {', '.join(unknown)}; a data set has {', '.join(known)}.")
     if not all("dataset" in item for item in items):
-        raise ValueError(f"`recipe` {str(path)!r} has a source without `dataset`.")
+        raise ValueError(f"`recipe` {str(path)!r} has a data set without the field `dataset`.")
     try:
-        return [DataSource(**item) for item in items]
+        return [DatasetSpec(**item) for item in items]
     except ValueError as error:
         raise ValueError(f"`recipe` {str(path)!r}: {error}") from error
 
 
-def open_source(source: DataSource) -> datasets.Dataset | datasets.IterableDataset:
-    """Open a data set with the columns that training reads, under our names, its images still encoded.
+def open_dataset(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset:
+    """Open a data set with the columns that training reads, under our names and with its images still encoded.
 
     Returns:
-        A `Dataset` of what is at hand; an `IterableDataset` of what is streamed from the Hub or from tars.
+        An `IterableDataset` if the data set is streamed from the Hub or from tars, and else a `Dataset`.
 
     Raises:
-        ValueError: If nothing is found, or a column is missing; the columns there are, are listed.
+        ValueError: If nothing is found or a column is missing. The message lists the columns that exist.
     """
-    dataset = load_split(source)
+    dataset = load_split(spec)
     if isinstance(dataset, datasets.IterableDataset) and dataset.column_names is None:
         dataset = dataset.cast(datasets.Features.from_dict(next(iter(dataset.take(1)))))
-    theirs = find_columns(source, dataset.column_names)
+    theirs = find_columns(spec, dataset.column_names)
     dataset = dataset.select_columns(list(dict.fromkeys(theirs.values())))
     for name in dataset.column_names:
         if isinstance(dataset.features[name], datasets.Image):
@@ -151,7 +155,7 @@ def open_source(source: DataSource) -> datasets.Dataset | datasets.IterableDatas
 def rename_columns(
     dataset: datasets.Dataset | datasets.IterableDataset, names: Mapping[str, str]
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Rename columns, theirs → ours, also to names that others of them have now; streams refuse that in one step."""
+    """Rename columns, also to names that other columns have now, which streams refuse to do in one step."""
     names = {theirs: ours for theirs, ours in names.items() if theirs != ours}
     if not names:
         return dataset
@@ -159,33 +163,33 @@ def rename_columns(
     return dataset.rename_columns(steps).rename_columns({steps[theirs]: ours for theirs, ours in names.items()})
 
 
-def find_columns(source: DataSource, present: Sequence[str]) -> dict[str, str]:
-    """Find which of the columns that are present go by which of our names, ours → theirs."""
+def find_columns(spec: DatasetSpec, present: Sequence[str]) -> dict[str, str]:
+    """Map our column names to those of the data set's columns."""
     wanted = TOKEN_COLUMNS if "source_image_tokens" in present else PIXEL_COLUMNS
-    wanted = tuple(name for name in wanted if name != REWRITES.get(source.rewrite))
-    names = {ours: source.columns.get(ours, ours) for ours in (*wanted, *OPTIONAL_COLUMNS)}
+    wanted = tuple(name for name in wanted if name != REWRITES.get(spec.rewrite))
+    names = {ours: spec.columns.get(ours, ours) for ours in (*wanted, *OPTIONAL_COLUMNS)}
     names = {ours: [theirs] if isinstance(theirs, str) else list(theirs) for ours, theirs in names.items()}
     found = {ours: next((name for name in theirs if name in present), None) for ours, theirs in names.items()}
-    # A mask and a task are optional, unless their columns were named.
-    missing = [ours for ours in dict.fromkeys((*wanted, *source.columns)) if found.get(ours) is None]
+    # An optional column is required once `columns` names it.
+    missing = [ours for ours in dict.fromkeys((*wanted, *spec.columns)) if found.get(ours) is None]
     if missing:
         raise ValueError(
-            f"`dataset` {source.dataset!r} lacks {', '.join(' or '.join(names.get(m, [m])) for m in missing)}; it has "
+            f"`dataset` {spec.dataset!r} lacks {', '.join(' or '.join(names.get(m, [m])) for m in missing)}; it has "
             f"{', '.join(present)}. Name the columns that hold source image, target image and prompt."
         )
     return {ours: theirs for ours, theirs in found.items() if theirs is not None}
 
 
-def load_split(source: DataSource) -> datasets.Dataset | datasets.IterableDataset:
-    """Load a split with the columns it has; a `ValueError` says where nothing was found, and why."""
-    path, split, streaming = source.dataset, source.split, source.streaming
-    files = list_files(source)
+def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a split with all its columns; a `ValueError` says what was not found and why."""
+    path, split, streaming = spec.dataset, spec.split, spec.streaming
+    files = list_files(spec)
     if not files:
         check_folder_or_hub_id(path, "dataset", repo_type="dataset")
     check_lines(files)
     try:
         if not files:
-            return datasets.load_dataset(path, source.config_name, split=split, streaming=streaming)
+            return datasets.load_dataset(path, spec.config_name, split=split, streaming=streaming)
         if not find_files(path, name_split(split)):
             return load_files("imagefolder", files, split)
         kind = files[0].rpartition(".")[2]
@@ -198,7 +202,7 @@ def load_split(source: DataSource) -> datasets.Dataset | datasets.IterableDatase
 
 
 def check_lines(files: Sequence[str]):
-    """Refuse files of JSON lines in which a line begins no object: on `null`, pyarrow would end the process."""
+    """Refuse JSON lines that are no objects: on a line `null`, pyarrow ends the process."""
     for file in files:
         if file.endswith(".jsonl"):
             with open(file, "rb") as lines:
@@ -208,7 +212,7 @@ def check_lines(files: Sequence[str]):
 
 
 def describe_error(error: BaseException) -> str:
-    """Say what went wrong, with the first cause: errors of `datasets` do not repeat it."""
+    """Describe an error with its first cause, which errors of `datasets` do not repeat."""
     first = error.__cause__ or error.__context__ or error
     while first.__cause__ is not None:
         first = first.__cause__
@@ -216,13 +220,13 @@ def describe_error(error: BaseException) -> str:
     return f"{str(error) or type(error).__name__}{cause}"
 
 
-def list_files(source: DataSource) -> list[str]:
-    """List the files here that a source is read from, in their order; none if it is on the Hub.
+def list_files(spec: DatasetSpec) -> list[str]:
+    """List the local files that a data set is read from, in their order. The list is empty for a data set on the Hub.
 
     Raises:
-        ValueError: If there is a folder or a pattern of files, and no file of the split.
+        ValueError: If a folder or a pattern has no file of the split.
     """
-    path, split = source.dataset, name_split(source.split)
+    path, split = spec.dataset, name_split(spec.split)
     if files := find_files(path, split):
         return files
     folder = Path(path)
@@ -248,10 +252,10 @@ def list_files(source: DataSource) -> list[str]:
 
 
 def find_files(path: str, split: str) -> list[str]:
-    """Find the files that `path` stands for: itself, a pattern, or a folder's parquet or tar files of this split."""
+    """Find the files that `path` names: a file, a pattern, or a folder's parquet or tar files of this split."""
     folder = Path(path)
     if not folder.is_dir():
-        # What exists of a pattern is meant as it stands, brackets and all.
+        # Brackets and stars in the part that exists are no pattern.
         present = next(parent for parent in (folder, *folder.parents) if parent.exists())
         pattern = Path(glob.escape(str(present)), *folder.parts[len(present.parts) :])
         return sorted(file for file in glob.glob(str(pattern)) if file.rpartition(".")[2] in FILE_KINDS)
@@ -260,13 +264,13 @@ def find_files(path: str, split: str) -> list[str]:
     return next((files for files in kinds if files), [])
 
 
-def check_held_out(training: Sequence[DataSource], validation: DataSource):
-    """Refuse to validate on what is trained on: the same files or split, or what tokens were made of.
+def check_held_out(training: Sequence[DatasetSpec], validation: DatasetSpec):
+    """Refuse validation on training data: the same files or split, or images that training tokens were computed from.
 
     Raises:
-        ValueError: If a file or split of `validation` is read for training too.
+        ValueError: If training reads a file or split of `validation` too.
     """
-    trained_on = {place for source in training for place in list_origins(source)}
+    trained_on = {place for spec in training for place in list_origins(spec)}
     if shared := [place for place in list_places(validation) if place in trained_on]:
         raise ValueError(
             f"`validation_dataset` {validation.dataset!r} holds what is trained on, such as {shared[0]}; no pair would "
@@ -275,21 +279,21 @@ def check_held_out(training: Sequence[DataSource], validation: DataSource):
         )
 
 
-def list_places(source: DataSource) -> list[str]:
-    """List the files that a source is read from, or name its split on the Hub."""
-    files = [os.path.realpath(file) for file in list_files(source)]
-    return files or [", ".join(filter(None, (source.dataset, source.config_name, name_split(source.split))))]
+def list_places(spec: DatasetSpec) -> list[str]:
+    """List the files that a data set is read from, or name its split on the Hub."""
+    files = [os.path.realpath(file) for file in list_files(spec)]
+    return files or [", ".join(filter(None, (spec.dataset, spec.config_name, name_split(spec.split))))]
 
 
-def list_origins(source: DataSource) -> list[str]:
-    """List where a source is read from, and what its tokens were made of where they say so."""
-    places = list_places(source)
+def list_origins(spec: DatasetSpec) -> list[str]:
+    """List where a data set is read from, and what its tokens were computed from if its files say so."""
+    places = list_places(spec)
     made_from = set()
     for file in places:
         if file.endswith(".parquet"):
-            with contextlib.suppress(ValueError):  # `open_source` says what is wrong with the file
+            with contextlib.suppress(ValueError):  # `open_dataset` says what is wrong with the file
                 made_from.add((pq.read_schema(file).metadata or {}).get(MADE_FROM_KEY))
     for content in made_from - {None}:
         with contextlib.suppress(ValueError):  # the images may have been moved since
-            places += list_places(DataSource(**json.loads(content)))
+            places += list_places(DatasetSpec(**json.loads(content)))
     return places
