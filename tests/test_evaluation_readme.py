@@ -1,12 +1,10 @@
-"""The README's section on evaluation, as it stands: its commands in their order, on tiny data with tiny models.
+"""The commands of `docs/evaluate.md`, in their order, on tiny data with tiny models.
 
-A shell runs the section's blocks with programs that only write down what they are called with, so that loops and
-scripts are what they are for a user. Then each command of `editar-hf` runs in this process, in an empty folder that
-holds what the section says one has: what it names must be there by then.
+Each command of `editar-hf` runs in this process, in a folder that holds what the page says one has: what it names must
+be there by then.
 """
 
 import os
-import re
 import shutil
 import subprocess
 from fnmatch import fnmatch
@@ -15,6 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 from evaluation_data import make_pie_folder, make_sticker_data, make_translation_data
+from pages import ROOT, list_calls
 from tiny_metrics import save_models
 
 from editar_hf.commands import build_parser
@@ -26,29 +25,9 @@ from editar_hf.evaluation.tasks import TASKS
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture")
-ROOT = Path(__file__).parents[1]
-PROGRAMS = ("editar-hf", "python", "pip", "hf")
-# A program that appends its name and words to a file: a byte between words, another after the last.
-STUB = """#!/bin/sh
-{ printf '%s' "${0##*/}"; printf '\\037%s' "$@"; printf '\\036'; } >> "$CALLS"
-"""
 # Where the ControlNets lie: ids of their own, and folders of the repository of ControlNet++.
 CONTROLNETS = [f"lllyasviel/control_{name}" for name in ("v11f1p_sd15_depth", "v11p_sd15_canny", "v11p_sd15_seg")]
 CONTROLNETS_PP = ("checkpoints/depth/controlnet", "checkpoints/canny/controlnet", "checkpoints/cocostuff/reward_5k")
-
-
-def list_calls(folder):
-    """List what the README's section on evaluation calls, in order: name and words of each program."""
-    section = (ROOT / "README.md").read_text().partition("\n## Evaluate\n")[2].partition("\n## ")[0]
-    programs = folder / "programs"
-    programs.mkdir()
-    for name in PROGRAMS:
-        (programs / name).write_text(STUB)
-        (programs / name).chmod(0o755)
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(folder / "calls")}
-    script = "\n".join(re.findall(r"```\w*\n(.*?)```", section, flags=re.DOTALL))
-    subprocess.run(["bash", "-euc", script], cwd=folder, env=environment, check=True)
-    return [call.split("\037") for call in (folder / "calls").read_text().split("\036")[:-1]]
 
 
 def shrink(args, folder, models):
@@ -71,7 +50,7 @@ def shrink(args, folder, models):
 
 
 def make_folder(folder, models):
-    """Make what the section says one has: the repository's examples, a converted EditAR, and the benchmarks."""
+    """Make what the page says one has: the repository's examples, a converted EditAR, and the benchmarks."""
     (folder / "examples").mkdir(parents=True)
     shutil.copy(ROOT / "examples" / "run_paper_tables.sh", folder / "examples")
     for name in ("examples/sticker-editor", "editar"):
@@ -102,11 +81,11 @@ def run_command(words, folder, models):
     assert args.run(args) == 0, words
 
 
-def test_the_commands_of_the_evaluation_section_run_in_their_order(tmp_path, monkeypatch):
+def test_the_commands_of_the_evaluation_page_run_in_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     models, folder = save_models(tmp_path / "models"), tmp_path / "user"
     make_folder(folder, models)
-    calls = list_calls(folder)
+    calls = list_calls("docs/evaluate.md", folder)
     monkeypatch.chdir(folder)
     for program, *words in calls:
         if program == "python":

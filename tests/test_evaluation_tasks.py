@@ -3,9 +3,7 @@
 import io
 import json
 import re
-import shlex
 import struct
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -21,11 +19,11 @@ from evaluation_data import (
     make_translation_data,
 )
 from kornia.filters import canny
+from pages import ROOT, list_calls
 from PIL import Image
 from tiny import build_pipeline, draw_image
 
 import editar_hf.evaluation.tasks as tasks
-from editar_hf.commands import build_parser
 from editar_hf.evaluation.protocols import PROTOCOLS
 from editar_hf.evaluation.samples import Benchmark, Sample, write_benchmark
 from editar_hf.evaluation.scoring import get_metric
@@ -573,17 +571,10 @@ def test_preparing_shows_how_many_are_done_the_rate_and_the_time_left(name, make
 # The page that users read
 
 
-def test_the_commands_of_the_readme_are_commands():
-    page = (Path(__file__).parents[1] / "README.md").read_text()
-    blocks = re.findall(r"```\w*\n(.*?)```", page, flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line) for line in lines if line.strip().startswith("editar-hf evaluate")]
-    steps = {command[2] for command in commands}
-    assert steps == {"prepare", "generate", "score", "report", "run"}
-    for command in commands:
-        build_parser().parse_args(command[1:])
-
-
-def test_the_readme_names_every_task_and_system():
-    page = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_evaluation_page_names_every_task_and_system_and_uses_every_step(tmp_path):
+    page = (ROOT / "docs" / "evaluate.md").read_text()
     assert not [name for name in (*tasks.TASKS, *SYSTEMS, *PROTOCOLS) if f"`{name}`" not in page]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    calls = list_calls("docs/evaluate.md", tmp_path)
+    steps = {words[2] for words in calls if words[:2] == ["editar-hf", "evaluate"]}
+    assert steps == {"prepare", "generate", "score", "report", "run"}

@@ -1,9 +1,8 @@
-"""The scripts in `examples/` beside training, and the README's recipes, at tiny size."""
+"""The scripts in `examples/` beside training, and the commands of the pages on training, at tiny size."""
 
 import json
-import re
-import shlex
 import shutil
+from pathlib import Path
 
 import datasets
 import make_sticker_edits as stickers
@@ -11,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pages import list_calls, read_blocks
 from PIL import Image
-from scripts import EXAMPLES, TOKEN_RESOLUTION, list_words, name_changed, reset_accelerate, run_script, write_teacher
-from tiny import draw_image
+from scripts import TOKEN_RESOLUTION, list_words, name_changed, reset_accelerate, run_script, write_teacher
 
 from editar_hf import EditARPipeline, EditARVQModel
 from editar_hf.processing_editar import apply_task_prefix
 from editar_hf.training.dataset_specs import DatasetSpec, check_held_out, open_dataset
-from editar_hf.training.rows import decode_image
 
 
 # The tiny text length cuts most prompts, with a warning each.
@@ -227,28 +225,10 @@ def test_an_adapter_learns_a_new_operation_is_measured_with_its_base_and_shipped
         assert sheet.size == (4 * 132 + 4, 3 * 132 + 4)
 
 
-# The README
+# The pages on training
 
 
-def test_parquet_file_of_the_readme_holds_the_images(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-pairs" / "train").mkdir(parents=True)
-    pair = {"source_image": draw_image(0), "target_image": draw_image(1)}
-    files = {name: tmp_path / "my-pairs" / "train" / f"0-{name}.png" for name in ("before", "after")}
-    for file, picture in zip(files.values(), pair.values(), strict=True):
-        picture.save(file)
-    page = (EXAMPLES.parent / "README.md").read_text()
-    (snippet,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "to_parquet" in block)
-    exec(snippet, {})
-    for file in files.values():
-        file.unlink()
-    (row,) = open_dataset(DatasetSpec("my-parquet"))
-    assert row["prompt"] == "make the car red"
-    for name, picture in pair.items():
-        assert np.array_equal(np.asarray(decode_image(row[name])), np.asarray(picture))
-
-
-def test_recipes_of_the_readme_run_as_written(editor, pictures, tmp_path, run_here, monkeypatch):
+def test_commands_of_the_training_pages_run_as_written(editor, pictures, tmp_path, run_here, monkeypatch):
     """At tiny size: what the commands name lies in the working directory, and sizes are appended to them."""
     (tmp_path / "my-editor").symlink_to(editor)
     (tmp_path / "start").symlink_to(editor)
@@ -259,26 +239,26 @@ def test_recipes_of_the_readme_run_as_written(editor, pictures, tmp_path, run_he
     (tmp_path / "examples" / "recipes" / "editar.yaml").write_text(yaml.safe_dump({"datasets": specs}))
     monkeypatch.chdir(tmp_path)
 
-    page = (EXAMPLES.parent / "README.md").read_text().replace("\\\n", "")
-    commands = re.findall(r"examples/(precompute_tokens|train_editar)\.py +(--[^`\n]*)$", page, re.MULTILINE)
-    assert [name for name, _ in commands] == [
-        "train_editar",
-        "train_editar",
-        "precompute_tokens",
-        "train_editar",
-        "train_editar",
-    ]
+    calls = [call for page in ("docs/train.md", "docs/lora.md") for call in list_calls(page, tmp_path)]
+    assert [call for call in list_calls("README.md", tmp_path) if call[0] == "accelerate"] == calls[-1:]
+    commands = []
+    for words in calls:
+        script = next((index for index, word in enumerate(words) if word.endswith(".py")), None)
+        if script is not None:
+            commands.append((Path(words[script]).name, words[script + 1 :]))
+    steps = {"batch_size": 2, "num_workers": 0, "compile": False}
     tiny = {
-        "precompute_tokens": {},
-        "train_editar": {"max_train_steps": 2, "batch_size": 2, "num_workers": 0, "compile": False},
+        "precompute_tokens.py": {},
+        "train_editar.py": {"max_train_steps": 2, **steps},
+        "train_vq.py": {"max_steps": 2, "batch_size": 2, "resolution": 16, "base_channels": 32, "num_embeddings": 32},
     }
+    assert {name for name, _ in commands} == tiny.keys()
     for name, words in commands:
-        run_here(f"{name}.py", *shlex.split(words), *list_words(tiny[name]))
+        run_here(name, *words, *list_words(tiny[name]))
         reset_accelerate()
     assert name_changed(editor, tmp_path / "runs" / "editar" / "pipeline") == {"transformer"}
     assert name_changed(tmp_path / "runs" / "mine" / "pipeline", tmp_path / "runs" / "mine" / "pipeline-ema")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (snippet,) = (block for block in blocks if "load_lora_weights" in block)
+    (snippet,) = (block.code for block in read_blocks("docs/lora.md", "python") if "runs/my-lora" in block.code)
     pipe = EditARPipeline.from_pretrained("my-editor")
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     exec(snippet, {"pipe": pipe})

@@ -12,6 +12,7 @@ import diffusers.pipelines.pipeline_loading_utils as diffusers_loading
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pages import PAGES, ROOT
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -19,7 +20,6 @@ import editar_hf
 from editar_hf import commands
 
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "editar_hf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
@@ -29,7 +29,6 @@ SCRIPTS = [
     *(p for folder in ("tests", "benchmarks", "projects") for p in sorted((ROOT / folder).rglob("*.py"))),
 ]
 DISTRIBUTIONS = metadata.packages_distributions()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
 def name_path(path: Path) -> str:

@@ -1,0 +1,153 @@
+"""What stands on the README and on the pages in `docs/`, run as written, in order, on the shipped checkpoints."""
+
+import ast
+import inspect
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pages import PAGES, ROOT, list_calls, read_blocks
+from tiny import draw_image
+
+from editar_hf.commands import build_parser, main
+from editar_hf.training.dataset_specs import DatasetSpec, open_dataset
+from editar_hf.training.rows import decode_image
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:More than 2% of a picture", "ignore:A prompt is longer")
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+# What the pages suppose a user has: the published weights, an editor, pairs, and an adapter trained on them.
+STAND_INS = {
+    "examples": "examples",
+    "editar": "examples/sticker-editor",
+    "my-editor": "examples/sticker-editor",
+    "runs/my-lora/adapter": "examples/sticker-copy-lora",
+}
+PAIR = {"before": draw_image(0), "after": draw_image(1)}
+
+
+def fill_desk(folder: Path):
+    """Put into a working directory what the pages suppose a user has."""
+    for name, target in STAND_INS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(ROOT / target)
+    pairs = folder / "my-pairs" / "train"
+    pairs.mkdir(parents=True)
+    for name, image in PAIR.items():
+        image.save(pairs / f"0-{name}.png")
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory):
+    """Run the Python of a page, once for all tests, and return its names and its working directory."""
+
+    @cache
+    def run(page: str) -> tuple[dict, Path]:
+        folder, names = tmp_path_factory.mktemp("desk"), {}
+        fill_desk(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            for block in read_blocks(page, "python"):
+                if block.reason is None:
+                    torch.manual_seed(0)
+                    exec(block.code, names)
+                else:
+                    check_calls(block.code, names)
+        return names, folder
+
+    return run
+
+
+def check_calls(code: str, names: dict):
+    """Check code that cannot run here: what it imports is there, and what it calls takes these arguments."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(ast.unparse(node), names)
+        elif isinstance(node, ast.Call):
+            function = eval(ast.unparse(node.func), names)
+            inspect.signature(function).bind(*node.args, **{word.arg: word.value for word in node.keywords})
+
+
+@pytest.mark.parametrize("page", [name for name in NAMES if read_blocks(name, "python")])
+def test_python_of_a_page_runs_as_written(page, run_page):
+    run_page(page)
+
+
+def test_calls_that_cannot_run_are_checked(run_page):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'privat'"):
+        check_calls('pipe.push_to_hub("me/mine", privat=True)', run_page("docs/share.md")[0])
+
+
+@pytest.mark.parametrize("page", [name for name in NAMES if read_blocks(name, "bash")])
+def test_commands_of_a_page_parse_and_edits_run(page, tmp_path, monkeypatch):
+    fill_desk(tmp_path)
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
+    monkeypatch.chdir(tmp_path)
+    calls = list_calls(page, tmp_path)
+    assert calls
+    for program, *words in calls:
+        if program == "editar-hf":
+            args = build_parser().parse_args(words)
+            if words[0] == "edit":
+                assert main(words) == 0, words
+                assert args.output.exists(), words
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_links_of_a_page_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_page_of_docs_is_linked_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert not [name for name in NAMES if name.startswith("docs/") and f"]({name})" not in text]
+
+
+def test_readme_is_short_and_shows_the_gpu_first():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    assert "cuda" in read_blocks("README.md", "python")[0].code
+
+
+# What the code of a page promises
+
+
+def test_session_of_the_masks_page_keeps_what_no_mask_freed(run_page):
+    names, _ = run_page("docs/masks-and-sessions.md")
+    photo, picture = np.asarray(names["photo"]), np.asarray(names["picture"])
+    # A token is 30 pixels of the photograph, whose crop begins at its column 60; the mask lies on 3 × 3 tokens, the
+    # last ones of the first columns, and the feather ends one further.
+    row, column = np.mgrid[:240, :360]
+    may_change = (row >= 120) & (column >= 60) & (column < 180)
+    assert np.array_equal(picture[~may_change], photo[~may_change])
+    assert not np.array_equal(picture, photo)
+
+
+def test_snippets_write_and_return_what_their_pages_say(run_page):
+    edit, _ = run_page("docs/edit.md")
+    assert isinstance(edit["processor"], edit["EditARProcessor"])
+    assert edit["edges"].size == edit["photo"].size == edit["edited"].size
+    speed, _ = run_page("docs/speed.md")
+    assert len(speed["variants"]) == 2
+    _, folder = run_page("README.md")
+    assert (folder / "edited.png").exists()
+
+
+def test_parquet_file_of_the_training_page_holds_the_images(run_page, monkeypatch):
+    _, folder = run_page("docs/train.md")
+    for name in PAIR:
+        (folder / "my-pairs" / "train" / f"0-{name}.png").unlink()
+    (row,) = open_dataset(DatasetSpec(str(folder / "my-parquet")))
+    assert row["prompt"] == "make the car red"
+    for name, image in zip(("source_image", "target_image"), PAIR.values(), strict=True):
+        assert np.array_equal(np.asarray(decode_image(row[name])), np.asarray(image))
