@@ -17,6 +17,7 @@ quality: .venv/installed-dev  ## check style, imports and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 # pip matches the number of a platform exactly.
 PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64

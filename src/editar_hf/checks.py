@@ -4,11 +4,12 @@ import numbers
 import os
 import sys
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
 
-def check_integer(name: str, value, minimum: int = 1, maximum: int | None = None, step: int = 1) -> int:
+def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None, step: int = 1) -> int:
     """Return `value` as an `int`; numpy's integers are integers too, `True` is not.
 
     Args:
@@ -28,18 +29,19 @@ def check_integer(name: str, value, minimum: int = 1, maximum: int | None = None
     return int(value)
 
 
-def check_number(name: str, value) -> float:
+def check_number(name: str, value: Any) -> float:
     """Return `value` as a `float`.
 
     Raises:
         ValueError: If it is no number, or NaN, or infinite.
     """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
         raise ValueError(f"`{name}` is {value!r}; pass a finite number.")
     return float(value)
 
 
-def check_flag(name: str, value) -> None:
+def check_flag(name: str, value: Any) -> None:
     """Refuse what is neither True nor False: `"False"` would count as true.
 
     Raises:
@@ -49,7 +51,7 @@ def check_flag(name: str, value) -> None:
         raise ValueError(f"`{name}` is {value!r}; pass True or False.")
 
 
-def check_choice(name: str, value, choices: Collection[str]) -> None:
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse what is none of some strings; an array would be compared entry by entry.
 
     Raises:
@@ -59,7 +61,7 @@ def check_choice(name: str, value, choices: Collection[str]) -> None:
         raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
-def check_texts(name: str, texts) -> None:
+def check_texts(name: str, texts: Any) -> None:
     """Refuse what is neither a string nor a list of strings, and strings that are no Unicode text.
 
     Raises:
@@ -75,7 +77,7 @@ def check_texts(name: str, texts) -> None:
             raise ValueError(f"`{name}` holds {text!r}, which is no Unicode text: {error}.") from error
 
 
-def check_path(name: str, value) -> None:
+def check_path(name: str, value: Any) -> None:
     """Refuse what names no file or folder.
 
     Raises:
@@ -92,7 +94,7 @@ def check_path(name: str, value) -> None:
         raise ValueError(f"`{name}` is {os.fspath(value)!r}, which can be no path; pass another.")
 
 
-def check_tensor(name: str, value) -> None:
+def check_tensor(name: str, value: Any) -> None:
     """Refuse what is no tensor, one without rows, and one without values of its own.
 
     Raises:

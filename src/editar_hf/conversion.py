@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from torch import nn
 from transformers import PreTrainedConfig, T5Config, T5EncoderModel, T5Tokenizer
 
 from .configuration_editar import EditARConfig, EditARVQConfig
@@ -263,7 +264,8 @@ def draw_new_parts(model: EditARForConditionalGeneration):
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = tensor.device.type != "meta"
     null_image_embeds = model.model.null_image_embeds
-    model.model.null_image_embeds = torch.empty_like(null_image_embeds, device="cpu", dtype=dtype)
+    model.model.null_image_embeds = nn.Buffer(torch.empty_like(null_image_embeds, device="cpu", dtype=dtype))
+    assert model.distillation_head is not None  # A start has the default configuration.
     model.distillation_head.to_empty(device="cpu").to(dtype)
     model.initialize_weights()
 
@@ -272,7 +274,8 @@ def convert_transformer_weight(name: str, weight: torch.Tensor, head_dim: int) -
     """Convert one published tensor of the decoder to one of ours, or to three."""
     if name in TRANSFORMER_NAMES:
         return {TRANSFORMER_NAMES[name]: weight}
-    layer, name = re.fullmatch(r"(layers\.\d+)\.(.*)", name).groups()
+    _, index, name = name.split(".", maxsplit=2)
+    layer = f"layers.{index}"
     if name in LAYER_NAMES:
         return {f"model.{layer}.{LAYER_NAMES[name]}": weight}
     query, key, value = weight.chunk(3)
@@ -463,7 +466,7 @@ def describe_sources(
     }
     text_encoder = text_encoder or PUBLISHED_TEXT_ENCODER
     is_folder = Path(text_encoder).is_dir()
-    return {**described, "text encoder": Path(text_encoder).name if is_folder else text_encoder}
+    return {**described, "text encoder": Path(text_encoder).name if is_folder else str(text_encoder)}
 
 
 def describe_new_parts() -> str:

@@ -270,7 +270,8 @@ class EditARImageProcessor(PilBackend):
     def _check_arguments(self, size: SizeDict, resize_mode: str):
         check_integer("stride", self.stride)
         for name, value in (("height", size and size.height), ("width", size and size.width)):
-            if not isinstance(value, numbers.Integral) or not 1 <= value <= MAX_SIDE or value % self.stride:
+            is_integer = isinstance(value, numbers.Integral)
+            if not is_integer or not 1 <= value <= MAX_SIDE or value % self.stride:
                 raise ValueError(
                     f"`{name}` is {value!r}; pass a positive multiple of {self.stride}, the pixels per token of the VQ "
                     f"model, and at most {MAX_SIDE}."

@@ -38,8 +38,8 @@ class EditARVQEncoderOutput(ModelOutput):
             that the indices stand for.
     """
 
-    image_tokens: torch.LongTensor | None = None
-    latents: torch.FloatTensor | None = None
+    image_tokens: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
 
 
 @dataclass
@@ -56,18 +56,18 @@ class EditARVQOutput(ModelOutput):
         latents (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, embedding_dim)`): Unit vectors.
     """
 
-    loss: torch.FloatTensor | None = None
-    reconstruction: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    codebook_loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
-    image_tokens: torch.LongTensor | None = None
-    latents: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
 
 
 def compute_nearest_codes(
     latents: torch.Tensor, codebook: torch.Tensor, chunk_size: int = POSITIONS_PER_CHUNK
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Compute, for each of the latents (positions, dim), the index of the codebook row (codes, dim) of highest cosine.
 
     Only the rows need unit length: the length of a latent does not change which row is nearest. Positions go through
@@ -253,7 +253,7 @@ class EditARVQQuantizer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.num_embeddings, config.embedding_dim)
 
-    def encode(self, latents: torch.Tensor) -> torch.LongTensor:
+    def encode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the nearest code of each latent; (..., embedding_dim) to (...)."""
         # Through the module's forward: under sequential offload the weight itself is on the meta device.
         rows = self.embedding(torch.arange(self.embedding.num_embeddings, device=latents.device))
@@ -261,7 +261,7 @@ class EditARVQQuantizer(nn.Module):
             codebook = F.normalize(rows.float(), dim=-1)
             return compute_nearest_codes(latents.float().flatten(0, -2), codebook).view(latents.shape[:-1])
 
-    def decode(self, image_tokens: torch.LongTensor) -> torch.Tensor:
+    def decode(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """Return the fp32 unit vector of each code; (...) to (..., embedding_dim)."""
         return F.normalize(self.embedding(image_tokens).float(), dim=-1)
 
@@ -328,11 +328,12 @@ class EditARVQModel(PreTrainedModel):
             ValueError: If the shape is another, or the stride does not divide height and width.
         """
         self._check_pixel_values(pixel_values)
-        return self._encode(pixel_values)
+        image_tokens, latents = self._encode(pixel_values)
+        return EditARVQEncoderOutput(image_tokens=image_tokens, latents=latents)
 
     @apply_forward_hook
     def decode(
-        self, image_tokens: torch.LongTensor, grid_height: int | None = None, grid_width: int | None = None
+        self, image_tokens: torch.Tensor, grid_height: int | None = None, grid_width: int | None = None
     ) -> torch.Tensor:
         """Decode codebook indices to pixels (batch_size, 3, height, width), about [−1, 1] but not clamped.
 
@@ -361,11 +362,11 @@ class EditARVQModel(PreTrainedModel):
         Source: VQ-VAE (arXiv 1711.00937), equation 3, on unit vectors as in LlamaGen (arXiv 2406.06525), section 2.1.
         """
         self._check_pixel_values(pixel_values)
-        encoded = self._encode(pixel_values)
-        codes = self.quantize.decode(encoded.image_tokens)
-        codebook_loss = F.mse_loss(codes, encoded.latents.detach())
-        commitment_loss = F.mse_loss(encoded.latents, codes.detach())
-        straight_through = encoded.latents + (codes - encoded.latents).detach()
+        image_tokens, latents = self._encode(pixel_values)
+        codes = self.quantize.decode(image_tokens)
+        codebook_loss = F.mse_loss(codes, latents.detach())
+        commitment_loss = F.mse_loss(latents, codes.detach())
+        straight_through = latents + (codes - latents).detach()
         grid_height, grid_width = (side // self.config.stride for side in pixel_values.shape[-2:])
         reconstruction = self._decode(straight_through, grid_height, grid_width)
         error = reconstruction.float() - pixel_values.float()
@@ -376,15 +377,15 @@ class EditARVQModel(PreTrainedModel):
             reconstruction_loss=reconstruction_loss,
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
-            image_tokens=encoded.image_tokens,
-            latents=encoded.latents,
+            image_tokens=image_tokens,
+            latents=latents,
         )
 
-    def _encode(self, pixel_values: torch.Tensor) -> EditARVQEncoderOutput:
+    def _encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
         # Unit length and the choice of codes are fp32 whatever the network computes in: near-ties are common.
         latents = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)
-        return EditARVQEncoderOutput(image_tokens=self.quantize.encode(latents.detach()), latents=latents)
+        return self.quantize.encode(latents.detach()), latents
 
     def _decode(self, codes: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
         latents = codes.to(self.dtype).transpose(1, 2).unflatten(2, (grid_height, grid_width))
@@ -403,7 +404,7 @@ class EditARVQModel(PreTrainedModel):
             )
 
     def _resolve_grid(
-        self, image_tokens: torch.LongTensor, grid_height: int | None, grid_width: int | None
+        self, image_tokens: torch.Tensor, grid_height: int | None, grid_width: int | None
     ) -> tuple[int, int]:
         check_tensor("image_tokens", image_tokens)
         if image_tokens.ndim != 2 or image_tokens.dtype not in (torch.int, torch.long):
@@ -415,10 +416,12 @@ class EditARVQModel(PreTrainedModel):
             if side is not None:
                 check_integer(name, side, minimum=0)
         num_image_tokens = image_tokens.shape[1]
-        if grid_height is None and grid_width is None:
-            grid_height = grid_width = math.isqrt(num_image_tokens)
-        elif grid_height is None:
-            grid_height = num_image_tokens // max(grid_width, 1)
+        if grid_height is None:
+            if grid_width is None:
+                grid_width = math.isqrt(num_image_tokens)
+                grid_height = grid_width
+            else:
+                grid_height = num_image_tokens // max(grid_width, 1)
         elif grid_width is None:
             grid_width = num_image_tokens // max(grid_height, 1)
         if not num_image_tokens or grid_height * grid_width != num_image_tokens:

@@ -10,6 +10,7 @@ from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..io import atomic_path
 
@@ -20,7 +21,7 @@ PIPELINE_OPTIONS = (
     "num_images_per_prompt",
 )
 # With Pillow's defaults these formats change pixels that the edit left alone.
-SAVE_OPTIONS = {
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
     "WEBP": {"lossless": True},
@@ -143,6 +144,7 @@ def edit_folder(args: argparse.Namespace) -> int:
     waiting = [job for job in jobs if not is_done(job, args, record)]
     print(f"{len(jobs)} edits, {len(jobs) - len(waiting)} of them done before")
     failures = []
+    pipeline = None
     if waiting:
         check_writable(args.output)
         pipeline = load_pipeline(args)
@@ -339,7 +341,7 @@ def name_output(job: Job, args: argparse.Namespace) -> str:
 
 def read_record(folder: Path) -> dict[str, dict | None]:
     """Read what each output in the folder was made from."""
-    record = {}
+    record: dict[str, dict | None] = {}
     path = folder / RECORD_FILE
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with suppress(ValueError, TypeError):  # a run that was killed may have left a part of a line
@@ -400,7 +402,7 @@ def choose_save_options(path: Path, quality: int | None) -> dict:
     """
     from PIL import Image
 
-    kind = Image.registered_extensions().get(path.suffix.lower())
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
     if quality is None:
         return {"format": kind, **SAVE_OPTIONS.get(kind, {})}
     if kind not in SAVE_OPTIONS:

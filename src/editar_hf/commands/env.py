@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 def list_requirements() -> list[str]:
     """List the packages that this one requires, those of its extras after the core ones, each once."""
-    names = [re.match(r"[\w.-]+", requirement).group() for requirement in metadata.requires("editar-hf")]
+    names = [re.split(r"[^\w.-]", requirement)[0] for requirement in metadata.requires("editar-hf") or []]
     return [name for name in dict.fromkeys(names) if name != "editar-hf"]
 
 
