@@ -124,13 +124,13 @@ def test_readme_is_short_and_shows_the_gpu_first():
 
 def test_session_of_the_masks_page_keeps_what_no_mask_freed(run_page):
     names, _ = run_page("docs/masks-and-sessions.md")
-    photo, picture = np.asarray(names["photo"]), np.asarray(names["picture"])
+    photo, image = np.asarray(names["photo"]), np.asarray(names["image"])
     # A token is 30 pixels of the photograph, whose crop begins at its column 60; the mask lies on 3 × 3 tokens, the
     # last ones of the first columns, and the feather ends one further.
     row, column = np.mgrid[:240, :360]
     may_change = (row >= 120) & (column >= 60) & (column < 180)
-    assert np.array_equal(picture[~may_change], photo[~may_change])
-    assert not np.array_equal(picture, photo)
+    assert np.array_equal(image[~may_change], photo[~may_change])
+    assert not np.array_equal(image, photo)
 
 
 def test_snippets_write_and_return_what_their_pages_say(run_page):
