@@ -21,12 +21,17 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
 from editar_hf import EditARVQConfig, EditARVQModel
-from editar_hf.pipelines.hub import check_folder_or_hub_id
-from editar_hf.training.card import PICTURE_FILE, compose_tokenizer_training_card
-from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from editar_hf.pipelines.hub import check_folder_or_hub_id, make_card
+from editar_hf.training.checkpoints import check_output_dir, list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.logs import print_banner, print_epochs
 from editar_hf.training.optimization import build_optimizer
-from editar_hf.training.results import check_push_arguments, create_repositories, save_result
+from editar_hf.training.results import (
+    VALIDATION_IMAGE,
+    check_push_arguments,
+    create_repositories,
+    describe_command,
+    save_result,
+)
 from editar_hf.training.rows import BadRowCount
 from editar_hf.training.vq import (
     DeadCodeReviver,
@@ -147,23 +152,32 @@ def save_tokenizer(accelerator: Accelerator, args: Arguments, tokenizer: EditARV
     figures = evaluate(accelerator, args, tokenizer, held_out, step)
     if not accelerator.is_main_process:
         return
-    folder, picture = args.output_dir / "tokenizer", args.output_dir / PICTURE_FILE
-    save_reconstructions(tokenizer, held_out[:NUM_PICTURES_SHOWN], picture)
-    card = compose_tokenizer_training_card(
-        name=args.push_to_hub or str(folder),
-        config=tokenizer.config,
-        base_model=args.model,
-        dataset=args.dataset,
-        num_pictures=len(pixels),
-        resolution=args.resolution,
-        num_steps=step,
-        num_samples_per_step=args.batch_size * accelerator.num_processes,
-        command=("accelerate", "launch", *sys.argv),
-        figures=figures,
-        num_held_out=len(held_out),
-        license=args.license,
+    folder, image = args.output_dir / "tokenizer", args.output_dir / VALIDATION_IMAGE
+    save_reconstructions(tokenizer, held_out[:NUM_PICTURES_SHOWN], image)
+    start = "" if args.model is None else f" from `{args.model}`"
+    training = (
+        f"Trained{start} on {len(pixels):,} images of `{args.dataset}`, for {step:,} steps of "
+        f"{args.batch_size * accelerator.num_processes:,}, at {args.resolution} × {args.resolution} pixels. "
+        f"{describe_command()}"
     )
-    save_result(folder, tokenizer.save_pretrained, card, picture, args.push_to_hub, args.hub_private_repo)
+    results = (
+        f"On {len(held_out):,} held-out images: PSNR {figures['psnr']:.2f} dB; {figures['code_usage']:.1%} of the "
+        f"codes used, with a perplexity of {figures['perplexity']:,.0f}. Some of them, above their reconstructions:\n\n"
+        f"![images and reconstructions]({VALIDATION_IMAGE})"
+    )
+    card = make_card(
+        "tokenizer",
+        args.push_to_hub or str(folder),
+        args.dataset,
+        args.model,
+        args.license,
+        training=training,
+        figures=results,
+        stride=tokenizer.config.stride,
+        num_codes=tokenizer.config.num_embeddings,
+        resolution=args.resolution,
+    )
+    save_result(folder, tokenizer.save_pretrained, card, image, args.push_to_hub, args.hub_private_repo)
 
 
 def log_metrics(accelerator: Accelerator, output_dir: Path, metrics: dict):
@@ -265,12 +279,7 @@ def evaluate(accelerator: Accelerator, args: Arguments, tokenizer: EditARVQModel
 
 def main():
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
-    checkpoints = list_checkpoints(args.output_dir)
-    if checkpoints and args.resume_from_checkpoint is None:
-        raise ValueError(
-            f"`output_dir` {args.output_dir} holds {checkpoints[-1].name}; pass `--resume_from_checkpoint latest` to "
-            "go on from it, or another folder."
-        )
+    check_output_dir(args.output_dir, args.resume_from_checkpoint)
     check_push_arguments(args.push_to_hub, args.push_steps)
     if args.model is not None:
         check_folder_or_hub_id(args.model, "model")
@@ -281,7 +290,7 @@ def main():
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model = build_tokenizer(args).to(accelerator.device, memory_format=torch.channels_last)
     pixels, validation_pixels = load_pixels(args)
-    if not checkpoints and args.model is None:
+    if not list_checkpoints(args.output_dir) and args.model is None:
         batches = draw_batches(len(pixels), args.batch_size, args.seed)
         with accelerator.autocast():
             init_codebook(model, pixels, batches, torch.Generator().manual_seed(args.seed))

@@ -249,9 +249,11 @@ def test_commands_and_files_named_on_a_page_exist(page):
 
 def list_flags(script: Path) -> set[str]:
     """List a script's flags, with underscores: the fields of its dataclass `Arguments`, or what it adds to a parser."""
-    flags = set()
-    for node in ast.walk(ast.parse(script.read_text())):
-        if isinstance(node, ast.ClassDef) and node.name == "Arguments":
+    flags, code = set(), script.read_text()
+    if "TrainingArguments" in code:
+        code += (PACKAGE / "training" / "arguments.py").read_text()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments"):
             fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
             flags |= {f"--{item.target.id}" for item in fields}
             # transformers' parser turns what is true by default off by another flag.

@@ -158,7 +158,7 @@ def train_by_script(folder: Path, output: str, environment: dict[str, str] | Non
     """
     options = ["--model", folder / "editor", "--dataset", folder, "--validation_dataset", folder]
     options += ["--output_dir", folder / output, "--learning_rate", 0.01, "--logging_steps", 1, "--validation_steps", 2]
-    options += ["--num_validation_pictures", 2, "--no_conditioning_dropout"]
+    options += ["--num_validation_images", 2, "--no_conditioning_dropout"]
     command = [EXAMPLES / "train_editar.py", "--train_text_encoder", *options, *words]
     if environment is None:
         finished = run_python(*command, environment={**os.environ, "ACCELERATE_USE_CPU": "true"})

@@ -39,6 +39,7 @@ from torch._dynamo.utils import counters
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, HfArgumentParser
 
 from editar_hf import EditARForConditionalGeneration, EditARPipeline
+from editar_hf.training.arguments import TrainingArguments
 from editar_hf.training.checkpoints import list_checkpoints
 from editar_hf.training.distillation import DistillationTeacher, prepare_teacher_pixels
 from editar_hf.training.logs import print_epochs
@@ -73,7 +74,7 @@ def train_on_tokens(editor, tokens, pictures, folder, *words: str, train_text_en
         lr_warmup_steps=3,
         checkpointing_steps=2,
         validation_steps=3,
-        num_validation_pictures=3,
+        num_validation_images=3,
         logging_steps=1,
     )
 
@@ -116,7 +117,8 @@ def test_a_run_begins_with_what_it_is(straight_run, editor, tokens):
 
 @pytest.mark.parametrize("name", ["train_editar.py", "train_vq.py", "precompute_tokens.py"])
 def test_help_names_every_default(name):
-    arguments = runpy.run_path(str(EXAMPLES / name))["Arguments"]
+    names = runpy.run_path(str(EXAMPLES / name))
+    arguments = names.get("Arguments", TrainingArguments)
     parser = HfArgumentParser(arguments)
     for action in parser._actions:
         assert action.help, f"{action.option_strings} has no help"
@@ -125,10 +127,10 @@ def test_help_names_every_default(name):
 
 def test_many_epochs_are_remarked_upon(capsys):
     accelerator = Accelerator(cpu=True)
-    print_epochs(accelerator, "max_train_steps", 40000, 64, 640)
+    print_epochs(accelerator, "max-train-steps", 40000, 64, 640)
     line = capsys.readouterr().out
     assert line.startswith("40,000 steps are 4,000.0 epochs of 640 samples. A model learns a small data set by heart")
-    assert "lower `--max_train_steps`; 1,000 steps are 100.0 epochs" in line
+    assert "lower `--max-train-steps`; 1,000 steps are 100.0 epochs" in line
     reset_accelerate()
 
 
@@ -163,7 +165,12 @@ def test_validation_pictures_show_source_edit_and_target_in_rows(straight_run, p
 def test_card_says_what_the_pipeline_was_trained_on_and_how(straight_run, tokens, editor):
     card = (straight_run[0] / "pipeline" / "README.md").read_text()
     assert f"Trained from `{editor}` on `{tokens}`, 12 pairs, for 4 steps of 8 pairs." in card
-    assert "the text encoder was trained along" in card
+    assert "the text encoder was trained too" in card
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert headings == ["# pipeline", "## Training", "## Figures", "## Licence"]
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "editar-hf"
+    assert not {"datasets", "base_model"} & set(header)  # they are folders
     assert f"train_editar.py --model {editor} --dataset {tokens} " in card.replace("\n", " ")
     assert f"torch {metadata.version('torch')}" in card
     assert f'from_pretrained("{straight_run[0] / "pipeline"}")' in card
@@ -371,7 +378,7 @@ def test_mixed_precision_and_recomputed_activations_train_as_float32_does(
     """And validate before there is a checkpoint."""
     options = {"model": calm_editor, "dataset": tokens, "resolution": TOKEN_RESOLUTION, "batch_size": 4}
     options |= {"max_train_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
-    options |= {"validation_dataset": pictures, "validation_steps": 1, "num_validation_pictures": 1}
+    options |= {"validation_dataset": pictures, "validation_steps": 1, "num_validation_images": 1}
     printed = []
     for name, words in (("float32", ()), ("bf16", ("--mixed_precision", "bf16", "--gradient_checkpointing"))):
         run_here("train_editar.py", *words, output_dir=tmp_path / name, **options)
@@ -551,7 +558,7 @@ def test_card_names_the_data_set_of_the_hub(distilling_run):
     header = card.split("---")[1]
     assert "tester/pairs" in header
     assert "base_model" not in header  # it is a folder
-    assert "and so did the text encoder" in card
+    assert "so was the text encoder" in card
 
 
 @pytest.fixture(scope="module")
@@ -579,7 +586,7 @@ def foreign_tokens(tmp_path_factory) -> Path:
         ({"ema_decay": 1}, r"`ema_decay` is 1\.0"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "`resume_from_checkpoint` is 'checkpoint-7'"),
         ({"distillation_model": "{editor}/text_encoder"}, "is of type 't5'"),
-        ({"dataset": "{tokens}", "distillation_model": "unread"}, "`distillation_model` looks at pictures"),
+        ({"dataset": "{tokens}", "distillation_model": "unread"}, "`distillation_model` needs images"),
         ({"model": "{sticker_editor}", "distillation_model": "unread"}, "needs a model with a distillation head"),
         ({"model": "{editor}/vq_model"}, "model_index.json"),
         ({"lora_rank": 0}, "`rank` is 0"),
@@ -645,5 +652,5 @@ def test_teacher_of_another_width_than_the_head_is_refused(editor, pictures, tmp
 
 
 def test_training_does_not_begin_over_the_checkpoints_of_another_run(straight_run, editor, pictures, run_here):
-    with pytest.raises(ValueError, match="holds checkpoint-4; pass `--resume_from_checkpoint latest`"):
+    with pytest.raises(ValueError, match="holds checkpoint-4; pass `--resume-from-checkpoint latest`"):
         run_here("train_editar.py", model=editor, dataset=pictures, output_dir=straight_run[0])

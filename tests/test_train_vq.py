@@ -162,7 +162,7 @@ def test_frozen_codes_stay_while_the_decoding_half_learns(straight_run, parquet_
 def test_script_does_not_train_over_checkpoints(straight_run, monkeypatch):
     arguments = ["train_vq.py", "--dataset", "unused", "--output_dir", str(straight_run)]
     monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
+    with pytest.raises(ValueError, match="--resume-from-checkpoint latest"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

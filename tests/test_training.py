@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
@@ -20,14 +19,14 @@ from editar_hf.training.batch import (
     drop_target_tokens,
     encode_image_tokens,
 )
-from editar_hf.training.card import compose_training_card
 from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
 from editar_hf.training.logs import LossLog
 from editar_hf.training.nonfinite import NonFiniteGuard
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
+from editar_hf.training.results import describe_command
 from editar_hf.training.step import TrainingStep, draw_dropout
-from editar_hf.training.validation import build_contact_sheet, draw_validation_pictures
+from editar_hf.training.validation import build_contact_sheet, draw_validation_images
 
 
 @pytest.fixture(scope="module")
@@ -493,7 +492,7 @@ def test_validation_pictures_are_source_edit_and_target(pipe, height, width):
         "target_image_tokens": pipe.encode_image(pictures[2:], **size),
         **pipe.processor(text=["make it blue", "remove it"]),
     }
-    sheets = [draw_validation_pictures(pipe, batch, 5, **size) for _ in range(2)]
+    sheets = [draw_validation_images(pipe, batch, 5, **size) for _ in range(2)]
     assert np.array_equal(*map(np.asarray, sheets))
     edited = pipe(
         ["make it blue", "remove it"],
@@ -513,32 +512,6 @@ def test_validation_pictures_are_source_edit_and_target(pipe, height, width):
 # The card
 
 
-def compose(**changes):
-    facts = {
-        "name": "runs/mine/pipeline",
-        "base_model": "somebody/editor",
-        "dataset": "somebody/pairs",
-        "num_pairs": 12345,
-        "num_steps": 40000,
-        "num_samples_per_step": 64,
-        "trained_text_encoder": False,
-        "command": ["train_editar.py", "--dataset", "two words"],
-    }
-    return compose_training_card(**(facts | changes))
-
-
-def test_card_holds_the_training_and_leaves_figures_and_licence_open():
-    card = compose()
-    assert "12,345 pairs, for 40,000 steps of 64 pairs" in card
-    assert "train_editar.py --dataset 'two words'\n" in card
-    headings = [line for line in card.splitlines() if line.startswith("#")]
-    assert headings == ["# pipeline", "## Training", "## Figures", "## Licence"]
-    header = yaml.safe_load(card.split("---")[1])
-    assert header["datasets"] == ["somebody/pairs"]
-    assert header["base_model"] == "somebody/editor"
-    assert header["library_name"] == "editar-hf"
-
-
-def test_card_keeps_folders_out_of_the_fields_for_ids(tmp_path):
-    header = compose(base_model=str(tmp_path), dataset="data/train-*.parquet").split("---")[1]
-    assert not {"datasets", "base_model"} & set(yaml.safe_load(header))
+def test_card_quotes_the_command_as_a_shell_reads_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_editar.py", "--dataset", "two words"])
+    assert "```\naccelerate launch train_editar.py --dataset 'two words'\n```" in describe_command()

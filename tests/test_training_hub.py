@@ -130,7 +130,7 @@ def test_what_was_pushed_edits_as_what_is_at_hand(story):
 
 def test_new_repositories_are_private_and_the_run_says_so(story):
     assert story["hub"].repositories[f"models/{EDITOR}"].private
-    line = f"Results will be uploaded to {EDITOR} (private; `--no_hub_private_repo` makes new ones public)."
+    line = f"Results will be uploaded to {EDITOR} (private; `--no-hub-private-repo` makes new ones public)."
     assert line in story["printed"].splitlines()
 
 
@@ -138,7 +138,7 @@ def test_a_public_repository_is_refused_before_the_training_unless_it_is_asked_f
     assert not story["hub"].repositories[f"models/{ADAPTER}"].private
     last_line = story["refused"].stderr.strip().splitlines()[-1]
     assert last_line.startswith(f"ValueError: The repository {ADAPTER} is to be private, but it exists and is public.")
-    assert "`--no_hub_private_repo`" in last_line
+    assert "`--no-hub-private-repo`" in last_line
     assert "Training\n" not in story["refused"].stdout
 
 
@@ -163,7 +163,7 @@ def test_cards_say_what_was_trained_on_what_how_well_and_under_which_terms(story
     for card in (editor, adapter):
         assert "4 pairs, for " in card
         assert "train_editar.py --model" in card
-        assert "Loss on pairs held out: " in card
+        assert "Loss on held-out pairs: " in card
         assert "![source, edited, target](validation.png)" in card
 
 
@@ -185,7 +185,7 @@ def test_losses_of_training_of_each_task_and_of_validation_are_in_the_tensorboar
     tasks = [last[f"token_loss/task/{task}"] for task in ("edit", "depth")]
     assert tasks[0] != tasks[1]
     assert last["token_loss"] == pytest.approx(sum(tasks) / 2, rel=1e-5)
-    assert f"Loss on pairs held out: {last['validation_loss']:.4f}" in story["cards"][EDITOR]
+    assert f"Loss on held-out pairs: {last['validation_loss']:.4f}" in story["cards"][EDITOR]
 
 
 def test_failed_upload_leaves_the_folder_and_says_how_to_try_again(story):
@@ -243,9 +243,9 @@ def test_card_of_a_tokenizer_says_what_it_was_trained_on_and_how_well(tokenizer_
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "mit"
     assert header["tags"] == ["editar", "vq-tokenizer"]
-    assert f"Trained on 8 pictures of `{home / 'pairs.parquet'}`, for 3 steps of 4, at 16 × 16 pixels." in card
+    assert f"Trained on 8 images of `{home / 'pairs.parquet'}`, for 3 steps of 4, at 16 × 16 pixels." in card
     assert "train_vq.py --num_embeddings 16" in card
     lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
     psnr = next(line["psnr"] for line in reversed(lines) if "psnr" in line)
-    assert f"On 4 pictures held out: PSNR {psnr:.2f} dB" in card
+    assert f"On 4 held-out images: PSNR {psnr:.2f} dB" in card
     assert TOKEN not in card

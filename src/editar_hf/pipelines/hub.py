@@ -171,7 +171,7 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | bo
         raise ValueError(
             f"The repository {repo_id} is to be private, but it exists and is public. Name another one, make it "
             "private in its settings on the Hub, or upload to a public one (`private=False`; in training "
-            "`--no_hub_private_repo`)."
+            "`--no-hub-private-repo`)."
         )
     return repo_id
 

@@ -1,4 +1,8 @@
-"""Checkpoints that survive a kill: written beside their place and renamed into it, older ones removed afterwards."""
+"""Checkpoints that survive a kill.
+
+A checkpoint is written under another name and renamed when complete; older ones are removed afterwards. All processes
+write into the same folder, so `atomic_path`, whose names are for one process, does not serve here.
+"""
 
 import shutil
 import time
@@ -15,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """List the complete checkpoints of a run, oldest first; a folder such as `checkpoint-5-copy` is none of them."""
+    """List the complete checkpoints of a run, oldest first. A folder such as `checkpoint-5-copy` is not one."""
     folders = [folder for folder in Path(output_dir).glob(f"{PREFIX}*") if read_step(folder) is not None]
     return sorted(folders, key=read_step)
 
@@ -26,6 +30,16 @@ def read_step(folder: Path) -> int | None:
     return int(step) if step.isdecimal() and folder.is_dir() else None
 
 
+def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None):
+    """Refuse to start a new run in a folder that holds checkpoints."""
+    checkpoints = list_checkpoints(output_dir)
+    if checkpoints and resume_from_checkpoint is None:
+        raise ValueError(
+            f"`output_dir` {output_dir} holds {checkpoints[-1].name}; pass `--resume-from-checkpoint latest` to resume "
+            "from it, or choose another folder."
+        )
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: str | Path,
@@ -33,9 +47,9 @@ def save_checkpoint(
     total_limit: int,
     dataloader: StatefulDataLoader | None = None,
 ) -> Path:
-    """Save the state of a run as `checkpoint-<step>`; a kill meanwhile leaves the previous checkpoint usable.
+    """Save the state of a run as `checkpoint-<step>`. A kill meanwhile leaves the previous checkpoint usable.
 
-    Of a data loader every process saves the place it is at.
+    Every process also saves the place of its data loader.
     """
     folder = Path(output_dir) / f"{PREFIX}{step}"
     unfinished = folder.with_name(f"unfinished-{folder.name}")
@@ -47,7 +61,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        # What a kill left of a checkpoint that the resumed run did not reach again.
+        # A kill may have left a part of a checkpoint that the resumed run did not reach again.
         leftovers = Path(output_dir).glob(f"unfinished-{PREFIX}*")
         for old in (*leftovers, *list_checkpoints(output_dir)[:-total_limit]):
             shutil.rmtree(old)
@@ -62,13 +76,13 @@ def name_place_file(accelerator: Accelerator) -> str:
 def load_checkpoint(
     accelerator: Accelerator, output_dir: str | Path, name: str, dataloader: StatefulDataLoader | None = None
 ) -> int:
-    """Restore a run from `"latest"` or a named checkpoint and return its step; 0 if `"latest"` finds none.
+    """Restore a run from `"latest"` or a named checkpoint and return its step, or 0 if `"latest"` finds none.
 
-    Checkpoints after a named one are set aside under other names: the run goes on from before them.
+    Later checkpoints than a named one are renamed, because the run resumes from before them.
 
     Raises:
-        ValueError: If the named checkpoint is not there; or if a data loader is to go on from it and another number of
-            processes or workers read for it.
+        ValueError: If the named checkpoint does not exist, or if it was written with another number of processes or
+            workers.
     """
     checkpoints = list_checkpoints(output_dir)
     if name == "latest":
@@ -88,17 +102,17 @@ def load_checkpoint(
 
 
 def set_aside(accelerator: Accelerator, checkpoints: list[Path]):
-    """Rename checkpoints: `latest` must not mean them, nor newer ones of lower steps be removed for them."""
+    """Rename checkpoints, so that `latest` does not mean them and the limit does not count them."""
     if accelerator.is_main_process:
         for checkpoint in checkpoints:
             name = checkpoint.with_name(f"{checkpoint.name}-set-aside-{int(time.time())}")
-            logger.warning(f"The run goes on from before {checkpoint}, which is now called {name.name}.")
+            logger.warning(f"The run resumes from before {checkpoint}, which is now called {name.name}.")
             checkpoint.rename(name)
     accelerator.wait_for_everyone()
 
 
 def load_place(accelerator: Accelerator, folder: Path, dataloader: StatefulDataLoader):
-    """Let a data loader go on from where the one of the checkpoint was."""
+    """Set a data loader to its place in the checkpoint."""
     file = folder / name_place_file(accelerator)
     if not file.exists():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Held-out pairs as pictures: what the model makes of them, through the pipeline that users call."""
+"""Held-out pairs as images, edited by the pipeline that users call."""
 
 import torch
 from PIL import Image
@@ -7,37 +7,37 @@ from ..pipelines.pipeline_editar import EditARPipeline
 
 
 def build_contact_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:
-    """Lay pictures of one size out on white, a row a list."""
+    """Lay out images of one size on white, one row per list."""
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, len(rows) * (height + gap) + gap), "white")
     for row_index, row in enumerate(rows):
-        for column_index, picture in enumerate(row):
-            sheet.paste(picture, (gap + column_index * (width + gap), gap + row_index * (height + gap)))
+        for column_index, image in enumerate(row):
+            sheet.paste(image, (gap + column_index * (width + gap), gap + row_index * (height + gap)))
     return sheet
 
 
 @torch.no_grad()
-def draw_validation_pictures(
+def draw_validation_images(
     pipeline: EditARPipeline,
     batch: dict[str, torch.Tensor],
-    num_pictures: int,
+    num_images: int,
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
 ) -> Image.Image:
     """Draw the first pairs of a batch of tokens as rows source | edited | target.
 
-    The same seed at every step, so that pictures of different steps compare.
+    The seeds are the same at every step, so that images of different steps can be compared.
 
     Args:
         pipeline (`EditARPipeline`): The model as it is now.
         batch (`dict[str, torch.Tensor]`): `source_image_tokens`, `target_image_tokens`, `input_ids`, `attention_mask`.
-        num_pictures (`int`): Rows of the sheet; a smaller batch gives fewer.
-        height, width (`int`, *optional*): Pixels the tokens stand for; default the model's.
+        num_images (`int`): Rows of the sheet; a smaller batch gives fewer.
+        height, width (`int`, *optional*): Pixels of the images; defaults to the model's.
         seed (`int`): Row k is sampled with `seed` + k.
     """
-    source, target = (batch[name][:num_pictures] for name in ("source_image_tokens", "target_image_tokens"))
-    states = pipeline.text_encoder(batch["input_ids"][:num_pictures], batch["attention_mask"][:num_pictures])
+    source, target = (batch[name][:num_images] for name in ("source_image_tokens", "target_image_tokens"))
+    states = pipeline.text_encoder(batch["input_ids"][:num_images], batch["attention_mask"][:num_images])
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(source))]
     size = {"height": height, "width": width}
     edited = pipeline(
