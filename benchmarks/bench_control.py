@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from report import describe_machine, format_table, time_call, write_result
 
 from editar_hf import EditARPipeline, EditARVQConfig, EditARVQModel
 from editar_hf.pipelines.callbacks import RowPreview
-from editar_hf.processing_masks import prepare_mask
+from editar_hf.pipelines.edit_region import prepare_mask
 
 
 ROOT = Path(__file__).parents[1]
@@ -114,8 +113,7 @@ def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_ro
 
     def draw_previews(grid_size: int, num_rows: int):
         pixels = torch.zeros(1, 3, grid_size * STRIDE, grid_size * STRIDE, device=source.device)
-        grid, pipeline = (grid_size, grid_size), SimpleNamespace(vq_model=vq_model)
-        preview = RowPreview(pipeline, pixels, grid, 1, processor.postprocess)
+        preview = RowPreview(vq_model, pixels, (grid_size, grid_size), 1, processor.postprocess)
         tokens = torch.zeros(1, grid_size**2, dtype=torch.long, device=source.device)
         for row in range(1, num_rows + 1):
             preview.draw(tokens[:, : row * grid_size])

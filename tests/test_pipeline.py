@@ -289,7 +289,8 @@ def test_callback_gets_the_tensors_it_asks_for_and_cannot_change_the_result(pipe
 @pytest.mark.parametrize("has_source", [True, False])
 def test_interrupt_stops_within_a_step_and_still_gives_a_picture(pipe, has_source):
     def interrupt(caller, step, timestep, tensors):
-        caller._interrupt = step == 4
+        if step == 4:
+            caller.interrupt()
 
     arguments = {"image": draw_image() if has_source else None, "generator": seeded(0)}
     output = pipe(PROMPT, **arguments, callback_on_step_end=interrupt)

@@ -9,7 +9,7 @@ from PIL import Image
 from plain_decoding import compute_naive_logits
 from tiny import STRIDE, are_near, build_pipeline, draw_image
 
-from editar_hf.processing_masks import compute_edit_mask
+from editar_hf.pipelines.edit_region import compute_edit_mask
 
 
 PROMPT = "make the red circle blue"
@@ -305,14 +305,14 @@ def test_a_cache_of_one_picture_serves_each_of_a_list_of_it(pipe):
     images = [draw_image(0), draw_image(0)]
     output = pipe(PROMPT, image=images, source_cache=cache, restore_size=True, generator=generators[0])
     assert torch.equal(output.image_tokens, pipe(PROMPT, image=images, generator=generators[1]).image_tokens)
-    with pytest.raises(ValueError, match="`source_cache` is of another picture than `image`"):
+    with pytest.raises(ValueError, match="`source_cache` is of another image than `image`"):
         pipe(PROMPT, image=[draw_image(0), draw_image(1)], source_cache=cache, restore_size=True)
 
 
 def test_a_cache_of_another_picture_or_a_changed_decoder_is_refused():
     pipe = build_pipeline()
     cache = pipe.prepare_source_cache(draw_image(0))
-    with pytest.raises(ValueError, match="`source_cache` is of another picture than `image`"):
+    with pytest.raises(ValueError, match="`source_cache` is of another image than `image`"):
         edit(pipe, draw_image(1), source_cache=cache, mask_image=MASK)
     with pytest.raises(ValueError, match="`source_cache` is of a grid of 4 × 4"):
         pipe(PROMPT, source_cache=cache, height=8)

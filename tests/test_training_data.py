@@ -15,8 +15,8 @@ from PIL import Image
 from tiny import NUM_CODES, NUM_TEXT_TOKENS, STRIDE, TEXT_HIDDEN_SIZE, build_pipeline, draw_image
 
 from editar_hf.condition_maps import make_canny_map
+from editar_hf.pipelines.edit_region import compute_edit_mask, prepare_mask
 from editar_hf.processing_editar import TASK_PREFIXES
-from editar_hf.processing_masks import compute_edit_mask, prepare_mask
 from editar_hf.training.data import EditCollator, check_image_tokens, pack_states, unpack_states
 from editar_hf.training.dataset_specs import (
     DatasetSpec,

@@ -1,4 +1,4 @@
-"""What happens after every token of a pipeline's call: progress, previews, the user's callback, the interrupt."""
+"""After every token of a call: move the progress bar, draw previews, call the user's callback, stop if interrupted."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,32 +6,33 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria
 
+from ..modeling_editar_vq import EditARVQModel
+
 
 class RowPreview:
-    """Draw results while they are decoded: row after row of tokens takes the place of the source.
+    """Draw results while they are decoded: each new row of tokens replaces the source.
 
-    Only the new rows are drawn, together with the row above them, into which they fade: the tokenizer's decoder looks
-    at the whole picture, so a strip by itself comes out near to what the result will show, not equal. After the last
-    row the whole picture is drawn, as the result will be.
+    A preview decodes the new rows and the row above them, into which they fade. It is close to the result but not
+    equal, because the VQ model's decoder looks at the whole image. After the last row, the whole image is decoded, and
+    the preview is the result.
 
     Args:
-        pipeline (`EditARPipeline`): Whose tokenizer draws.
-        pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): What there is before the first row, in
-            [−1, 1].
+        vq_model (`EditARVQModel`): Decodes the tokens.
+        pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Pixels to begin with, in [−1, 1].
         grid (`tuple[int, int]`): Tokens in a column and in a row.
-        rows_per_preview (`int`): Rows between two previews; the last comes with the last row in any case.
-        compose (`Callable`): Makes pictures of such pixels, as those of the results are made.
+        rows_per_preview (`int`): Rows between two previews; the last row always has one.
+        compose (`Callable`): Makes images of pixels, as those of the results are made.
     """
 
     def __init__(
         self,
-        pipeline,
+        vq_model: EditARVQModel,
         pixel_values: torch.Tensor,
         grid: tuple[int, int],
         rows_per_preview: int,
         compose: Callable[[torch.Tensor], list[Image.Image]],
     ):
-        self.pipeline = pipeline
+        self.vq_model = vq_model
         self.canvas = pixel_values.clone()
         self.grid_height, self.grid_width = grid
         self.rows_per_preview = rows_per_preview
@@ -48,13 +49,13 @@ class RowPreview:
         return self.num_drawn_rows == self.grid_height
 
     def draw(self, image_tokens: torch.LongTensor) -> list[Image.Image]:
-        """Draw the rows that are new in tokens `(batch, T)`, and return the pictures as they stand."""
+        """Draw the new rows of tokens `(batch, T)`, and return the images so far."""
         num_rows = image_tokens.shape[1] // self.grid_width
         first = 0 if num_rows == self.grid_height else max(self.num_drawn_rows - 1, 0)
         strip = image_tokens[:, first * self.grid_width : num_rows * self.grid_width]
-        pixels = self.pipeline.vq_model.decode(strip, num_rows - first, self.grid_width).float()
-        stride = self.pipeline.vq_model.config.stride
-        # Over the row above, from what stands to what is new.
+        pixels = self.vq_model.decode(strip, num_rows - first, self.grid_width).float()
+        stride = self.vq_model.config.stride
+        # The row above fades from what is drawn to what is new.
         weights = torch.ones(pixels.shape[2], 1, device=pixels.device)
         if num_rows < self.grid_height:
             num_faded = (self.num_drawn_rows - first) * stride
@@ -66,15 +67,15 @@ class RowPreview:
 
 
 class StepReporter(StoppingCriteria):
-    """After every token: move the progress bar, call the user's callback, and stop a pipeline that is interrupted.
+    """Report every token, and stop if the pipeline is interrupted.
 
     Args:
-        pipeline (`EditARPipeline`): Whose call it is.
+        pipeline (`EditARPipeline`): The pipeline that is called.
         progress_bar (`tqdm`): Counts tokens.
-        callback (`Callable`, *optional*): The user's.
+        callback (`Callable`, *optional*): The user's callback.
         tensors (`dict[str, torch.Tensor]`): What the callback may ask for, beside the tokens so far.
-        names (sequence of `str`): What it does ask for.
-        preview (`RowPreview`, *optional*): Draws for it.
+        names (sequence of `str`): What it asks for.
+        preview (`RowPreview`, *optional*): Draws previews for it.
     """
 
     def __init__(
@@ -97,11 +98,11 @@ class StepReporter(StoppingCriteria):
         self.progress_bar.update()
         if self.callback is not None:
             step = input_ids.shape[1] - 1
-            # A copy: what is decoded next depends on these tokens.
+            # A copy, because the next tokens depend on these.
             tensors = {**self.tensors, "image_tokens": input_ids.clone()}
             shown = {name: tensors[name] for name in self.names}
             if self.preview is not None and self.preview.is_due(step + 1):
                 shown["preview"] = self.preview.draw(input_ids)
             self.callback(self.pipeline, step, step, shown)
-        # On the CPU, so that decoding on another device need not wait for the answer.
+        # On the CPU, so that decoding on another device does not wait for it.
         return torch.full((len(input_ids),), self.pipeline._interrupt)

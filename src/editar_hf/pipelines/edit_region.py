@@ -1,291 +1,282 @@
-"""Sources of a pipeline's call: pictures, their tokens or their cache, and the masks that say what of them may change.
+"""Where an edit may change its source image: which tokens, with which feather, in which window.
 
-Here they are prepared, encoded, and met again at the end, when a result is laid over its source and brought back to its
-size.
+A mask is an image as large as its source, white where the source may change. `EditRegion` makes of it an edit mask (a
+flag for each token), a feather (a weight for each pixel) and, if the call asks for it, a window of the source around
+the white pixels. A mask is resized and cropped exactly as its source.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageChops, ImageFilter
 from transformers.image_utils import ImageInput
 
-from ..generation import SourceCache
-from ..image_processing_editar import list_images, prepare_rgb_image
-from ..processing_masks import (
-    Window,
-    apply_blend,
-    compute_edit_mask,
-    compute_feather,
-    compute_window,
-    describe_lost_white,
-    prepare_mask,
+from ..image_processing_editar import (
+    MAX_SILENT_CUT,
+    compute_crop_geometry,
+    list_images,
+    open_image,
+    prepare_rgb_image,
 )
-from .callbacks import RowPreview
-from .inputs import SourceArguments, check_cached_pictures, compute_batch_size
+from .inputs import compute_batch_size
 
 
-@dataclass
-class Sources:
-    """What a call edits, prepared.
+# A pixel of a mask is white from this grey on, of 0 to 255.
+WHITE = 128
+# A clean mask is black and white within this many greys, and colourless within this difference between channels, but
+# for this fraction of its opaque pixels.
+CLEAN_TOLERANCE = 32
+MAX_UNCLEAN_FRACTION = 0.01
+# How much larger than the white area a window is, per side: the model needs to see the surroundings.
+WINDOW_MARGIN = 1.5
+
+
+def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_size: tuple[int, int]) -> np.ndarray:
+    """Read a mask as bool (height, width), True where it is white, at the size of its source.
 
     Args:
-        pictures (`list[Image.Image]`, *optional*): Upright RGB, or the windows cut out of them.
-        pixel_values (`torch.Tensor` of shape `(pictures, 3, height, width)`, *optional*): In [−1, 1].
-        image_tokens (`torch.LongTensor` of shape `(pictures, N)`, *optional*): Where they are known.
-        cache (`SourceCache`, *optional*): Where there is one.
-        masks (`list[np.ndarray]`, *optional*): Bool (height, width) each, at the size of its picture.
-        frames (`list[tuple[Image.Image, Window]]`, *optional*): Whole images, and where in them the pictures lie.
-        resize_mode (`str`): How the pictures were brought to the model's size.
+        mask_image (`PIL.Image.Image`, array, tensor, path or URL): The mask; read as `prepare_rgb_image` does,
+            and arrays and tensors of bool as well. A pixel is white if its luminance is 128 or more of 255, whatever
+            its colour. Transparency is black: a white stroke on nothing frees the stroke.
+        source_size (`tuple[int, int]`): Width and height of the source, in pixels.
+
+    Raises:
+        ValueError: If it is no image, has other proportions than the source, or has transparent pixels beside opaque
+            ones that are not a white mask.
     """
+    if isinstance(mask_image, np.ndarray | torch.Tensor) and mask_image.dtype in (bool, torch.bool):
+        mask_image = mask_image * np.uint8(255) if isinstance(mask_image, np.ndarray) else mask_image.byte() * 255
+    if isinstance(mask_image, str | Path):
+        mask_image = open_image(mask_image, "mask_image")  # Once, for the two calls below.
+    on_black = prepare_rgb_image(mask_image, background="black", name="mask_image")
+    check_transparency(on_black, prepare_rgb_image(mask_image, background="white", name="mask_image"))
+    mask = on_black.convert("L")
+    is_white = np.asarray(mask) >= WHITE
+    if mask.size == source_size:
+        return is_white
+    width, height = source_size
+    # Proportions are the same if a side differs by no more than rounding to whole pixels.
+    if abs(mask.width * height - mask.height * width) > max(*mask.size, *source_size):
+        raise ValueError(
+            f"`mask_image` is {mask.width}×{mask.height} pixels and its image {width}×{height}, of other proportions; "
+            "pass a mask of the image's size."
+        )
+    warnings.warn(
+        f"`mask_image` is {mask.width}×{mask.height} pixels and its image {width}×{height}; it was resized.",
+        stacklevel=2,
+    )
+    return compute_coverage(is_white, source_size) > 0
 
-    pictures: list[Image.Image] | None
-    pixel_values: torch.Tensor | None
-    image_tokens: torch.LongTensor | None
-    cache: SourceCache | None
-    masks: list[np.ndarray] | None
-    frames: list[tuple[Image.Image, Window]] | None
-    resize_mode: str
 
-    def count(self) -> dict[str, list | torch.Tensor | SourceCache | None]:
-        """Name what takes part in pairing inputs up."""
-        return {
-            "image": self.pictures,
-            "mask_image": self.masks,
-            "source_image_tokens": self.image_tokens,
-            "source_cache": self.cache,
-        }
+def check_transparency(on_black: Image.Image, on_white: Image.Image):
+    """Refuse a mask with transparent pixels whose opaque pixels are not a white mask.
+
+    Other software (OpenAI) passes the source image, transparent where it may change. The opaque pixels tell the two
+    apart: white strokes are black and white, with grey edges of at most two pixels.
+
+    Args:
+        on_black, on_white (`Image.Image`): The mask over a black and over a white background.
+    """
+    # The difference is 255 minus the alpha channel.
+    is_opaque = np.asarray(ImageChops.difference(on_white, on_black).convert("L")) < 256 - WHITE
+    if is_opaque.all() or not is_opaque.any():
+        return
+    on_black, on_white = np.asarray(on_black), np.asarray(on_white)
+    highest, lowest = on_black.max(axis=2), on_white.min(axis=2)
+    is_unclean = is_opaque & (highest > CLEAN_TOLERANCE) & (lowest < 255 - CLEAN_TOLERANCE)
+    most = MAX_UNCLEAN_FRACTION * is_opaque.sum()
+    if is_unclean.sum() > most:  # The filter is slow.
+        is_near_clean = np.asarray(Image.fromarray(~is_unclean).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
+        is_coloured = np.ptp(on_black, axis=2) > CLEAN_TOLERANCE
+        is_unclean &= is_coloured | ~is_near_clean
+    if is_unclean.sum() > most or not (is_opaque & (highest >= WHITE)).any():
+        raise ValueError(
+            "`mask_image` has transparency, and what is opaque is no white mask. Pass a mask that is white where the "
+            "image may change. If its transparent part is what may change, pass "
+            '`ImageChops.invert(mask.getchannel("A"))`, with `mask` in mode "RGBA".'
+        )
+
+
+def compute_coverage(is_white: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a mask to (width, height); return the white fraction of every pixel, above 0 for the thinnest stroke."""
+    mask = Image.fromarray(is_white.astype(np.float32))
+    return np.asarray(mask.resize(size, Image.Resampling.BOX))
+
+
+def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int, resize_mode: str) -> torch.BoolTensor:
+    """Compute which tokens may change, bool (height / stride, width / stride): those with any white pixel.
+
+    Args:
+        is_white (`np.ndarray`): Bool (height, width) at the size of the source.
+        height, width (`int`): Pixels the model works at.
+        stride (`int`): Pixels per token and side.
+        resize_mode (`str`): How the source is brought there.
+    """
+    if resize_mode == "stretch":
+        coverage = compute_coverage(is_white, (width, height))
+    else:
+        crop = compute_crop_geometry(*is_white.shape, height, width)
+        coverage = compute_coverage(is_white, (crop.resized_width, crop.resized_height))
+        coverage = coverage[crop.top : crop.top + height, crop.left : crop.left + width]
+    tokens = torch.from_numpy(coverage > 0).unflatten(0, (-1, stride)).unflatten(2, (-1, stride))
+    return tokens.any(dim=3).any(dim=1)
+
+
+def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mode: str) -> str | None:
+    """Say why less may change than a mask seems to ask for; return `None` if all of it may.
+
+    Args:
+        is_white (`np.ndarray`): Bool (height, width) at the size of the source.
+        height, width (`int`): Pixels the model works at.
+        resize_mode (`str`): How the source is brought there.
+    """
+    num_white = is_white.sum()
+    if not num_white:
+        return (
+            f"`mask_image` is white nowhere in an image, whose source is returned; white is {WHITE} to 255, so pass a "
+            "mask of 0 and 1 as bool."
+        )
+    if resize_mode == "stretch":
+        return None
+    left, top, right, bottom = compute_crop_geometry(*is_white.shape, height, width).box
+    part = 1 - is_white[top:bottom, left:right].sum() / num_white
+    if part <= MAX_SILENT_CUT:
+        return None
+    return (
+        f"Of the white of `mask_image` {part:.0%} lies in what the centre crop cuts away, and cannot change; pass "
+        '`resize_mode="stretch"`, a `height` and `width` of the image\'s proportions, or `crop_to_mask=True`.'
+    )
+
+
+def compute_feather(edit_mask: torch.BoolTensor, stride: int) -> torch.Tensor:
+    """Compute the weight of the result in each pixel, (batch, 1, height, width) in [0, 1].
+
+    It is 1 on every pixel of a token that may change, and falls linearly to 0 over the width of one token, along rows,
+    columns and diagonals.
+
+    Args:
+        edit_mask (`torch.BoolTensor` of shape `(batch, rows, columns)`): Which tokens may change.
+        stride (`int`): Pixels per token and side.
+    """
+    free = edit_mask[:, None].repeat_interleave(stride, 2).repeat_interleave(stride, 3).float()
+    # The mean over squares of growing size: a pixel that is d pixels outside lies in all but d of the `stride` squares.
+    grown = [F.max_pool2d(free, 2 * radius + 1, stride=1, padding=radius) for radius in range(stride)]
+    return torch.stack(grown).mean(dim=0)
+
+
+class Window(NamedTuple):
+    """A rectangle of an image, in pixels as PIL counts them."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def compute_window(is_white: np.ndarray, height: int, width: int) -> Window:
+    """Compute the window of an image, around the white pixels of its mask, that is edited by itself.
+
+    The window has the proportions of `height` × `width`. Its sides are 1.5 times those of the white area, and at least
+    `height` × `width`, as far as the image allows. Without white pixels it is in the middle of the image.
+
+    Raises:
+        ValueError: If a window of these proportions inside the image cannot hold all white pixels.
+    """
+    image_height, image_width = is_white.shape
+    rows, columns = is_white.any(axis=1).nonzero()[0], is_white.any(axis=0).nonzero()[0]
+    if not len(rows):
+        rows, columns = [image_height // 2], [image_width // 2]
+    white = Window(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    white_width, white_height = white.right - white.left, white.bottom - white.top
+    # In units of the model's size; the window must fit into the image.
+    scale = max(1, WINDOW_MARGIN * white_width / width, WINDOW_MARGIN * white_height / height)
+    scale = min(scale, image_width / width, image_height / height)
+    window_width, window_height = min(round(width * scale), image_width), min(round(height * scale), image_height)
+    if white_width > window_width or white_height > window_height:
+        raise ValueError(
+            f"`mask_image` is white over {white_width}×{white_height} pixels, more than a window of the proportions of "
+            f"{width}×{height} inside the image can hold; leave `crop_to_mask` out, or pass another `height` and "
+            "`width`."
+        )
+    left = (white.left + white.right - window_width) // 2
+    top = (white.top + white.bottom - window_height) // 2
+    left = min(max(left, 0), image_width - window_width)
+    top = min(max(top, 0), image_height - window_height)
+    return Window(left, top, left + window_width, top + window_height)
+
+
+def repeat_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Repeat each row for the images made of it: 0, 0, …, 1, 1, ….
+
+    `rows` has one row, or a number of rows that divides `num_rows`.
+    """
+    return rows.repeat_interleave(num_rows // len(rows), dim=0)
 
 
 @dataclass
 class EditRegion:
-    """Where the images of a batch may differ from their sources.
+    """Where the results of a call may differ from their source images.
 
     Args:
         edit_mask (`torch.BoolTensor` of shape `(batch, N)`): True for tokens that may change.
-        weights (`torch.Tensor` of shape `(batch, 1, height, width)`): How much of the result shows, in [0, 1].
-        pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): The sources, in [−1, 1].
+        weights (`torch.Tensor` of shape `(batch, 1, height, width)`): Share of the result in each pixel, in [0, 1].
+        windows (`list[Window]`, *optional*): The parts of the images that are edited, if not the whole images.
     """
 
     edit_mask: torch.BoolTensor
     weights: torch.Tensor
-    pixel_values: torch.Tensor
+    windows: list[Window] | None = None
 
-
-def prepare_pictures(image: ImageInput) -> list[Image.Image]:
-    """Make upright RGB of the pictures of an `image` argument."""
-    pictures = [prepare_rgb_image(picture, name="image") for picture in list_images(image)]
-    if not pictures:
-        raise ValueError("`image` is an empty list; pass at least one picture.")
-    return pictures
-
-
-def pair_up(pictures: list, masks: list) -> list[tuple]:
-    """Pair pictures and masks; one picture serves many masks, one mask many pictures."""
-    count = compute_batch_size(image=pictures, mask_image=masks)
-    return [(pictures[index % len(pictures)], masks[index % len(masks)]) for index in range(count)]
-
-
-class EditARSourcesMixin:
-    """Sources and regions of `EditARPipeline`."""
-
-    @torch.no_grad()
-    def encode_image(
-        self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
-    ) -> torch.LongTensor:
-        """Encode pictures as tokens, `(batch, N)` in raster order: `source_image_tokens` for any number of calls.
+    @classmethod
+    def from_masks(
+        cls,
+        mask_image: ImageInput,
+        images: Sequence[Image.Image],
+        size: tuple[int, int],
+        stride: int,
+        resize_mode: str,
+        mask_blend: bool,
+        crop_to_mask: bool,
+    ) -> Self:
+        """Read masks and pair them with images; one mask serves many images, one image many masks.
 
         Args:
-            image: A picture, a batch, or a list of either; see `__call__`.
-            height, width (`int`, *optional*): Pixels the model works at; default the model's.
-            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; default the model's.
-
-        Raises:
-            ValueError: If an image is not an image, or the size or the mode does not fit.
+            mask_image: A mask, a batch, or a list of either; see `prepare_mask`.
+            images (sequence of `Image.Image`): The source images.
+            size (`tuple[int, int]`): Height and width the model works at, in pixels.
+            stride (`int`): Pixels per token and side.
+            resize_mode (`str`): How the images are brought to that size.
+            mask_blend (`bool`): Feather the result into the source. Without it, the result shows everywhere, except
+                for masks without white.
+            crop_to_mask (`bool`): Edit a window around the white.
         """
-        return self.encode_pixel_values(self.prepare_pixel_values(image, height, width, resize_mode))
-
-    def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
-        """Encode prepared pixels `(batch, 3, height, width)` in [−1, 1] as tokens."""
-        return self.vq_model.encode(pixel_values.to(self._execution_device)).image_tokens
-
-    def prepare_pixel_values(
-        self, image: ImageInput, height: int | None, width: int | None, resize_mode: str | None
-    ) -> torch.Tensor:
-        """Bring pictures to pixels `(batch, 3, height, width)` in [−1, 1]."""
-        height, width = self.resolve_size(height, width)
-        pictures = prepare_pictures(image)
-        return self.processor(images=pictures, height=height, width=width, resize_mode=resize_mode).source_pixel_values
-
-    @torch.no_grad()
-    def prepare_source_cache(
-        self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
-    ) -> SourceCache:
-        """Compute what the networks know of pictures before any instruction: `source_cache` for any number of calls.
-
-        A call with it neither encodes its source nor runs it through the decoder. It holds 180 MiB for a picture of the
-        published size in bf16, and becomes invalid when the decoder's weights or adapters change: calls refuse it then.
-
-        Args:
-            image: A picture, a batch, or a list of either; see `__call__`.
-            height, width (`int`, *optional*): Pixels the model works at; default the model's.
-            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; default the model's.
-
-        Raises:
-            ValueError: If an image is not an image, or the size or the mode does not fit.
-        """
-        pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
-        grid = self.compute_grid(*pixel_values.shape[-2:])
-        cache = self.transformer.prepare_source_cache(self.encode_pixel_values(pixel_values), *grid)
-        cache.pixel_values = pixel_values
-        self.maybe_free_model_hooks()
-        return cache
-
-    def prepare_sources(self, given: SourceArguments, size: tuple[int, int]) -> Sources:
-        """Prepare pictures and masks, and cut windows where they are asked for; no network runs."""
-        height, width = size
-        resize_mode = self.processor.image_processor.resize_mode if given.resize_mode is None else given.resize_mode
-        pictures = None
-        if given.image is not None:
-            pictures = prepare_pictures(given.image)
-        masks, frames = None, None
-        if given.mask_image is not None:
-            masks = list_images(given.mask_image)
-            pairs = pair_up(pictures or [Image.new("RGB", (width, height))], masks)
-            masks = [prepare_mask(mask, picture.size) for picture, mask in pairs]
-        if given.crop_to_mask:
-            windows = [compute_window(mask, height, width) for mask in masks]
-            frames = [(photograph, window) for (photograph, _), window in zip(pairs, windows, strict=True)]
-            pictures = [photograph.crop(window) for photograph, window in frames]
+        masks, windows = list_images(mask_image), None
+        count = compute_batch_size(image=images, mask_image=masks)
+        masks = [prepare_mask(masks[i % len(masks)], images[i % len(images)].size) for i in range(count)]
+        if crop_to_mask:
+            windows = [compute_window(mask, *size) for mask in masks]
             masks = [mask[w.top : w.bottom, w.left : w.right] for mask, w in zip(masks, windows, strict=True)]
-            resize_mode = "stretch"  # a window has the proportions of the model's size
-        pixel_values = None
-        if pictures is not None:
-            pixel_values = self.prepare_pixel_values(pictures, height, width, resize_mode)
-        check_cached_pictures(given.source_cache, pixel_values)
-        return Sources(
-            pictures, pixel_values, given.source_image_tokens, given.source_cache, masks, frames, resize_mode
-        )
-
-    def encode_sources(self, sources: Sources) -> torch.LongTensor | None:
-        """Give the tokens of the sources, encoding pictures where they are not known."""
-        if sources.cache is not None:
-            return sources.cache.source_image_tokens
-        if sources.image_tokens is not None or sources.pixel_values is None:
-            return sources.image_tokens
-        return self.encode_pixel_values(sources.pixel_values)
-
-    def prepare_region(
-        self, sources: Sources, source_image_tokens: torch.LongTensor, size: tuple[int, int], is_blended: bool
-    ) -> EditRegion | None:
-        """Compute where images may change, for every row of `source_image_tokens`.
-
-        Without blending the result shows everywhere, but for images in which nothing may change.
-        """
-        if sources.masks is None:
-            return None
-        stride, num_rows = self.vq_model.config.stride, len(source_image_tokens)
-        edit_mask = torch.stack([compute_edit_mask(mask, *size, stride, sources.resize_mode) for mask in sources.masks])
-        for message in {describe_lost_white(mask, *size, sources.resize_mode) for mask in sources.masks} - {None}:
-            warnings.warn(message, stacklevel=4)  # torch's no_grad stands between the pipeline and its caller
-        has_free = edit_mask.flatten(1).any(dim=1)
-        weights = has_free.float()[:, None, None, None].expand(-1, 1, *size)
-        if is_blended:
+        for message in {describe_lost_white(mask, *size, resize_mode) for mask in masks} - {None}:
+            warnings.warn(message, stacklevel=4)  # torch's no_grad is between the pipeline and its caller.
+        edit_mask = torch.stack([compute_edit_mask(mask, *size, stride, resize_mode) for mask in masks])
+        if mask_blend:
             weights = compute_feather(edit_mask, stride)
-        edit_mask, weights = (
-            rows.repeat_interleave(num_rows // len(rows), dim=0).to(self._execution_device)
-            for rows in (edit_mask.flatten(1), weights)
-        )
-        return EditRegion(edit_mask, weights, self.compute_source_pixels(sources, source_image_tokens, size))
-
-    def compute_source_pixels(
-        self, sources: Sources, source_image_tokens: torch.LongTensor | None, size: tuple[int, int]
-    ) -> torch.Tensor:
-        """Compute the pixels of every row's source: the picture's own, or else those that its tokens draw."""
-        pixel_values = sources.pixel_values
-        if pixel_values is None and sources.cache is not None:
-            pixel_values = sources.cache.pixel_values
-        if pixel_values is None:
-            return self.vq_model.decode(source_image_tokens, *self.compute_grid(*size)).float()
-        pixel_values = pixel_values.to(self._execution_device)
-        return pixel_values.repeat_interleave(len(source_image_tokens) // len(pixel_values), dim=0)
-
-    def prepare_preview(
-        self,
-        sources: Sources,
-        rows: dict[str, torch.Tensor | None],
-        region: EditRegion | None,
-        size: tuple[int, int],
-        restore_size: bool,
-        rows_per_preview: int | None,
-    ) -> RowPreview | None:
-        """Begin the previews of a batch with its sources, or with grey where there are none.
-
-        They are laid over the sources and brought to their sizes as the results will be.
-        """
-        if rows_per_preview is None:
-            return None
-        if rows["source_image_tokens"] is None:
-            pixel_values = torch.zeros(len(rows["prompt_embeds"]), 3, *size, device=self._execution_device)
         else:
-            pixel_values = self.compute_source_pixels(sources, rows["source_image_tokens"], size)
-        compose = partial(self.compose_images, sources=sources, region=region, size=size, restore_size=restore_size)
-        return RowPreview(self, pixel_values, self.compute_grid(*size), rows_per_preview, compose)
+            weights = edit_mask.flatten(1).any(dim=1).float()[:, None, None, None].expand(-1, 1, *size)
+        return cls(edit_mask.flatten(1), weights, windows)
 
-    def restore_images(
-        self, images: list[Image.Image], sources: Sources, region: EditRegion | None, size: tuple[int, int]
-    ) -> list[Image.Image]:
-        """Bring results back to the sizes of the pictures they were made from; one picture serves many.
+    def crop(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """Cut the windows out of the images."""
+        return [images[i % len(images)].crop(window) for i, window in enumerate(self.windows)]
 
-        In a region they are laid over the pictures; a window goes back into its image.
-        """
-        weights = [None] * len(images) if region is None else region.weights[:, 0].cpu().numpy()
-        restored = []
-        for index, image in enumerate(images):
-            picture = sources.pictures[index * len(sources.pictures) // len(images)]
-            image = self.processor.image_processor.restore(image, picture, *size, sources.resize_mode, weights[index])
-            if sources.frames is not None:
-                photograph, window = sources.frames[index * len(sources.frames) // len(images)]
-                whole = photograph.copy()
-                whole.paste(image, window[:2])
-                image = whole
-            restored.append(image)
-        return restored
-
-    def draw_images(
-        self,
-        image_tokens: torch.LongTensor,
-        sources: Sources,
-        region: EditRegion | None,
-        size: tuple[int, int],
-        restore_size: bool,
-        output_type: str,
-        preview: RowPreview | None,
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Draw the results, unless the last preview has, and compose them."""
-        if output_type == "tokens":
-            return image_tokens
-        if preview is not None and preview.is_complete:
-            pixel_values = preview.canvas
-        else:
-            pixel_values = self.vq_model.decode(image_tokens, *self.compute_grid(*size)).float()
-        return self.compose_images(pixel_values, sources, region, size, restore_size, output_type)
-
-    def compose_images(
-        self,
-        pixel_values: torch.Tensor,
-        sources: Sources,
-        region: EditRegion | None,
-        size: tuple[int, int],
-        restore_size: bool,
-        output_type: str = "pil",
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Lay what was drawn over its sources in a region, and where wanted bring it to their sizes."""
-        if restore_size or sources.frames is not None:
-            return self.restore_images(self.processor.postprocess(pixel_values), sources, region, size)
-        if region is not None:
-            pixel_values = apply_blend(pixel_values, region.pixel_values, region.weights)
-        return self.processor.postprocess(pixel_values, output_type)
+    def repeat_rows(self, num_rows: int, device: torch.device) -> Self:
+        """Give every image of a batch its row, on the device of the batch."""
+        edit_mask, weights = (repeat_rows(rows, num_rows).to(device) for rows in (self.edit_mask, self.weights))
+        windows = self.windows and [self.windows[i * len(self.windows) // num_rows] for i in range(num_rows)]
+        return type(self)(edit_mask, weights, windows)

@@ -1,16 +1,16 @@
-"""What the pipeline is called with: checks that need no network, and how inputs pair up.
+"""The inputs of a call: checks that come before any network runs, and how inputs pair up.
 
-Every check comes before the first network runs, and says which argument is wrong, what it is, and what to do.
+Every error names the argument, its value, and what to do.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
+from PIL import Image
 from transformers.image_utils import ImageInput
 
-from ..checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_texts
+from ..checks import check_choice, check_flag, check_integer, check_number, check_texts
 from ..configuration_editar import EditARConfig
 from ..generation import SourceCache
 from ..generation.configuration import EditARGenerationConfig
@@ -20,16 +20,16 @@ from ..generation.inputs import (
     check_source_cache,
     check_source_image_tokens,
 )
-from ..image_processing_editar import OUTPUT_TYPES
+from ..image_processing_editar import OUTPUT_TYPES, list_images, prepare_rgb_image
 from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix, check_task
 
 
-# More images than this in one call are a slip of the pen: their caches fit no memory.
+# More images in one call are a mistake: their caches fit no memory.
 MAX_NUM_IMAGES = 4096
-# What users of other pipelines pass, and what they mean by it here.
+# Arguments of other pipelines, and what to pass here instead.
 ARGUMENTS_ELSEWHERE = {
     "seed": "pass `generator=torch.Generator().manual_seed(seed)`",
-    "strength": "the prompt says how much changes; `guidance_scale` makes it count more, `mask_image` limits where",
+    "strength": "`guidance_scale` weighs the prompt, and `mask_image` limits where the image changes",
     "num_inference_steps": "decoding takes one step per token; `decoding='speculative'` needs fewer passes",
     "images": "pass `image`",
     "mask": "pass `mask_image`",
@@ -38,11 +38,7 @@ ARGUMENTS_ELSEWHERE = {
 
 
 def check_tokenizer(transformer, text_encoder, processor):
-    """Refuse a tokenizer of more entries than the text encoder reads, or prompts of another length than the decoder's.
-
-    Raises:
-        ValueError: If both are there, and do not fit.
-    """
+    """Refuse a tokenizer that does not fit the text encoder, or prompts of another length than the decoder's."""
     if processor is None:
         return
     if processor.tokenizer.pad_token is None:
@@ -59,23 +55,30 @@ def check_tokenizer(transformer, text_encoder, processor):
         )
 
 
+def list_texts(text: str | Sequence[str]) -> list[str]:
+    return [text] if isinstance(text, str) else list(text)
+
+
 def add_task_prefixes(prompt: str | Sequence[str] | None, task: str | Sequence[str]) -> list[str] | None:
     """Put the prefix of each task before its prompt; one prompt serves many tasks."""
     if prompt is None:
         return None
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = list_texts(prompt)
     if len(prompts) == 1 and not isinstance(task, str):
         prompts *= len(task)
     return apply_task_prefix(prompts, task)
 
 
-def collect_tasks(task: str | Sequence[str]) -> set[str]:
-    """Collect the different tasks of a call, which names one or a list."""
-    return {task} if isinstance(task, str) else set(task)
+def prepare_images(image: ImageInput) -> list[Image.Image]:
+    """Make upright RGB images of an `image` argument."""
+    images = [prepare_rgb_image(one, name="image") for one in list_images(image)]
+    if not images:
+        raise ValueError("`image` is an empty list; pass at least one image.")
+    return images
 
 
 def compute_batch_size(**inputs: Sequence | torch.Tensor | None) -> int:
-    """Compute how many different images are asked for: as many as the longest input has entries.
+    """Compute how many different results are asked for: as many as the longest input has entries.
 
     Raises:
         ValueError: If another input has neither one entry nor as many.
@@ -89,7 +92,7 @@ def compute_batch_size(**inputs: Sequence | torch.Tensor | None) -> int:
 
 
 def check_known_arguments(unknown: dict):
-    """Refuse arguments that a call does not have, as Python does, and say what to use instead.
+    """Refuse unknown arguments, as Python does, and name the argument to use instead.
 
     Raises:
         TypeError: If there is one.
@@ -125,113 +128,85 @@ def check_prompts(
         )
 
 
-class SourceArguments(NamedTuple):
-    """The arguments of a call that say what is edited, and where."""
-
-    image: ImageInput | None
-    resize_mode: str | None
-    mask_image: ImageInput | None
-    crop_to_mask: bool
-    source_image_tokens: torch.LongTensor | None
-    source_cache: SourceCache | None
-
-
 def check_source(
     transformer,
     device: torch.device,
-    given: SourceArguments,
-    image_guidance_scale: float | None,
-    restore_size: bool | None,
-    decoding: str,
     grid: tuple[int, int],
+    image: ImageInput | None,
+    mask_image: ImageInput | None,
+    crop_to_mask: bool,
+    resize_mode: str | None,
+    restore_size: bool | None,
+    source_image_tokens: torch.LongTensor | None,
+    source_cache: SourceCache | None,
+    image_guidance_scale: float | None,
+    decoding: str,
     task: str | Sequence[str],
 ):
-    """Refuse a source given twice, one that does not fit the grid or the decoder, and what needs one without one."""
-    for name, value in (("restore_size", restore_size), ("crop_to_mask", given.crop_to_mask)):
+    """Refuse a source that is given twice, does not fit the decoder, or is missing where another argument needs it."""
+    for name, value in (("restore_size", restore_size), ("crop_to_mask", crop_to_mask)):
         if value is not None:
             check_flag(name, value)
-    tokens, cache = given.source_image_tokens, given.source_cache
-    if tokens is not None:
-        check_tensor("source_image_tokens", tokens)
-        num_image_tokens = grid[0] * grid[1]
-        if tokens.ndim != 2 or tokens.shape[1] != num_image_tokens:
-            raise ValueError(
-                f"`source_image_tokens` has shape {tuple(tokens.shape)}; a grid of {grid[0]} × {grid[1]} needs (batch, "
-                f"{num_image_tokens}). Pass the `height` and `width` of the picture they stand for."
-            )
-        check_source_image_tokens(transformer.config, tokens, *grid)
-    check_source_cache(cache, transformer.dtype, device, *grid)
-    if tokens is not None and cache is not None:
+    if source_image_tokens is not None:
+        check_source_image_tokens(transformer.config, source_image_tokens, *grid)
+    check_source_cache(source_cache, transformer.dtype, device, *grid)
+    if source_image_tokens is not None and source_cache is not None:
         raise ValueError("`source_image_tokens` is given beside `source_cache`, which holds its own; pass one of them.")
-    known = "source_cache" if tokens is None else "source_image_tokens"
-    has_known = tokens is not None or cache is not None
-    if given.image is not None and has_known and not restore_size and given.mask_image is None:
+    known = "source_cache" if source_image_tokens is None else "source_image_tokens"
+    has_known = source_image_tokens is not None or source_cache is not None
+    has_source = image is not None or has_known
+    if image is not None and has_known and not restore_size and mask_image is None:
         raise ValueError(
-            f"`image` is {type(given.image).__name__} beside `{known}`; pass one of them, or `restore_size=True` to "
-            "put the result back into the image."
+            f"`image` is {type(image).__name__} beside `{known}`; pass one of them, or `restore_size=True` to put the "
+            "result back into the image."
         )
-    if restore_size and given.image is None:
-        raise ValueError("`restore_size` is True without an `image`; pass the picture whose size is to be restored.")
-    has_source = given.image is not None or has_known
-    if has_source and TEXT_TO_IMAGE in collect_tasks(task):
+    if restore_size and image is None:
+        raise ValueError("`restore_size` is True without an `image`; pass the image whose size is to be restored.")
+    if has_source and TEXT_TO_IMAGE in list_texts(task):
         raise ValueError(f"`task` is {TEXT_TO_IMAGE!r} beside a source image; leave out one of them.")
     if image_guidance_scale is not None:
         check_number("image_guidance_scale", image_guidance_scale)
     if not has_source and image_guidance_scale not in (None, 1):
         raise ValueError(f"`image_guidance_scale` is {image_guidance_scale} without an `image`; leave it out.")
-    if not has_source and given.mask_image is not None:
+    if not has_source and mask_image is not None:
         raise ValueError("`mask_image` is given without an `image`, of which it keeps a part; pass the image too.")
-    if given.crop_to_mask and (given.image is None or given.mask_image is None or has_known):
+    if crop_to_mask and (image is None or mask_image is None or has_known):
         raise ValueError(
             "`crop_to_mask` is True; it needs `image` and `mask_image`, and neither `source_image_tokens` nor "
             "`source_cache`, which stand for the whole image."
         )
-    if given.crop_to_mask and given.resize_mode is not None:
+    if crop_to_mask and resize_mode is not None:
         raise ValueError(
-            f"`resize_mode` is {given.resize_mode!r} beside `crop_to_mask`, whose window has the model's proportions; "
-            "leave it out."
+            f"`resize_mode` is {resize_mode!r} beside `crop_to_mask`, whose window has the model's proportions; leave "
+            "it out."
         )
     check_decoding(decoding, None, (), has_source)
 
 
-def check_cached_pictures(source_cache: SourceCache | None, pixel_values: torch.Tensor | None):
-    """Refuse a cache of other pictures than those given beside it; one may stand for many."""
+def check_cached_images(source_cache: SourceCache | None, pixel_values: torch.Tensor | None):
+    """Refuse a cache of other images than those given beside it; one may stand for many."""
     if source_cache is None or source_cache.pixel_values is None or pixel_values is None:
         return
     compute_batch_size(source_cache=source_cache.pixel_values, image=pixel_values)
     if not (source_cache.pixel_values == pixel_values).all():
         raise ValueError(
-            "`source_cache` is of another picture than `image`, or of the same in another `resize_mode`; prepare it of "
+            "`source_cache` is of another image than `image`, or of the same in another `resize_mode`; prepare it of "
             "this one."
         )
 
 
-def resolve_restore_size(
-    restore_size: bool | None,
-    given: SourceArguments,
-    task: str | Sequence[str],
-    sides: tuple[int | None, int | None],
-    output_type: str,
-) -> bool:
-    """Decide whether results get the size of their source, where the call leaves it open: see `__call__`."""
-    if restore_size is not None:
-        return restore_size
-    is_image_alone = given.image is not None and given.source_image_tokens is None and given.source_cache is None
-    return is_image_alone and collect_tasks(task) == {"edit"} and sides == (None, None) and output_type == "pil"
-
-
-def check_output_options(output_type: str, restore_size: bool, crop_to_mask: bool, mask_blend: bool, return_dict: bool):
-    """Refuse an output that does not exist, or cannot be had at the source's size."""
+def check_output(output_type: str, restore_size: bool, crop_to_mask: bool, mask_blend: bool, return_dict: bool):
+    """Refuse an output that does not exist, or cannot have the source's size."""
     check_flag("mask_blend", mask_blend)
     check_flag("return_dict", return_dict)
     check_choice("output_type", output_type, (*OUTPUT_TYPES, "tokens"))
     for name, value in (("restore_size", restore_size), ("crop_to_mask", crop_to_mask)):
         if value and output_type != "pil":
-            raise ValueError(f"`output_type` is {output_type!r} with `{name}`, which returns pictures; pass 'pil'.")
+            raise ValueError(f"`output_type` is {output_type!r} with `{name}`, which returns images; pass 'pil'.")
 
 
 def check_callback(callback: Callable | None, names: Sequence[str], known: Sequence[str], preview_every: int | None):
-    """Refuse a callback that cannot be called, names of tensors that it cannot be given, and previews for none."""
+    """Refuse a callback that cannot be called, unknown names of tensors, and previews without a callback."""
     if callback is not None and not callable(callback):
         raise ValueError(f"`callback_on_step_end` is {callback!r}; pass a function of (pipe, step, timestep, tensors).")
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -247,7 +222,7 @@ def check_callback(callback: Callable | None, names: Sequence[str], known: Seque
         raise ValueError(f"`preview_every` is {preview_every} without `callback_on_step_end`, which gets the previews.")
 
 
-# How far a warning's caller is from the pipeline's: torch's no_grad stands between `__call__` and it.
+# torch's no_grad is between `__call__` and its caller.
 CALLER = 4
 
 
@@ -257,30 +232,34 @@ def warn_of_no_effect(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     num_images_per_prompt: int,
     prompt: str | Sequence[str] | None,
-    given: SourceArguments,
-    task: str | Sequence[str],
+    num_images: int,
 ):
-    """Warn of arguments of sampling where the likeliest tokens are taken, and of an edit of no image.
+    """Warn of arguments of sampling that greedy decoding does not use.
 
     Args:
-        settings (`EditARGenerationConfig`): Of the call.
-        arguments (`dict`): Those of them that are arguments of the call; None where left out.
-        generator, num_images_per_prompt, prompt, given, task: Arguments of the call.
+        settings (`EditARGenerationConfig`): The settings of the call.
+        arguments (`dict`): Those that the call was given; None if left out.
+        generator, num_images_per_prompt, prompt: Arguments of the call.
+        num_images (`int`): Number of its source images.
     """
+    if settings.do_sample:
+        return
     idle = [name for name in ("temperature", "top_k", "top_p") if arguments[name] is not None]
-    has_one_image = not isinstance(given.image, list | tuple) or len(given.image) == 1
-    is_repeated = has_one_image and isinstance(prompt, list | tuple) and len(set(prompt)) < len(prompt)
+    is_repeated = num_images <= 1 and isinstance(prompt, list | tuple) and len(set(prompt)) < len(prompt)
     if num_images_per_prompt > 1 or is_repeated:
         idle += ["generator"] * isinstance(generator, list | tuple)
         idle += ["num_images_per_prompt"] * (num_images_per_prompt > 1)
-    if idle and not settings.do_sample:
+    if idle:
         warnings.warn(
             f"{', '.join(f'`{name}`' for name in idle)} had no effect: `do_sample` is False, so the likeliest tokens "
             "are taken, and images of one prompt and source are identical. Pass `do_sample=True` to sample.",
             stacklevel=CALLER,
         )
-    has_source = any(source is not None for source in (given.image, given.source_image_tokens, given.source_cache))
-    if not has_source and collect_tasks(task) != {TEXT_TO_IMAGE}:
+
+
+def warn_of_no_source(is_missing: bool, task: str | Sequence[str]):
+    """Warn of an edit without an image to edit."""
+    if is_missing and set(list_texts(task)) != {TEXT_TO_IMAGE}:
         warnings.warn(
             "`image` is missing, so the image is made from the text alone. Pass `image`, or "
             f"`task={TEXT_TO_IMAGE!r}` if this is what you want.",

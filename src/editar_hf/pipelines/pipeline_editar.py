@@ -1,12 +1,12 @@
-"""`EditARPipeline`: a picture and an instruction in, the edited picture out.
+"""`EditARPipeline`: edit images by instruction.
 
-The pipeline joins the parts: processor, text encoder, VQ tokenizer, decoder. What is decoded, and how, is
-`EditARForConditionalGeneration.generate`'s business; how a folder of parts is saved, loaded and shared stands in
-`pipelines/hub.py`, adapters in `pipelines/lora.py`, pictures and masks in `pipelines/edit_region.py`.
+`EditARPipeline.__call__` is the recipe: check inputs, prepare images, encode, decode tokens, draw images. The decoder
+itself is in `modeling_editar.py` and `generation/`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,40 +20,42 @@ from ..checks import check_choice, check_integer, check_tensor, check_texts
 from ..generation import SourceCache
 from ..generation.configuration import resolve_generation_config
 from ..generation.inputs import check_generator
-from ..image_processing_editar import OUTPUT_TYPES
+from ..image_processing_editar import OUTPUT_TYPES, RESIZE_MODES
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel
 from ..processing_editar import EditARProcessor, check_task
 from .callbacks import RowPreview, StepReporter
-from .edit_region import EditARSourcesMixin
+from .edit_region import EditRegion, repeat_rows
 from .hub import EditARHubMixin
 from .inputs import (
     MAX_NUM_IMAGES,
-    SourceArguments,
     add_task_prefixes,
+    check_cached_images,
     check_callback,
     check_known_arguments,
-    check_output_options,
+    check_output,
     check_prompts,
     check_source,
     check_tokenizer,
     compute_batch_size,
-    resolve_restore_size,
+    list_texts,
+    prepare_images,
     warn_of_no_effect,
+    warn_of_no_source,
 )
 from .lora import EditARLoraMixin
 
 
 @dataclass
 class EditARPipelineOutput(BaseOutput):
-    """What `EditARPipeline` returns.
+    """The result of a call.
 
     Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The pictures, as `output_type` asks; with
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images, as `output_type` asks; with
             `"tokens"`, the tokens.
-        image_tokens (`torch.LongTensor` of shape `(batch, N)`): Their tokens, in raster order; ready to be the next
+        image_tokens (`torch.LongTensor` of shape `(batch, N)`): Their tokens, in raster order. They can be the next
             call's `source_image_tokens`.
-        num_passes (`int`): Decoder forwards after the prefill of source image and text.
+        num_passes (`int`): Decoder passes after the prefill of source image and text.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
@@ -61,14 +63,14 @@ class EditARPipelineOutput(BaseOutput):
     num_passes: int
 
 
-class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
+class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     """Edit images by instruction, or make them from text or from condition maps.
 
     Args:
         transformer (`EditARForConditionalGeneration`): The decoder.
-        vq_model (`EditARVQModel`): The tokenizer between pixels and the decoder's tokens.
-        text_encoder (`T5EncoderModel`): Reads the prompts. May be `None` if every call brings `prompt_embeds`.
-        processor (`EditARProcessor`): Prepares pictures and prompts.
+        vq_model (`EditARVQModel`): Turns pixels into tokens, and tokens into pixels.
+        text_encoder (`T5EncoderModel`): Reads the prompts. May be `None` if every call passes `prompt_embeds`.
+        processor (`EditARProcessor`): Prepares images and prompts.
 
     Source: EditAR (arXiv 2501.04699).
 
@@ -87,7 +89,7 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
     ```
     """
 
-    # The tokenizer works before and after the decoder; it is small, and stays beside it once it has encoded.
+    # The VQ model works before and after the decoder. It is small, so it stays on the device once it has encoded.
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
     _callback_tensor_inputs = ("image_tokens", "source_image_tokens", "prompt_embeds")
 
@@ -105,7 +107,9 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
         )
         self._interrupt = False
 
-    # Speed
+    def interrupt(self):
+        """Stop the call in progress, from a callback or another thread, within one decoder pass."""
+        self._interrupt = True
 
     def compile(self, **options):
         """Compile decoding, for many edits of one size; see `EditARForConditionalGeneration.compile_passes`."""
@@ -123,18 +127,18 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
 
         Args:
             prompt (`str` or sequence of `str`): The prompts.
-            task (`str` or sequence of `str`): Whose prefix goes before them; see `apply_task_prefix`.
+            task (`str` or sequence of `str`): The tasks whose prefixes go before them; see `apply_task_prefix`.
 
         Raises:
-            ValueError: If a prompt is not a string, a task is unknown, there are as many tasks neither as one nor as
-                prompts, or the pipeline has no text encoder.
+            ValueError: If a prompt is not a string, a task is unknown, the numbers of tasks and prompts differ, or the
+                pipeline has no text encoder.
             RuntimeError: If the states are NaN or infinite.
         """
         if self.text_encoder is None:
             raise ValueError(f"`prompt` is {prompt!r}, and the pipeline has no text encoder; pass `prompt_embeds`.")
         check_texts("prompt", prompt)
         inputs = self.processor(text=prompt, task=task).to(self._execution_device)
-        # Parity: the text encoder masks padding, the decoder attends to its states.
+        # Parity: the text encoder masks padding, but the decoder attends to the padding's states.
         states = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
         states = states.to(self.transformer.dtype)
         if not states.isfinite().all():
@@ -146,6 +150,44 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
         return states
 
     @torch.no_grad()
+    def encode_image(
+        self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
+    ) -> torch.LongTensor:
+        """Encode images as tokens, `(batch, N)` in raster order: `source_image_tokens` for any number of calls.
+
+        Args:
+            image: An image, a batch, or a list of either; see `__call__`.
+            height, width (`int`, *optional*): Pixels the model works at; *defaults to* the model's.
+            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* the model's.
+
+        Raises:
+            ValueError: If an image is not an image, or the size or the mode does not fit.
+        """
+        return self.encode_pixel_values(self.prepare_pixel_values(image, height, width, resize_mode))
+
+    @torch.no_grad()
+    def prepare_source_cache(
+        self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
+    ) -> SourceCache:
+        """Compute what the networks know of images before any instruction: `source_cache` for any number of calls.
+
+        A call with a cache neither encodes its source nor runs it through the decoder. A cache holds 180 MiB for an
+        image of the published size in bf16. Calls refuse it once the decoder's weights or adapters have changed.
+
+        Args:
+            image, height, width, resize_mode: See `encode_image`.
+
+        Raises:
+            ValueError: If an image is not an image, or the size or the mode does not fit.
+        """
+        pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
+        grid = self.compute_grid(*pixel_values.shape[-2:])
+        cache = self.transformer.prepare_source_cache(self.encode_pixel_values(pixel_values), *grid)
+        cache.pixel_values = pixel_values
+        self.maybe_free_model_hooks()
+        return cache
+
+    @torch.no_grad()
     def decode_image_tokens(
         self,
         image_tokens: torch.LongTensor,
@@ -153,11 +195,11 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
         width: int | None = None,
         output_type: str = "pil",
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Draw the pictures of tokens `(batch, N)`.
+        """Decode tokens `(batch, N)` to images.
 
         Args:
             image_tokens (`torch.LongTensor`): Tokens in raster order.
-            height, width (`int`, *optional*): Pixels of the pictures; default the model's.
+            height, width (`int`, *optional*): Pixels of the images; *defaults to* the model's.
             output_type (`str`): `"pil"`, `"np"` or `"pt"`; see `EditARImageProcessor.postprocess`.
 
         Raises:
@@ -165,9 +207,8 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
         """
         check_tensor("image_tokens", image_tokens)
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        grid_height, grid_width = self.compute_grid(*self.resolve_size(height, width))
-        pixel_values = self.vq_model.decode(image_tokens.to(self._execution_device), grid_height, grid_width)
-        return self.processor.postprocess(pixel_values, output_type)
+        grid = self.compute_grid(*self.resolve_size(height, width))
+        return self.processor.postprocess(self.decode_pixel_values(image_tokens, grid), output_type)
 
     @torch.no_grad()
     def compute_edit_map(
@@ -179,18 +220,16 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
         width: int | None = None,
         resize_mode: str | None = None,
     ) -> torch.Tensor:
-        """Compute by how much the instruction lowers the likelihood of every source token: where it wants a change.
+        """Compute by how much the instruction lowers the likelihood of every source token: where it asks for a change.
 
-        Experimental. Two teacher-forced passes, in which the result is the source itself, once with the instruction and
-        once with the null text. A token is judged after the source's own tokens, so the signal is strongest where an
-        edit begins and may fade in its later rows, which the model takes for decided.
+        Experimental. The method runs two teacher-forced passes whose result is the source itself, one with the
+        instruction and one with the null text. Each token is judged after the source's own tokens, so the signal is
+        strongest where an edit begins, and may fade in its later rows.
 
         Args:
-            image: A picture, a batch, or a list of either; see `__call__`.
-            prompt (`str` or sequence of `str`): The instructions; one for all pictures, or one for each.
-            task (`str` or sequence of `str`): Whose prefix goes before them.
-            height, width (`int`, *optional*): Pixels the model works at; default the model's.
-            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; default the model's.
+            image, height, width, resize_mode: See `encode_image`.
+            prompt (`str` or sequence of `str`): The instructions; one for all images, or one for each.
+            task (`str` or sequence of `str`): The tasks whose prefixes go before them.
 
         Returns:
             `torch.Tensor` of shape `(batch, grid_height, grid_width)`, float32, in nats; above 0 where the instruction
@@ -201,12 +240,12 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
         """
         check_texts("prompt", prompt)
         check_task(task)
-        grid = self.compute_grid(*self.resolve_size(height, width))
         pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
+        grid = self.compute_grid(*pixel_values.shape[-2:])
         prompts = add_task_prefixes(prompt, task)
         batch_size = compute_batch_size(image=pixel_values, prompt=prompts)
-        tokens = self.repeat_rows(self.encode_pixel_values(pixel_values), batch_size, 1)
-        prompt_embeds = self.repeat_rows(self.encode_prompt(prompts), batch_size, 1)
+        tokens = repeat_rows(self.encode_pixel_values(pixel_values), batch_size)
+        prompt_embeds = repeat_rows(self.encode_prompt(prompts), batch_size)
         losses = []
         for is_dropped in (False, True):
             drop_prompt = torch.full((batch_size,), is_dropped, device=tokens.device)
@@ -230,20 +269,46 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
         width = default.width if width is None else check_integer("width", width, stride, largest, stride)
         return height, width
 
+    def resolve_resize_mode(self, resize_mode: str | None) -> str:
+        """Fill in the model's own mode."""
+        if resize_mode is None:
+            return self.processor.image_processor.resize_mode
+        check_choice("resize_mode", resize_mode, RESIZE_MODES)
+        return resize_mode
+
     def compute_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Compute tokens per column and row of a picture of that many pixels."""
+        """Compute how many tokens an image of that many pixels has per column and per row."""
         stride = self.vq_model.config.stride
         return height // stride, width // stride
 
-    def repeat_rows(
-        self, rows: torch.Tensor | None, batch_size: int, num_images_per_prompt: int
-    ) -> torch.Tensor | None:
-        """Give one row to the whole batch, then every row to its images (0, 0, …, 1, 1, …), where the decoder runs."""
-        if rows is None:
-            return None
-        dtype = self.transformer.dtype if rows.is_floating_point() else rows.dtype
-        rows = rows.to(self._execution_device, dtype).expand(batch_size, *rows.shape[1:])
-        return rows.repeat_interleave(num_images_per_prompt, dim=0)
+    def prepare_pixel_values(
+        self, image: ImageInput, height: int | None, width: int | None, resize_mode: str | None
+    ) -> torch.Tensor:
+        """Bring images to pixels `(batch, 3, height, width)` in [−1, 1]."""
+        size, resize_mode = self.resolve_size(height, width), self.resolve_resize_mode(resize_mode)
+        return self.processor.image_processor.compute_pixel_values(prepare_images(image), *size, resize_mode)
+
+    def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """Encode pixels `(batch, 3, height, width)` in [−1, 1] to tokens `(batch, N)`."""
+        return self.vq_model.encode(pixel_values.to(self._execution_device)).image_tokens
+
+    def decode_pixel_values(self, image_tokens: torch.LongTensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Decode tokens `(batch, N)` to pixels `(batch, 3, height, width)` around [−1, 1], in float32."""
+        return self.vq_model.decode(image_tokens.to(self._execution_device), *grid).float()
+
+    def compute_source_pixels(
+        self,
+        pixel_values: torch.Tensor | None,
+        source_image_tokens: torch.LongTensor | None,
+        num_rows: int,
+        size: tuple[int, int],
+    ) -> torch.Tensor:
+        """Give every row the pixels of its source, or those that its tokens decode to; without a source, grey ones."""
+        if pixel_values is not None:
+            return repeat_rows(pixel_values.to(self._execution_device), num_rows)
+        if source_image_tokens is not None:
+            return self.decode_pixel_values(source_image_tokens, self.compute_grid(*size))
+        return torch.zeros(num_rows, 3, *size, device=self._execution_device)
 
     def generate_image_tokens(
         self,
@@ -254,32 +319,59 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
         callback_tensor_inputs: Sequence[str],
         preview: RowPreview | None,
     ) -> tuple[torch.LongTensor, int]:
-        """Decode the tokens of all images, and count the passes; with progress bar, callback, previews, interrupt."""
-        grid_height, grid_width = grid
-        with self.progress_bar(total=grid_height * grid_width) as progress_bar:
+        """Generate the tokens of all images, and count the passes.
+
+        Tokens that an interrupted call did not reach are the source's, or those of a grey image if there is no source.
+        """
+        with self.progress_bar(total=grid[0] * grid[1]) as progress_bar:
             reporter = StepReporter(self, progress_bar, callback, rows, callback_tensor_inputs, preview)
             output = self.transformer.generate(
                 **rows,
                 **settings,
-                grid_height=grid_height,
-                grid_width=grid_width,
+                grid_height=grid[0],
+                grid_width=grid[1],
                 stopping_criteria=StoppingCriteriaList([reporter]),
                 return_dict_in_generate=True,
             )
-        return self.complete_tokens(output.sequences, rows["source_image_tokens"], grid), output.num_passes
+        image_tokens, source_image_tokens = output.sequences, rows["source_image_tokens"]
+        num_tokens = image_tokens.shape[1]
+        if num_tokens < grid[0] * grid[1]:
+            if source_image_tokens is None:
+                stride = self.vq_model.config.stride
+                grey = self.encode_pixel_values(torch.zeros(1, 3, grid[0] * stride, grid[1] * stride))
+                source_image_tokens = grey.expand(len(image_tokens), -1)
+            image_tokens = torch.cat([image_tokens, source_image_tokens[:, num_tokens:]], dim=1)
+        return image_tokens, output.num_passes
 
-    def complete_tokens(
-        self, image_tokens: torch.LongTensor, source_image_tokens: torch.LongTensor | None, grid: tuple[int, int]
-    ) -> torch.LongTensor:
-        """Fill the tokens that an interrupted call did not reach: with the source's, or those of a grey picture."""
-        grid_height, grid_width = grid
-        if image_tokens.shape[1] == grid_height * grid_width:
-            return image_tokens
-        if source_image_tokens is None:
-            stride = self.vq_model.config.stride
-            blank = self.encode_pixel_values(torch.zeros(1, 3, grid_height * stride, grid_width * stride))
-            source_image_tokens = blank.expand(len(image_tokens), -1)
-        return torch.cat([image_tokens, source_image_tokens[:, image_tokens.shape[1] :]], dim=1)
+    def compose_images(
+        self,
+        pixel_values: torch.Tensor,
+        output_type: str = "pil",
+        *,
+        images: list[Image.Image] | None,
+        source_pixel_values: torch.Tensor | None,
+        region: EditRegion | None,
+        resize_mode: str,
+        restore_size: bool,
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Make images of pixels: keep the source outside the region, and restore the source's size if asked for."""
+        windows = None if region is None else region.windows
+        if not restore_size and windows is None:
+            if region is not None:
+                # Where a weight is 0 or 1, the pixels of one of the two stay exactly.
+                pixel_values = torch.lerp(source_pixel_values, pixel_values, region.weights)
+            return self.processor.postprocess(pixel_values, output_type)
+        size, num_rows, restored = pixel_values.shape[-2:], len(pixel_values), []
+        weights = [None] * num_rows if region is None else region.weights[:, 0].cpu().numpy()
+        for index, result in enumerate(self.processor.postprocess(pixel_values)):
+            image = images[index * len(images) // num_rows]
+            source = image if windows is None else image.crop(windows[index])
+            result = self.processor.image_processor.restore(result, source, *size, resize_mode, weights[index])
+            if windows is not None:
+                window, result = result, image.copy()
+                result.paste(window, windows[index][:2])
+            restored.append(result)
+        return restored
 
     @torch.no_grad()
     def __call__(
@@ -317,61 +409,61 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
     ) -> EditARPipelineOutput | tuple:
         """Edit images by instruction.
 
-        Prompts and images pair up; one prompt serves many images, one image many prompts. Setting
-        `pipe._interrupt = True`, in a callback or from another thread, stops the call within a pass; the tokens that
-        are missing then are the source's, or those of a grey picture where there is no source.
+        Prompts and images pair up: one prompt serves many images, and one image many prompts. `pipe.interrupt()`, in a
+        callback or from another thread, stops the call within one pass. The tokens that are missing then are the
+        source's, or those of a grey image if there is no source.
 
         Args:
             prompt (`str` or sequence of `str`): The instructions, or the captions of condition maps.
             image (*optional*): The source image or condition map: a PIL image, an array (height, width, channels), a
-                tensor (channels, height, width), a path or URL, a batch, or a list of these. `None`: the image is made
-                from the text alone.
-            task (`str` or sequence of `str`): `"edit"`, `"canny"`, `"depth"` or `"segmentation"`: puts the published
-                prefix before the prompt, and before the negative prompt. `"text-to-image"` has no prefix, and says
-                that there is no source; without a source, the other tasks warn.
-            height, width (`int`, *optional*): Pixels the model works at; default the model's.
+                tensor (channels, height, width), a path or URL, a batch, or a list of these. With `None`, the image is
+                made from the text alone.
+            task (`str` or sequence of `str`): `"edit"`, `"canny"`, `"depth"` or `"segmentation"`. Its published prefix
+                goes before the prompt and the negative prompt. `"text-to-image"` has no prefix and no source; the
+                other tasks warn if there is no source.
+            height, width (`int`, *optional*): Pixels the model works at; *defaults to* the model's.
             resize_mode (`str`, *optional*): How the source is brought there: `"crop"` (shortest side, then the centre;
-                warns when more than 2 % is cut away) or `"stretch"`; default the model's.
+                warns if more than 2 % is cut away) or `"stretch"`; *defaults to* the model's.
             restore_size (`bool`, *optional*): Return images of the source's size: after a crop, the edited part in its
                 place in the full source; after a stretch, the inverse resize. Needs `image` and `output_type="pil"`.
-                Default: True for edits of `image` as PIL images where `height`, `width`, tokens and cache are left out.
-            mask_image (*optional*): White where the image may change; one mask, or one per image, each of its image's
-                size (another size is resized with a warning); transparency is black. A token may change if any of its
-                pixels is white; all others keep their source tokens, and a pass is needed only for those that may. A
-                mask without white returns the source, with a warning.
-            mask_blend (`bool`): Lay the result over the source's own pixels, with a feather that ends at most one token
-                beyond those that may change; behind it no pixel differs from the source at the output's size.
+                *Defaults to* True for edits of `image` to PIL images without `height`, `width`, tokens and cache.
+            mask_image (*optional*): White where the image may change; one mask, or one per image, of the image's size.
+                A mask of another size is resized with a warning. Transparent pixels are black. A token may change if
+                any of its pixels is white. All other tokens are copied from the source, and need no pass of their own.
+                A mask without white returns the source, with a warning.
+            mask_blend (`bool`): Blend the result into the source's own pixels. The feather ends at most one token
+                beyond the tokens that may change; outside it, no pixel differs from the source.
             crop_to_mask (`bool`): Edit a window around the mask, of the proportions of `height` × `width`, at the
                 model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`,
                 and no `resize_mode`.
-            guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance. Default, as of the
-                next four: the setting in `transformer/generation_config.json`.
-            image_guidance_scale (`float`, *optional*): Weight of the source image, in guidance with two knobs; 1 is the
+            guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance. This and the four
+                settings of sampling *default to* those in `transformer/generation_config.json`.
+            image_guidance_scale (`float`, *optional*): Weight of the source image, beside that of the prompt; 1 is the
                 same as `None`.
             negative_prompt (`str` or sequence of `str`, *optional*): What guidance leads away from, in place of the
-                learned null text. Without guidance it has no part in decoding.
+                learned null text. It has no effect without guidance.
             do_sample, temperature, top_k, top_p (*optional*): Sampling; see `EditARGenerationConfig`.
             num_images_per_prompt (`int`): Images of each pair; those of the first pair come first.
             generator (`torch.Generator` or a list of them, *optional*): One for all, or one per image returned. An
                 image depends on its own seed alone, not on its place in the batch.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): From `encode_prompt`, in place of text.
             source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): From `encode_image` or an
-                earlier output, in place of `image`. With `restore_size=True` or `mask_image` the picture of these
-                tokens, and no other, may stand beside them: the result is laid over it. In a session at full size that
-                is the last turn's result, `image=output.images[0]`; over the first photograph earlier turns are lost.
-            source_cache (`SourceCache`, *optional*): From `prepare_source_cache`, in place of `image`: the source costs
-                nothing any more. Beside `image` with `restore_size=True` or `mask_image`.
-            decoding (`str`): `"exact"`, one token per pass; or `"speculative"`, the same tokens in fewer passes where
-                the result is easy to foresee. Rounding can turn a near-tie, in bf16 often; from there on the tokens
-                are others, as likely.
+                earlier output, in place of `image`. With `restore_size=True` or `mask_image`, pass the image of these
+                tokens beside them, in a session `image=output.images[0]`: the result is blended into it. The original
+                image there would lose the edits of earlier turns.
+            source_cache (`SourceCache`, *optional*): From `prepare_source_cache`, in place of `image`: the source is
+                neither encoded nor prefilled again. `image` may stand beside it with `restore_size=True` or
+                `mask_image`.
+            decoding (`str`): `"exact"`, one token per pass, or `"speculative"`, the same tokens in fewer passes if the
+                result is easy to predict. Rounding can decide near-ties differently, in bf16 often; the tokens after
+                one are then others, as likely.
             callback_on_step_end (`Callable`, *optional*): Called after every token as
-                `callback(pipe, step, step, tensors)`; a step is the index of a token. What it returns is not looked at.
+                `callback(pipe, step, step, tensors)`; a step is the index of a token. What it returns is ignored.
             callback_on_step_end_tensor_inputs (sequence of `str`): What `tensors` holds: `"image_tokens"` (those so
                 far), `"source_image_tokens"`, `"prompt_embeds"`.
-            preview_every (`int`, *optional*): After so many rows of tokens `tensors` also holds `"preview"`, a PIL
-                image for each result: what is decoded so far, above the source, under the mask and of the size that
-                the result will have. The last one is the result. The others are drawn in strips, which is cheap, so
-                they are near to the result, not equal.
+            preview_every (`int`, *optional*): After so many rows of tokens, `tensors` also holds `"preview"`, a PIL
+                image for each result, made as the result will be: the rows decoded so far above the source's. The last
+                preview is the result. The others are decoded in strips, which is cheap but not exact.
             output_type (`str`): `"pil"`, `"np"` (batch, height, width, 3) in [0, 1], `"pt"` (batch, 3, height, width)
                 in [0, 1], or `"tokens"`.
             return_dict (`bool`): Return an `EditARPipelineOutput`, or its values as a tuple.
@@ -379,53 +471,93 @@ class EditARPipeline(EditARLoraMixin, EditARSourcesMixin, EditARHubMixin):
         Raises:
             ValueError: If an argument is out of range, or inputs do not fit the model or each other; before any network
                 runs.
-            TypeError: If there is no argument of that name; for `seed`, `strength` and others it says what to use.
+            TypeError: If an argument is unknown; for `seed`, `strength` and others, the message says what to use.
             RuntimeError: If text states or logits are NaN or infinite, as after an overflow in float16.
         """
-        # 1. Check inputs
+        # 1. Check inputs, and resolve sizes and settings
         check_known_arguments(unknown)
-        size = self.resolve_size(height, width)
+        size, device = self.resolve_size(height, width), self._execution_device
+        grid = self.compute_grid(*size)
         settings = {"guidance_scale": guidance_scale, "do_sample": do_sample}
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         resolved = resolve_generation_config(self.transformer.generation_config, None, settings)
         check_prompts(self.transformer.config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
-        given = SourceArguments(image, resize_mode, mask_image, crop_to_mask, source_image_tokens, source_cache)
-        device, grid = self._execution_device, self.compute_grid(*size)
-        check_source(self.transformer, device, given, image_guidance_scale, restore_size, decoding, grid, task)
-        restore_size = resolve_restore_size(restore_size, given, task, (height, width), output_type)
-        check_output_options(output_type, restore_size, crop_to_mask, mask_blend, return_dict)
+        known = {"source_image_tokens": source_image_tokens, "source_cache": source_cache}
+        source = {"image": image, "mask_image": mask_image, "crop_to_mask": crop_to_mask, **known}
+        source |= {"resize_mode": resize_mode, "restore_size": restore_size, "task": task}
+        source |= {"image_guidance_scale": image_guidance_scale, "decoding": decoding}
+        check_source(self.transformer, device, grid, **source)
+        # A window of `crop_to_mask` has the model's proportions.
+        resize_mode = "stretch" if crop_to_mask else self.resolve_resize_mode(resize_mode)
+        if restore_size is None:
+            is_default = image is not None and height is width is source_image_tokens is source_cache is None
+            restore_size = is_default and set(list_texts(task)) == {"edit"} and output_type == "pil"
+        check_output(output_type, restore_size, crop_to_mask, mask_blend, return_dict)
         num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, maximum=MAX_NUM_IMAGES)
         observers = callback_on_step_end, callback_on_step_end_tensor_inputs
         check_callback(*observers, self._callback_tensor_inputs, preview_every)
         self._interrupt = False
 
-        # 2. Prepare prompts, pictures and masks, and see how many images they ask for
+        # 2. Prepare prompts, images and masks, and pair them up
         prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
-        sources = self.prepare_sources(given, size)
+        images = sources = None if image is None else prepare_images(image)
+        region = pixel_values = None
+        if mask_image is not None:
+            masked = images or [Image.new("RGB", size[::-1])]
+            how = size, self.vq_model.config.stride, resize_mode, mask_blend, crop_to_mask
+            region = EditRegion.from_masks(mask_image, masked, *how)
+            sources = region.crop(images) if crop_to_mask else images
+        if sources is not None:
+            pixel_values = self.processor.image_processor.compute_pixel_values(sources, *size, resize_mode)
+        check_cached_images(source_cache, pixel_values)
         texts = {"prompt": prompts or prompt_embeds, "negative_prompt": negative_prompts or negative_prompt_embeds}
-        batch_size = compute_batch_size(**texts, **sources.count())
-        check_generator(generator, batch_size * num_images_per_prompt)
-        warn_of_no_effect(resolved, settings, generator, num_images_per_prompt, prompt, given, task)
+        masks = None if region is None else region.edit_mask
+        batch_size = compute_batch_size(**texts, image=sources, mask_image=masks, **known)
+        num_rows = batch_size * num_images_per_prompt
+        check_generator(generator, num_rows)
+        warn_of_no_effect(resolved, settings, generator, num_images_per_prompt, prompt, len(images or ()))
+        warn_of_no_source(image is source_image_tokens is source_cache is None, task)
 
-        # 3. Encode them, and give every image its row
-        negative_states = self.encode_prompt(negative_prompts) if negative_prompts else negative_prompt_embeds
-        rows = {
-            "source_image_tokens": self.encode_sources(sources),
-            "prompt_embeds": self.encode_prompt(prompts) if prompts else prompt_embeds,
-            "negative_prompt_embeds": negative_states,
-        }
-        rows = {name: self.repeat_rows(entries, batch_size, num_images_per_prompt) for name, entries in rows.items()}
-        region = self.prepare_region(sources, rows["source_image_tokens"], size, mask_blend)
+        # 3. Encode them, and give every result its row
+        if source_cache is not None:
+            source_image_tokens = source_cache.source_image_tokens
+        elif source_image_tokens is None and pixel_values is not None:
+            source_image_tokens = self.encode_pixel_values(pixel_values)
+        if negative_prompts:
+            negative_prompt_embeds = self.encode_prompt(negative_prompts)
+        if prompts:
+            prompt_embeds = self.encode_prompt(prompts)
+        rows = {"source_image_tokens": source_image_tokens, "prompt_embeds": prompt_embeds}
+        rows |= {"negative_prompt_embeds": negative_prompt_embeds}
+        for name, entries in rows.items():
+            if entries is not None:
+                dtype = self.transformer.dtype if entries.is_floating_point() else entries.dtype
+                rows[name] = repeat_rows(entries.to(device, dtype), num_rows)
+        source_pixel_values = None
+        if region is not None or preview_every is not None:
+            if pixel_values is None and source_cache is not None:
+                pixel_values = source_cache.pixel_values
+            source_pixel_values = self.compute_source_pixels(pixel_values, rows["source_image_tokens"], num_rows, size)
+        region = None if region is None else region.repeat_rows(num_rows, device)
 
         # 4. Decode the tokens of the edited images
-        settings |= {"image_guidance_scale": image_guidance_scale, "generator": generator}
-        settings |= {"decoding": decoding, "source_cache": source_cache}
-        settings["edit_mask"] = None if region is None else region.edit_mask
-        preview = self.prepare_preview(sources, rows, region, size, restore_size, preview_every)
+        how = {"images": images, "source_pixel_values": source_pixel_values, "region": region}
+        how |= {"resize_mode": resize_mode, "restore_size": restore_size}
+        preview = None
+        if preview_every is not None:
+            compose = partial(self.compose_images, **how)
+            preview = RowPreview(self.vq_model, source_pixel_values, grid, preview_every, compose)
+        settings |= {"image_guidance_scale": image_guidance_scale, "generator": generator, "decoding": decoding}
+        settings |= {"source_cache": source_cache, "edit_mask": None if region is None else region.edit_mask}
         image_tokens, num_passes = self.generate_image_tokens(rows, settings, grid, *observers, preview)
 
-        # 5. Draw them
-        images = self.draw_images(image_tokens, sources, region, size, restore_size, output_type, preview)
+        # 5. Draw the images
+        if output_type == "tokens":
+            results = image_tokens
+        elif preview is not None and preview.is_complete:
+            results = self.compose_images(preview.canvas, output_type, **how)
+        else:
+            results = self.compose_images(self.decode_pixel_values(image_tokens, grid), output_type, **how)
         self.maybe_free_model_hooks()
-        output = EditARPipelineOutput(images=images, image_tokens=image_tokens, num_passes=num_passes)
+        output = EditARPipelineOutput(images=results, image_tokens=image_tokens, num_passes=num_passes)
         return output if return_dict else output.to_tuple()

@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from ..checks import check_texts
 from ..condition_maps import make_canny_map
+from ..pipelines.edit_region import compute_edit_mask, prepare_mask
 from ..processing_editar import TASK_PREFIXES, EditARImageProcessor, compute_crop_geometry, prepare_rgb_picture
-from ..processing_masks import compute_edit_mask, prepare_mask
 from .dataset_specs import DatasetSpec
 
 

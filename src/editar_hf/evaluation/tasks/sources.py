@@ -11,8 +11,8 @@ from reprlib import repr as shorten
 
 from PIL import Image
 
+from ...pipelines.edit_region import prepare_mask
 from ...processing_editar import prepare_rgb_picture
-from ...processing_masks import prepare_mask
 
 
 # How messages call the types that entries have.

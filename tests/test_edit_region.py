@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageDraw
 
-from editar_hf.processing_masks import (
+from editar_hf.pipelines.edit_region import (
     Window,
     compute_edit_mask,
     compute_feather,
