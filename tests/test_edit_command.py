@@ -163,9 +163,9 @@ def test_an_error_that_is_not_of_the_input_stops_no_folder_either(pictures, tmp_
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (write_huge, "bad.png is no picture that opens: Image size (900000000 pixels) exceeds limit"),
+        (write_huge, "bad.png does not open as an image: Image size (900000000 pixels) exceeds limit"),
         (lambda path: write_truncated(path, path.parent / "b.png"), "which does not decode: image file is truncated"),
-        (lambda path: path.write_bytes(b"P6 12345678901 1 255 "), "bad.png is no picture that opens: "),
+        (lambda path: path.write_bytes(b"P6 12345678901 1 255 "), "bad.png does not open as an image: "),
         (lambda path: path.write_bytes(b"P3 9 9 255 few"), "bad.png', which does not decode: invalid literal"),
     ],
     ids=["huge", "truncated", "header", "pixels"],

@@ -1,4 +1,4 @@
-"""`editar-hf convert`: published EditAR files to a pipeline folder, and back."""
+"""`editar-hf convert`: convert published EditAR files to a pipeline folder, and back."""
 
 import argparse
 import sys
@@ -7,33 +7,57 @@ import sys
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `editar-hf convert` to the command's parser."""
     summary = "convert published EditAR files to a pipeline folder, or back"
-    parser = subparsers.add_parser("convert", help=summary, description=f"{summary.capitalize()}.")
-    parser.add_argument("--transformer", metavar="FILE", help="EditAR's decoder; default: the published one")
-    parser.add_argument("--vq-model", metavar="FILE", help="the VQ tokenizer; default: LlamaGen's published VQ-16")
-    parser.add_argument("--text-encoder", metavar="ID", help="Hub id or folder of a T5; default: google/flan-t5-xl")
-    parser.add_argument("--output-dir", metavar="DIR", required=True, help="new folder to write")
-    parser.add_argument("--license", metavar="ID", help="licence of the weights, for the card; default: none stated")
+    description = (
+        "Convert published EditAR files to a pipeline folder, or back. Files that you do not name are downloaded from "
+        "the Hub. The command ends with the self-check of `editar-hf check`, and warns if it fails."
+    )
+    parser = subparsers.add_parser("convert", help=summary, description=description)
     parser.add_argument(
-        "--num-attention-heads", metavar="N", type=int, help="default: heads of 64, or of 100 at width 3200"
+        "--transformer", metavar="FILE", help="file of the decoder; default: EditAR's published decoder"
+    )
+    parser.add_argument("--vq-model", metavar="FILE", help="file of the VQ model; default: LlamaGen's published VQ-16")
+    parser.add_argument(
+        "--text-encoder", metavar="ID", help="folder or Hub id of a T5 text encoder; default: google/flan-t5-xl"
+    )
+    parser.add_argument("--output-dir", metavar="DIR", required=True, help="folder to write; it must be new or empty")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence of the weights for the model card, such as apache-2.0; default: the card states no licence",
     )
     parser.add_argument(
-        "--grid-size", metavar="N", type=int, help="tokens a side, where --transformer is LlamaGen's text-to-image one"
+        "--num-attention-heads",
+        metavar="N",
+        type=int,
+        help="attention heads of the decoder; default: width / 64, or width / 100 if the width is 3200",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the files")
-    parser.add_argument("--push-to-hub", metavar="ID", help="also upload it there; needs --license")
+    parser.add_argument(
+        "--grid-size",
+        metavar="N",
+        type=int,
+        help="tokens per side of an image; only if --transformer is a text-to-image decoder of LlamaGen",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights; default: that of the files"
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="ID", help="also upload the folder to this repository; needs --license"
+    )
     parser.add_argument(
         "--hub-private-repo",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="make a new repository private; default: yes",
+        help="make a new repository private (default), or public",
     )
-    parser.add_argument("--reverse", action="store_true", help="write editar.pt and vq.pt from a pipeline instead")
-    parser.add_argument("--model", metavar="M", help="with --reverse: the pipeline, a folder or Hub id")
+    parser.add_argument(
+        "--reverse", action="store_true", help="convert back: write editar.pt and vq.pt from the pipeline --model"
+    )
+    parser.add_argument("--model", metavar="M", help="pipeline folder or Hub id to convert back; only with --reverse")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert in the direction asked for."""
+    """Convert to a pipeline folder, or back with `--reverse`."""
     check_arguments(args)
     if args.reverse:
         from ..conversion import revert_pipeline
@@ -45,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments of the other direction, and an upload without a licence."""
+    """Refuse options of the other direction, and an upload without a licence."""
     forward_only = ("transformer", "vq_model", "text_encoder", "license")
     forward_only += ("num_attention_heads", "grid_size", "dtype", "push_to_hub")
     for name in forward_only if args.reverse else ("model",):

@@ -1,4 +1,4 @@
-"""`editar-hf edit`: edit one image, or many images of a folder."""
+"""`editar-hf edit`: edit one image, or the images of a folder."""
 
 import argparse
 import io
@@ -20,13 +20,13 @@ PIPELINE_OPTIONS = (
     *("resize_mode", "crop_to_mask", "restore_size", "guidance_scale", "image_guidance_scale", "negative_prompt"),
     "num_images_per_prompt",
 )
-# With Pillow's defaults these formats change pixels that the edit left alone.
+# With Pillow's defaults, these formats change pixels that the edit did not change.
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
     "WEBP": {"lossless": True},
 }
-# In the output folder: what each output was made from, one JSON object per line, the last line of an output counts.
+# In the output folder: a JSON object per line says what an output was made from. The last line of an output counts.
 RECORD_FILE = ".editar-edits.jsonl"
 
 
@@ -46,25 +46,30 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `editar-hf edit` to the command's parser."""
     summary = "edit an image, or a folder of images"
     description = (
-        f"{summary.capitalize()}. With --prompt, every image of a folder gets the same edit. With --prompts, a line of "
-        "the file is a JSON object with `image`, a name in the folder, and `prompt`, and optionally `output`, `task`, "
-        "`seed` and `mask`, again a name in the folder; `task`, `seed` and `mask` default to the options below. In the "
-        "output folder, edits that were made before with the same image, prompt and options are skipped. Edits that "
-        "fail are listed at the end, and the exit status is 1."
+        f"{summary.capitalize()}. With a folder and --prompt, every image gets the same edit. With a folder and "
+        "--prompts, each line of the file is a JSON object that describes one edit: `image` (a name in the folder) and "
+        "`prompt`, and optionally `output`, `task`, `seed` and `mask` (a name in the folder). If a line has no `task`, "
+        "`seed` or `mask`, the option of that name counts. The command can be stopped and started again: it skips "
+        "edits that are already in the output folder and were made from the same image, prompt and options. Edits "
+        "that fail are listed at the end, and the exit status is then 1."
     )
     parser = subparsers.add_parser("edit", help=summary, description=description)
-    parser.add_argument("--model", metavar="M", required=True, help="the pipeline, a folder or Hub id")
+    parser.add_argument("--model", metavar="M", required=True, help="pipeline folder or Hub id")
     parser.add_argument(
-        "--image", metavar="PATH", type=parse_path, required=True, help="an image, or a folder of images"
+        "--image", metavar="PATH", type=parse_path, required=True, help="image to edit, or folder of images"
     )
     wish = parser.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--prompt", metavar="P", help="the instruction")
-    wish.add_argument("--prompts", metavar="FILE", type=parse_path, help="JSON lines: an instruction for each image")
-    output_help = "the image to write, such as edited.png; for a folder of images, a folder"
+    wish.add_argument("--prompt", metavar="P", help="instruction: what to change")
+    wish.add_argument(
+        "--prompts", metavar="FILE", type=parse_path, help="file with an edit on each line, as described above"
+    )
+    output_help = "image to write, such as edited.png; a folder if --image is a folder"
     parser.add_argument("--output", metavar="PATH", type=parse_path, required=True, help=output_help)
-    parser.add_argument("--mask", metavar="FILE", type=parse_path, help="an image, white where the result may change")
-    parser.add_argument("--task", metavar="T", default="edit", help="edit, canny, depth or segmentation; default: edit")
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="seed of the sampling; default: 0")
+    parser.add_argument("--mask", metavar="FILE", type=parse_path, help="mask image, white where the image may change")
+    parser.add_argument(
+        "--task", metavar="T", default="edit", help="edit, canny, depth or segmentation (default: edit)"
+    )
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="seed of the sampling (default: 0)")
     add_pipeline_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -77,46 +82,60 @@ def parse_path(text: str) -> Path:
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is the same for all images."""
+    """Add the options that are the same for all images."""
     parser.add_argument(
-        "--resize-mode", choices=("crop", "stretch"), help="how images get the model's size; default: the model's own"
+        "--resize-mode",
+        choices=("crop", "stretch"),
+        help="how to resize images to the model's size: crop edits the centre, stretch edits the whole image; default: "
+        "that of the model",
     )
     parser.add_argument(
-        "--crop-to-mask", action="store_true", default=None, help="edit a window around the mask at the model's size"
+        "--crop-to-mask",
+        action="store_true",
+        default=None,
+        help="cut out a window around the mask, and edit it at the model's size",
     )
     parser.add_argument(
         "--restore-size",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="write results at their images' sizes (default), or at the model's size",
+        help="write results at the size of the image (default), or at the model's size",
     )
-    parser.add_argument("--guidance-scale", metavar="X", type=float, help="weight of the prompt; default: the model's")
-    parser.add_argument("--image-guidance-scale", metavar="X", type=float, help="weight of the image; default: none")
+    parser.add_argument(
+        "--guidance-scale", metavar="X", type=float, help="weight of the prompt; default: that of the model"
+    )
+    parser.add_argument(
+        "--image-guidance-scale",
+        metavar="X",
+        type=float,
+        help="weight of the source image; default: only the prompt has a weight",
+    )
     parser.add_argument("--negative-prompt", metavar="P", help="what the result should not show")
     parser.add_argument(
         "--num-images",
         metavar="N",
         type=int,
         dest="num_images_per_prompt",
-        help="results per edit, edited-0.png, edited-1.png, ...; default: 1, edited.png",
+        help="results per edit (default: 1); several are named edited-0.png, edited-1.png, ...",
     )
-    parser.add_argument("--lora", metavar="L", help="an adapter, a folder or Hub id")
+    parser.add_argument("--lora", metavar="L", help="folder or Hub id of a LoRA adapter")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: as in the model's files; default: what this machine computes fast",
+        help="dtype of the weights; auto: that of the files; default: that of the files if this machine computes in "
+        "it, else float32",
     )
-    parser.add_argument("--device", metavar="D", help="such as cpu or cuda:1; default: the GPU if there is one")
+    parser.add_argument("--device", metavar="D", help="device, such as cpu or cuda:1; default: the GPU if there is one")
     parser.add_argument(
         "--quality",
         metavar="Q",
         type=int,
-        help="1 to 100, of .jpg, .avif and .webp; default: 95 for .jpg and .avif, lossless for .webp",
+        help="quality of .jpg, .avif and .webp, 1 to 100; default: 95 for .jpg and .avif, lossless for .webp",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Edit one image, or all that were not edited yet; exit status 1 where one failed."""
+    """Edit one image, or the images of a folder that are not edited yet; return 1 if an edit failed."""
     check_options(args)
     if args.prompts is None and not args.image.is_dir():
         job = Job(args.image, args.prompt, args.output, args.task, args.seed, args.mask)
@@ -135,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def edit_folder(args: argparse.Namespace) -> int:
-    """Edit image after image, and say which failed; exit status 1 where one did."""
+    """Edit the images of a folder one by one, and list those that failed; return 1 if any did."""
     from tqdm import tqdm
 
     jobs = read_folder(args) if args.prompts is None else read_prompts(args)
@@ -163,7 +182,7 @@ def edit_folder(args: argparse.Namespace) -> int:
 
 
 def describe_failure(job: Job, error: Exception) -> str:
-    """Say in a line which edit failed, and why."""
+    """Describe in one line which edit failed, and why."""
     return f"{job.image}: {type(error).__name__}: {error}"
 
 
@@ -208,7 +227,7 @@ def read_prompts(args: argparse.Namespace) -> list[Job]:
 
 
 def read_job(args: argparse.Namespace, line: str, place: str) -> Job:
-    """Read one line; what it leaves out, the command's arguments say."""
+    """Read one line; `task`, `seed` and `mask` default to the command's options."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -233,7 +252,7 @@ def read_job(args: argparse.Namespace, line: str, place: str) -> Job:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that no job could run with."""
+    """Refuse options with which every job would fail."""
     import torch
 
     from ..pipelines.hub import check_folder_or_hub_id
@@ -255,10 +274,10 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def check_job(job: Job, args: argparse.Namespace, place: str = "") -> None:
-    """Refuse what the pipeline or torch would refuse later, and outputs that cannot be written.
+    """Refuse a job that the pipeline or torch would refuse later, and an output that cannot be written.
 
     Args:
-        place (`str`): Which line of a file the job comes from; begins the message.
+        place (`str`): The file and line that describe the job; the message starts with it.
     """
     from PIL import Image
 
@@ -287,7 +306,7 @@ def check_job(job: Job, args: argparse.Namespace, place: str = "") -> None:
 
 
 def check_outputs(jobs: list[Job], args: argparse.Namespace) -> None:
-    """Refuse jobs that write the same file, or a file that another job reads."""
+    """Refuse two jobs that write the same file, and a job that writes a file which another job reads."""
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"`--output` is {args.output}, which is a file; give a folder for the results.")
     outputs = [os.path.abspath(path) for job in jobs for path in list_outputs(job, args)]
@@ -302,7 +321,7 @@ def check_outputs(jobs: list[Job], args: argparse.Namespace) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder, and refuse one that takes no file."""
+    """Make the folder, and refuse it if no file can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -315,9 +334,9 @@ def check_writable(folder: Path) -> None:
 
 
 def describe_job(job: Job, args: argparse.Namespace) -> dict | None:
-    """Describe all that a job's outputs depend on; `None` if a file is missing.
+    """Describe everything that the outputs of a job depend on; `None` if a file is missing.
 
-    Files are described by name and time of change, so that a folder may be moved between two runs.
+    Files are described by name and time of change, so that the folder can be moved between two runs.
     """
     try:
         files = [path and [path.name, path.stat().st_mtime_ns] for path in (job.image, job.mask)]
@@ -328,14 +347,14 @@ def describe_job(job: Job, args: argparse.Namespace) -> dict | None:
 
 
 def is_done(job: Job, args: argparse.Namespace, record: dict) -> bool:
-    """Tell whether a job's outputs are there, and made from what the job says."""
+    """Tell whether the outputs of a job exist and were made from what the job describes."""
     made_from = describe_job(job, args)
     is_recorded = made_from is not None and record.get(name_output(job, args)) == made_from
     return is_recorded and all(path.exists() for path in list_outputs(job, args))
 
 
 def name_output(job: Job, args: argparse.Namespace) -> str:
-    """Name a job's output in the record: by its path from the output folder."""
+    """Name the output of a job in the record by its path from the output folder."""
     return Path(os.path.relpath(job.output, args.output)).as_posix()
 
 
@@ -350,7 +369,7 @@ def read_record(folder: Path) -> dict[str, dict | None]:
 
 
 def write_record(job: Job, args: argparse.Namespace, made_from: dict | None) -> None:
-    """Add a line to the record; in front of it a line break, because the last line may be a part of one."""
+    """Add a line to the record. It starts with a line break, because a killed run may have left a part of a line."""
     with (args.output / RECORD_FILE).open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps({name_output(job, args): made_from}) + "\n")
 
@@ -375,7 +394,7 @@ def load_pipeline(args: argparse.Namespace):
 
 
 def open_image(path: Path):
-    """Open an image. What PIL raises for a broken header is of many kinds, and not all of it names the file."""
+    """Open an image. For broken headers PIL raises many kinds of errors, and not all of them name the file."""
     from PIL import Image
 
     try:
@@ -383,7 +402,7 @@ def open_image(path: Path):
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is no picture that opens: {error}") from error
+        raise ValueError(f"{path} does not open as an image: {error}") from error
 
 
 def list_outputs(job: Job, args: argparse.Namespace) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`editar-hf env`: versions, devices and the default dtype, to be pasted into a bug report."""
+"""`editar-hf env`: print versions, devices and the default dtype for a bug report."""
 
 import argparse
 import os
