@@ -1,13 +1,15 @@
-"""Encode a data set of picture pairs once: parquet shards with the tokens of both images, the prompt and the task.
+"""Encode a data set of pairs as tokens once, so that training need not do it in every step.
 
-    python examples/precompute_tokens.py --dataset stickers --split train --vq_model sticker-tokenizer \
-        --output_dir stickers-tokens --resolution 64
+    python examples/precompute_tokens.py --dataset my-pairs --split train --vq-model examples/sticker-editor/vq_model \
+        --output-dir my-tokens --resolution 64
 
-`examples/train_editar.py --dataset stickers-tokens` then trains without the tokenizer in its loop. With `--pipeline` in
-place of `--vq_model` the shards hold the text states of its text encoder too, for trainings in which that is frozen;
-FLAN-T5-XL's take 0.5 MB a pair in bfloat16. Shards that exist are kept: a second run goes on where the first stopped.
-Started by `torchrun` or `accelerate launch` in several processes, each makes every so-many-th shard. Of a recipe, one
-data set is encoded at a time: `--recipe examples/recipes/editar.yaml --dataset_name pipe-add`.
+The parquet shards hold the tokens of both images, the prompt and the task. `examples/train_editar.py --dataset
+my-tokens` trains on them. `--pipeline` in place of `--vq-model` also stores the states of its text encoder, for
+training with a frozen text encoder; the states of FLAN-T5-XL take 0.5 MB per pair in bfloat16.
+
+Existing shards are kept, so a second run resumes the first. With `torchrun` or `accelerate launch`, several processes
+share the shards. A recipe is encoded one data set at a time: `--recipe examples/recipes/editar.yaml --dataset-name
+pipe-add`.
 """
 
 import json
@@ -26,6 +28,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARVQModel
+from editar_hf.io import atomic_path
 from editar_hf.pipelines.hub import check_folder_or_hub_id
 from editar_hf.training.arguments import parse_arguments
 from editar_hf.training.data import pack_states
@@ -38,7 +41,7 @@ class Arguments:
     output_dir: str = field(metadata={"help": "folder for the parquet files"})
     resolution: int | None = field(default=None, metadata={"help": "pixels per side; default: the pipeline's"})
     vq_model: str | None = field(default=None, metadata={"help": "folder or Hub id of an EditARVQModel"})
-    pipeline: str | None = field(default=None, metadata={"help": "folder or Hub id of a pipeline, for text states too"})
+    pipeline: str | None = field(default=None, metadata={"help": "folder or Hub id of a pipeline, for text states"})
     dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or pattern of files"})
     recipe: str | None = field(
         default=None, metadata={"help": "YAML file of data sets, of which `dataset_name` names one"}
@@ -51,12 +54,12 @@ class Arguments:
     target_image_column: str = field(default="target_image", metadata={"help": "column of the edited images"})
     prompt_column: str = field(default="prompt", metadata={"help": "column of the instructions"})
     resize_mode: str = field(
-        default="crop", metadata={"help": "how images get to the resolution: crop (the centre) or stretch"}
+        default="crop", metadata={"help": "how images are resized: crop (keep the centre) or stretch"}
     )
-    max_bad_rows_fraction: float = field(default=0.05, metadata={"help": "rows that may be unusable, and are left out"})
+    max_bad_rows_fraction: float = field(default=0.05, metadata={"help": "fraction of rows that may be unusable"})
     batch_size: int = field(default=64, metadata={"help": "pairs encoded at once"})
     shard_size: int = field(default=20000, metadata={"help": "pairs per file"})
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "of the networks"})
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "dtype of the networks"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
 
 
@@ -91,7 +94,7 @@ class Encoder:
         return self.bad_rows.read(enumerate(dataset, start), read, self.spec.name)
 
     def encode_batch(self, rows: list[dict]) -> list[dict]:
-        """Encode the two pictures of each row, and its mask if there is one."""
+        """Encode the two images of each row, and its mask if there is one."""
         pixel_values = self.prepare([row[name] for name in ("source_image", "target_image") for row in rows])
         pixel_values = pixel_values.to(self.vq_model.device, self.vq_model.dtype)
         image_tokens = self.vq_model.encode(pixel_values.contiguous(memory_format=torch.channels_last)).image_tokens
@@ -107,35 +110,34 @@ class Encoder:
             encoded = [{**row, "prompt_embeds": pack_states(s)} for row, s in zip(encoded, states, strict=True)]
         return encoded
 
-    def prepare(self, pictures: list) -> torch.Tensor:
+    def prepare(self, images: list) -> torch.Tensor:
         reader = self.row_reader
         size = {"height": reader.height, "width": reader.width}
-        return reader.image_processor(pictures, size=size, resize_mode=reader.resize_mode).pixel_values
+        return reader.image_processor(images, size=size, resize_mode=reader.resize_mode).pixel_values
 
     @torch.no_grad()
     def encode_shard(self, dataset: datasets.Dataset, start: int, path: Path):
-        """Write one shard under a temporary name and rename it."""
+        """Write one shard, completely or not at all."""
         rows, encoded = self.read_rows(dataset, start), []
         while batch := list(islice(rows, self.batch_size)):
             encoded += self.encode_batch(batch)
         self.bad_rows.judge()
-        unfinished = path.with_suffix(".unfinished")
         table = datasets.Dataset.from_list(encoded).data.table
-        # Validation on the pictures that the tokens were made of is refused by this.
+        # Training refuses to validate on the images that its tokens were computed from.
         spec = self.spec
         dataset = os.path.abspath(spec.dataset) if list_files(spec) else spec.dataset
         made_from = {"dataset": dataset, "config_name": spec.config_name, "split": spec.split}
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), MADE_FROM_KEY: json.dumps(made_from)})
-        pq.write_table(table, unfinished)
-        unfinished.rename(path)
+        with atomic_path(path) as unfinished:
+            pq.write_table(table, unfinished)
 
 
 def load_networks(args: Arguments) -> tuple[EditARVQModel, EditARPipeline | None]:
-    """Load the tokenizer, alone or with the pipeline it belongs to."""
+    """Load the VQ model, alone or with its pipeline."""
     if (args.vq_model is None) == (args.pipeline is None):
         raise ValueError("Give `vq_model` or `pipeline`: one of them, and not both.")
     if args.pipeline is None and args.resolution is None:
-        raise ValueError("Give `resolution`: a tokenizer alone has none of its own. That of `pipeline` is its default.")
+        raise ValueError("Give `resolution`: a VQ model has none of its own. A pipeline has.")
     name = "vq_model" if args.pipeline is None else "pipeline"
     check_folder_or_hub_id(getattr(args, name), name)
     dtype = getattr(torch, args.dtype)
@@ -148,7 +150,7 @@ def load_networks(args: Arguments) -> tuple[EditARVQModel, EditARPipeline | None
 
 
 def resolve_size(args: Arguments, vq_model: EditARVQModel, pipeline: EditARPipeline | None) -> tuple[int, int]:
-    """Fill in the pipeline's height and width, and refuse what the networks do not cover."""
+    """Return height and width, and refuse sizes that the networks do not support."""
     stride, resolution = vq_model.config.stride, args.resolution
     if pipeline is not None:
         try:
@@ -161,7 +163,7 @@ def resolve_size(args: Arguments, vq_model: EditARVQModel, pipeline: EditARPipel
 
 
 def check_shards(output_dir: Path, split: str, num_shards: int):
-    """Refuse a folder whose shards are of another division: pairs would be in it twice."""
+    """Refuse a folder with shards of another size, which would hold some pairs twice."""
     paths = sorted(output_dir.glob(f"{split}-*-of-*.parquet"))
     if others := [path.name for path in paths if not path.stem.endswith(f"-of-{num_shards:05d}")]:
         raise ValueError(

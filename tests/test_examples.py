@@ -54,7 +54,7 @@ def test_precomputed_tokens_are_those_of_the_tokenizer(tokens, pictures, editor)
     [
         ({"pipeline": "editor", "resolution": 32}, "`resolution` is 32: `height` is 32; pass a multiple of 4 from 4"),
         ({"vq_model": "editor/vq_model", "resolution": 18}, "`resolution` is 18; it must be a multiple of 4"),
-        ({"vq_model": "editor/vq_model"}, "Give `resolution`: a tokenizer alone has none"),
+        ({"vq_model": "editor/vq_model"}, "Give `resolution`: a VQ model has none"),
         ({"vq_model": "editor/vq", "resolution": 8}, r"`vq_model` is '.*editor/vq': there is no such folder"),
         ({"pipeline": "editors"}, r"`pipeline` is '.*editors': there is no such folder"),
     ],

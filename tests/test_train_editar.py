@@ -129,7 +129,7 @@ def test_many_epochs_are_remarked_upon(capsys):
     accelerator = Accelerator(cpu=True)
     print_epochs(accelerator, "max-train-steps", 40000, 64, 640)
     line = capsys.readouterr().out
-    assert line.startswith("40,000 steps are 4,000.0 epochs of 640 samples. A model learns a small data set by heart")
+    assert line.startswith("40,000 steps are 4,000.0 epochs of 640 samples. A model memorises a small data set")
     assert "lower `--max-train-steps`; 1,000 steps are 100.0 epochs" in line
     reset_accelerate()
 

@@ -1,4 +1,4 @@
-"""The tokenizer's training: its pieces against formulas, and the real script run on a handful of pictures."""
+"""The training of a VQ model: its pieces against formulas, and the real script run on a handful of pictures."""
 
 import io
 import json
@@ -27,11 +27,11 @@ from editar_hf.training.vq import (
     DeadCodeReviver,
     compute_perplexity,
     compute_psnr,
-    decode_pictures,
+    decode_images,
     draw_batches,
     draw_codebook,
-    evaluate_tokenizer,
-    load_pictures,
+    evaluate_vq_model,
+    load_images,
     prepare_pixel_values,
 )
 
@@ -106,7 +106,7 @@ def straight_run(parquet_file, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def test_script_lowers_the_loss_and_writes_a_tokenizer_that_loads(straight_run, parquet_file):
+def test_script_lowers_the_loss_and_writes_a_vq_model_that_loads(straight_run, parquet_file):
     metrics = read_metrics(straight_run)
     losses = [line["loss"] for line in metrics if "loss" in line and line["step"] > 1]
     assert [line["step"] for line in metrics if "loss" in line] == [1, 5, 10, 15, 20]
@@ -114,17 +114,17 @@ def test_script_lowers_the_loss_and_writes_a_tokenizer_that_loads(straight_run, 
     assert sorted(path.name for path in straight_run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-20"]
     assert not list(straight_run.glob("unfinished-*"))
 
-    model = EditARVQModel.from_pretrained(straight_run / "tokenizer")
+    model = EditARVQModel.from_pretrained(straight_run / "vq_model")
     assert {name: getattr(model.config, name) for name in SIZES} == {**SIZES, "channel_multipliers": [1, 2, 2]}
-    dataset = load_pictures(str(parquet_file), "train[8:]", ["source_image", "target_image"])
-    pixels = decode_pictures(dataset, 16, straight_run, BadRowCount(0.0))
+    dataset = load_images(str(parquet_file), "train[8:]", ["source_image", "target_image"])
+    pixels = decode_images(dataset, 16, straight_run, BadRowCount(0.0))
     reported = next(line for line in reversed(metrics) if "psnr" in line)
-    assert evaluate_tokenizer(model.eval(), pixels, 8) == pytest.approx(
+    assert evaluate_vq_model(model.eval(), pixels, 8) == pytest.approx(
         {name: reported[name] for name in ("psnr", "code_usage", "perplexity")}, rel=1e-3
     )
 
 
-def test_interrupted_run_resumes_to_the_same_tokenizer(straight_run, parquet_file, tmp_path):
+def test_interrupted_run_resumes_to_the_same_vq_model(straight_run, parquet_file, tmp_path):
     """A time limit of zero minutes stops each launch after one step: the schedule and the order of pictures go on."""
     run = tmp_path / "run"
     shutil.copytree(straight_run / "checkpoint-10", run / "checkpoint-10")
@@ -135,17 +135,17 @@ def test_interrupted_run_resumes_to_the_same_tokenizer(straight_run, parquet_fil
     resumed = run_script(parquet_file, run, tmp_path / "cache", *arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert (run / "checkpoint-20").is_dir()
-    straight = EditARVQModel.from_pretrained(straight_run / "tokenizer").state_dict()
-    for name, tensor in EditARVQModel.from_pretrained(run / "tokenizer").state_dict().items():
+    straight = EditARVQModel.from_pretrained(straight_run / "vq_model").state_dict()
+    for name, tensor in EditARVQModel.from_pretrained(run / "vq_model").state_dict().items():
         torch.testing.assert_close(tensor, straight[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_frozen_codes_stay_while_the_decoding_half_learns(straight_run, parquet_file, tmp_path):
-    """From a trained tokenizer, whose sizes hold: those on the command line are others."""
-    run, start = tmp_path / "run", EditARVQModel.from_pretrained(straight_run / "tokenizer")
+    """From a trained VQ model, whose sizes hold: those on the command line are others."""
+    run, start = tmp_path / "run", EditARVQModel.from_pretrained(straight_run / "vq_model")
     arguments = (
         "--model",
-        str(straight_run / "tokenizer"),
+        str(straight_run / "vq_model"),
         "--freeze_codes",
         "--max_steps",
         "5",
@@ -154,7 +154,7 @@ def test_frozen_codes_stay_while_the_decoding_half_learns(straight_run, parquet_
     )
     result = run_script(parquet_file, run, tmp_path / "cache", *arguments)
     assert result.returncode == 0, result.stderr
-    tuned = EditARVQModel.from_pretrained(run / "tokenizer").state_dict()
+    tuned = EditARVQModel.from_pretrained(run / "vq_model").state_dict()
     changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, tuned[name])}
     assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
 
@@ -168,14 +168,14 @@ def test_script_does_not_train_over_checkpoints(straight_run, monkeypatch):
 
 def test_missing_image_column_is_refused(parquet_file):
     with pytest.raises(ValueError, match=r"\['photo'\].*source_image"):
-        load_pictures(str(parquet_file), "train", ["photo"])
+        load_images(str(parquet_file), "train", ["photo"])
 
 
 def test_folder_of_pictures_loads(tmp_path):
     for seed in range(3):
         draw_picture(seed).save(tmp_path / f"{seed}.png")
-    dataset = load_pictures(str(tmp_path), "train", ["image"])
-    assert sorted(map(np.ndarray.tolist, decode_pictures(dataset, 16, tmp_path, BadRowCount(0.0)))) == sorted(
+    dataset = load_images(str(tmp_path), "train", ["image"])
+    assert sorted(map(np.ndarray.tolist, decode_images(dataset, 16, tmp_path, BadRowCount(0.0)))) == sorted(
         np.asarray(draw_picture(seed)).tolist() for seed in range(3)
     )
 
@@ -190,12 +190,12 @@ def test_pictures_that_cannot_be_used_are_skipped_and_counted(tmp_path):
     rows = {"image": [good, {"bytes": b"no picture", "path": None}, good, thin, None, good]}
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
-    dataset, bad_rows = load_pictures(str(tmp_path), "train", ["image"]), BadRowCount(0.5)
-    pixels = decode_pictures(dataset, 16, tmp_path, bad_rows)
+    dataset, bad_rows = load_images(str(tmp_path), "train", ["image"]), BadRowCount(0.5)
+    pixels = decode_images(dataset, 16, tmp_path, bad_rows)
     assert pixels.tolist() == [np.asarray(draw_picture(0)).tolist()] * 3
     assert (bad_rows.num_read, bad_rows.num_bad) == (6, 3)
     with pytest.raises(ValueError, match=r"3 of 6 rows .* row 1: `image` cannot be used: does not decode"):
-        decode_pictures(dataset, 16, tmp_path, BadRowCount(0.4))
+        decode_images(dataset, 16, tmp_path, BadRowCount(0.4))
 
 
 @pytest.mark.parametrize("name", ["pairs[1]", "pairs*", "pairs?"])
@@ -203,8 +203,8 @@ def test_a_path_that_exists_is_no_pattern(name, tmp_path):
     for folder, seed in ((name, 0), ("pairs1", 1)):
         (tmp_path / folder).mkdir()
         draw_picture(seed).save(tmp_path / folder / "a.png")
-    dataset = load_pictures(str(tmp_path / name), "train", ["image"])
-    pixels = decode_pictures(dataset, 16, tmp_path, BadRowCount(0.0))
+    dataset = load_images(str(tmp_path / name), "train", ["image"])
+    pixels = decode_images(dataset, 16, tmp_path, BadRowCount(0.0))
     assert pixels.tolist() == [np.asarray(draw_picture(0)).tolist()]
 
 
@@ -213,7 +213,7 @@ def test_pictures_are_cut_to_the_centre_and_transparency_is_white(tmp_path):
     clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     features = datasets.Features({"image": datasets.Image()})
     dataset = datasets.Dataset.from_dict({"image": [wide, clear]}, features=features)
-    pixels = decode_pictures(dataset, 16, tmp_path, BadRowCount(0.0))
+    pixels = decode_images(dataset, 16, tmp_path, BadRowCount(0.0))
     assert pixels[0, 3, :, 1].tolist() == list(range(40, 200, 10))
     assert (pixels[1] == 255).all()
     assert not list(tmp_path.iterdir())
@@ -292,6 +292,6 @@ def test_measured_usage_is_the_fraction_of_codes_seen():
     torch.manual_seed(0)
     model = EditARVQModel(EditARVQConfig(**SIZES)).eval()
     pixels = np.stack([np.asarray(draw_picture(seed)) for seed in range(5)])
-    metrics = evaluate_tokenizer(model, pixels, batch_size=2)
+    metrics = evaluate_vq_model(model, pixels, batch_size=2)
     tokens = model.encode(prepare_pixel_values(pixels, torch.device("cpu"))).image_tokens
     assert metrics["code_usage"] == pytest.approx(tokens.unique().numel() / 32)

@@ -219,7 +219,7 @@ def tokenizer_story(tmp_path_factory):
         run([EXAMPLES / "train_vq.py", *sizes, *options], environment)
         card = hub.read_files(TOKENIZER)["README.md"].decode()
         environment = {**hub.get_environment(home / "user"), "SNIPPET": read_snippet(card)}
-        seen = json.loads(run(["-c", ENCODE, home / "run" / "tokenizer"], environment).stdout)
+        seen = json.loads(run(["-c", ENCODE, home / "run" / "vq_model"], environment).stdout)
     return {"hub": hub, "home": home, "card": card, "seen": seen}
 
 
@@ -234,7 +234,7 @@ def test_tokenizer_is_pushed_on_the_way_and_at_the_end_without_its_checkpoints(t
     assert [card.partition(" steps of ")[0][-1:] for card in cards] == ["", "2", "3"]
     files = set(tokenizer_story["hub"].read_files(TOKENIZER))
     assert files == {".gitattributes", "README.md", "config.json", "model.safetensors", "validation.png"}
-    with Image.open(tokenizer_story["home"] / "run" / "tokenizer" / "validation.png") as sheet:
+    with Image.open(tokenizer_story["home"] / "run" / "vq_model" / "validation.png") as sheet:
         assert sheet.size == (4 * 20 + 4, 2 * 20 + 4)
 
 

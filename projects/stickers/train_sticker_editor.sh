@@ -33,7 +33,7 @@ tokenizer() {
 
 # The decoding half alone goes on: the tokens stay what they are.
 decoding() {
-    python examples/train_vq.py --model "$RUNS/tokenizer/tokenizer" --freeze_codes --dataset "$RUNS/stickers" \
+    python examples/train_vq.py --model "$RUNS/tokenizer/vq_model" --freeze_codes --dataset "$RUNS/stickers" \
         --split "train[:50000]" --validation_split validation --image_columns source_image,target_image \
         --resolution 64 --output_dir "$RUNS/tokenizer-decoding" --batch_size 32 --learning_rate 5e-4 \
         --warmup_steps 50 --weight_decay 0.01 --squared_error_weight 50 --mixed_precision bf16 --max_steps 1500 \
@@ -41,7 +41,7 @@ decoding() {
 }
 
 encode() {
-    python examples/precompute_tokens.py --dataset "$1" --split "$2" --vq_model "$RUNS/tokenizer/tokenizer" \
+    python examples/precompute_tokens.py --dataset "$1" --split "$2" --vq_model "$RUNS/tokenizer/vq_model" \
         --output_dir "$3" --resolution 64 --dtype "$4"
 }
 
@@ -64,7 +64,7 @@ train_editor() {
 # fail most often; in float32, because that machine multiplied it faster.
 editor() {
     [ -d "$RUNS/untrained" ] || python projects/stickers/create_sticker_editor.py \
-        --vq_model "$RUNS/tokenizer-decoding/tokenizer" --dataset "$RUNS/stickers/train-00000*.parquet" \
+        --vq_model "$RUNS/tokenizer-decoding/vq_model" --dataset "$RUNS/stickers/train-00000*.parquet" \
         --output_dir "$RUNS/untrained"
     train_editor --dataset "$RUNS/tokens" --model "$RUNS/untrained" --output_dir "$RUNS/editor-small-batches" \
         --batch_size 32 --max_train_steps 2000 --checkpointing_steps 1000 --validation_steps 2000

@@ -1,4 +1,4 @@
-"""From a collated batch to what the decoder takes: tokens, text states, dropped conditions and loss weights."""
+"""Prepare a collated batch for the decoder: tokens, dropped conditions and weighted losses."""
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ def draw_conditioning_dropout(
 
 @torch.no_grad()
 def encode_image_tokens(batch: dict[str, torch.Tensor], vq_model: EditARVQModel) -> dict[str, torch.Tensor]:
-    """Replace the pictures of a batch, if it has any, by their tokens; both images go through the tokenizer at once."""
+    """Replace the images of a batch by their tokens; a batch of tokens stays as it is."""
     if "source_image_tokens" in batch:
         return batch
     batch = dict(batch)
@@ -44,10 +44,10 @@ def drop_target_tokens(
     probability: float,
     generator: torch.Generator,
 ) -> torch.LongTensor:
-    """Draw what the decoder is shown of the target, `(batch_size, N)`: in some samples, source tokens here and there.
+    """Replace some input target tokens by source tokens; returns the decoder's input, `(batch_size, N)`.
 
-    The target so far gives most of its continuation away: once an edit has begun, the prompt is hardly needed. In a
-    share `probability` of the samples, tokens are replaced at a rate drawn uniformly from [0, 1].
+    Once an edit has begun, its tokens predict their continuation and the prompt is hardly needed. In a fraction
+    `probability` of the samples, each token is therefore replaced with a probability drawn uniformly from [0, 1].
 
     Source: word dropout (arXiv 1511.06349, section 3.1), with the source's token in place of an unknown word.
     """
@@ -65,8 +65,7 @@ def compute_token_losses(
 ) -> torch.Tensor:
     """Compute each sample's mean cross-entropy over its target tokens, in nats, `(batch_size,)`.
 
-    Tokens in `edit_mask` count `edit_region_weight` times: most of an edit is copying, and what is to change would be a
-    small part of its loss.
+    Tokens in `edit_mask` count `edit_region_weight` times, because most tokens of an edit are merely copied.
     """
     losses = F.cross_entropy(logits.flatten(0, 1).float(), target_image_tokens.flatten(), reduction="none")
     losses = losses.view(target_image_tokens.shape)

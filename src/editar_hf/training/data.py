@@ -1,4 +1,4 @@
-"""Rows of pairs, as pictures or as tokens made in advance, collated into batches; and the checks of such tokens."""
+"""Collate rows of images or of precomputed tokens into batches, and check precomputed tokens."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from ..processing_editar import EditARProcessor
 
 
 def check_image_tokens(dataset: datasets.Dataset, vocab_size: int, grid_height: int, grid_width: int):
-    """Refuse tokens made in advance that another tokenizer, or another resolution, must have made.
+    """Refuse precomputed tokens of another VQ model or another resolution.
 
     Raises:
         ValueError: If rows have another number of tokens than the grid, or ids are outside the model's vocabulary.
@@ -25,13 +25,13 @@ def check_image_tokens(dataset: datasets.Dataset, vocab_size: int, grid_height: 
         if set(lengths.values()) != {grid_height * grid_width}:
             raise ValueError(
                 f"`{name}` holds {lengths['min']} to {lengths['max']} tokens a row; the model's grid of {grid_height} "
-                f"× {grid_width} has {grid_height * grid_width}. Make the tokens at the resolution you train at."
+                f"× {grid_width} has {grid_height * grid_width}. Compute the tokens at the resolution of training."
             )
         ids = {"min": 0, "max": 0} if name == "edit_mask" else pc.min_max(pc.list_flatten(column)).as_py()
         if ids["min"] < 0 or ids["max"] >= vocab_size:
             raise ValueError(
-                f"`{name}` runs from {ids['min']} to {ids['max']}; the model has codes 0 to {vocab_size - 1}. Make the "
-                "tokens with the model's own tokenizer."
+                f"`{name}` runs from {ids['min']} to {ids['max']}; the model has codes 0 to {vocab_size - 1}. Compute "
+                "the tokens with the model's own VQ model."
             )
 
 
@@ -41,26 +41,26 @@ def pack_states(states: torch.Tensor) -> bytes:
 
 
 def unpack_states(packed: bytes, num_text_tokens: int, text_hidden_size: int) -> torch.Tensor:
-    """Undo `pack_states`; the length tells the two types apart.
+    """Undo `pack_states`. The number of bytes tells float32 from bfloat16.
 
     Raises:
-        ValueError: If the length is that of neither.
+        ValueError: If the number of bytes fits neither.
     """
     size = num_text_tokens * text_hidden_size
     dtype = {4 * size: torch.float32, 2 * size: torch.bfloat16}.get(len(packed))
     if dtype is None:
         raise ValueError(
             f"`prompt_embeds` holds {len(packed)} bytes a row; the model reads {num_text_tokens} states of width "
-            f"{text_hidden_size}. Make them with the model's own text encoder."
+            f"{text_hidden_size}. Compute them with the model's own text encoder."
         )
     return torch.frombuffer(bytearray(packed), dtype=dtype).view(num_text_tokens, text_hidden_size)
 
 
 @dataclass
 class EditCollator:
-    """Collate rows that `RowReader` made ready, of pictures or of tokens, into one batch.
+    """Collate rows from `RowReader`, of images or of tokens, into one batch.
 
-    Two rows of 16×16 pictures and a tokenizer of stride 8, as pictures and as tokens; `groups` is for logs:
+    Two rows of 16×16 images and a VQ model of stride 8, as images and as tokens; `groups` is for logs:
 
     ```python
     {"source_pixel_values": (2, 3, 16, 16), "target_pixel_values": (2, 3, 16, 16), "input_ids": (2, L),
@@ -70,11 +70,11 @@ class EditCollator:
     ```
 
     Args:
-        processor (`EditARProcessor`): Prepares pictures and prompts.
-        height, width (`int`): Pixels the pictures are brought to.
+        processor (`EditARProcessor`): Prepares images and prompts.
+        height, width (`int`): Size of the training images in pixels.
         resize_mode (`str`): `"crop"` or `"stretch"`.
         stride (`int`): Pixels per token and side.
-        text_hidden_size (`int`): Width of text states that were made in advance.
+        text_hidden_size (`int`): Width of precomputed text states.
     """
 
     processor: EditARProcessor
@@ -93,19 +93,19 @@ class EditCollator:
         tasks = [row["task"] for row in rows]
         text = self.processor(text=[row["prompt"] for row in rows], task=tasks)
         groups = {"task": tasks, "dataset": [row["dataset"] for row in rows]}
-        images = self.collate_tokens(rows) if "source_image_tokens" in rows[0] else self.collate_pictures(rows)
+        images = self.collate_tokens(rows) if "source_image_tokens" in rows[0] else self.collate_images(rows)
         if "prompt_embeds" in rows[0]:
             size = self.processor.num_text_tokens, self.text_hidden_size
             text["prompt_embeds"] = torch.stack([unpack_states(row["prompt_embeds"], *size) for row in rows])
         return {**text, **images, "groups": groups}
 
-    def collate_pictures(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+    def collate_images(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         geometry = {"height": self.height, "width": self.width, "resize_mode": self.resize_mode}
-        pictures = {
+        images = {
             name: [row[column] for row in rows]
             for name, column in (("images", "source_image"), ("target_images", "target_image"))
         }
-        batch = dict(self.processor(**pictures, **geometry))
+        batch = dict(self.processor(**images, **geometry))
         if any("edit_mask" in row for row in rows):
             # A row without a mask, of a data set without masks, may change everywhere.
             everywhere = [True] * math.prod(self.grid)

@@ -197,7 +197,7 @@ def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset
     except Exception as error:  # `datasets` passes on what its many readers raise
         raise ValueError(
             f"`dataset` {path!r} does not load: {describe_error(error)} Give a Hub id, a folder of parquet files or "
-            f"pictures, or a pattern of files, that has the split {split!r}."
+            f"images, or a pattern of files, that has the split {split!r}."
         ) from error
 
 
@@ -240,13 +240,13 @@ def list_files(spec: DatasetSpec) -> list[str]:
             f"`dataset` {path!r} has no file whose name starts with {split!r}; it has {', '.join(others[:5])}. Rename "
             "the files, or give a pattern such as `folder/*.parquet`."
         )
-    pictures = folder / split if (folder / split).is_dir() else folder
-    found = sorted(glob.glob(f"{glob.escape(str(pictures))}/**", recursive=True))
+    root = folder / split if (folder / split).is_dir() else folder
+    found = sorted(glob.glob(f"{glob.escape(str(root))}/**", recursive=True))
     files = [file for file in found if os.path.isfile(file) and os.path.basename(file) not in FILES_TO_IGNORE]
     if not files:
         raise ValueError(
             f"`dataset` {path!r} does not load: it is an empty folder. Give a Hub id, a folder of parquet files or "
-            f"pictures, or a pattern of files, that has the split {split!r}."
+            f"images, or a pattern of files, that has the split {split!r}."
         )
     return files
 

@@ -1,4 +1,4 @@
-"""Feature distillation: the decoder's states are asked to predict a frozen DINOv2's view of the target image.
+"""Feature distillation: the decoder predicts the features of a frozen DINOv2 for the target image.
 
 Source: EditAR (arXiv 2501.04699), section 3.3.
 """
@@ -22,7 +22,7 @@ class DistillationTeacher(nn.Module):
         model (`str`): Hub id or folder of a DINOv2 of any size, with or without register tokens.
 
     Raises:
-        ValueError: If `model` is none.
+        ValueError: If `model` is not a DINOv2.
     """
 
     def __init__(self, model: str):
@@ -43,11 +43,11 @@ class DistillationTeacher(nn.Module):
 
 
 def prepare_teacher_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Bring pixels (batch, 3, height, width) in [−1, 1] to what a DINOv2 takes, (batch, 3, 224, 224) normalised."""
+    """Resize, crop and normalise pixels in [−1, 1] for a DINOv2: (batch, 3, height, width) → (batch, 3, 224, 224)."""
     scale = RESIZED_SIDE / min(pixel_values.shape[-2:])
     size = [round(side * scale) for side in pixel_values.shape[-2:]]
     pixels = F.interpolate(pixel_values.float() / 2 + 0.5, size, mode="bicubic", antialias=True, align_corners=False)
-    # Parity: the teacher sees the centre 87.5 % of the picture, the student's grid all of it.
+    # Parity: the teacher sees the centre 87.5 % of the image, and the student's grid all of it.
     top, left = ((side - CROPPED_SIDE) // 2 for side in size)
     pixels = pixels[:, :, top : top + CROPPED_SIDE, left : left + CROPPED_SIDE].clamp(0, 1)
     mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -57,11 +57,11 @@ def prepare_teacher_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
 def compute_distillation_loss(
     features: torch.Tensor, teacher_features: torch.Tensor, grid_height: int, grid_width: int
 ) -> torch.Tensor:
-    """Compute the mean squared error; the teacher's square of cells is resized bilinearly where the grids differ.
+    """Compute the mean squared error. The teacher's grid is resized bilinearly if the grids differ.
 
     Args:
-        features (`torch.Tensor` of shape `(batch, grid_height · grid_width, width)`): What the decoder predicts.
-        teacher_features (`torch.Tensor` of shape `(batch, cells, width)`): What the teacher sees.
+        features (`torch.Tensor` of shape `(batch, grid_height · grid_width, width)`): Predictions of the decoder.
+        teacher_features (`torch.Tensor` of shape `(batch, cells, width)`): Features of the teacher.
         grid_height, grid_width (`int`): Cells of the decoder's features per column and row.
 
     Source: EditAR (arXiv 2501.04699), section 3.3.

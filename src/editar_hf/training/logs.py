@@ -1,4 +1,4 @@
-"""What a training run says of itself: lines of figures to the terminal and to the trackers, and a progress bar."""
+"""Log a training run to the terminal and to the trackers."""
 
 import resource
 import sys
@@ -12,41 +12,41 @@ from tqdm import tqdm
 
 
 def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int):
-    """Print figures with four digits and hand them to the trackers."""
+    """Print figures with four digits and send them to the trackers."""
     accelerator.log(figures, step=step)
     line = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     if accelerator.is_main_process:
-        # Above a progress bar, if there is one.
+        # Above the progress bar, if there is one.
         tqdm.write(f"step {step}: {line}", file=sys.stdout)
         sys.stdout.flush()
 
 
-# Of more epochs a run says that they are many.
+# A run warns of more epochs than these.
 MANY_EPOCHS = 100
 
 
 def print_banner(accelerator: Accelerator, facts: Mapping[str, str]):
-    """Print what a run is, a fact a line, on the main process."""
+    """Print facts about a run, one per line, on the main process."""
     width = max(map(len, facts))
     lines = [f"  {name:<{width}}  {fact}" for name, fact in facts.items()]
     accelerator.print("\n".join(["Training", *lines]), flush=True)
 
 
 def print_epochs(accelerator: Accelerator, argument: str, num_steps: int, samples_per_step: int, num_samples: int):
-    """Print how many epochs the steps are, and warn where they are many."""
+    """Print how many epochs the steps are, and warn if they are many."""
     num_epochs = num_steps * samples_per_step / num_samples
     line = f"{num_steps:,} steps are {num_epochs:,.1f} epochs of {num_samples:,} samples."
     if num_epochs > MANY_EPOCHS:
         enough = max(1, MANY_EPOCHS * num_samples // samples_per_step)
         line += (
-            f" A model learns a small data set by heart long before: watch the loss on samples held out, or lower "
+            f" A model memorises a small data set long before: watch the loss on held-out samples, or lower "
             f"`--{argument}`; {enough:,} steps are {enough * samples_per_step / num_samples:,.1f} epochs."
         )
     accelerator.print(line, flush=True)
 
 
 def measure_peak_memory(device: torch.device) -> float:
-    """Measure the most memory held so far, in GiB: the GPU's allocations, or all of the process."""
+    """Measure the peak memory in GiB: allocations on the GPU, or else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # Kilobytes; on macOS bytes.
@@ -54,18 +54,18 @@ def measure_peak_memory(device: torch.device) -> float:
 
 
 class LossLog:
-    """Add up losses on the device, and log their means and the speed now and then: no step waits for a number.
+    """Sum losses on the device, and log their means and the speed. No step waits for a number.
 
     Args:
-        accelerator (`Accelerator`): Of the run.
-        tokens_per_sample (`int`): Positions the decoder sees of a pair.
-        num_steps (`int`): Steps of the whole run, for the progress bar.
-        step (`int`): Those already done.
+        accelerator (`Accelerator`): Accelerator of the run.
+        tokens_per_sample (`int`): Positions of a pair in the decoder.
+        num_steps (`int`): Total number of steps, for the progress bar.
+        step (`int`): Steps already done.
     """
 
     def __init__(self, accelerator: Accelerator, tokens_per_sample: int, num_steps: int, step: int = 0):
         self.accelerator, self.tokens_per_sample = accelerator, tokens_per_sample
-        # None: no bar where nobody looks, as in a file.
+        # None hides the bar if the output is not a terminal.
         disable = None if accelerator.is_main_process else True
         self.progress_bar = tqdm(total=num_steps, initial=step, desc="steps", disable=disable)
         self.clear()
@@ -78,12 +78,12 @@ class LossLog:
         self.start_time = time.monotonic()
 
     def add(self, losses: dict[str, torch.Tensor], batch_size: int, **groups: Sequence[str]):
-        """Count a batch of `batch_size` samples per process; every batch counts the same.
+        """Add a batch of `batch_size` samples per process. Every batch has the same weight.
 
         Args:
             losses (`dict[str, torch.Tensor]`): Scalars by name; and `token_losses`, one for each sample.
             batch_size (`int`): Samples per process.
-            groups (`Sequence[str]`): What each sample belongs to: `task=("edit", …)` logs `token_loss/task/edit`.
+            groups (`Sequence[str]`): Group of each sample: `task=("edit", …)` logs `token_loss/task/edit`.
         """
         token_losses = losses["token_losses"].float()
         for name, loss in losses.items():
@@ -97,12 +97,12 @@ class LossLog:
         self.num_samples += batch_size * self.accelerator.num_processes
 
     def flush(self, step: int, learning_rate: float, **more: float):
-        """Log the means over processes and over the batches since the last time, and begin anew."""
+        """Log the means over processes and over the batches since the last flush, and start again."""
         self.log(step, learning_rate, **more)
         self.clear()
 
     def log(self, step: int, learning_rate: float, **more: float):
-        """Log the means so far, and go on adding up."""
+        """Log the means so far, and continue to add."""
         means = {
             name: self.accelerator.reduce(total / self.counts[name], "mean").item() for name, total in self.sums.items()
         }
@@ -117,7 +117,7 @@ class LossLog:
         log_figures(self.accelerator, means | groups | {"learning_rate": learning_rate} | more | speed, step)
 
     def average_groups(self) -> dict[str, float]:
-        """Average the losses of the samples of each group, over processes; where there is one group, nothing."""
+        """Average the losses of each group over processes; a single task or data set is left out."""
         sums = {name: (torch.cat(losses).sum().item(), sum(map(len, losses))) for name, losses in self.groups.items()}
         gathered = gather_object([sums])
         names = sorted({name for part in gathered for name in part})

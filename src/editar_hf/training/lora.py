@@ -1,4 +1,4 @@
-"""A LoRA adapter to train: the decoder frozen, with small matrices beside its own."""
+"""Add a LoRA adapter to a frozen decoder."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from ..pipelines.lora import attach_adapter
 
 
 ADAPTER_NAME = "default"
-# Every matrix of a layer: fine-tuning on few pairs gains from the feed-forward ones too.
+# All matrices of a layer: fine-tuning on few pairs gains from the feed-forward ones too.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -22,16 +22,16 @@ def add_lora(
     target_modules: Sequence[str] = TARGET_MODULES,
     modules_to_save: Sequence[str] | None = None,
 ):
-    """Freeze a decoder and give it an adapter that changes nothing yet.
+    """Freeze a decoder and add an adapter, which changes nothing before it is trained.
 
     Args:
         transformer (`EditARForConditionalGeneration`): The decoder.
-        base_model (`str`): What the adapter will be loaded into: folder or Hub id, for its configuration.
+        base_model (`str`): Folder or Hub id of the model that the adapter is for.
         rank (`int`): Rank of the updates.
-        alpha (`float`, *optional*): The updates count `alpha / rank` times; default once.
-        dropout (`float`): Probability of dropping an input of an update.
+        alpha (`float`, *optional*): The updates are scaled by `alpha / rank`; defaults to `rank`.
+        dropout (`float`): Dropout of the adapter's inputs.
         target_modules (sequence of `str`): Names of the linear layers to adapt.
-        modules_to_save (sequence of `str`, *optional*): Names of modules to train as a whole, `"text_projection"` say.
+        modules_to_save (sequence of `str`, *optional*): Names of modules to train in full, such as `"text_projection"`.
 
     Raises:
         ValueError: If the rank is not positive, or the decoder has no module of such a name.
@@ -55,7 +55,7 @@ def add_lora(
 
 
 def check_names(transformer: EditARForConditionalGeneration, argument: str, names: Sequence[str]):
-    """Refuse a name that no module ends in."""
+    """Refuse names that no module has."""
     known = {path.rpartition(".")[2] for path, _ in transformer.named_modules()}
     if unknown := [name for name in names if name not in known]:
         known = sorted(name for name in known if name and not name.isdecimal())

@@ -1,4 +1,4 @@
-"""Steps whose loss is not a finite number are skipped and counted, and stop a run once they are many."""
+"""Skip and count steps without a finite loss or gradient, and stop a run that has too many of them."""
 
 import math
 from pathlib import Path
@@ -10,12 +10,12 @@ from .sharding import gather
 
 
 class NonFiniteGuard:
-    """Tell usable steps from those to be skipped, alike in every process.
+    """Decide which steps to skip, the same in every process.
 
     Args:
-        accelerator (`Accelerator`): Of the run.
-        output_dir (`Path`): Where the last batch is saved when the run is stopped.
-        max_steps (`int`): How many steps may be skipped.
+        accelerator (`Accelerator`): Accelerator of the run.
+        output_dir (`Path`): Folder for the last batches when the run stops.
+        max_steps (`int`): Number of steps that may be skipped.
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, max_steps: int):
@@ -23,10 +23,10 @@ class NonFiniteGuard:
         self.num_skipped = 0
 
     def admits(self, loss: torch.Tensor, gradient_norm: torch.Tensor | float | None) -> bool:
-        """Say whether the weights may be stepped. In fp16 infinite gradients are the loss scaler's business.
+        """Tell whether the weights may be stepped. In fp16 the loss scaler handles infinite gradients.
 
-        This waits for the device at every step: only a host that knows the answer can leave weights, moments, step
-        counts and averages exactly as they were, whatever the optimiser.
+        This waits for the device at every step. Only then can the host leave weights, moments, step counts and
+        averages exactly as they were, whatever the optimiser.
         """
         figures = [loss.detach().float()]
         # DeepSpeed gives a plain number, or none.
@@ -35,10 +35,10 @@ class NonFiniteGuard:
         return math.isfinite(self.accelerator.reduce(torch.stack(figures), "sum").sum().item())
 
     def skip(self, step: int, batches: list[dict]):
-        """Count a skipped step and say so.
+        """Count and log a skipped step.
 
         Raises:
-            FloatingPointError: If these are more than `max_steps`; the step's batches are saved first.
+            FloatingPointError: If more than `max_steps` were skipped; the batches of the last one are saved first.
         """
         self.num_skipped += 1
         self.accelerator.print(

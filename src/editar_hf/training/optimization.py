@@ -1,4 +1,4 @@
-"""Optimisers: the published one, AdamW whose weight decay spares vectors, and Muon for training from scratch."""
+"""Optimisers: AdamW as published, and Muon for training from scratch."""
 
 from collections.abc import Iterable
 
@@ -26,9 +26,9 @@ def build_optimizer(
 
 
 def split_hidden_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Part trained parameters into the matrices of hidden layers, which Muon is for, and all others.
+    """Split trained parameters into the matrices of hidden layers, for Muon, and all others.
 
-    Embeddings, the output head and vectors are no matter for Muon. Source: Jordan et al., "Muon" (2024).
+    Muon is not meant for embeddings, the output head and vectors. Source: Jordan et al., "Muon" (2024).
     """
     heads = [part.get_output_embeddings() for part in module.modules() if isinstance(part, PreTrainedModel)]
     linears = [part for part in module.modules() if isinstance(part, nn.Linear) and part not in heads]
@@ -38,7 +38,7 @@ def split_hidden_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[n
 
 
 def build_muon(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Muon:
-    """Build Muon, its steps scaled to the size of AdamW's, so that learning rates mean the same.
+    """Build Muon with steps as large as AdamW's, so that their learning rates compare.
 
     Source: Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2.
     """

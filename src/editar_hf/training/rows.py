@@ -121,21 +121,21 @@ class RowReader:
 
     def prepare_images(self, row: dict):
         """Convert the images of a row to upright RGB and its mask to tokens, in place; raises `ValueError`."""
-        pictures = [name for name in ("source_image", "target_image") if name in row]
-        for name in pictures:
+        images = [name for name in ("source_image", "target_image") if name in row]
+        for name in images:
             row[name] = prepare_rgb_picture(row[name], name=name)
             if self.resize_mode == "crop":
                 compute_crop_geometry(row[name].height, row[name].width, self.height, self.width)
         if "mask" in row:
             # The mask has the source image's size, or the target's if edges become the source image later.
-            is_white = prepare_mask(row.pop("mask"), row[pictures[0]].size)
+            is_white = prepare_mask(row.pop("mask"), row[images[0]].size)
             edit_mask = compute_edit_mask(is_white, self.height, self.width, self.stride, self.resize_mode)
             row["edit_mask"] = edit_mask.flatten().tolist()
 
-    def find_edges(self, picture: Image.Image) -> Image.Image:
+    def find_edges(self, image: Image.Image) -> Image.Image:
         """Find an image's edges at the size of training: resized edges would be grey."""
         size = {"height": self.height, "width": self.width}
-        pixel_values = self.image_processor(picture, size=size, resize_mode=self.resize_mode).pixel_values
+        pixel_values = self.image_processor(image, size=size, resize_mode=self.resize_mode).pixel_values
         return make_canny_map(self.image_processor.postprocess(pixel_values)[0])
 
 

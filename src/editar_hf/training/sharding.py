@@ -1,4 +1,4 @@
-"""Networks whose parameters lie in parts on several processes (PyTorch's `fully_shard`), made whole for a while."""
+"""Gather networks whose parameters are sharded over processes by PyTorch's `fully_shard`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ from torch.distributed.tensor import DTensor
 
 
 def gather(tensor: torch.Tensor | float) -> torch.Tensor | float:
-    """Return a tensor whole, in every process, where it lies in parts; all of them must ask."""
+    """Return the whole tensor in every process if it is sharded. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Hold every parameter whole and in its own precision, to be saved; the module must not be called meanwhile."""
+    """Hold every parameter whole and in its own precision, for saving. The module must not be called meanwhile."""
     owned = [
         (owner, name, part)
         for owner in module.modules()
@@ -37,7 +37,7 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def callable_parts(module: nn.Module) -> Iterator[None]:
-    """Let the networks inside a sharded module be called by themselves, by all processes alike."""
+    """Let all processes call the networks inside a sharded module directly."""
     sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in sharded:
         part.unshard()

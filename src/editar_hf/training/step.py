@@ -1,4 +1,4 @@
-"""One batch to its losses: what is drawn and encoded for it, and the two networks that are trained, in one module."""
+"""Compute the losses of a batch, with both trained networks in one module."""
 
 from collections.abc import Mapping
 
@@ -12,11 +12,11 @@ from .distillation import compute_distillation_loss
 
 
 class TrainingStep(nn.Module):
-    """One batch to its losses; both trained networks inside, so that one wrapper serves distributed runs.
+    """Compute the losses of a batch. One module holds both trained networks, so that it is distributed by one wrapper.
 
     Args:
         transformer (`EditARForConditionalGeneration`): The decoder.
-        text_encoder (`PreTrainedModel`): A T5 encoder, trained along if any of its parameters asks for gradients.
+        text_encoder (`PreTrainedModel`): A T5 encoder, trained if any of its parameters requires gradients.
         grid (`tuple[int, int]`): Rows and columns of image tokens.
         edit_region_weight (`float`): Weight of tokens inside the mask.
         distillation_loss_weight (`float`): Weight of the distance to the teacher's features.
@@ -36,7 +36,7 @@ class TrainingStep(nn.Module):
         self.trains_text_encoder = any(parameter.requires_grad for parameter in text_encoder.parameters())
 
     def train(self, mode: bool = True):
-        """Switch to training; a text encoder that is not trained along stays without dropout."""
+        """Switch to training. A frozen text encoder stays without dropout."""
         super().train(mode)
         self.text_encoder.train(mode and self.trains_text_encoder)
         return self
@@ -48,10 +48,10 @@ class TrainingStep(nn.Module):
 
         Args:
             batch (`Mapping`): `source_image_tokens`, `target_image_tokens`, `input_ids`, `attention_mask`; optional are
-                `shown_image_tokens`, the target as the decoder is shown it; `edit_mask`; and `prompt_embeds`, text
-                states made in advance.
-            drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): Conditions left out.
-            teacher_features (`torch.Tensor` of shape `(batch, cells, width)`, *optional*): What the teacher sees.
+                `shown_image_tokens`, the decoder's input in place of the target; `edit_mask`; and `prompt_embeds`,
+                precomputed text states.
+            drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): Conditions to drop.
+            teacher_features (`torch.Tensor` of shape `(batch, cells, width)`, *optional*): Features of the teacher.
         """
         output = self.transformer(
             source_image_tokens=batch["source_image_tokens"],
@@ -77,7 +77,7 @@ class TrainingStep(nn.Module):
         return losses
 
     def encode_prompts(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Encode the prompts of a batch as text states, unless that was done in advance."""
+        """Encode the prompts of a batch, unless their states were precomputed."""
         if "prompt_embeds" in batch:
             return batch["prompt_embeds"].to(self.transformer.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_text_encoder):
@@ -91,19 +91,19 @@ def draw_dropout(
     drops_conditioning: bool = True,
     target_token_dropout: float = 0.0,
 ) -> dict:
-    """Draw what is dropped of a batch of tokens; return the keyword arguments of `TrainingStep`, the batch included.
+    """Draw the dropout of a batch of tokens; returns the keyword arguments of `TrainingStep`, with the batch.
 
-    The draws are a function of the seed and of the batch's place in the run, so that a resumed run draws what an
-    uninterrupted one would.
+    The draws depend only on the seed and on the batch's place in the run, so that a resumed run draws the same as an
+    uninterrupted one.
 
     Args:
         batch (`Mapping`): Tokens and prompts.
-        seed (`int`): The run's.
-        place (`int`): Which of the run's batches this is, those of other processes counted.
-        drops_conditioning (`bool`): Whether source images and prompts are dropped, as published.
+        seed (`int`): Seed of the run.
+        place (`int`): Index of the batch in the run, batches of other processes counted.
+        drops_conditioning (`bool`): Whether to drop source images and prompts, as published.
         target_token_dropout (`float`): See `drop_target_tokens`.
     """
-    # The generator knows the seed's low 32 bits alone; the prime keeps two seeds apart for a million batches.
+    # The generator uses only the low 32 bits of its seed. The prime keeps two seeds apart for a million batches.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
     device = batch["input_ids"].device
     inputs = {"batch": batch}

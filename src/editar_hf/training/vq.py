@@ -1,4 +1,4 @@
-"""What training a VQ tokenizer needs beside its network: pictures in memory, a living codebook, figures of merit."""
+"""Train a VQ model: images in memory, a codebook without dead codes, and metrics."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,36 +20,33 @@ from .rows import BadRowCount, UnusableRow, decode_image
 from .validation import build_contact_sheet
 
 
-def load_pictures(name: str, split: str, image_columns: Sequence[str]) -> datasets.Dataset:
+def load_images(name: str, split: str, image_columns: Sequence[str]) -> datasets.Dataset:
     """Load the image columns of a data set.
 
     Args:
-        name (`str`): A parquet file, a folder of parquet files or pictures, or a Hub id.
+        name (`str`): A parquet file, a folder of parquet files or images, or a Hub id.
         split (`str`): Split, in the slicing syntax of `datasets` (`"train"`, `"train[:10000]"`).
-        image_columns (sequence of `str`): Columns that hold pictures.
+        image_columns (sequence of `str`): Columns that hold images.
 
     Raises:
-        ValueError: If a column is not there.
+        ValueError: If a column does not exist.
     """
     dataset = load_split(DatasetSpec(name, split, streaming=False))
     missing = [column for column in image_columns if column not in dataset.column_names]
     if missing:
         raise ValueError(f"`image_columns` names {missing}, but {name!r} has {dataset.column_names}.")
     dataset = dataset.select_columns(list(image_columns))
-    # Pictures stay encoded, so that one broken file is one bad row.
+    # Images stay encoded, so that one broken file is one bad row.
     images = [name for name in image_columns if isinstance(dataset.features[name], datasets.Image)]
     features = dataset.features.copy() | dict.fromkeys(images, datasets.Image(decode=False))
     return dataset.cast(datasets.Features(features))
 
 
-def decode_pictures(
-    dataset: datasets.Dataset, resolution: int, folder: str | Path, bad_rows: BadRowCount
-) -> np.ndarray:
-    """Decode every picture of every column once, to uint8 pixels (pictures, resolution, resolution, 3).
+def decode_images(dataset: datasets.Dataset, resolution: int, folder: str | Path, bad_rows: BadRowCount) -> np.ndarray:
+    """Decode every image of every column once, to uint8 pixels (images, resolution, resolution, 3).
 
-    The pixels lie in a nameless file in `folder`, mapped into memory: the system keeps them in RAM as far as they fit.
-    Pictures are scaled until the shortest side is `resolution` and cut to the centre, transparency over white. A row
-    with a picture that cannot be used is skipped and counted.
+    The pixels are in a nameless file in `folder` that is mapped into memory, and the system keeps them in RAM as far
+    as they fit. A row with an image that cannot be used is skipped and counted.
 
     Raises:
         ValueError: If too many rows cannot be used.
@@ -57,61 +54,61 @@ def decode_pictures(
     shape = (len(dataset) * len(dataset.column_names), resolution, resolution, 3)
     with tempfile.TemporaryFile(dir=folder) as file:
         pixels = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
-    num_pictures = 0
 
     def prepare(row):
-        return [prepare_picture(value, name, resolution) for name, value in row.items()]
+        return [prepare_image(value, name, resolution) for name, value in row.items()]
 
-    for pictures in bad_rows.read(enumerate(dataset), prepare, "pictures"):
-        pixels[num_pictures : num_pictures + len(pictures)] = pictures
-        num_pictures += len(pictures)
+    num_images = 0
+    for images in bad_rows.read(enumerate(dataset), prepare, "images"):
+        pixels[num_images : num_images + len(images)] = images
+        num_images += len(images)
     bad_rows.judge()
-    return pixels[:num_pictures]
+    return pixels[:num_images]
 
 
-def prepare_picture(value, name: str, resolution: int) -> np.ndarray:
-    """Decode a picture, however it is stored, to a square of uint8 pixels (resolution, resolution, 3).
+def prepare_image(value, name: str, resolution: int) -> np.ndarray:
+    """Decode an image to a square of uint8 pixels (resolution, resolution, 3): its centre, transparency over white.
 
     Raises:
         UnusableRow: If it does not decode, or is too thin.
     """
     try:
-        picture = prepare_rgb_picture(decode_image(value), name=name)
-        compute_crop_geometry(picture.height, picture.width, resolution, resolution)
+        image = prepare_rgb_picture(decode_image(value), name=name)
+        compute_crop_geometry(image.height, image.width, resolution, resolution)
     except (UnusableRow, ValueError) as error:
         raise UnusableRow(f"`{name}` cannot be used: {error}") from error
-    return np.asarray(ImageOps.fit(picture, (resolution, resolution), method=Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS))
 
 
 def prepare_pixel_values(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
     """Turn uint8 pixels (batch_size, height, width, 3) into fp32 in [−1, 1], (batch_size, 3, height, width).
 
-    The memory format is channels-last, as the pixels lie.
+    The memory format is channels-last.
     """
     return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def draw_batches(num_samples: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[np.ndarray]:
-    """Draw index batches without end, each epoch in an order of its own; step k's batch depends on nothing but k.
+    """Draw index batches without end, each epoch in a new order. The batch of step k depends on the seed and k alone.
 
     Raises:
         ValueError: If there are fewer samples than a batch holds.
     """
     steps_per_epoch = num_samples // batch_size
     if not steps_per_epoch:
-        raise ValueError(f"`batch_size` is {batch_size}, but there are {num_samples} pictures; make it smaller.")
+        raise ValueError(f"`batch_size` is {batch_size}, but there are {num_samples} images; make it smaller.")
     first_epoch, first_batch = divmod(first_step, steps_per_epoch)
     for epoch in count(first_epoch):
         order = np.random.default_rng((seed, epoch)).permutation(num_samples)
         for batch in range(first_batch if epoch == first_epoch else 0, steps_per_epoch):
-            # In file order: neighbours on disk are read together.
+            # File order, so that neighbours on disk are read together.
             yield np.sort(order[batch * batch_size : (batch + 1) * batch_size])
 
 
 def draw_codebook(
     latents: torch.Tensor, num_codes: int, generator: torch.Generator, num_iterations: int = 10
 ) -> torch.Tensor:
-    """Draw codes (num_codes, dim) from latents (positions, dim) by spherical k-means; an empty cluster keeps its code.
+    """Compute codes (num_codes, dim) by spherical k-means of latents (positions, dim). An empty cluster keeps its code.
 
     Raises:
         ValueError: If there are fewer latents than codes.
@@ -131,7 +128,7 @@ def draw_codebook(
 def init_codebook(
     model: EditARVQModel, pixels: np.ndarray, batches: Iterator[np.ndarray], generator: torch.Generator
 ) -> None:
-    """Set the codebook to clusters of an untrained encoder's latents, of enough batches for four latents a code."""
+    """Set the codebook to cluster centres of an untrained encoder's latents, at least four latents per code."""
     num_codes, latents, num_latents = model.config.num_embeddings, [], 0
     while num_latents < 4 * num_codes:
         pixel_values = prepare_pixel_values(pixels[next(batches)], model.device)
@@ -142,20 +139,20 @@ def init_codebook(
 
 @torch.no_grad()
 def start_from_codes(transformer: EditARForConditionalGeneration, vq_model: EditARVQModel):
-    """Start token embeddings and output head from the directions of the codes: tokens that look alike begin alike.
+    """Initialise token embeddings and output head from the codes, so that similar tokens have similar embeddings.
 
-    Both start from the same matrix: copying, which is most of an edit, is then a matter of attention alone.
+    Both start from the same matrix. The decoder can then copy tokens, which is most of an edit, by attention alone.
     """
     codes = F.normalize(vq_model.quantize.embedding.weight, dim=-1)
     projected = codes @ torch.randn(codes.shape[1], transformer.config.hidden_size)
-    # A little of its own tells each code from its nearest neighbours.
+    # Noise tells each code from its nearest neighbours.
     embeds = transformer.config.initializer_range * (projected + 0.3 * torch.randn_like(projected))
     transformer.model.embed_tokens.weight.copy_(embeds)
     transformer.lm_head.weight.copy_(embeds)
 
 
 class DeadCodeReviver:
-    """Move codes that no picture has used for `patience` steps to latents of the current batch.
+    """Move codes that no image has used for `patience` steps to latents of the current batch.
 
     Source: Jukebox (arXiv 2005.00341), section 3.1, random restarts.
     """
@@ -173,13 +170,13 @@ class DeadCodeReviver:
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
     ) -> int:
-        """Count one step and revive; returns how many codes were moved.
+        """Count a step and move dead codes; returns how many codes were moved.
 
         Args:
-            image_tokens (`torch.LongTensor`): The codes used in this step, by all processes.
-            latents (`torch.Tensor` of shape `(positions, embedding_dim)`): Latents of this step, of all processes.
-            optimizer (`torch.optim.Optimizer`): Its moments of the moved rows are set to zero.
-            generator (`torch.Generator`): In the same state on every process, so that all move alike.
+            image_tokens (`torch.LongTensor`): Codes used in this step by all processes.
+            latents (`torch.Tensor` of shape `(positions, embedding_dim)`): Latents of this step from all processes.
+            optimizer (`torch.optim.Optimizer`): Its moments of the moved codes are set to zero.
+            generator (`torch.Generator`): In the same state on every process, so that all move the same codes.
         """
         self.steps_unused += 1
         self.steps_unused[image_tokens.flatten()] = 0
@@ -199,7 +196,7 @@ class DeadCodeReviver:
 
 
 def compute_psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Compute the peak signal-to-noise ratio of each picture in dB, (batch_size,), of pixels in [−1, 1]."""
+    """Compute the peak signal-to-noise ratio of each image in dB, (batch_size,), from pixels in [−1, 1]."""
     error = (reconstruction.float().clamp(-1, 1) - pixel_values.float()) / 2
     return -10 * error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
 
@@ -210,8 +207,8 @@ def compute_perplexity(token_counts: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate_tokenizer(model: EditARVQModel, pixels: np.ndarray, batch_size: int) -> dict[str, float]:
-    """Pass pictures through the tokenizer; returns mean PSNR (dB), the fraction of codes used, and their perplexity."""
+def evaluate_vq_model(model: EditARVQModel, pixels: np.ndarray, batch_size: int) -> dict[str, float]:
+    """Reconstruct images. Returns mean PSNR in dB, the fraction of codes used, and their perplexity."""
     token_counts = torch.zeros(model.config.num_embeddings, dtype=torch.long, device=model.device)
     psnrs = []
     for start in range(0, len(pixels), batch_size):
@@ -229,9 +226,9 @@ def evaluate_tokenizer(model: EditARVQModel, pixels: np.ndarray, batch_size: int
 
 @torch.no_grad()
 def save_reconstructions(model: EditARVQModel, pixels: np.ndarray, path: str | Path):
-    """Save a sheet of pictures, uint8 (pictures, height, width, 3), and below each what comes back from its tokens."""
+    """Save a sheet of images, uint8 (images, height, width, 3), with their reconstructions below."""
     pixel_values = prepare_pixel_values(pixels, model.device)
     grid = [side // model.config.stride for side in pixel_values.shape[-2:]]
     decoded = model.decode(model.encode(pixel_values).image_tokens, *grid).float().clamp(-1, 1)
     decoded = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    build_contact_sheet([[Image.fromarray(picture) for picture in row] for row in (pixels, decoded)]).save(path)
+    build_contact_sheet([[Image.fromarray(image) for image in row] for row in (pixels, decoded)]).save(path)
