@@ -1,34 +1,39 @@
 #!/usr/bin/env bash
 # The tables of the paper, where data and weights are at hand: EditAR and the systems it is compared with, scored here,
-# beside the published rows. Each stage may be stopped and started again, and goes on where it was.
+# beside the published rows. You can stop each stage and start it again; it continues where it was.
 # One: bash examples/run_paper_tables.sh depth
 # All: bash examples/run_paper_tables.sh
-# Each is written to $RUNS/<table>/report.md. What has no Hub id is read from these folders:
+# The reports are $RUNS/<table>/report.md. What has no Hub id is read from these paths:
 set -euo pipefail
 MODEL=${MODEL:-editar}                                       # what `editar-hf convert` wrote
-LPIPS=${LPIPS:-lpips}                                        # what `editar-hf convert-metric-model` wrote
-INCEPTION=${INCEPTION:-fid-inception}                        # the same
+LPIPS=${LPIPS:-lpips}                                        # squeezenet1_1-b8a52dc0.pth and squeeze.pth
+INCEPTION=${INCEPTION:-pt_inception-2015-12-05-6726825d.pth}
 PIE_BENCH=${PIE_BENCH:-PIE-Bench_v1}                         # as its authors share it
 CONTROLNET_PP=${CONTROLNET_PP:-reward_controlnet}            # limingcv/reward_controlnet, downloaded
 RUNS=${RUNS:-runs}
 
 pie-bench() {
-    run=(editar-hf evaluate run --lpips-model "$LPIPS")
-    "${run[@]}" --task pie-bench --source "$PIE_BENCH" --model "$MODEL" --dtype bfloat16 \
+    data=(--benchmark pie-bench --source "$PIE_BENCH")
+    editar-hf evaluate run "${data[@]}" --model "$MODEL" --dtype bfloat16 --lpips-model "$LPIPS" \
         --output-dir "$RUNS/pie-bench/editar"
-    "${run[@]}" --data "$RUNS/pie-bench/editar/data" --system instruct-pix2pix --dtype float16 \
+    python examples/baselines/instruct_pix2pix.py "${data[@]}" --dtype float16 \
         --output-dir "$RUNS/pie-bench/instruct-pix2pix"
+    editar-hf evaluate score "${data[@]}" --lpips-model "$LPIPS" --output-dir "$RUNS/pie-bench/instruct-pix2pix"
     editar-hf evaluate report "$RUNS"/pie-bench/{editar,instruct-pix2pix} --output-dir "$RUNS/pie-bench"
 }
 
-translation() {  # TASK CONTROLNET CONTROLNET++
-    run=(editar-hf evaluate run --inception-model "$INCEPTION")
-    # ControlNet++'s evaluation takes 20 steps with both.
-    diffusion=(--data "$RUNS/$1/editar/data" --system controlnet --num-inference-steps 20 --dtype float16)
-    "${run[@]}" --task "$1" --model "$MODEL" --dtype bfloat16 --output-dir "$RUNS/$1/editar"
-    "${run[@]}" "${diffusion[@]}" --controlnet "$2" --output-dir "$RUNS/$1/controlnet"
-    "${run[@]}" "${diffusion[@]}" --controlnet "$3" --output-dir "$RUNS/$1/controlnet++"
+translation() {  # BENCHMARK CONTROLNET CONTROLNET++
+    editar-hf evaluate run --benchmark "$1" --model "$MODEL" --dtype bfloat16 --inception-model "$INCEPTION" \
+        --output-dir "$RUNS/$1/editar"
+    draw "$1" "$2" controlnet
+    draw "$1" "$3" controlnet++
     editar-hf evaluate report "$RUNS/$1"/{editar,controlnet,controlnet++} --output-dir "$RUNS/$1"
+}
+
+draw() {  # BENCHMARK CONTROLNET NAME
+    python examples/baselines/controlnet.py --benchmark "$1" --controlnet "$2" --dtype float16 \
+        --output-dir "$RUNS/$1/$3"
+    editar-hf evaluate score --benchmark "$1" --inception-model "$INCEPTION" --output-dir "$RUNS/$1/$3"
 }
 
 depth() {

@@ -13,10 +13,9 @@ from tiny import build_pipeline
 import editar_hf
 from editar_hf import EditARPipeline, commands
 from editar_hf.commands import env, main
-from editar_hf.evaluation.measures import METRICS
-from editar_hf.evaluation.protocols import PROTOCOLS
+from editar_hf.evaluation.benchmarks import BENCHMARKS
 from editar_hf.evaluation.systems import SYSTEMS
-from editar_hf.evaluation.tasks import TASKS
+from editar_hf.evaluation.table import METRICS, PROTOCOLS
 
 
 def read_rows(output: str) -> dict[str, str]:
@@ -83,19 +82,18 @@ def test_help_names_every_command_without_importing_torch():
         assert command.__name__.rpartition(".")[2].replace("_", "-") in result.stdout.split()
 
 
-def test_help_of_the_evaluation_names_every_metric_protocol_task_and_system(capsys, monkeypatch):
+def test_help_of_the_evaluation_names_every_metric_protocol_benchmark_and_system(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2000")
     with pytest.raises(SystemExit):
         main(["evaluate", "run", "--help"])
     words = set(re.split(r"[\s,;]+", capsys.readouterr().out))
-    assert not [name for name in (*METRICS, *PROTOCOLS, *TASKS, *SYSTEMS) if name not in words]
+    assert not [name for name in (*METRICS, *PROTOCOLS, *BENCHMARKS, *SYSTEMS) if name not in words]
 
 
-@pytest.mark.parametrize("command", [["evaluate"], ["convert-metric-model"]])
-def test_help_leaves_names_as_they_are_written(command, capsys):
+def test_help_leaves_names_as_they_are_written(capsys):
     with pytest.raises(SystemExit):
-        main([*command, "--help"])
-    assert re.search("EditAR|LPIPS or FID", capsys.readouterr().out)
+        main(["evaluate", "--help"])
+    assert "EditAR" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [ValueError("`model` is 3"), TypeError("`a` is b"), FileNotFoundError("no a.png")])

@@ -1,4 +1,4 @@
-"""The metrics for `evaluate`, loaded from their files as a user would, without a network."""
+"""The module for `evaluate`, loaded from its file as a user would, without the Hub."""
 
 import evaluate
 import numpy as np
@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from skimage import data
 from tiny_metrics import (
+    NUM_LABELS,
     build_clip,
     build_depth_model,
     build_dino,
@@ -15,9 +16,8 @@ from tiny_metrics import (
     build_segmentation_model,
 )
 
-from editar_hf.evaluation import image_metrics, map_metrics, scorers
-from editar_hf.evaluation.distribution_metrics import compute_frechet_distance
-from editar_hf.evaluation.metrics import find_metric
+from editar_hf.evaluation import METRIC_PATH, features, metrics
+from editar_hf.evaluation.features import Network
 
 
 @pytest.fixture(scope="module")
@@ -47,90 +47,100 @@ def files(tmp_path_factory):
     return paths, tensors
 
 
-def compute(name, predictions, references, **kwargs):
-    return evaluate.load(find_metric(name)).compute(predictions=predictions, references=references, **kwargs)
+def compute(name, predictions, references, **options):
+    """Compute a metric as a user of `evaluate` does."""
+    metric = evaluate.load(METRIC_PATH)
+    return metric.compute(predictions=predictions, references=references, metric=name, **options)
 
 
-def test_image_fidelity_is_the_mean_of_the_plain_functions(files):
+def test_metrics_of_pixels_are_the_means_of_the_plain_functions(files):
     paths, tensors = files
     pair = tensors["images"], tensors["references"]
-    results = compute("image_fidelity", paths["images"], paths["references"])
-    for name in ("l1", "mse", "psnr", "ssim"):
-        assert results.pop(name) == pytest.approx(getattr(image_metrics, f"compute_{name}")(*pair).mean().item())
-    assert results == {"num_samples": 2}
+    for name, function in {"l1": "l1", "l2": "mse", "psnr": "psnr", "ssim": "ssim"}.items():
+        expected = getattr(metrics, f"compute_{function}")(*pair).mean().item()
+        results = compute(name, paths["images"], paths["references"])
+        assert results == {name: pytest.approx(expected), "num_samples": 2}
 
 
-def test_image_fidelity_follows_masks_and_protocol(files):
+def test_metrics_of_the_unedited_part_follow_masks_and_protocol(files):
     paths, tensors = files
     inputs = tensors["images"], tensors["references"], tensors["masks"]
-    kwargs = {"masks": paths["masks"]}
-    results = compute("image_fidelity", paths["images"], paths["references"], protocol="pnp-2023", **kwargs)
-    assert results["ssim"] == pytest.approx(image_metrics.compute_ssim(*inputs, border=5).mean().item())
-    assert results["mse"] == pytest.approx(image_metrics.compute_mse(*inputs).mean().item())
-    results = compute("image_fidelity", paths["images"], paths["references"], protocol="corrected", **kwargs)
-    assert results["psnr"] == pytest.approx(image_metrics.compute_psnr(*inputs, masked_mean=True).mean().item())
+    score = lambda name, protocol: compute(  # noqa: E731
+        name, paths["images"], paths["references"], masks=paths["masks"], protocol=protocol
+    )[name]
+    assert score("ssim_unedited", "pnp-2023") == pytest.approx(metrics.compute_ssim(*inputs, border=5).mean().item())
+    assert score("mse_unedited", "pnp-2023") == pytest.approx(metrics.compute_mse(*inputs).mean().item())
+    expected = metrics.compute_psnr(*inputs, masked_mean=True).mean().item()
+    assert score("psnr_unedited", "corrected") == pytest.approx(expected)
 
 
-def test_edge_f1_is_the_mean_of_the_plain_function(files):
+def test_edge_f1_compares_edges_with_a_condition_map(files, tmp_path):
     paths, tensors = files
-    # One picture at a time, as the metric looks at them: in a batch, rounding may move an edge.
-    edges = [torch.cat([*map(map_metrics.apply_canny, tensors[name].split(1))]) for name in ("images", "references")]
-    expected = {"edge_f1": pytest.approx(map_metrics.compute_edge_f1(*edges).mean().item()), "num_samples": 2}
-    assert compute("edge_f1", paths["images"], paths["references"]) == expected
+    # One image at a time, as the metric looks at them: in a batch, rounding may move an edge.
+    edges = [torch.cat([*map(metrics.apply_canny, tensors[name].split(1))]) for name in ("images", "references")]
+    maps = []
+    for index, edge in enumerate(edges[1]):
+        Image.fromarray((255 * edge[0]).byte().numpy()).save(tmp_path / f"{index}.png")
+        maps.append(str(tmp_path / f"{index}.png"))
+    expected = {"edge_f1": pytest.approx(metrics.compute_edge_f1(*edges).mean().item()), "num_samples": 2}
+    assert compute("edge_f1", paths["images"], maps) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "scorer", "build"),
-    [
-        ("lpips", scorers.LPIPSScorer, build_lpips),
-        ("structure_distance", scorers.StructureScorer, build_dino),
-    ],
-)
-def test_metric_of_pairs_is_the_mean_of_its_scorer(name, scorer, build, files):
+def test_metrics_that_ask_a_network_are_the_means_of_its_functions(files):
     paths, tensors = files
-    expected = scorer(build())(tensors["images"], tensors["references"]).mean().item()
-    results = compute(name, paths["images"], paths["references"], model=build())
-    assert results == {name: pytest.approx(expected, rel=1e-5), "num_samples": 2}
+    images, references = tensors["images"], tensors["references"]
+    lpips, dino = Network(build_lpips()), Network(build_dino())
+    keys = (features.encode_keys(dino, pixels) for pixels in (images, references))
+    tokens = (features.encode_class_tokens(dino, pixels) for pixels in (images, references))
+    expected = {
+        "lpips": (lpips, features.compute_lpips(lpips, images, references)),
+        "structure_distance": (dino, metrics.compute_structure_distance(*keys)),
+        "dino": (dino, metrics.compute_cosine_similarity(*tokens)),
+    }
+    for name, (network, values) in expected.items():
+        results = compute(name, paths["images"], paths["references"], model=network)
+        assert results == {name: pytest.approx(values.mean().item(), rel=1e-5), "num_samples": 2}
 
 
-def test_clip_score_is_the_mean_of_its_scorer(files):
+def test_clip_score_takes_prompts_as_references(files):
     paths, tensors = files
     model, processor = build_clip()
-    prompts = ["a red barn", "two cats"]
-    expected = scorers.CLIPScorer(model, processor=processor)(tensors["images"], prompts).mean().item()
-    results = compute("clip_score", paths["images"], prompts, model=model, processor=processor)
-    assert results == {"clip_score": pytest.approx(expected, rel=1e-5), "num_samples": 2}
+    network, prompts = Network(model, processor.image_processor, processor.tokenizer), ["a red barn", "two cats"]
+    expected = features.compute_clip_score(network, tensors["images"], prompts).mean().item()
+    results = compute("clip_whole", paths["images"], prompts, model=network)
+    assert results == {"clip_whole": pytest.approx(expected, rel=1e-5), "num_samples": 2}
 
 
-def test_depth_rmse_is_the_mean_of_its_scorer(files):
+def test_depth_rmse_takes_depth_maps_as_references(files):
     paths, tensors = files
-    model, processor = build_depth_model()
-    labels = tensors["labels"][:, None] / 255
-    for variant in ("editar", "controlnet++"):
-        kwargs = {"processor": processor, "variant": variant}
-        expected = scorers.DepthScorer(model, **kwargs)(tensors["images"], labels).mean().item()
-        results = compute("depth_rmse", paths["images"], paths["labels"], model=model, **kwargs)
+    network, labels = Network(*build_depth_model()), tensors["labels"][:, None] / 255
+    depth = features.estimate_depth(network, tensors["images"])
+    for protocol in ("editar", "controlnet++"):
+        expected = metrics.compute_depth_rmse(depth, labels, protocol).mean().item()
+        results = compute("depth_rmse", paths["images"], paths["labels"], model=network, protocol=protocol)
         assert results == {"depth_rmse": pytest.approx(expected, rel=1e-4), "num_samples": 2}
 
 
-def test_mean_iou_is_over_the_pixels_of_all_pictures(files):
+def test_mean_iou_is_over_the_pixels_of_all_images(files):
     paths, tensors = files
-    model, processor = build_segmentation_model()
-    scorer = scorers.SegmentationScorer(model, processor=processor)
-    matrix = sum(map(scorer, tensors["images"].split(1), tensors["labels"].split(1)))
-    results = compute("mean_iou", paths["images"], paths["labels"], model=model, processor=processor)
-    assert results == {"mean_iou": map_metrics.compute_mean_iou(matrix), "num_samples": 2}
+    network = Network(*build_segmentation_model())
+    seen = torch.cat([features.segment(network, image) for image in tensors["images"].split(1)])
+    expected = metrics.compute_mean_iou(metrics.compute_confusion_matrix(seen, tensors["labels"], NUM_LABELS))
+    results = compute("mean_iou", paths["images"], paths["labels"], model=network)
+    assert results == {"mean_iou": pytest.approx(expected), "num_samples": 2}
 
 
 def test_fid_is_the_distance_of_the_features(files):
     paths, tensors = files
-    scorer = scorers.InceptionScorer(build_inception())
-    features = [torch.cat([*map(scorer, tensors[name].split(1))]) for name in ("images", "references")]
-    expected = compute_frechet_distance(*features)
-    results = compute("fid", paths["images"], paths["references"], model=build_inception())
-    assert results == {"fid": pytest.approx(expected, rel=1e-4), "num_samples": 2}
+    network = Network(build_inception())
+    found = [
+        torch.cat([features.encode_inception(network, image) for image in tensors[name].split(1)])
+        for name in ("images", "references")
+    ]
+    results = compute("fid", paths["images"], paths["references"], model=network)
+    assert results == {"fid": pytest.approx(metrics.compute_frechet_distance(*found), rel=1e-4), "num_samples": 2}
 
 
-def test_unknown_metric_is_refused():
-    with pytest.raises(ValueError, match="`name` is 'bleu'; choose one of clip_score, depth_rmse, edge_f1, fid"):
-        find_metric("bleu")
+def test_unknown_metric_is_refused(files):
+    with pytest.raises(ValueError, match="`metrics` holds 'bleu'; there are structure_distance, "):
+        compute("bleu", files[0]["images"], files[0]["references"])

@@ -5,23 +5,20 @@ be there by then.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 
-import datasets
 import pytest
 from evaluation_data import make_pie_folder, make_sticker_data, make_translation_data
 from pages import ROOT, list_calls
 from tiny_metrics import save_models
 
 from editar_hf.commands import build_parser
-from editar_hf.commands.evaluate.generate import SYSTEM_OPTIONS
-from editar_hf.evaluation.measures import METRICS
-from editar_hf.evaluation.samples import Benchmark
-from editar_hf.evaluation.systems import build_system
-from editar_hf.evaluation.tasks import TASKS
+from editar_hf.evaluation.benchmarks import BENCHMARKS
+from editar_hf.evaluation.table import METRICS
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture")
@@ -32,19 +29,10 @@ CONTROLNETS_PP = ("checkpoints/depth/controlnet", "checkpoints/canny/controlnet"
 
 def shrink(args, folder, models):
     """Put tiny data and models in place of what a command of `editar-hf evaluate` would download."""
-    task = getattr(args, "task", None)
-    if task in ("depth", "canny", "segmentation"):
+    args.allow_partial = args.benchmark != "sticker-edits"
+    if args.benchmark in ("depth", "canny", "segmentation"):
         args.source, args.resolution = str(folder / "translation"), 192
-    if task not in (None, "sticker-edits"):
-        args.allow_partial = True
-    task = task or Benchmark(args.data).info["task"]
-    if "system" in args:
-        # Its options must be those of its system; the diffusers' systems are then replaced by the floor.
-        build_system(args.system, **{name: getattr(args, name) for name in SYSTEM_OPTIONS})
-        if args.system in ("instruct-pix2pix", "controlnet"):
-            args.system = "copy-source"
-            vars(args).update(dict.fromkeys(SYSTEM_OPTIONS))
-    for name in {model for metric in TASKS[task].metrics for model in METRICS[metric].models}:
+    for name in {METRICS[metric].model for metric in BENCHMARKS[args.benchmark].metrics} - {None, "vq"}:
         if getattr(args, f"{name}_model", "given") is None:
             setattr(args, f"{name}_model", str(models / name))
 
@@ -53,6 +41,9 @@ def make_folder(folder, models):
     """Make what the page says one has: the repository's examples, a converted EditAR, and the benchmarks."""
     (folder / "examples").mkdir(parents=True)
     shutil.copy(ROOT / "examples" / "run_paper_tables.sh", folder / "examples")
+    (folder / "my_editor.py").write_text("import shutil, sys\nshutil.copy(sys.argv[1], sys.argv[3])\n")
+    shutil.copytree(models / "lpips", folder / "lpips")
+    shutil.copy(models / "inception", folder / "pt_inception-2015-12-05-6726825d.pth")
     for name in ("examples/sticker-editor", "editar"):
         shutil.copytree(models / "editar", folder / name)
     make_pie_folder(folder / "PIE-Bench_v1", 2)
@@ -71,26 +62,34 @@ def download(words):
 def run_command(words, folder, models):
     """Run a command of `editar-hf` on tiny data with tiny models."""
     args = build_parser().parse_args(words)
-    if words[0] == "convert-metric-model":
-        shutil.copytree(models / {"lpips": "lpips", "fid-inception": "inception"}[args.network], args.output_dir)
-        return
-    if getattr(args, "controlnet", None) is not None:
-        assert args.controlnet in CONTROLNETS or Path(args.controlnet).is_dir(), words
     if words[1] != "report":
         shrink(args, folder, models)
     assert args.run(args) == 0, words
 
 
+def run_baseline(script, words, folder, models):
+    """Put the floor in place of a system of diffusers, whose flags must be those of its script."""
+    flags = {word for word in words if word.startswith("--")}
+    known = {*("--benchmark", "--source"), *re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text())}
+    assert flags <= known, (script, flags - known)
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    if "--controlnet" in options:
+        assert options["--controlnet"] in CONTROLNETS or Path(options["--controlnet"]).is_dir(), words
+    shared = [word for name in ("--benchmark", "--source", "--output-dir") for word in (name, options.get(name))]
+    shared = shared if options.get("--source") else [*shared[:2], *shared[4:]]
+    run_command(["evaluate", "generate", "--system", "copy-source", *shared], folder, models)
+
+
 def test_the_commands_of_the_evaluation_page_run_in_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     models, folder = save_models(tmp_path / "models"), tmp_path / "user"
     make_folder(folder, models)
     calls = list_calls("docs/evaluate.md", folder)
     monkeypatch.chdir(folder)
     for program, *words in calls:
-        if program == "python":
-            assert words[0] == "projects/stickers/make_sticker_edits.py"
+        if program == "python" and words[0] == "projects/stickers/make_sticker_edits.py":
             make_sticker_data(Path(words[words.index("--output_dir") + 1]), 3)
+        elif program == "python":
+            run_baseline(*words[:1], words[1:], folder, models)
         elif program == "hf":
             download(words)
         elif program == "editar-hf":

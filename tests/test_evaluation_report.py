@@ -12,35 +12,25 @@ from PIL import Image
 from tiny import draw_image
 from tiny_metrics import build_dino
 
-from editar_hf.evaluation import pictures, report, runs, scoring
-from editar_hf.evaluation.files import decode_number, encode_numbers, read_lines
-from editar_hf.evaluation.measures import METRICS
+from editar_hf.evaluation import report
+from editar_hf.evaluation.benchmarks import BENCHMARKS, Benchmark
+from editar_hf.evaluation.run import decode_number, encode_numbers, generate, score
 from editar_hf.evaluation.systems import System
-from editar_hf.evaluation.tasks import TASKS, prepare_benchmark
+from editar_hf.evaluation.table import METRICS
 
 
-pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+def brighten(guidance_scale):
+    """A system that makes images brighter by its guidance scale."""
 
+    def edit(samples, seeds):
+        return [sample.source_image.point(lambda value: value + 8 * guidance_scale) for sample in samples]
 
-class Brightener(System):
-    """A system that makes pictures brighter by its guidance scale."""
-
-    name = "brightener"
-
-    def __init__(self, guidance_scale):
-        self.guidance_scale = guidance_scale
-
-    def describe(self):
-        return {"name": self.name, "guidance_scale": self.guidance_scale}
-
-    def edit(self, samples, seeds):
-        return [sample.source_image.point(lambda value: value + 8 * self.guidance_scale) for sample in samples]
+    return System("brightener", lambda: edit, {"guidance_scale": guidance_scale})
 
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return prepare_benchmark("folder", folder / "data", str(make_picture_folder(folder / "pictures", 12)))
+    return Benchmark("folder", make_picture_folder(tmp_path_factory.mktemp("data") / "pictures", 12))
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +38,9 @@ def folders(benchmark, tmp_path_factory):
     """Three scored runs that differ in their guidance."""
     folder = tmp_path_factory.mktemp("runs")
     for scale in (1, 3, 6):
-        runs.generate(benchmark, Brightener(scale), folder / f"guidance-{scale}")
+        generate(benchmark, brighten(scale), folder / f"guidance-{scale}")
         images = folder / f"guidance-{scale}" / "images"
-        scoring.score_predictions(benchmark, images, images.parent, metrics=["l1", "psnr_unedited", "ssim_unedited"])
+        score(benchmark, images, images.parent, metrics=["l1", "psnr_unedited", "ssim_unedited"])
     return [folder / f"guidance-{scale}" for scale in (1, 3, 6)]
 
 
@@ -81,7 +71,8 @@ def test_a_table_has_a_row_for_each_run_with_scaled_means(folders, tmp_path):
 
 def test_categories_have_their_own_means(folders):
     run = report.Run(folders[0])
-    values = {line["id"]: decode_number(line["values"]["l1"]) for line in read_lines(folders[0] / "samples-0.jsonl")}
+    lines = map(json.loads, (folders[0] / "samples.jsonl").read_text().splitlines())
+    values = {line["id"]: decode_number(line["values"]["l1"]) for line in lines}
     kind = values.pop("first")
     assert run.get_scaled("l1", "kind") == pytest.approx(kind)
     # The last sample has no truth to be compared with.
@@ -93,17 +84,17 @@ def test_categories_have_their_own_means(folders):
 def test_a_figure_that_is_undefined_is_a_dash_and_infinity_its_sign():
     metric = METRICS["l1"]
     assert [metric.format(value) for value in (math.nan, math.inf, 0.12345)] == ["–", "∞", "0.1235"]
-    assert encode_numbers({"a": [math.nan, math.inf, 1.5]}) == {"a": [None, "inf", 1.5]}
+    assert encode_numbers({"a": math.nan, "b": {"c": math.inf, "d": 1.5}}) == {"a": None, "b": {"c": "inf", "d": 1.5}}
 
 
 def test_quoted_rows_name_their_source_and_stand_only_beside_comparable_figures(tmp_path):
     folder = make_magicbrush_folder(tmp_path / "magicbrush")
-    benchmark = prepare_benchmark("magicbrush", tmp_path / "data", str(folder), allow_partial=True)
+    benchmark = Benchmark("magicbrush", folder, allow_partial=True)
     pages = {}
     for protocol in ("editar", "corrected"):
         run = tmp_path / protocol
-        runs.generate(benchmark, Brightener(1), run)
-        scoring.score_predictions(benchmark, run / "images", run, protocol, metrics=["l1", "l2"])
+        generate(benchmark, brighten(1), run)
+        score(benchmark, run / "images", run, protocol, metrics=["l1", "l2"])
         pages[protocol] = report.write_report([run], tmp_path / f"report-{protocol}").read_text()
     assert "| EditAR (quoted: NEP, arXiv 2508.06044) | 0.1028 | 0.0285 |" in pages["editar"]
     assert "quoted" not in pages["corrected"]
@@ -147,30 +138,29 @@ PUBLISHED = {
 
 
 class StandIn:
-    """A scored run of a task by a protocol, of which only that is known."""
+    """A scored run of a benchmark by a protocol, of which only that is known."""
 
     name = "ours"
 
-    def __init__(self, task, protocol):
-        self.task, self.metrics = task, {"protocol": protocol, "not_comparable": []}
+    def __init__(self, benchmark, protocol):
+        self.benchmark, self.metrics = benchmark, {"protocol": protocol, "not_comparable": []}
 
     def get_scaled(self, metric, category=None):
         return math.nan
 
 
 @pytest.mark.parametrize("protocol", ["editar", "pnp-2023"])
-@pytest.mark.parametrize("task", TASKS)
-def test_quoted_figures_are_those_of_the_papers_and_stand_beside_their_protocol_alone(task, protocol):
-    names = TASKS[task].metrics
-    rows = report.compose_rows([StandIn(task, protocol)], names)[1:]
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_quoted_figures_are_those_of_the_papers_and_stand_beside_their_protocol_alone(name, protocol):
+    rows = report.compose_rows([StandIn(name, protocol)], BENCHMARKS[name].metrics)[1:]
     found = {row.partition(" (quoted")[0]: tuple(None if math.isnan(v) else v for v in values) for row, values in rows}
-    assert found == PUBLISHED.get((task, protocol), {})
+    assert found == PUBLISHED.get((name, protocol), {})
 
 
-def test_every_quoted_row_belongs_to_a_task_and_its_columns():
-    for row in report.QUOTED_ROWS:
-        assert set(row.values) <= set(TASKS[row.task].metrics)
-        assert re.search(r"arXiv \d{4}\.\d{5}", row.source)
+def test_every_quoted_row_belongs_to_a_benchmark_and_its_columns():
+    for row in report.PUBLISHED["rows"]:
+        assert set(row["values"]) <= set(BENCHMARKS[row["benchmark"]].metrics)
+        assert re.search(r"arXiv \d{4}\.\d{5}", row["source"])
 
 
 def test_what_is_wrong_with_a_run_stands_beside_its_name(folders, tmp_path):
@@ -193,7 +183,7 @@ def test_runs_scored_by_two_models_are_refused(benchmark, folders, tmp_path, cap
         model.save_pretrained(tmp_path / f"dino-{name}")
         arguments = {"metrics": ["dino"], "models": {"dino": str(tmp_path / f"dino-{name}")}}
         scored.append(tmp_path / name)
-        scoring.score_predictions(benchmark, folders[0] / "images", tmp_path / name, **arguments)
+        score(benchmark, folders[0] / "images", tmp_path / name, **arguments)
     assert evaluate("report", *scored, "--output-dir", tmp_path / "report") == 2
     message = capsys.readouterr().err
     assert "`runs` differ in their dino model: a has sha256:" in message
@@ -218,15 +208,15 @@ def test_runs_whose_folders_are_called_alike_are_told_apart(folders, tmp_path, c
 def test_a_prediction_that_broke_after_it_was_scored_is_on_no_sheet(benchmark, folders, tmp_path):
     shutil.copytree(folders[0], tmp_path / "run")
     images, names = tmp_path / "run" / "images", ["l1", "psnr_unedited", "ssim_unedited"]
-    score = lambda: scoring.score_predictions(benchmark, images, tmp_path / "run", metrics=names)  # noqa: E731
-    score()
+    score_again = lambda: score(benchmark, images, tmp_path / "run", metrics=names)  # noqa: E731
+    score_again()
     (images / "00002.png").write_bytes((images / "00002.png").read_bytes()[:-300])
-    assert score()["num_scored"] == 11
+    assert score_again()["num_scored"] == 11
     report.write_report([tmp_path / "run"], tmp_path / "report")
     assert (tmp_path / "report" / "run-sheet.png").exists()
     for path in images.iterdir():
         path.write_bytes(b"no picture")
-    assert score()["num_scored"] == 0
+    assert score_again()["num_scored"] == 0
     page = report.write_report([tmp_path / "run"], tmp_path / "broken").read_text()
     assert "0 of 12 predictions scored" in page
     assert not (tmp_path / "broken" / "run-sheet.png").exists()
@@ -239,11 +229,11 @@ def test_a_page_claims_no_table_of_a_paper_for_a_task_that_has_none(folders):
 
 
 def test_runs_that_cannot_be_compared_are_refused(folders, benchmark, tmp_path, capsys):
-    other = prepare_benchmark("folder", tmp_path / "data", str(make_picture_folder(tmp_path / "pictures", 2)))
+    other = Benchmark("folder", make_picture_folder(tmp_path / "pictures", 2))
     scored = {"other data": (other, "editar"), "other protocol": (benchmark, "corrected")}
     for name, (samples, protocol) in scored.items():
-        runs.generate(samples, Brightener(1), tmp_path / name)
-        scoring.score_predictions(samples, tmp_path / name / "images", tmp_path / name, protocol, metrics=["l1"])
+        generate(samples, brighten(1), tmp_path / name)
+        score(samples, tmp_path / name / "images", tmp_path / name, protocol, metrics=["l1"])
         assert evaluate("report", folders[0], tmp_path / name, "--output-dir", tmp_path / "report") == 2
         assert "compare only like with like" in capsys.readouterr().err
     assert evaluate("report", tmp_path, "--output-dir", tmp_path / "report") == 2
@@ -256,47 +246,47 @@ def test_runs_that_cannot_be_compared_are_refused(folders, benchmark, tmp_path, 
 def test_a_line_of_the_guidance_plot_joins_runs_that_differ_in_guidance_alone(folders):
     found = [report.Run(folder) for folder in reversed(folders)]
     found[1].system["top_k"] = 5
-    lines = pictures.group_by_guidance(found)
+    lines = report.group_by_guidance(found)
     assert [[run.name for run in line] for line in lines.values()] == [["guidance-1", "guidance-6"], ["guidance-3"]]
     for name in ("seed", "batch_size"):
         found = [report.Run(folder) for folder in folders]
-        found[2].config["generation"][name] = 9
-        lines = pictures.group_by_guidance(found).values()
+        found[2].generation[name] = 9
+        lines = report.group_by_guidance(found).values()
         assert [[run.name for run in line] for line in lines] == [["guidance-1", "guidance-3"], ["guidance-6"]]
     found[0].system["guidance_scale"] = None
-    assert sum(map(len, pictures.group_by_guidance(found).values())) == 2
+    assert sum(map(len, report.group_by_guidance(found).values())) == 2
 
 
 def test_a_sheet_shows_the_best_and_the_worst_predictions_and_none_twice():
     values = {"a": 1.0, "b": 3.0, "c": 2.0, "d": math.nan, "e": 5.0, "f": 4.0, "g": 6.0, "h": 7.0, "i": 8.0, "j": 9.0}
     # L1: lower is better.
-    chosen = pictures.choose_samples([*values, "unscored"], values, "l1")
-    assert [name for which, name in chosen if which == "best:"] == ["a", "c", "b", "f"]
-    assert [name for which, name in chosen if which == "worst:"] == ["j", "i", "h", "g"]
-    few = pictures.choose_samples(["a", "b", "c", "e", "f"], values, "psnr")
-    assert [name for _, name in few] == ["e", "f", "b", "c", "a"]
-    assert pictures.choose_samples(["x", "y"], {}, None) == [("", "x"), ("", "y")]
+    chosen = report.choose_samples(values, "l1")
+    assert [name for name, which in chosen.items() if which == "best:"] == ["a", "c", "b", "f"]
+    assert [name for name, which in chosen.items() if which == "worst:"] == ["j", "i", "h", "g"]
+    few = report.choose_samples({name: values[name] for name in "abcef"}, "psnr")
+    assert list(few) == ["e", "f", "b", "c", "a"]
+    assert report.choose_samples(dict.fromkeys("xy", math.nan), None) == {"x": "", "y": ""}
 
 
 def test_a_row_of_a_sheet_shows_source_mask_output_and_target(benchmark):
-    sample = benchmark[0]
+    sample = next(benchmark.read())
     prediction = draw_image(77)
-    sheet = np.asarray(pictures.draw_sheet([("best: 1", sample, prediction)]))
+    sheet = np.asarray(report.draw_sheet([("best: 1", sample, prediction)]))
     for place, picture in enumerate((sample.source_image, sample.mask.convert("RGB"), prediction, sample.target_image)):
-        left = place * (pictures.SIDE + pictures.GAP)
-        shown = sheet[: pictures.SIDE, left : left + pictures.SIDE]
+        left = place * (report.SIDE + report.GAP)
+        shown = sheet[: report.SIDE, left : left + report.SIDE]
         assert np.array_equal(shown, np.asarray(picture.resize((160, 160), Image.Resampling.NEAREST)))
 
 
 def test_a_sheet_says_which_checks_a_prediction_passed():
     values = {"done": 0.0, "inside": 0.0, "outside": 1.0, "placed": 0.5, "gone": None, "psnr_unedited": "inf"}
-    assert pictures.describe_checks(values, "done") == ", right inside: no, kept outside: yes, colours placed: 50.00"
-    assert pictures.describe_checks({"l1": 0.5}, "l1") == ""
+    assert report.describe_checks(values, "done") == ", right inside: no, kept outside: yes, colours placed: 50.00"
+    assert report.describe_checks({"l1": 0.5}, "l1") == ""
 
 
 def test_a_report_of_a_run_whose_predictions_are_gone_has_no_sheet(folders, tmp_path):
     config, metrics = (json.loads((folders[0] / name).read_text()) for name in ("config.json", "metrics.json"))
-    config["paths"]["images"] = str(tmp_path / "nowhere")
+    config["scoring"]["images"] = str(tmp_path / "nowhere")
     for name, content in (("config.json", config), ("metrics.json", metrics)):
         (tmp_path / name).write_text(json.dumps(content))
     report.write_report([tmp_path], tmp_path / "report")

@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-import shutil
 import signal
 
 import numpy as np
@@ -19,21 +17,18 @@ from evaluation_data import (
 )
 from PIL import Image
 from processes import run_python, run_ranks
-from tiny import draw_image
-from tiny_metrics import build_dino, save_models
+from tiny import build_pipeline, draw_image
+from tiny_metrics import save_models
 
-from editar_hf.evaluation import image_metrics, runs, scorers, scoring
-from editar_hf.evaluation.distribution_metrics import compute_frechet_distance
-from editar_hf.evaluation.files import read_lines
-from editar_hf.evaluation.samples import Benchmark
+from editar_hf.evaluation import features, metrics
+from editar_hf.evaluation.benchmarks import Benchmark
+from editar_hf.evaluation.features import load_network
+from editar_hf.evaluation.run import derive_seed, generate, score
 from editar_hf.evaluation.systems import System, build_system
-from editar_hf.evaluation.tasks import prepare_benchmark
+from editar_hf.evaluation.table import PROTOCOLS, Pair
 
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture"),
-    pytest.mark.usefixtures("own_datasets_cache"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture")
 NUM_STICKERS = 8
 
 
@@ -45,7 +40,7 @@ def models(tmp_path_factory):
 
 def list_run_words(models, source, output_dir):
     """List the words of a run on the stickers, two samples at a time."""
-    words = ["--task", "sticker-edits", "--source", source, "--model", models / "editar", "--batch-size", 2]
+    words = ["--benchmark", "sticker-edits", "--source", source, "--model", models / "editar", "--batch-size", 2]
     return ["run", *words, "--output-dir", output_dir]
 
 
@@ -65,7 +60,12 @@ def straight_run(models, sticker_source, tmp_path_factory):
 def read_results(folder):
     """Read all that must not depend on how a run came about."""
     images = {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
-    return images, (folder / "metrics.json").read_bytes(), (folder / "report.md").read_text().replace(folder.name, "")
+    return (
+        images,
+        (folder / "samples.jsonl").read_bytes(),
+        (folder / "metrics.json").read_bytes(),
+        (folder / "report.md").read_text().replace(folder.name, ""),
+    )
 
 
 def start_process(words, code):
@@ -76,14 +76,14 @@ def start_process(words, code):
 
 def test_sticker_edits_run_from_the_source_to_the_report(straight_run):
     metrics = json.loads((straight_run / "metrics.json").read_text())
-    assert metrics["task"] == "sticker-edits"
+    assert metrics["benchmark"] == "sticker-edits"
     assert metrics["num_expected"] == metrics["num_scored"] == NUM_STICKERS
     assert metrics["problems"] == {"missing": [], "unreadable": [], "wrong size": [], "extra": []}
     assert {path.name for path in straight_run.iterdir()} == {
-        *("config.json", "data", "images", "samples-0.jsonl", "metrics.json", "report.md"),
+        *("config.json", "images", "samples.jsonl", "metrics.json", "report.md"),
         *("categories.png", "run-sheet.png"),
     }
-    lines = [json.loads(line) for line in (straight_run / "samples-0.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (straight_run / "samples.jsonl").read_text().splitlines()]
     assert metrics["overall"]["done"]["mean"] == np.mean([line["values"]["done"] for line in lines])
     assert metrics["overall"]["inside"]["n"] == sum(line["values"]["inside"] is not None for line in lines) == 5
     page = (straight_run / "report.md").read_text()
@@ -113,45 +113,24 @@ def test_a_run_killed_while_it_generates_ends_as_if_it_had_not_been(models, stic
     assert results[1:] == expected[1:]
 
 
-def test_a_run_killed_while_it_scores_ends_as_if_it_had_not_been(models, sticker_source, straight_run, tmp_path):
-    folder = tmp_path / "run"
-    words = list_run_words(models, sticker_source, folder)
-    assert evaluate(*words) == 0
-    lines = (folder / "samples-0.jsonl").read_text()
-    torn = lines[: lines.index("\n", len(lines) // 2) + 30]
-    assert not torn.endswith("\n")
-    (folder / "samples-0.jsonl").write_text(torn)
-    (folder / "metrics.json").unlink()
-    assert evaluate(*words) == 0
-    assert (folder / "samples-0.jsonl").read_text() == lines
-    assert read_results(folder) == read_results(straight_run)
-
-
 def test_two_processes_make_what_one_makes(models, sticker_source, straight_run, tmp_path):
     folder = tmp_path / "run"
     words = list_run_words(models, sticker_source, folder)
     run_ranks(2, "-m", "editar_hf.commands", "evaluate", *words)
-    counts = [len((folder / f"samples-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
-    assert counts == [4, 4]
     assert read_results(folder) == read_results(straight_run)
-    # One process goes on with what two have made, and finds nothing left to do.
-    before = (folder / "samples-0.jsonl").read_bytes()
+    # One process goes on with what two have made, and finds no image left to make.
+    times = {path: path.stat().st_mtime_ns for path in (folder / "images").iterdir()}
     assert evaluate(*words) == 0
-    assert (folder / "samples-0.jsonl").read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in (folder / "images").iterdir()} == times
+    assert read_results(folder) == read_results(straight_run)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seed", 1], "holds a run with seed = 0, and this one has 1"),
-        (["--guidance-scale", 2], "system.guidance_scale = None, and this one has 2.0"),
-        (["--protocol", "corrected"], "protocol.name = 'editar', and this one has 'corrected'"),
-        (["--metrics", "done"], r"holds a run with metrics"),
-        (["--batch-size", 3], "holds a run with batch_size = 2, and this one has 3"),
-        (["--source", "elsewhere"], "holds a run with source = "),
-        (["--task", "folder"], "holds a run with task = 'sticker-edits', and this one has 'folder'"),
-        (["--tokenizer", "/no/where"], "and this one has '/no/where'"),
-        (["--resolution", 7], "holds a run with resolution = None, and this one has 7"),
+        (["--seed", 1], "was created with seed 0, but this run uses 1"),
+        (["--guidance-scale", 2], "was created with system.guidance_scale None, but this run uses 2.0"),
+        (["--batch-size", 3], "was created with batch_size 2, but this run uses 3"),
     ],
 )
 def test_runs_of_two_configurations_are_not_mixed(more, message, models, sticker_source, straight_run, capsys):
@@ -161,140 +140,118 @@ def test_runs_of_two_configurations_are_not_mixed(more, message, models, sticker
     assert read_results(straight_run) == results
 
 
-def test_runs_of_two_weights_under_one_name_are_not_mixed(models, straight_run, tmp_path, capsys):
+def test_runs_of_two_weights_under_one_name_are_not_mixed(models, sticker_source, straight_run, tmp_path, capsys):
     config = json.loads((straight_run / "config.json").read_text())
     config["generation"]["system"]["revisions"]["model"] = "sha256:0"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    words = ["--data", straight_run / "data", "--model", models / "editar", "--batch-size", 2]
-    assert evaluate("generate", *words, "--output-dir", tmp_path) == 2
-    assert "system.revisions.model = 'sha256:0'" in capsys.readouterr().err
+    words = ["--benchmark", "sticker-edits", "--source", sticker_source, "--model", models / "editar"]
+    assert evaluate("generate", *words, "--batch-size", 2, "--output-dir", tmp_path) == 2
+    assert "was created with system.revisions.model 'sha256:0'" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_under_another_spelling_of_its_paths(models, sticker_source, straight_run):
     results = read_results(straight_run)
     words = list_run_words(models / ".." / models.name, sticker_source / ".." / "stickers", straight_run)
     assert evaluate(*words) == 0
-    assert read_results(straight_run) == results
+    # The report names the VQ model as it was given.
+    assert read_results(straight_run)[:3] == results[:3]
+    assert evaluate(*list_run_words(models, sticker_source, straight_run)) == 0
 
 
 @pytest.mark.parametrize(
-    ("part", "path", "value"),
+    ("path", "value"),
     [
-        ("generation", ("data", "fingerprint"), "sha256:1"),
-        ("generation", ("versions", "torch"), "1.0"),
-        ("generation", ("device",), "abacus"),
-        ("scoring", ("data", "fingerprint"), "sha256:1"),
-        ("scoring", ("versions", "numpy"), "1.0"),
+        (("data", "fingerprint"), "sha256:1"),
+        (("versions", "torch"), "1.0"),
+        (("device",), "abacus"),
     ],
 )
-def test_a_run_of_other_data_or_versions_is_not_gone_on_with(part, path, value, models, straight_run, tmp_path, capsys):
+def test_a_run_of_other_data_or_versions_is_not_gone_on_with(
+    path, value, models, sticker_source, straight_run, tmp_path, capsys
+):
     config = json.loads((straight_run / "config.json").read_text())
-    place = config[part]
+    place = config["generation"]
     for name in path[:-1]:
         place = place[name]
     place[path[-1]] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shutil.copytree(straight_run / "images", tmp_path / "images")
-    words = ["--data", straight_run / "data", "--output-dir", tmp_path]
-    if part == "generation":
-        words += ["--model", models / "editar", "--batch-size", 2]
-    assert evaluate("generate" if part == "generation" else "score", *words) == 2
-    assert f"holds a run with {'.'.join(path)} = '{value}'" in capsys.readouterr().err
+    words = ["--benchmark", "sticker-edits", "--source", sticker_source, "--model", models / "editar"]
+    assert evaluate("generate", *words, "--batch-size", 2, "--output-dir", tmp_path) == 2
+    assert f"was created with {'.'.join(path)} '{value}'" in capsys.readouterr().err
     assert json.loads((tmp_path / "config.json").read_text()) == config
 
 
-def test_figures_of_two_scoring_models_are_not_mixed(models, pictures, tmp_path, capsys):
-    benchmark, folder = pictures
-    other = build_dino()
-    other.embeddings.cls_token.data += 1
-    other.save_pretrained(tmp_path / "other")
-    words = ["--data", benchmark.folder, "--images", folder, "--output-dir", tmp_path / "run", "--metrics", "dino"]
-    assert evaluate("score", *words, "--dino-model", models / "structure") == 0
-    assert evaluate("score", *words, "--dino-model", tmp_path / "other") == 2
-    assert "holds a run with models.dino" in capsys.readouterr().err
+def test_scoring_in_another_way_replaces_all_figures(benchmark, tmp_path):
+    before = score(*benchmark, tmp_path / "run", metrics=["l1"])
+    other = score(*benchmark, tmp_path / "run", "corrected", metrics=["ssim"])
+    assert (other["protocol"], list(other["overall"])) == ("corrected", ["ssim"])
+    assert score(*benchmark, tmp_path / "run", metrics=["l1"]) == before
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["overall"]["l1"]["n"] == 3
 
 
-def test_pictures_that_no_configuration_describes_are_not_taken_over(straight_run, tmp_path, capsys):
+def test_images_that_no_configuration_describes_are_not_taken_over(sticker_source, tmp_path, capsys):
     folder = tmp_path / "run"
     (folder / "images").mkdir(parents=True)
     draw_image(0).save(folder / "images" / "00000.png")
-    words = ["--data", straight_run / "data", "--system", "copy-source", "--output-dir", folder]
-    assert evaluate("generate", *words) == 2
-    assert "holds pictures in images/, and no config.json says how they were made" in capsys.readouterr().err
+    words = ["--benchmark", "sticker-edits", "--source", sticker_source, "--system", "copy-source"]
+    assert evaluate("generate", *words, "--output-dir", folder) == 2
+    assert "holds images or figures that this command did not make" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["images"]
 
 
-def test_predictions_from_elsewhere_are_not_scored_as_a_runs_own(straight_run, pictures, tmp_path, capsys):
+def test_predictions_from_elsewhere_are_not_scored_as_a_runs_own(
+    models, sticker_source, straight_run, folder_words, benchmark, tmp_path, capsys
+):
     results = read_results(straight_run)
     copy = tmp_path / "copy"
-    words = ["--data", straight_run / "data", "--system", "copy-source"]
-    assert evaluate("generate", *words, "--output-dir", copy) == 0
-    words = ["--data", straight_run / "data", "--images", copy / "images", "--output-dir", straight_run]
+    words = ["--benchmark", "sticker-edits", "--source", sticker_source]
+    assert evaluate("generate", *words, "--system", "copy-source", "--output-dir", copy) == 0
+    words += ["--images", copy / "images", "--vq-model", models / "editar", "--output-dir", straight_run]
     assert evaluate("score", *words) == 2
-    assert f"`images` is '{copy / 'images'}', and `output_dir`" in capsys.readouterr().err
+    assert f"`images` is '{copy / 'images'}', but the predictions of the run" in capsys.readouterr().err
     assert read_results(straight_run) == results
     # Nor does a system make predictions where others have been scored.
-    benchmark, folder = pictures
-    words = ["--data", benchmark.folder, "--output-dir", tmp_path / "scored"]
-    assert evaluate("score", *words, "--images", folder, "--metrics", "l1") == 0
+    words = [*folder_words, "--output-dir", tmp_path / "scored"]
+    assert evaluate("score", *words, "--images", benchmark[1], "--metrics", "l1") == 0
     assert evaluate("generate", *words, "--system", "copy-source") == 2
-    assert "holds figures of predictions from elsewhere" in capsys.readouterr().err
+    assert "holds images or figures that this command did not make" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--system", "editar", "--use-masks"], "`use_masks` is True, and 1 of 4 samples have no mask, such as 00004"),
+        (["--system", "editar", "--use-masks"], "`use_masks` is True, but 1 of 4 samples have no mask, such as 00004"),
         (
             ["--system", "vq-reconstruction", "--reconstruct", "target"],
-            "`reconstruct` is 'target', and 1 of 4 samples have no target_image, such as 00004",
+            "`reconstruct` is 'target', but 1 of 4 samples have no target_image, such as 00004",
         ),
     ],
 )
 def test_a_system_that_needs_what_samples_lack_is_refused_before_it_begins(
-    words, message, models, pictures, tmp_path, capsys
+    words, message, models, folder_words, tmp_path, capsys
 ):
-    benchmark, _ = pictures
-    words = ["--data", benchmark.folder, "--model", models / "editar", "--output-dir", tmp_path / "run", *words]
+    words = [*folder_words, "--model", models / "editar", "--output-dir", tmp_path / "run", *words]
     assert evaluate("generate", *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-# Progress
-
-
-def test_progress_rate_and_time_left_are_written_where_there_is_no_terminal(pictures, tmp_path, capsys):
-    benchmark, _ = pictures
-    words = ["--data", benchmark.folder, "--output-dir", tmp_path / "run"]
-    assert evaluate("generate", *words, "--system", "copy-source") == 0
-    assert evaluate("score", *words, "--metrics", "l1") == 0
-    written = capsys.readouterr().err
-    for what in ("copy-source", "scoring"):
-        # Such as: scoring: 100%|██████████| 4/4 [00:01<00:00,  2.5picture/s]
-        assert re.search(rf"{what}: 100%.* 4/4 \[[0-9:]+<[0-9:]+, .*(picture/s|s/picture)\]", written)
 
 
 # Seeds and batches
 
 
 def test_a_samples_seed_depends_on_the_runs_seed_and_its_id_alone():
-    seeds = {runs.derive_seed(seed, name) for seed in (0, 1) for name in ("a", "b")}
+    seeds = {derive_seed(seed, name) for seed in (0, 1) for name in ("a", "b")}
     assert len(seeds) == 4
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Written down, so that a run of today can be gone on with tomorrow.
-    assert runs.derive_seed(0, "00000") == 6435419086474144373
+    assert derive_seed(0, "00000") == 6435419086474144373
 
 
 class Recorder(System):
-    """A system that writes down what it was asked for, and turns pictures over."""
+    """A system that writes down what it was asked for, and turns images over."""
 
-    name = "recorder"
-
-    def describe(self):
-        return {"name": self.name}
-
-    def load(self):
+    def __init__(self):
+        super().__init__("recorder", lambda: self.edit)
         self.calls, self.seeds = [], {}
 
     def edit(self, samples, seeds):
@@ -305,26 +262,26 @@ class Recorder(System):
 
 def test_a_turn_is_made_from_the_picture_of_the_turn_before(tmp_path):
     folder = make_magicbrush_folder(tmp_path / "magicbrush")
-    benchmark = prepare_benchmark("magicbrush-multi-turn", tmp_path / "data", str(folder), allow_partial=True)
+    benchmark = Benchmark("magicbrush-multi-turn", folder, allow_partial=True)
     system = Recorder()
-    runs.generate(benchmark, system, tmp_path / "run", batch_size=2)
+    generate(benchmark, system, tmp_path / "run", batch_size=2)
     # Both sessions go together, first their first turns, then the second turn of the one that has it.
     assert system.calls == [["30-1", "139-1"], ["30-2"]]
-    assert system.seeds == {name: runs.derive_seed(0, name) for name in benchmark.ids}
+    assert system.seeds == {name: derive_seed(0, name) for name in benchmark.ids}
     source = np.asarray(draw_image(30, 24, 24))
     with Image.open(tmp_path / "run" / "images" / "30-2.png") as twice:
         assert np.array_equal(np.asarray(twice), source)
-    summary = scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", metrics=["l1"])
+    summary = score(benchmark, tmp_path / "run" / "images", tmp_path / "run", metrics=["l1"])
     # The first of two turns is a step on the way.
     assert (summary["num_expected"], summary["problems"]["extra"]) == (2, [])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_system_gets_each_samples_own_seed_in_any_batch(batch_size, straight_run, tmp_path):
-    benchmark, system = Benchmark(straight_run / "data"), Recorder()
-    runs.generate(benchmark, system, tmp_path / "run", seed=7, batch_size=batch_size)
+def test_a_system_gets_each_samples_own_seed_in_any_batch(batch_size, sticker_source, tmp_path):
+    benchmark, system = Benchmark("sticker-edits", sticker_source), Recorder()
+    generate(benchmark, system, tmp_path / "run", seed=7, batch_size=batch_size)
     assert max(map(len, system.calls)) == batch_size
-    assert system.seeds == {name: runs.derive_seed(7, name) for name in benchmark.ids}
+    assert system.seeds == {name: derive_seed(7, name) for name in benchmark.ids}
     assert len(set(system.seeds.values())) == NUM_STICKERS
 
 
@@ -332,23 +289,28 @@ def test_a_system_gets_each_samples_own_seed_in_any_batch(batch_size, straight_r
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A benchmark of three pictures at 16×16 with predictions, all sound."""
-    benchmark = prepare_benchmark("folder", tmp_path / "data", str(make_picture_folder(tmp_path / "pictures", 4)))
-    folder = tmp_path / "predictions"
+def folder_words(tmp_path):
+    """What names a benchmark of four images at 16×16."""
+    return ["--benchmark", "folder", "--source", make_picture_folder(tmp_path / "pictures", 4)]
+
+
+@pytest.fixture
+def benchmark(folder_words, tmp_path):
+    """It, with predictions that are all sound."""
+    benchmark, folder = Benchmark("folder", folder_words[-1]), tmp_path / "predictions"
     folder.mkdir()
     for index, sample_id in enumerate(benchmark.ids):
         draw_image(50 + index).save(folder / f"{sample_id}.png")
     return benchmark, folder
 
 
-def test_missing_broken_small_and_foreign_predictions_are_named_and_counted(pictures, tmp_path, capsys):
-    benchmark, folder = pictures
+def test_missing_broken_small_and_foreign_predictions_are_named_and_counted(folder_words, benchmark, tmp_path, capsys):
+    _, folder = benchmark
     (folder / "first.png").unlink()
     (folder / "00002.png").write_bytes((folder / "00002.png").read_bytes()[:-300])
     draw_image(0, 8, 16).save(folder / "00003.png")
     draw_image(0).save(folder / "00009.png")
-    words = ["--data", benchmark.folder, "--images", folder, "--output-dir", tmp_path / "run"]
+    words = [*folder_words, "--images", folder, "--output-dir", tmp_path / "run"]
     assert evaluate("score", *words, "--metrics", "psnr_unedited") == 1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["num_expected"], metrics["num_scored"]) == (4, 1)
@@ -361,31 +323,19 @@ def test_missing_broken_small_and_foreign_predictions_are_named_and_counted(pict
         assert words in printed
 
 
-def test_a_prediction_that_was_replaced_is_scored_anew_and_the_others_are_not(pictures, tmp_path):
-    benchmark, folder = pictures
-    score = lambda: scoring.score_predictions(benchmark, folder, tmp_path / "run", metrics=["l1"])  # noqa: E731
-    before = score()
-    benchmark[0].target_image.save(folder / "first.png")
-    after = score()
-    values = [line["values"]["l1"] for line in read_lines(tmp_path / "run" / "samples-0.jsonl")]
-    assert len(values) == 5
-    assert values[-1] == 0
-    assert after["categories"]["kind"]["l1"]["mean"] == 0 != before["categories"]["kind"]["l1"]["mean"]
-    assert after["categories"]["all"] == before["categories"]["all"]
-
-
-def test_a_metric_counts_the_samples_that_it_is_defined_for(pictures, tmp_path):
-    benchmark, folder = pictures
-    benchmark[0].target_image.save(folder / "first.png")
+def test_a_metric_counts_the_samples_that_it_is_defined_for(benchmark, tmp_path):
+    benchmark, folder = benchmark
+    samples = list(benchmark.read())
+    samples[0].target_image.save(folder / "first.png")
     names = ["l1", "psnr", "psnr_unedited"]
-    summary = scoring.score_predictions(benchmark, folder, tmp_path / "run", metrics=names)
+    summary = score(benchmark, folder, tmp_path / "run", metrics=names)
     # The last sample has neither truth nor mask.
     assert [summary["overall"][name]["n"] for name in names] == [3, 3, 3]
     assert summary["overall"]["psnr"]["mean"] == math.inf
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert written["overall"]["psnr"] == {"mean": "inf", "std": None, "n": 3, "factor": 1, "scaled": "inf"}
     expected = []
-    for sample in (benchmark[index] for index in range(3)):
+    for sample in samples[:3]:
         with Image.open(folder / f"{sample.id}.png") as prediction:
             error = np.abs(np.asarray(prediction, float) - np.asarray(sample.target_image, float)).mean() / 255
         expected.append(error)
@@ -398,14 +348,15 @@ def test_a_metric_counts_the_samples_that_it_is_defined_for(pictures, tmp_path):
     [
         (["--metrics", "beauty"], "`metrics` holds 'beauty'"),
         (["--protocol", "mine"], "`protocol` is 'mine'"),
-        (["--metrics", "fid"], "`inception_model` is missing: give the folder"),
+        (["--metrics", "fid"], "`inception_model` is missing; pass the file pt_inception-2015-12-05"),
         (["--metrics", "l1", "--clip-model", "c"], "`clip_model` is 'c'; none of the metrics asked for needs it"),
         (["--images", "nowhere"], "`images` is 'nowhere', which is no folder"),
     ],
 )
-def test_scoring_that_cannot_be_done_is_refused_before_it_begins(words, message, pictures, tmp_path, capsys):
-    benchmark, folder = pictures
-    words = ["--data", benchmark.folder, "--images", folder, "--output-dir", tmp_path / "run", *words]
+def test_scoring_that_cannot_be_done_is_refused_before_it_begins(
+    words, message, folder_words, benchmark, tmp_path, capsys
+):
+    words = [*folder_words, "--images", benchmark[1], "--output-dir", tmp_path / "run", *words]
     assert evaluate("score", *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -420,28 +371,31 @@ def score_pie_sample(models, sample, images):
         arrays = [np.array(picture)[None] for picture in (prediction, sample.source_image)]
     image, source = (torch.from_numpy(array).permute(0, 3, 1, 2) / 255 for array in arrays)
     mask, prompts = torch.from_numpy(np.array(sample.mask))[None, None] / 255, ["a blue circle"]
-    clip = scorers.CLIPScorer(models / "clip")
+    clip, dino, lpips = (load_network(name, models / name) for name in ("clip", "structure", "lpips"))
+    keys = (features.encode_keys(dino, pixels) for pixels in (image, source))
     values = {
-        "structure_distance": scorers.StructureScorer(models / "structure")(image, source),
-        "psnr_unedited": image_metrics.compute_psnr(image, source, mask),
-        "lpips_unedited": scorers.LPIPSScorer(models / "lpips")(image, source, mask),
-        "mse_unedited": image_metrics.compute_mse(image, source, mask),
-        "ssim_unedited": image_metrics.compute_ssim(image, source, mask),
-        "clip_whole": clip(image, prompts),
-        "clip_edited": clip(image, prompts, mask),
+        "structure_distance": metrics.compute_structure_distance(*keys),
+        "psnr_unedited": metrics.compute_psnr(image, source, mask),
+        "lpips_unedited": features.compute_lpips(lpips, image, source, mask),
+        "mse_unedited": metrics.compute_mse(image, source, mask),
+        "ssim_unedited": metrics.compute_ssim(image, source, mask),
+        "clip_whole": features.compute_clip_score(clip, image, prompts),
+        "clip_edited": features.compute_clip_score(clip, image, prompts, mask),
     }
     return {name: value.item() for name, value in values.items()}
 
 
 def test_a_pie_bench_folder_runs_from_the_source_to_the_report(models, tmp_path, capsys):
-    words = ["--task", "pie-bench", "--source", make_pie_folder(tmp_path / "pie"), "--allow-partial"]
+    source = make_pie_folder(tmp_path / "pie")
+    words = ["--benchmark", "pie-bench", "--source", source, "--allow-partial"]
     words += ["--model", models / "editar", "--output-dir", tmp_path / "run"]
     for name in ("structure", "lpips", "clip"):
         words += [f"--{name}-model", models / name]
     assert evaluate("run", *words) == 0
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    lines = list(read_lines(tmp_path / "run" / "samples-0.jsonl"))
-    expected = score_pie_sample(models, Benchmark(tmp_path / "run" / "data")[3], tmp_path / "run" / "images")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    sample = list(Benchmark("pie-bench", source, allow_partial=True).read())[3]
+    expected = score_pie_sample(models, sample, tmp_path / "run" / "images")
     assert list(summary["overall"]) == list(expected)
     for name, value in expected.items():
         assert lines[3]["values"][name] == pytest.approx(value, rel=1e-4), name
@@ -459,44 +413,39 @@ def test_a_pie_bench_folder_runs_from_the_source_to_the_report(models, tmp_path,
 
 def test_depth_rmse_and_fid_are_those_of_all_samples(models, tmp_path):
     source = make_translation_data(tmp_path / "depth", num_samples=4)
-    benchmark = prepare_benchmark("depth", tmp_path / "data", str(source), allow_partial=True, resolution=32)
-    runs.generate(benchmark, Recorder(), tmp_path / "run")
+    benchmark = Benchmark("depth", source, allow_partial=True, resolution=32)
+    generate(benchmark, Recorder(), tmp_path / "run")
+    samples = list(benchmark.read())
     names = {name: str(models / name) for name in ("depth", "inception")}
-    summary = scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", models=names)
-    targets = [torch.from_numpy(np.array(benchmark[k].target_image)).permute(2, 0, 1) / 255 for k in range(4)]
-    maps = [torch.from_numpy(np.array(benchmark[k].source_image)).permute(2, 0, 1) / 255 for k in range(4)]
+    summary = score(benchmark, tmp_path / "run" / "images", tmp_path / "run", models=names)
+    targets = [torch.from_numpy(np.array(sample.target_image)).permute(2, 0, 1) / 255 for sample in samples]
+    maps = [torch.from_numpy(np.array(sample.source_image)).permute(2, 0, 1) / 255 for sample in samples]
     targets, maps = torch.stack(targets), torch.stack(maps)
     images = maps.flip(-1)
-    inception = scorers.InceptionScorer(models / "inception")
-    fid = compute_frechet_distance(inception(images), inception(targets))
+    inception, depth = (load_network(name, models / name) for name in ("inception", "depth"))
+    fid = metrics.compute_frechet_distance(*(features.encode_inception(inception, one) for one in (images, targets)))
     assert summary["overall"]["fid"]["mean"] == pytest.approx(fid, rel=1e-3)
     assert summary["overall"]["fid"]["n"] == 4
-    depth = scorers.DepthScorer(models / "depth")(images, maps[:, :1])
-    assert summary["overall"]["depth_rmse"]["mean"] == pytest.approx(depth.mean().item(), rel=1e-4)
-    # Features of a prediction are computed again if they are lost, and not otherwise.
-    written = (tmp_path / "run" / "metrics.json").read_bytes()
-    (tmp_path / "run" / "features" / "00001.npz").unlink()
-    scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", models=names)
-    assert (tmp_path / "run" / "metrics.json").read_bytes() == written
-    assert (tmp_path / "run" / "features" / "00001.npz").exists()
+    distances = metrics.compute_depth_rmse(features.estimate_depth(depth, images), maps[:, :1])
+    assert summary["overall"]["depth_rmse"]["mean"] == pytest.approx(distances.mean().item(), rel=1e-4)
 
 
 def test_mean_iou_is_that_of_all_pixels_together(models, tmp_path):
     source = make_translation_data(tmp_path / "segmentation", num_samples=2, classes=(0, 3, 6, 255))
-    benchmark = prepare_benchmark("segmentation", tmp_path / "data", str(source), allow_partial=True, resolution=32)
-    runs.generate(benchmark, Recorder(), tmp_path / "run")
-    scorer = scorers.SegmentationScorer(models / "segmentation")
+    benchmark = Benchmark("segmentation", source, allow_partial=True, resolution=32)
+    generate(benchmark, Recorder(), tmp_path / "run")
+    network = load_network("segmentation", models / "segmentation")
     hits, pixels_of = np.zeros(7), np.zeros(7)
-    for sample in (benchmark[index] for index in range(2)):
+    for sample in benchmark.read():
         flipped = np.array(sample.source_image)[:, ::-1].copy()
-        found = scorer.segment(torch.from_numpy(flipped).permute(2, 0, 1)[None] / 255)[0].numpy()
+        found = features.segment(network, torch.from_numpy(flipped).permute(2, 0, 1)[None] / 255)[0].numpy()
         labels = np.array(sample.labels)
         found, labels = found[labels != 255], labels[labels != 255]
         for label in range(7):
             hits[label] += ((found == label) & (labels == label)).sum()
             pixels_of[label] += ((found == label) | (labels == label)).sum()
     arguments = {"metrics": ["mean_iou"], "models": {"segmentation": str(models / "segmentation")}}
-    summary = scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", **arguments)
+    summary = score(benchmark, tmp_path / "run" / "images", tmp_path / "run", **arguments)
     expected = (hits / np.maximum(pixels_of, 1))[pixels_of > 0].mean()
     assert 0 < expected < 1
     assert summary["overall"]["mean_iou"]["mean"] == pytest.approx(expected)
@@ -504,18 +453,45 @@ def test_mean_iou_is_that_of_all_pixels_together(models, tmp_path):
 
 def test_magicbrush_and_edges_have_their_metrics(models, tmp_path):
     folder = make_magicbrush_folder(tmp_path / "magicbrush")
-    benchmark = prepare_benchmark("magicbrush", tmp_path / "magic", str(folder), allow_partial=True)
-    runs.generate(benchmark, build_system("copy-source"), tmp_path / "run")
+    benchmark = Benchmark("magicbrush", folder, allow_partial=True)
+    generate(benchmark, build_system("copy-source"), tmp_path / "run")
     names = {"clip": str(models / "clip"), "dino": str(models / "structure")}
-    summary = scoring.score_predictions(benchmark, tmp_path / "run" / "images", tmp_path / "run", models=names)
+    summary = score(benchmark, tmp_path / "run" / "images", tmp_path / "run", models=names)
     assert list(summary["overall"]) == ["l1", "l2", "clip_i", "dino", "clip_t"]
     assert all(figure["n"] == 3 and math.isfinite(figure["mean"]) for figure in summary["overall"].values())
     source = make_translation_data(tmp_path / "depth")
-    benchmark = prepare_benchmark("canny", tmp_path / "canny", str(source), allow_partial=True, resolution=32)
+    benchmark = Benchmark("canny", source, allow_partial=True, resolution=32)
     truth = tmp_path / "truth"
     truth.mkdir()
-    for index in range(3):
-        benchmark[index].target_image.save(truth / f"{benchmark.ids[index]}.png")
-    summary = scoring.score_predictions(benchmark, truth, tmp_path / "edges", metrics=["edge_f1", "edge_psnr"])
+    for sample in benchmark.read():
+        sample.target_image.save(truth / f"{sample.id}.png")
+    summary = score(benchmark, truth, tmp_path / "edges", metrics=["edge_f1", "edge_psnr"])
     # The truth has exactly the edges that were asked for.
     assert (summary["overall"]["edge_f1"]["mean"], summary["overall"]["edge_psnr"]["mean"]) == (1, math.inf)
+
+
+def test_stickers_are_compared_with_the_truth_as_the_vq_model_brings_it(models, sticker_source):
+    edit, *_, translation = Benchmark("sticker-edits", sticker_source).read()
+    networks = {"vq": load_network("vq", models / "editar")}
+    found = Pair(edit.source_image, edit, PROTOCOLS["editar"]).score_stickers(networks)
+    pipeline = build_pipeline(grid_size=8)
+    through = pipeline.decode_image_tokens(pipeline.encode_image(edit.target_image))[0]
+    places = np.argwhere(np.ones((32, 32)))
+    distances = np.linalg.norm(places[:, None] - np.argwhere(np.asarray(edit.mask)), axis=-1).min(1)
+    kept = distances.reshape(32, 32) > 4
+    error = (np.asarray(through).astype(int) - np.asarray(edit.target_image))[kept] ** 2
+    assert found["outside_psnr_ceiling"] == pytest.approx(10 * np.log10(255**2 / error.mean()))
+    assert "outside" not in Pair(edit.source_image, translation, PROTOCOLS["editar"]).score_stickers(networks)
+
+
+def test_stickers_without_a_vq_model_or_with_one_of_another_size_are_refused(models, sticker_source, tmp_path):
+    benchmark = Benchmark("sticker-edits", sticker_source)
+    generate(benchmark, build_system("copy-source"), tmp_path)
+    with pytest.raises(ValueError, match="`vq_model` is missing; pass the pipeline whose VQ model"):
+        score(benchmark, tmp_path / "images", tmp_path)
+    with pytest.raises(ValueError, match="`vq_model` is '/no/where': there is no such folder"):
+        score(benchmark, tmp_path / "images", tmp_path, models={"vq": "/no/where"})
+    large = Benchmark("sticker-edits", make_sticker_data(tmp_path / "large", resolution=48))
+    generate(large, build_system("copy-source"), tmp_path / "run")
+    with pytest.raises(ValueError, match="`vq_model` works at 32×32 pixels"):
+        score(large, tmp_path / "run" / "images", tmp_path / "run", models={"vq": str(models / "editar")})

@@ -1,6 +1,8 @@
 """The systems that are compared: each gives what its own pipeline gives, seed by seed, at the size of the source."""
 
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +16,21 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
+from evaluation_data import evaluate, make_picture_folder
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from tiny import build_pipeline, draw_image, redraw_weights
 from tiny_metrics import build_clip
 from transformers import CLIPTextModel
 
-from editar_hf.evaluation.samples import Sample
-from editar_hf.evaluation.systems import EditAR, build_system
+from editar_hf.evaluation.benchmarks import Benchmark, Sample
+from editar_hf.evaluation.report import write_report
+from editar_hf.evaluation.run import derive_seed
+from editar_hf.evaluation.systems import build_system, editar
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer")
+BASELINES = Path(__file__).parents[1] / "examples" / "baselines"
 PROMPT = "make the red circle blue"
 BLOCKS = {"block_out_channels": (8, 16), "norm_num_groups": 4}
 UNET = {
@@ -66,6 +72,18 @@ def build_stable_diffusion(in_channels):
     }
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """A function that runs a script of examples/baselines in this process."""
+
+    def run_here(script, words, **options):
+        words = [*words, *(word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value))]
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        runpy.run_path(str(BASELINES / script), run_name="__main__")
+
+    return run_here
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -80,9 +98,7 @@ def models(tmp_path_factory):
 
 
 def edit(name, samples, seeds=(5, 6), **options):
-    system = build_system(name, **options)
-    system.load()
-    return system.edit(samples, list(seeds))
+    return build_system(name, **options).load()(samples, list(seeds))
 
 
 def make_generators(seeds=(5, 6)):
@@ -168,27 +184,77 @@ def test_vq_reconstruction_is_what_the_tokenizer_makes_of_source_or_target(model
         assert are_equal(edit("vq-reconstruction", samples, model=models / "editar", reconstruct=name), expected)
 
 
-def test_instruct_pix2pix_edits_as_diffusers_does(models):
-    samples = build_samples()
+@pytest.fixture
+def folder_benchmark(tmp_path):
+    """Words that name a benchmark of three images of 20 pixels, and its samples."""
+    source = make_picture_folder(tmp_path / "pictures", side=20)
+    return ["--benchmark", "folder", "--source", source], list(Benchmark("folder", source).read())
+
+
+def read_predictions(folder, samples):
+    return [np.asarray(Image.open(folder / "images" / f"{sample.id}.png")) for sample in samples]
+
+
+def edit_one_by_one(pipeline, samples, **options):
+    """Edit samples with a pipeline of diffusers, with the seeds of a run, at the sources' size."""
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for sample in samples:
+        (generator,) = make_generators([derive_seed(0, sample.id)])
+        (image,) = pipeline(sample.prompt, image=sample.source_image, generator=generator, **options).images
+        images.append(image.resize(sample.source_image.size, Image.Resampling.LANCZOS))
+    return images
+
+
+def test_instruct_pix2pix_edits_as_diffusers_does(models, folder_benchmark, run_here, tmp_path):
+    words, samples = folder_benchmark
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "image_guidance_scale": 1.2}
-    edited = edit("instruct-pix2pix", samples, model=models / "instruct", **options)
+    run_here("instruct_pix2pix.py", words, model=models / "instruct", output_dir=tmp_path / "run", **options)
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(models / "instruct")
-    pipeline.set_progress_bar_config(disable=True)
-    images, prompts = [sample.source_image for sample in samples], [sample.prompt for sample in samples]
-    assert are_equal(edited, pipeline(prompts, image=images, generator=make_generators(), **options).images)
-    assert not are_equal(edited, edit("instruct-pix2pix", samples, (1, 2), model=models / "instruct", **options))
+    assert are_equal(read_predictions(tmp_path / "run", samples), edit_one_by_one(pipeline, samples, **options))
+    assert evaluate("score", *words, "--metrics", "l1", "--output-dir", tmp_path / "run") == 0
+    page = write_report([tmp_path / "run"], tmp_path / "run").read_text()
+    assert f"* run: instruct-pix2pix {models / 'instruct'} (dtype float32, num_inference_steps 2" in page
 
 
-def test_controlnet_draws_as_diffusers_does_and_at_the_sources_size(models):
-    samples = build_samples(side=20, task="canny")
+def test_controlnet_draws_as_diffusers_does(models, folder_benchmark, run_here, tmp_path):
+    words, samples = folder_benchmark
     options = {"num_inference_steps": 2, "guidance_scale": 3.0}
-    drawn = edit("controlnet", samples, model=models / "diffusion", controlnet=models / "controlnet", **options)
+    paths = {"model": models / "diffusion", "controlnet": models / "controlnet", "output_dir": tmp_path / "run"}
+    run_here("controlnet.py", words, **paths, **options)
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(models / "diffusion")
-    pipeline.set_progress_bar_config(disable=True)
-    images, prompts = [sample.source_image for sample in samples], [sample.prompt for sample in samples]
-    expected = pipeline(prompts, image=images, generator=make_generators(), **options).images
-    expected = [image.resize((20, 20), Image.Resampling.LANCZOS) for image in expected]
-    assert are_equal(drawn, expected)
+    assert are_equal(read_predictions(tmp_path / "run", samples), edit_one_by_one(pipeline, samples, **options))
+
+
+def test_any_editor_of_diffusers_edits_by_its_id(models, folder_benchmark, run_here, tmp_path, monkeypatch):
+    words, samples = folder_benchmark
+    call = StableDiffusionInstructPix2PixPipeline.__call__
+    quick = lambda self, **kwargs: call(self, num_inference_steps=1, **kwargs)  # noqa: E731
+    monkeypatch.setattr(StableDiffusionInstructPix2PixPipeline, "__call__", quick)
+    run_here("diffusers_editor.py", words, model=models / "instruct", output_dir=tmp_path / "run")
+    monkeypatch.undo()
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(models / "instruct")
+    expected = edit_one_by_one(pipeline, samples, num_inference_steps=1)
+    assert are_equal(read_predictions(tmp_path / "run", samples), expected)
+
+
+def test_any_system_edits_by_its_own_command_line(folder_benchmark, tmp_path):
+    words, samples = folder_benchmark
+    script = tmp_path / "my edit.py"
+    script.write_text(
+        "import sys, PIL.Image as I\n"
+        "image, prompt, output, seed = sys.argv[1:]\n"
+        "assert prompt.startswith('make the red circle blue')\n"
+        "I.open(image).point(lambda value: value // 2 + int(seed) % 7).resize((40, 40), I.NEAREST).save(output)\n"
+    )
+    command = f"{sys.executable} '{script}' {{image}} {{prompt}} {{output}} {{seed}}"
+    assert evaluate("generate", *words, "--command", command, "--output-dir", tmp_path / "run") == 0
+    expected = []
+    for sample in samples:
+        shift = derive_seed(0, sample.id) % 7
+        image = Image.fromarray((np.asarray(sample.source_image) // 2 + shift).astype(np.uint8))
+        expected.append(image.resize((40, 40), Image.Resampling.NEAREST).resize((20, 20), Image.Resampling.LANCZOS))
+    assert are_equal(read_predictions(tmp_path / "run", samples), expected)
 
 
 def test_the_description_tells_weights_apart_and_needs_none_loaded(models, tmp_path):
@@ -218,10 +284,9 @@ def test_a_card_makes_no_other_model_and_weights_and_configurations_do(models, t
 
 def test_a_model_that_is_missing_is_called_missing():
     with pytest.raises(ValueError, match="`model` is '/no/where': there is no such folder"):
-        EditAR(model="/no/where").describe()
+        editar(model="/no/where").describe()
     for name, options in {
         "editar": {"model": "/no/where"},
-        "instruct-pix2pix": {"model": "/no/where"},
         "vq-reconstruction": {"model": "/no/where"},
     }.items():
         with pytest.raises(ValueError, match="`model` is '/no/where': there is no such folder"):
@@ -233,11 +298,11 @@ def test_a_model_that_is_missing_is_called_missing():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dance", {}, "`system` is 'dance'; choose one of editar, instruct-pix2pix"),
+        ("dance", {}, "`system` is 'dance'; choose one of editar, copy-source"),
         ("copy-source", {"model": "m"}, "`model` is 'm'; the system copy-source has no such option"),
-        ("editar", {"model": "m", "controlnet": "c"}, "`controlnet` is 'c'; the system editar has no such option"),
-        ("editar", {}, "`model` is missing; the system editar needs it, a folder or Hub id"),
-        ("controlnet", {"model": "m"}, "`controlnet` is missing; the system controlnet needs it"),
+        ("editar", {"model": "m", "reconstruct": "c"}, "`reconstruct` is 'c'; the system editar has no such option"),
+        ("editar", {}, "`model` is missing; the system editar needs it"),
+        ("command", {"command": "edit"}, "`command` is 'edit'; it must hold {image} and {output}"),
         ("editar", {"model": "m", "dtype": "int8"}, "`dtype` is 'int8'; choose one of float32"),
         ("editar", {"model": "m", "quantize": "ceil"}, "`quantize` is 'ceil'; choose round or truncate"),
         ("vq-reconstruction", {"model": "m", "reconstruct": "mask"}, "`reconstruct` is 'mask'"),

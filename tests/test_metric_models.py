@@ -1,5 +1,6 @@
 """LPIPS and FID's Inception: published files in, the figures of independent implementations out."""
 
+import shutil
 from pathlib import Path
 
 import plain_metric_models as plain
@@ -9,9 +10,7 @@ import torchmetrics
 from tiny import redraw_weights
 from tiny_metrics import build_inception, build_lpips
 
-from editar_hf.commands import main
-from editar_hf.evaluation.metric_conversion import convert_fid_inception, convert_lpips
-from editar_hf.evaluation.metric_models import FIDInceptionModel, LPIPSConfig, LPIPSModel
+from editar_hf.evaluation.features import load_network
 
 
 # The one published file that a package brings along: the heads of LPIPS 0.1.
@@ -51,26 +50,28 @@ def inception(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_converted_lpips_agrees_with_a_plain_implementation(backbone, tmp_path):
+def test_lpips_agrees_with_a_plain_implementation(backbone, tmp_path):
     path, weights = backbone
     first, second = draw_pair()
     heads = plain.Weights(seed=1)
     expected = plain.compute_lpips(weights, heads, first, second)
-    torch.save(dict(heads), tmp_path / "heads.pth")
-    assert main(["convert-metric-model", "lpips", *list_lpips(path, tmp_path / "heads.pth", tmp_path / "lpips")]) == 0
-    torch.testing.assert_close(LPIPSModel.from_pretrained(tmp_path / "lpips")(first, second), expected)
+    shutil.copy(path, tmp_path)
+    torch.save(dict(heads), tmp_path / "squeeze.pth")
+    torch.testing.assert_close(load_network("lpips", tmp_path, "cpu").model(first, second), expected)
     assert (expected > 0.1).all()
 
 
 @torch.no_grad()
-def test_published_heads_convert(backbone):
+def test_published_heads_load(backbone, tmp_path):
     path, weights = backbone
     heads = torch.load(PUBLISHED_HEADS, map_location="cpu", weights_only=True)
     published = plain.Weights()
     published.update(heads)
     first, second = draw_pair(1)
     expected = plain.compute_lpips(weights, published, first, second)
-    torch.testing.assert_close(convert_lpips(path, PUBLISHED_HEADS)(first, second), expected)
+    for file in (path, PUBLISHED_HEADS):
+        shutil.copy(file, tmp_path)
+    torch.testing.assert_close(load_network("lpips", tmp_path, "cpu").model(first, second), expected)
 
 
 @torch.no_grad()
@@ -85,21 +86,15 @@ def test_lpips_weighs_every_place_alike_by_default_and_none_of_weight_zero():
     assert (model(changed, first, right) > 3 * model(changed, first)).all()
 
 
-def list_lpips(backbone, heads, output_dir):
-    return ["--backbone", str(backbone), "--heads", str(heads), "--output-dir", str(output_dir)]
-
-
 # Inception
 
 
 @torch.no_grad()
-def test_converted_inception_agrees_with_a_plain_implementation(inception, tmp_path):
+def test_inception_agrees_with_a_plain_implementation(inception):
     path, weights = inception
     pixels = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected = plain.compute_inception_features(weights, pixels)
-    arguments = ["fid-inception", "--weights", str(path), "--output-dir", str(tmp_path / "inception")]
-    assert main(["convert-metric-model", *arguments]) == 0
-    features = FIDInceptionModel.from_pretrained(tmp_path / "inception")(pixels)
+    features = load_network("inception", path, "cpu").model(pixels)
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
     assert expected.std() > 0.1
 
@@ -109,8 +104,8 @@ def test_inception_of_torchvision_is_refused(inception, tmp_path):
     weights = torch.load(path, weights_only=True)
     weights["fc.weight"] = weights["fc.weight"][:1000]
     torch.save(weights, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="an Inception of 1000 classes, and FID's has 1008"):
-        convert_fid_inception(tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="an Inception of 1000 classes, but FID's has 1008"):
+        load_network("inception", tmp_path / "other.pth")
 
 
 # Both
@@ -130,26 +125,13 @@ def test_narrow_networks_of_seeded_weights_have_their_golden_values():
     assert [features.mean().item(), features.std().item()] == pytest.approx([0.45990199, 0.59126973], rel=1e-5)
 
 
-def test_narrow_networks_come_back_from_their_folders_as_they_were(tmp_path):
-    for model in (build_lpips(), build_inception()):
-        model.save_pretrained(tmp_path / type(model).__name__)
-        again = type(model).from_pretrained(tmp_path / type(model).__name__)
-        assert again.config.width_divisor == 16
-        assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("width_divisor", [0, 3, 32])
-def test_widths_that_are_no_whole_numbers_are_refused(width_divisor):
-    with pytest.raises(ValueError, match=f"`width_divisor` is {width_divisor}; give a divisor of 16"):
-        LPIPSConfig(width_divisor=width_divisor)
-
-
 def test_missing_and_unknown_weights_are_named(backbone, tmp_path):
     _, weights = backbone
     others = {name: tensor for name, tensor in weights.items() if name != "features.3.squeeze.bias"}
     torch.save({**others, "features.13.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"1 missing \(features.3.squeeze.bias\); 1 unexpected \(features.13.weight\)"):
-        convert_lpips(tmp_path / "other.pth", PUBLISHED_HEADS)
+    shutil.copy(PUBLISHED_HEADS, tmp_path)
+    with pytest.raises(ValueError, match=r'(?s)"features.3.squeeze.bias".*"features.13.weight"'):
+        load_network("lpips", tmp_path)
 
 
 class Code:
@@ -166,12 +148,8 @@ def test_file_that_holds_code_or_no_weights_is_refused(content, tmp_path):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(ValueError, match=r"weights\.pth` (is not a file|does not open safely|holds something else)"):
-        convert_fid_inception(path)
-
-
-def test_folder_that_holds_something_is_refused_before_any_work(tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("mine")
-    assert main(["convert-metric-model", "fid-inception", "--weights", "none", "--output-dir", str(tmp_path)]) == 2
-    assert "already holds something" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(
+        ValueError,
+        match=r"weights\.pth` (is not a file|does not open safely|holds something else)|no such folder or file",
+    ):
+        load_network("inception", path)

@@ -18,7 +18,8 @@ from transformers import (
     ViTModel,
 )
 
-from editar_hf.evaluation.metric_models import FIDInceptionConfig, FIDInceptionModel, LPIPSConfig, LPIPSModel
+from editar_hf.evaluation.inception import FIDInception
+from editar_hf.evaluation.lpips import LPIPS
 
 
 NUM_LABELS = 7
@@ -79,7 +80,7 @@ def build_segmentation_model():
 def build_lpips():
     """Build LPIPS on a narrow SqueezeNet; as in the published one, no head is negative."""
     torch.manual_seed(0)
-    model = LPIPSModel(LPIPSConfig(width_divisor=16)).eval()
+    model = LPIPS(width_divisor=16).eval()
     for head in model.heads:
         head.weight.data.abs_()
     return model
@@ -87,7 +88,7 @@ def build_lpips():
 
 def build_inception():
     """Build FID's Inception, narrow: 128 features. Fresh weights would lose the picture on the way."""
-    model, generator = FIDInceptionModel(FIDInceptionConfig(width_divisor=16)), torch.Generator().manual_seed(0)
+    model, generator = FIDInception(width_divisor=16), torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         draw = torch.randn(tensor.shape, generator=generator)
         if tensor.ndim == 4:
@@ -99,12 +100,21 @@ def build_inception():
     return model.eval()
 
 
+def save_lpips(model, folder):
+    """Save LPIPS as its authors do: the backbone in one file, the heads in another."""
+    folder.mkdir()
+    weights = model.state_dict()
+    heads = {f"lin{k}.model.1.weight": weights.pop(f"heads.{k}.weight") for k in range(len(model.heads))}
+    torch.save(weights, folder / "squeezenet1_1-b8a52dc0.pth")
+    torch.save(heads, folder / "squeeze.pth")
+
+
 def save_models(folder):
     """Save a tiny editor and tiny models that score, each in a folder by its name."""
     build_pipeline(grid_size=8).save_pretrained(folder / "editar")
     build_dino().save_pretrained(folder / "structure")
-    build_lpips().save_pretrained(folder / "lpips")
-    build_inception().save_pretrained(folder / "inception")
+    save_lpips(build_lpips(), folder / "lpips")
+    torch.save(build_inception().state_dict(), folder / "inception")
     builders = {"clip": build_clip, "depth": build_depth_model, "segmentation": build_segmentation_model}
     for name, build in builders.items():
         for part in build():

@@ -19,18 +19,15 @@ STEPS=${STEPS:-1000}
 SCALES=${SCALES:-1 1.5 2 3 4.5 6 7.5}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# The samples are prepared once; all runs are about the same.
+# All runs are about the same samples.
 data() {
-    [ -d "$RUNS/data" ] && return
-    python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/stickers" --resolution 64 --seed 0 \
-        --num_train 0 --num_validation 0 --num_test "$NUM_TEST" --num_workers 1
-    editar-hf evaluate prepare --task sticker-edits --source "$RUNS/stickers" --tokenizer "$MODEL" \
-        --output-dir "$RUNS/data"
+    [ -d "$RUNS/stickers" ] || python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/stickers" \
+        --resolution 64 --seed 0 --num_train 0 --num_validation 0 --num_test "$NUM_TEST" --num_workers 1
 }
 
 evaluate() {  # NAME MODEL SCALE
-    editar-hf evaluate run --data "$RUNS/data" --model "$2" --guidance-scale "$3" --no-do-sample --batch-size 64 \
-        --output-dir "$RUNS/$1"
+    editar-hf evaluate run --benchmark sticker-edits --source "$RUNS/stickers" --model "$2" --vq-model "$MODEL" \
+        --guidance-scale "$3" --no-do-sample --batch-size 64 --output-dir "$RUNS/$1"
 }
 
 # Table and plots, without the contact sheets; how they were made stands under the table.

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import check, convert, convert_metric_model, edit, env, evaluate
+from . import check, convert, edit, env, evaluate
 
 
 # In the order of `editar-hf --help`.
-COMMANDS = (edit, convert, check, evaluate, convert_metric_model, env)
+COMMANDS = (edit, convert, check, evaluate, env)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,86 +1,35 @@
 """Reports: runs beside one another and beside published figures, as a page with tables, plots and contact sheets."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from .files import decode_number, write_file
-from .measures import METRICS
-from .protocols import PROTOCOLS
-from .runs import CONFIG_FILE
-from .scoring import METRICS_FILE
-from .tasks import TASKS
+from PIL import Image, ImageDraw, ImageFont
+
+from .benchmarks import BENCHMARKS, Sample
+from .run import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    decode_number,
+    find_predictions,
+    read_config,
+    read_image,
+    write_text,
+)
+from .table import METRICS, PROTOCOLS
 
 
 REPORT_FILE = "report.md"
 LOSSLESS = (".png", ".bmp")
-PNPINVERSION = "PnPInversion, arXiv 2310.01506"
-EDITAR = "EditAR, arXiv 2501.04699"
-CONTROLNET_PP = "ControlNet++, arXiv 2404.07987"
-NEP = "NEP, arXiv 2508.06044"
-# Beside which protocols the figures of a source stand: that of the paper's own code; of ControlNet++ and NEP are quoted
-# figures that all protocols compute alike (FID, edge F1, mIoU, MagicBrush's), so they stand beside the default one too.
-PROTOCOLS_OF = {
-    PNPINVERSION: ("pnp-2023",),
-    EDITAR: ("editar",),
-    CONTROLNET_PP: ("editar", "controlnet++"),
-    NEP: ("editar",),
-}
-
-
-@dataclass(frozen=True)
-class QuotedRow:
-    """A row of a published table, for comparison.
-
-    Args:
-        name (`str`): The system.
-        task (`str`): The task, a key of `TASKS`.
-        source (`str`): Where it was published.
-        values (dict): Scaled means, as printed.
-    """
-
-    name: str
-    task: str
-    source: str
-    values: dict[str, float]
-
-
-PIE_METRICS = TASKS["pie-bench"].metrics
-EDITAR_PIE_METRICS = ("structure_distance", "psnr_unedited", "lpips_unedited", "clip_whole", "clip_edited")
-
-
-def quote_pie_bench(name: str, source: str, metrics: Sequence[str], *values: float) -> QuotedRow:
-    return QuotedRow(name, "pie-bench", source, dict(zip(metrics, values, strict=True)))
-
-
-# ControlNet++'s tables also have the RMSE of depth: in a variant of its own, which must not stand beside EditAR's.
-QUOTED_ROWS = (
-    quote_pie_bench(
-        "DDIM + Prompt-to-Prompt", PNPINVERSION, PIE_METRICS, 69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44
-    ),
-    quote_pie_bench(
-        "PnP-Inversion + Prompt-to-Prompt", PNPINVERSION, PIE_METRICS, 11.65, 27.22, 54.55, 32.86, 84.76, 25.02, 22.10
-    ),
-    quote_pie_bench("InstructPix2Pix", EDITAR, EDITAR_PIE_METRICS, 107.43, 16.69, 271.33, 23.49, 22.20),
-    quote_pie_bench("MGIE", EDITAR, EDITAR_PIE_METRICS, 67.41, 21.20, 142.25, 24.28, 21.79),
-    quote_pie_bench("EditAR", EDITAR, EDITAR_PIE_METRICS, 39.43, 21.32, 117.15, 24.87, 21.87),
-    QuotedRow("Uni-ControlNet", "canny", CONTROLNET_PP, {"edge_f1": 27.32, "fid": 17.14}),
-    QuotedRow("UniControl", "canny", CONTROLNET_PP, {"edge_f1": 30.82, "fid": 19.94}),
-    QuotedRow("ControlNet", "canny", CONTROLNET_PP, {"edge_f1": 34.65, "fid": 14.73}),
-    QuotedRow("ControlNet++", "canny", CONTROLNET_PP, {"edge_f1": 37.04, "fid": 18.23}),
-    QuotedRow("EditAR", "canny", EDITAR, {"fid": 13.91}),
-    QuotedRow("Uni-ControlNet", "depth", CONTROLNET_PP, {"fid": 20.27}),
-    QuotedRow("UniControl", "depth", CONTROLNET_PP, {"fid": 18.66}),
-    QuotedRow("ControlNet", "depth", CONTROLNET_PP, {"fid": 17.76}),
-    QuotedRow("ControlNet++", "depth", CONTROLNET_PP, {"fid": 16.66}),
-    QuotedRow("EditAR", "depth", EDITAR, {"fid": 15.97}),
-    QuotedRow("ControlNet", "segmentation", CONTROLNET_PP, {"mean_iou": 27.46, "fid": 21.33}),
-    QuotedRow("ControlNet++", "segmentation", CONTROLNET_PP, {"mean_iou": 34.56, "fid": 19.29}),
-    QuotedRow("EditAR", "segmentation", EDITAR, {"fid": 16.13}),
-    QuotedRow("EditAR", "magicbrush", NEP, {"l1": 0.1028, "l2": 0.0285, "clip_i": 0.8679, "dino": 0.8042}),
-    QuotedRow("EditAR", "magicbrush-multi-turn", NEP, {"l1": 0.1341, "l2": 0.0433, "clip_i": 0.8256, "dino": 0.7200}),
-)
+# Rows of published tables with scaled means as printed, and the protocols beside which figures of a source stand: those
+# of the paper's own code. ControlNet++ and NEP are quoted with figures that all protocols compute alike.
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+# In pixels: images of a sheet, the space between them, a line of text.
+SIDE, GAP, LINE = 160, 6, 18
+# How many of the best and of the worst predictions a sheet has.
+NUM_EACH = 4
 
 
 class Run:
@@ -96,25 +45,23 @@ class Run:
             if not (self.folder / name).exists():
                 raise ValueError(f"`runs` has {str(folder)!r}, which has no {name}: score its predictions first.")
         self.name = self.folder.resolve().name
-        self.config, self.metrics = (
-            json.loads((self.folder / name).read_text(encoding="utf-8")) for name in (CONFIG_FILE, METRICS_FILE)
-        )
-        self.system = self.config.get("generation", {}).get("system", {})
-        self.paths = {name: Path(path) for name, path in self.config["paths"].items()}
+        self.metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
+        config = read_config(self.folder)
+        self.generation, self.scoring = config.get("generation", {}), config["scoring"]
+        self.system = self.generation.get("system", {})
 
     @property
-    def task(self) -> str:
-        return self.metrics["task"]
+    def benchmark(self) -> str:
+        return self.metrics["benchmark"]
 
     def get_scaled(self, metric: str, category: str | None = None) -> float:
-        """Get a scaled mean, over all or over a category; NaN where it is undefined."""
+        """Return a scaled mean, over all or over a category; NaN if it is undefined."""
         group = self.metrics["overall"] if category is None else self.metrics["categories"][category]
-        return decode_number(group[metric]["scaled"]) if metric in group else float("nan")
+        return decode_number(group[metric]["scaled"]) if metric in group else math.nan
 
     def list_remarks(self) -> list[str]:
-        """List what keeps the figures from being compared with published ones, or makes them fewer."""
-        metrics, problems = self.metrics, self.metrics["problems"]
-        remarks = []
+        """List what keeps the figures from being compared with published ones, or reduces their number."""
+        metrics, remarks = self.metrics, []
         if self.system.get("use_masks"):
             remarks.append("mask-assisted: it was given the benchmark's masks; not comparable")
         if not metrics["is_complete"]:
@@ -123,16 +70,36 @@ class Run:
             remarks.append(f"{entry['reason']}; not comparable with published figures")
         if metrics["num_scored"] < metrics["num_expected"]:
             remarks.append(f"{metrics['num_scored']} of {metrics['num_expected']} predictions scored")
-        remarks += [f"{kind}: {', '.join(shorten(names))}" for kind, names in problems.items() if names]
+        for kind, names in metrics["problems"].items():
+            if names:
+                more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
+                remarks.append(f"{kind}: {', '.join([*names[:5], *more])}")
         if lossy := [suffix for suffix in metrics["formats"] if suffix not in LOSSLESS]:
             remarks.append(f"predictions are {', '.join(lossy)} files, which change pixels")
         return remarks
 
-    def list_fewer(self) -> list[str]:
-        """List the metrics that are undefined for some of the samples scored, with the number they are of."""
-        overall, num_scored = self.metrics["overall"], self.metrics["num_scored"]
-        fewer = {name: figure["n"] for name, figure in overall.items() if figure["n"] < num_scored}
-        return [f"{METRICS[name].title} of {count}" for name, count in fewer.items()]
+    def describe(self) -> str:
+        """Return one list item: how the run was made, and what to mind about it."""
+        metrics, made, options = self.metrics, "predictions of an unnamed system", ""
+        if self.system:
+            made = f"{self.system['name']} {self.system.get('model', '')}".strip()
+            shown = self.system | {name: self.generation[name] for name in ("seed", "batch_size")}
+            hidden = ("name", "model", "revisions", "use_masks")
+            options = ", ".join(f"{k} {value}" for k, value in shown.items() if k not in hidden and value is not None)
+        fewer = [
+            f"{METRICS[name].title} of {figure['n']}"
+            for name, figure in metrics["overall"].items()
+            if figure["n"] < metrics["num_scored"]
+        ]
+        samples = ", ".join([f"{metrics['num_scored']} samples", *fewer])
+        remarks = "".join(f"; **{remark}**" for remark in self.list_remarks())
+        return f"* {self.name}: {made}{f' ({options})' if options else ''}; {samples}{remarks}"
+
+    def describe_scoring(self) -> str:
+        """Return the versions, the kind of device and the networks that the run was scored with."""
+        versions = ", ".join(f"{package} {version}" for package, version in self.scoring["versions"].items())
+        models = "".join(f"; {name}: {model['id']}" for name, model in self.scoring["models"].items())
+        return f"Scored on {self.scoring['device']} with {versions}{models}."
 
 
 def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
@@ -147,28 +114,21 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
 
     Raises:
         ValueError: If the runs are not scored, not about the same samples, not scored in the same way and by the same
-            models, or a folder is named twice.
+            networks, or a folder is named twice.
     """
-    from .pictures import draw_pictures
-
-    runs = [Run(folder) for folder in folders]
+    runs, output_dir = [Run(folder) for folder in folders], Path(output_dir)
     name_runs(runs)
     check_alike(runs)
-    output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    pictures = draw_pictures(runs, output_dir)
+    images = [draw_category_bars(runs, output_dir), draw_guidance(runs, output_dir)]
+    images += [draw_best_and_worst(run, output_dir) for run in runs]
     page = output_dir / REPORT_FILE
-    text = compose_report(runs, pictures)
-    write_file(page, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(page, compose_report(runs, [image for image in images if image is not None]))
     return page
 
 
 def name_runs(runs: Sequence[Run]) -> None:
-    """Name runs by the last part of their folders, and by as many more as tell them apart.
-
-    Raises:
-        ValueError: If a folder is there twice.
-    """
+    """Name runs by the last part of their folders, and by as many more as tell them apart."""
     parts = [run.folder.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["-".join(part[-length:]) for part in parts]
@@ -181,10 +141,10 @@ def name_runs(runs: Sequence[Run]) -> None:
 
 
 def check_alike(runs: Sequence[Run]) -> None:
-    """Refuse runs about other samples, or scored by another protocol or other models, and say which differ."""
+    """Check that runs are about the same samples and scored by the same protocol and networks."""
     found = {name: {run.name: run.metrics[name] for run in runs} for name in ("fingerprint", "protocol")}
     for run in runs:
-        for name, model in run.config["scoring"]["models"].items():
+        for name, model in run.scoring["models"].items():
             found.setdefault(f"{name} model", {})[run.name] = model["revision"]
     for name, values in found.items():
         if len(set(values.values())) > 1:
@@ -192,36 +152,44 @@ def check_alike(runs: Sequence[Run]) -> None:
             raise ValueError(f"`runs` differ in their {name}: {listed}; compare only like with like.")
 
 
-def compose_report(runs: Sequence[Run], pictures: Iterable[tuple[str, Path]]) -> str:
+# The page
+
+
+def compose_report(runs: Sequence[Run], images: Iterable[tuple[str, Path]]) -> str:
     """Compose the page."""
-    first, protocol = runs[0], PROTOCOLS[runs[0].metrics["protocol"]]
+    first, protocol = runs[0], runs[0].metrics["protocol"]
     names = list(dict.fromkeys(name for run in runs for name in run.metrics["overall"]))
+    scorings = {}
+    for run in runs:
+        scorings.setdefault(run.describe_scoring(), []).append(run.name)
+    if len(scorings) > 1:
+        scorings = [f"* {', '.join(those)}: {how[0].lower()}{how[1:]}" for how, those in scorings.items()]
     parts = [
-        f"# {first.task}",
-        f"{TASKS[first.task].summary}\n\nProtocol `{protocol.name}`: {protocol.description}",
+        f"# {first.benchmark}",
+        f"{BENCHMARKS[first.benchmark].summary}\n\nProtocol `{protocol}`: {PROTOCOLS[protocol]['description']}",
         compose_table("", names, compose_rows(runs, names)),
-        "\n".join(describe_run(run) for run in runs),
-        "\n".join(describe_scorings(runs)),
+        "\n".join(run.describe() for run in runs),
+        "\n".join(scorings),
     ]
     for run in runs:
         categories = run.metrics["categories"]
         if len(categories) > 1:
             rows = [(category, [run.get_scaled(name, category) for name in names]) for category in categories]
             parts.append(f"## {run.name} by category\n\n{compose_table('category', names, rows)}")
-    parts += [f"![{title}]({path.name})" for title, path in pictures]
+    parts += [f"![{title}]({path.name})" for title, path in images]
     return "\n\n".join(parts) + "\n"
 
 
 def compose_rows(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list[float]]]:
-    """List a row for each run, then those quoted that the protocol belongs to, as far as figures here compare."""
+    """List a row for each run, then the published ones that the protocol belongs to, as far as figures compare."""
     rows = [(run.name, [run.get_scaled(name) for name in names]) for run in runs]
-    task, protocol = runs[0].task, runs[0].metrics["protocol"]
     excluded = {name for entry in runs[0].metrics["not_comparable"] for name in entry["metrics"]}
-    for row in QUOTED_ROWS:
-        values = {name: value for name, value in row.values.items() if name in names and name not in excluded}
-        if row.task == task and protocol in PROTOCOLS_OF[row.source] and values:
-            title = f"{row.name} (quoted: {row.source})"
-            rows.append((title, [values.get(name, float("nan")) for name in names]))
+    for row in PUBLISHED["rows"]:
+        values = {name: value for name, value in row["values"].items() if name in names and name not in excluded}
+        belongs = runs[0].metrics["protocol"] in PUBLISHED["protocols"][row["source"]]
+        if row["benchmark"] == runs[0].benchmark and belongs and values:
+            title = f"{row['name']} (quoted: {row['source']})"
+            rows.append((title, [values.get(name, math.nan) for name in names]))
     return rows
 
 
@@ -235,36 +203,146 @@ def compose_table(corner: str, names: Sequence[str], rows: Iterable[tuple[str, S
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def describe_run(run: Run) -> str:
-    """Say in one list item how a run was made, and what to mind about it."""
-    system = {name: value for name, value in run.system.items() if value is not None}
-    elsewhere = ("name", "model", "revisions", "use_masks")
-    drawn = {name: run.config["generation"][name] for name in ("seed", "batch_size")} if system else {}
-    options = ", ".join(f"{name} {value}" for name, value in (system | drawn).items() if name not in elsewhere)
-    made = f"{system['name']} {system.get('model', '')}".strip() if system else "predictions of an unnamed system"
-    remarks = "".join(f"; **{remark}**" for remark in run.list_remarks())
-    samples = ", ".join([f"{run.metrics['num_scored']} samples", *run.list_fewer()])
-    return f"* {run.name}: {made}{f' ({options})' if options else ''}; {samples}{remarks}"
+# Plots
 
 
-def describe_scorings(runs: Sequence[Run]) -> list[str]:
-    """Say how runs were scored, once for those that were scored in the same way."""
-    names = {}
-    for run in runs:
-        names.setdefault(describe_scoring(run), []).append(run.name)
-    if len(names) == 1:
-        return list(names)
-    return [f"* {', '.join(those)}: {how[0].lower()}{how[1:]}" for how, those in names.items()]
+def draw_category_bars(runs: Sequence[Run], output_dir: Path) -> tuple[str, Path] | None:
+    """Draw the first metric of single samples, by category, with a bar for each run; return title and file."""
+    categories, metric = list(runs[0].metrics["categories"]), pick_metric(runs[0])
+    if len(categories) < 2 or metric is None:
+        return None
+    figure, (axis,) = make_axes(1, width=min(1.5 + 0.35 * len(categories) * (1 + len(runs)), 16))
+    width = 0.8 / len(runs)
+    for number, run in enumerate(runs):
+        places = [place + width * (number - (len(runs) - 1) / 2) for place in range(len(categories))]
+        axis.bar(places, [run.get_scaled(metric, category) for category in categories], width, label=run.name)
+    axis.set_xticks(range(len(categories)), categories, rotation=45, ha="right")
+    axis.set_ylabel(METRICS[metric].heading)
+    if len(runs) > 1:
+        axis.legend(ncols=len(runs), loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
+    return f"{METRICS[metric].title} by category", save_figure(figure, output_dir / "categories.png")
 
 
-def describe_scoring(run: Run) -> str:
-    """Say with which versions, on which kind of device and with which models a run was scored."""
-    scoring = run.config["scoring"]
-    versions = ", ".join(f"{package} {version}" for package, version in scoring["versions"].items())
-    models = "".join(f"; {name}: {model['id']}" for name, model in scoring["models"].items())
-    return f"Scored on {scoring['device']} with {versions}{models}."
+def draw_guidance(runs: Sequence[Run], output_dir: Path) -> tuple[str, Path] | None:
+    """Draw the two metrics that guidance trades off, a line for runs that differ only in their guidance scale."""
+    lines = [line for line in group_by_guidance(runs).values() if len(line) > 1]
+    names = [name for name in BENCHMARKS[runs[0].benchmark].trade_off if name in runs[0].metrics["overall"]]
+    if not lines or not names:
+        return None
+    figure, axes = make_axes(len(names), width=6)
+    for axis, name in zip(axes, names, strict=True):
+        for line in lines:
+            scales = [run.system["guidance_scale"] for run in line]
+            label = f"{line[0].name} … {line[-1].name}"
+            axis.plot(scales, [run.get_scaled(name) for run in line], marker="o", label=label)
+        axis.set_ylabel(METRICS[name].heading)
+    axes[-1].set_xlabel("guidance scale")
+    if len(lines) > 1:
+        axes[0].legend()
+    return "Guidance", save_figure(figure, output_dir / "guidance.png")
 
 
-def shorten(names: Sequence[str], most: int = 5) -> list[str]:
-    """Shorten a long list to its first names and how many more there are."""
-    return [*names[:most], f"and {len(names) - most} more"] if len(names) > most else list(names)
+def group_by_guidance(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group runs that are alike except for their guidance scales, each group in the order of these."""
+    groups = {}
+    for run in sorted(runs, key=lambda run: run.system.get("guidance_scale") or 0):
+        if run.system.get("guidance_scale") is not None:
+            others = run.generation | {"system": run.system | {"guidance_scale": None}}
+            groups.setdefault(json.dumps(others, sort_keys=True), []).append(run)
+    return groups
+
+
+def make_axes(count: int, width: float):
+    """Make a figure of plots one above another, drawn without a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 1 + 2.5 * count), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(count, sharex=True, squeeze=False)[:, 0]
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Save a figure, without the version of the library in it."""
+    figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
+    return path
+
+
+def pick_metric(run: Run) -> str | None:
+    """Return the first metric that single samples have."""
+    return next((name for name in run.metrics["overall"] if METRICS[name].reduce is None), None)
+
+
+# Contact sheets
+
+
+def draw_best_and_worst(run: Run, output_dir: Path) -> tuple[str, Path] | None:
+    """Draw a run's best and worst predictions, if its samples and predictions are still there."""
+    source, images = run.scoring["source"], Path(run.scoring["images"])
+    if not images.is_dir() or (Path(source).is_absolute() and not Path(source).exists()):
+        return None
+    lines = (run.folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+    sound = {row["id"]: row["values"] for row in map(json.loads, filter(None, lines)) if "values" in row}
+    metric = pick_metric(run)
+    chosen = choose_samples({name: decode_number(values.get(metric)) for name, values in sound.items()}, metric)
+    paths = find_predictions(chosen, images)
+    samples = BENCHMARKS[run.benchmark].read(source, chosen, **run.scoring["options"])
+    samples = {sample.id: sample for sample in samples if sample.id in paths}
+    rows = []
+    for sample_id, title in chosen.items():
+        if sample_id in samples:
+            value = decode_number(sound[sample_id].get(metric))
+            title += f" {METRICS[metric].format(value * METRICS[metric].factor)}" if metric else ""
+            title += describe_checks(sound[sample_id], metric)
+            rows.append((title, samples[sample_id], read_image(paths[sample_id])))
+    if not rows:
+        return None
+    path = output_dir / f"{run.name}-sheet.png"
+    draw_sheet(rows).save(path, "PNG", optimize=True)
+    heading = f": best and worst by {METRICS[metric].title}" if metric else ""
+    return f"{run.name}{heading}; source, mask, output, target", path
+
+
+def choose_samples(values: dict[str, float], metric: str | None) -> dict[str, str]:
+    """Choose the best and the worst samples, none twice: id → which; the first ones if none has a value."""
+    ranked = [sample_id for sample_id, value in values.items() if not math.isnan(value)]
+    if not ranked:
+        return dict.fromkeys(list(values)[: 2 * NUM_EACH], "")
+    ranked.sort(key=values.get, reverse=METRICS[metric].higher_is_better)
+    best = ranked[:NUM_EACH]
+    worst = ranked[len(best) :][::-1][:NUM_EACH]
+    return dict.fromkeys(best, "best:") | dict.fromkeys(worst, "worst:")
+
+
+def describe_checks(values: dict[str, float | str | None], metric: str | None) -> str:
+    """Return which checks a prediction passed, except for the metric that ranks the predictions."""
+    found = {name: decode_number(value) for name, value in values.items() if METRICS[name].is_share and name != metric}
+    answers = {0: "no", 1: "yes"}
+    return "".join(
+        f", {METRICS[name].title}: {answers.get(value) or METRICS[name].format(value * METRICS[name].factor)}"
+        for name, value in found.items()
+        if not math.isnan(value)
+    )
+
+
+def draw_sheet(rows: Sequence[tuple[str, Sample, Image.Image]]) -> Image.Image:
+    """Lay out source | mask | output | target of each row, with the prompt and the values underneath."""
+    font, width = ImageFont.load_default(size=12), 4 * SIDE + 3 * GAP
+    height = SIDE + 2 * LINE + 2 * GAP
+    sheet = Image.new("RGB", (width, height * len(rows)), "white")
+    for number, (title, sample, prediction) in enumerate(rows):
+        images = (sample.source_image, sample.mask, prediction, sample.target_image)
+        for place, image in enumerate(images):
+            if image is not None:
+                scale = SIDE / max(image.size)
+                size = tuple(max(1, round(side * scale)) for side in image.size)
+                resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+                fitted = image.convert("RGB").resize(size, resampling)
+                sheet.paste(fitted, (place * (SIDE + GAP), number * height))
+        for line, text in enumerate((f"{sample.id} {title}", sample.prompt)):
+            shown = text
+            while font.getlength(shown) > width:
+                shown = shown[:-2] + "…"
+            position = (0, number * height + SIDE + GAP + line * LINE)
+            ImageDraw.Draw(sheet).text(position, shown, "black", font)
+    return sheet

@@ -1,247 +1,52 @@
-"""The systems that are compared: EditAR, diffusers' editors, and two floors, behind one interface.
+"""The systems that are compared: EditAR, any command line, and two floors.
 
-A system is a dataclass whose fields are its options. `describe()` says all that its results depend on, before anything
-is loaded; `load()` loads it; `edit(samples, seeds)` makes a picture for each sample, of the size of its source.
+`SYSTEMS` maps names to functions that build a `System` from its options. Systems of diffusers are scripts in
+`examples/baselines/`.
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import MISSING, asdict, dataclass, fields
+import inspect
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from PIL import Image
 
 from ..pipelines.hub import check_folder_or_hub_id
-from .image_metrics import quantize_pixels
-from .models import find_revision
+from .benchmarks import Sample
+from .features import find_revision
 from .processes import get_process
-from .samples import Sample
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class System(ABC):
-    """What every system has.
+class System:
+    """What makes predictions.
 
-    Attributes:
-        name (`str`): What it is called on the command line.
-        model_fields (tuple of `str`): The options that name models, whose revisions are described too.
-        needs (dict): Pictures that every sample must have, by the option that asks for them.
+    Args:
+        name (`str`): Its name in configurations and reports.
+        load (`Callable`): Loads it, and returns a function from samples and their seeds to images of the sizes of their
+            sources.
+        options (`dict`): All that its results depend on.
+        models (tuple of `str`): The options that name folders or Hub ids, whose revisions are recorded too.
+        needs (`dict`): Images that every sample must have, by the option that asks for them.
     """
 
-    name: ClassVar[str]
-    model_fields: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def needs(self) -> dict[str, str]:
-        return {}
+    name: str
+    load: Callable[[], Callable[[list[Sample], list[int]], list[Image.Image]]]
+    options: dict = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+    needs: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> dict:
-        """Say what the results depend on: the options, and the revisions of the models they name."""
-        models = {name: getattr(self, name) for name in self.model_fields}
-        revisions = {name: find_revision(model) for name, model in models.items() if model is not None}
-        return {"name": self.name, **asdict(self), "revisions": revisions}
-
-    def load(self) -> None:  # noqa: B027 (a floor has nothing to load)
-        """Load what `edit` needs onto this process's device."""
-
-    @abstractmethod
-    def edit(self, samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-        """Make the pictures of samples, each with its own seed."""
-
-
-@dataclass
-class CopySource(System):
-    """The floor of every editor: the source, untouched."""
-
-    name: ClassVar[str] = "copy-source"
-
-    def edit(self, samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-        return [sample.source_image for sample in samples]
-
-
-@dataclass
-class VQReconstruction(System):
-    """What EditAR's tokenizer makes of a picture: of the source, a floor; of the true result, a ceiling.
-
-    Args:
-        model (`str`): The pipeline whose tokenizer it is.
-        reconstruct (`str`): `"source"` or `"target"`.
-    """
-
-    name: ClassVar[str] = "vq-reconstruction"
-    model_fields: ClassVar[tuple[str, ...]] = ("model",)
-
-    model: str
-    reconstruct: str = "source"
-
-    def __post_init__(self):
-        if self.reconstruct not in ("source", "target"):
-            raise ValueError(f"`reconstruct` is {self.reconstruct!r}; choose source or target.")
-
-    @property
-    def needs(self) -> dict[str, str]:
-        return {"reconstruct": f"{self.reconstruct}_image"}
-
-    def load(self) -> None:
-        from ..pipelines.pipeline_editar import EditARPipeline
-
-        self.pipeline = EditARPipeline.from_pretrained(self.model, dtype=torch.float32, text_encoder=None)
-        self.pipeline.to(get_process().device)
-
-    def edit(self, samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-        pictures = [getattr(sample, f"{self.reconstruct}_image") for sample in samples]
-        reconstructed = self.pipeline.decode_image_tokens(self.pipeline.encode_image(pictures), output_type="pt")
-        return restore_pictures(self.pipeline, reconstructed, pictures, "round")
-
-
-@dataclass
-class EditAR(System):
-    """EditAR.
-
-    Args:
-        model (`str`): A pipeline's folder or Hub id.
-        lora (`str`, *optional*): Folder or Hub id of an adapter.
-        use_masks (`bool`): Whether it is given the benchmark's own masks. Such a run is no instruction-based editing:
-            reports call it mask-assisted, not comparable.
-        guidance_scale, image_guidance_scale, do_sample, temperature, top_k, top_p (*optional*): As of the pipeline.
-        dtype (`str`): `"float32"`, `"bfloat16"` (published) or `"float16"`.
-        quantize (`str`): `"round"`, or as the reference's arrays, `"truncate"`: how pixels become 8 bits.
-    """
-
-    name: ClassVar[str] = "editar"
-    model_fields: ClassVar[tuple[str, ...]] = ("model", "lora")
-
-    model: str
-    lora: str | None = None
-    use_masks: bool = False
-    guidance_scale: float | None = None
-    image_guidance_scale: float | None = None
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    dtype: str = "float32"
-    quantize: str = "round"
-
-    def __post_init__(self):
-        check_dtype(self.dtype)
-        if self.quantize not in ("round", "truncate"):
-            raise ValueError(f"`quantize` is {self.quantize!r}; choose round or truncate.")
-
-    @property
-    def needs(self) -> dict[str, str]:
-        return {"use_masks": "mask"} if self.use_masks else {}
-
-    def load(self) -> None:
-        from ..pipelines.pipeline_editar import EditARPipeline
-
-        self.pipeline = EditARPipeline.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
-        if self.lora is not None:
-            self.pipeline.load_lora_weights(self.lora)
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.to(get_process().device)
-
-    def edit(self, samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-        sources = [sample.source_image for sample in samples]
-        knobs = ("guidance_scale", "image_guidance_scale", "do_sample", "temperature", "top_k", "top_p")
-        masks = {"mask_image": [sample.mask for sample in samples]} if self.use_masks else {}
-        pixels = self.pipeline(
-            [sample.prompt for sample in samples],
-            image=sources,
-            task=[sample.task for sample in samples],
-            generator=make_generators(seeds),
-            output_type="pt",
-            **{knob: getattr(self, knob) for knob in knobs},
-            **masks,
-        ).images
-        return restore_pictures(self.pipeline, pixels, sources, self.quantize)
-
-
-@dataclass
-class InstructPix2Pix(System):
-    """diffusers' InstructPix2Pix, with its published settings; its safety checker, which blackens, is left out.
-
-    Args:
-        model (`str`): Folder or Hub id.
-        num_inference_steps (`int`), guidance_scale, image_guidance_scale (`float`): As of diffusers' pipeline.
-        dtype (`str`): `"float32"`, `"bfloat16"` or `"float16"`.
-
-    Source: InstructPix2Pix (arXiv 2211.09800), its published settings.
-    """
-
-    name: ClassVar[str] = "instruct-pix2pix"
-    model_fields: ClassVar[tuple[str, ...]] = ("model",)
-
-    model: str = "timbrooks/instruct-pix2pix"
-    num_inference_steps: int = 100
-    guidance_scale: float = 7.5
-    image_guidance_scale: float = 1.5
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        check_dtype(self.dtype)
-
-    def load(self) -> None:
-        from diffusers import StableDiffusionInstructPix2PixPipeline
-
-        self.pipeline = load_diffusers(StableDiffusionInstructPix2PixPipeline, self.model, self.dtype)
-
-    def edit(self, samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-        knobs = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
-        images = self.pipeline(
-            [sample.prompt for sample in samples],
-            image=[sample.source_image for sample in samples],
-            generator=make_generators(seeds),
-            **{knob: getattr(self, knob) for knob in knobs},
-        ).images
-        return resize_pictures(images, samples)
-
-
-@dataclass
-class ControlNet(System):
-    """A ControlNet of diffusers, or of ControlNet++: one for each condition.
-
-    Args:
-        controlnet (`str`): Folder or Hub id of the ControlNet.
-        model (`str`): The Stable Diffusion it belongs to.
-        num_inference_steps (`int`), guidance_scale (`float`): As of diffusers' pipeline.
-        dtype (`str`): `"float32"`, `"bfloat16"` or `"float16"`.
-    """
-
-    name: ClassVar[str] = "controlnet"
-    model_fields: ClassVar[tuple[str, ...]] = ("model", "controlnet")
-
-    controlnet: str
-    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    dtype: str = "float32"
-
-    def __post_init__(self):
-        check_dtype(self.dtype)
-
-    def load(self) -> None:
-        from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
-        controlnet = ControlNetModel.from_pretrained(self.controlnet, dtype=getattr(torch, self.dtype))
-        self.pipeline = load_diffusers(StableDiffusionControlNetPipeline, self.model, self.dtype, controlnet=controlnet)
-
-    def edit(self, samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-        images = self.pipeline(
-            [sample.prompt for sample in samples],
-            image=[sample.source_image for sample in samples],
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            generator=make_generators(seeds),
-        ).images
-        return resize_pictures(images, samples)
-
-
-SYSTEMS = {system.name: system for system in (EditAR, InstructPix2Pix, ControlNet, CopySource, VQReconstruction)}
+        """Return what the results depend on."""
+        revisions = {name: find_revision(model) for name in self.models if (model := self.options[name]) is not None}
+        return {"name": self.name, **self.options, "revisions": revisions}
 
 
 def build_system(name: str, **options) -> System:
@@ -254,46 +59,119 @@ def build_system(name: str, **options) -> System:
     if name not in SYSTEMS:
         raise ValueError(f"`system` is {name!r}; choose one of {', '.join(SYSTEMS)}.")
     given = {option: value for option, value in options.items() if value is not None}
-    known = {field.name: field for field in fields(SYSTEMS[name])}
+    known = inspect.signature(SYSTEMS[name]).parameters
     if unknown := [option for option in given if option not in known]:
         raise ValueError(f"`{unknown[0]}` is {given[unknown[0]]!r}; the system {name} has no such option.")
-    if missing := [option for option, field in known.items() if field.default is MISSING and option not in given]:
-        raise ValueError(f"`{missing[0]}` is missing; the system {name} needs it, a folder or Hub id.")
+    if missing := [
+        option for option in known if known[option].default is inspect.Parameter.empty if option not in given
+    ]:
+        raise ValueError(f"`{missing[0]}` is missing; the system {name} needs it.")
     system = SYSTEMS[name](**given)
-    for option in system.model_fields:
-        if (model := getattr(system, option)) is not None:
-            check_folder_or_hub_id(model, option)
+    for option in system.models:
+        if system.options[option] is not None:
+            check_folder_or_hub_id(system.options[option], option)
     return system
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse a number type that no system runs in."""
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` is {dtype!r}; choose one of {', '.join(DTYPES)}.")
-
-
 def make_generators(seeds: list[int]) -> list[torch.Generator]:
-    """Make a generator for each seed, on the CPU: its draws are the same wherever the system runs."""
+    """Make a generator for each seed, on the CPU, so that its draws are the same on every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def load_diffusers(pipeline_class, model: str | Path, dtype: str, **components):
-    """Load a Stable Diffusion pipeline without its safety checker onto this process's device."""
-    pipeline = pipeline_class.from_pretrained(
-        model,
-        dtype=getattr(torch, dtype),
-        safety_checker=None,
-        requires_safety_checker=False,
-        **components,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(get_process().device)
+def copy_source() -> System:
+    """The floor of every editor: the source, untouched."""
+    return System("copy-source", lambda: lambda samples, seeds: [sample.source_image for sample in samples])
 
 
-def restore_pictures(pipeline, pixels: torch.Tensor, sources: list[Image.Image], quantize: str) -> list[Image.Image]:
-    """Bring an EditAR pipeline's pixels (batch, 3, height, width) in [0, 1] to pictures of their sources' sizes."""
-    steps = (quantize_pixels(pixels.float().cpu(), quantize) * 255).round().to(torch.uint8)
-    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in steps]
+def vq_reconstruction(model: str, reconstruct: str = "source") -> System:
+    """What a pipeline's VQ model makes of an image: of the source, a floor; of the true result, a ceiling."""
+    if reconstruct not in ("source", "target"):
+        raise ValueError(f"`reconstruct` is {reconstruct!r}; choose source or target.")
+
+    def load():
+        from ..pipelines.pipeline_editar import EditARPipeline
+
+        pipeline = EditARPipeline.from_pretrained(model, dtype=torch.float32, text_encoder=None)
+        pipeline.to(get_process().device)
+
+        def edit(samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
+            images = [getattr(sample, f"{reconstruct}_image") for sample in samples]
+            pixels = pipeline.decode_image_tokens(pipeline.encode_image(images), output_type="pt")
+            return restore_images(pipeline, pixels, images, "round")
+
+        return edit
+
+    options = {"model": model, "reconstruct": reconstruct}
+    return System("vq-reconstruction", load, options, ("model",), {"reconstruct": f"{reconstruct}_image"})
+
+
+def editar(
+    model: str,
+    lora: str | None = None,
+    use_masks: bool = False,
+    guidance_scale: float | None = None,
+    image_guidance_scale: float | None = None,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    dtype: str = "float32",
+    quantize: str = "round",
+) -> System:
+    """EditAR.
+
+    Args:
+        model (`str`): A pipeline's folder or Hub id.
+        lora (`str`, *optional*): Folder or Hub id of an adapter.
+        use_masks (`bool`, *optional*, defaults to `False`): Give it the benchmark's own masks. Reports call such a run
+            mask-assisted, not comparable.
+        guidance_scale, image_guidance_scale, do_sample, temperature, top_k, top_p (*optional*): As of the pipeline.
+        dtype (`str`, *optional*, defaults to `"float32"`): `"float32"`, `"bfloat16"` (published) or `"float16"`.
+        quantize (`str`, *optional*, defaults to `"round"`): How pixels become 8 bits: `"round"`, or as the reference's
+            arrays, `"truncate"`.
+    """
+    options = dict(locals())
+    knobs = {
+        name: options[name]
+        for name in ("guidance_scale", "image_guidance_scale", "do_sample", "temperature", "top_k", "top_p")
+    }
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` is {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if quantize not in ("round", "truncate"):
+        raise ValueError(f"`quantize` is {quantize!r}; choose round or truncate.")
+
+    def load():
+        from ..pipelines.pipeline_editar import EditARPipeline
+
+        pipeline = EditARPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+        if lora is not None:
+            pipeline.load_lora_weights(lora)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(get_process().device)
+
+        def edit(samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
+            sources = [sample.source_image for sample in samples]
+            pixels = pipeline(
+                [sample.prompt for sample in samples],
+                image=sources,
+                task=[sample.task for sample in samples],
+                generator=make_generators(seeds),
+                output_type="pt",
+                **knobs,
+                **({"mask_image": [sample.mask for sample in samples]} if use_masks else {}),
+            ).images
+            return restore_images(pipeline, pixels, sources, quantize)
+
+        return edit
+
+    return System("editar", load, options, ("model", "lora"), {"use_masks": "mask"} if use_masks else {})
+
+
+def restore_images(pipeline, pixels: torch.Tensor, sources: list[Image.Image], quantize: str) -> list[Image.Image]:
+    """Turn an EditAR pipeline's pixels (batch, 3, height, width) in [0, 1] into images of their sources' sizes."""
+    steps = pixels.float().cpu().clamp(0, 1) * 255
+    steps = (steps.round() if quantize == "round" else steps.floor()).to(torch.uint8)
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in steps]
     image_processor, (height, width) = pipeline.processor.image_processor, pixels.shape[2:]
     return [
         image_processor.restore(image, source, height, width, image_processor.resize_mode)
@@ -301,10 +179,44 @@ def restore_pictures(pipeline, pixels: torch.Tensor, sources: list[Image.Image],
     ]
 
 
-def resize_pictures(images: list[Image.Image], samples: list[Sample]) -> list[Image.Image]:
-    """Bring pictures of a diffusers pipeline, whose sides are multiples of 8, to their sources' sizes."""
-    sizes = [sample.source_image.size for sample in samples]
-    return [
-        image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
-        for image, size in zip(images, sizes, strict=True)
-    ]
+def command(command: str) -> System:
+    """Any system by its own command line, which is called once for each sample.
+
+    Args:
+        command (`str`): Such as `python edit.py {image} {prompt} {output}`; `{seed}`, `{task}` and `{mask}` may
+            stand in it too. It must write `{output}`, a PNG file; another size than the source's is resized.
+    """
+    if "{output}" not in command or "{image}" not in command:
+        raise ValueError(
+            f"`command` is {command!r}; it must hold {{image}} and {{output}}, such as "
+            "python edit.py {image} {prompt} {output}."
+        )
+
+    def edit_one(sample: Sample, seed: int) -> Image.Image:
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: str(Path(folder) / f"{name}.png") for name in ("image", "mask", "output")}
+            sample.source_image.save(files["image"])
+            if sample.mask is not None:
+                sample.mask.save(files["mask"])
+            words = {"prompt": sample.prompt, "seed": str(seed), "task": sample.task, **files}
+            subprocess.run([word.format_map(words) for word in shlex.split(command)], check=True)
+            with Image.open(files["output"]) as image:
+                return fit(image.convert("RGB"), sample.source_image.size)
+
+    def edit(samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
+        return [edit_one(sample, seed) for sample, seed in zip(samples, seeds, strict=True)]
+
+    return System("command", lambda: edit, {"command": command})
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize an image to a size, if it has another."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+SYSTEMS = {
+    "editar": editar,
+    "copy-source": copy_source,
+    "vq-reconstruction": vq_reconstruction,
+    "command": command,
+}

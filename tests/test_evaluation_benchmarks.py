@@ -1,9 +1,10 @@
-"""Benchmarks as they are published → one folder of samples; what is not as published is refused."""
+"""Benchmarks as they are published → samples; what is not as published is refused."""
 
 import io
 import json
 import re
 import struct
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -21,40 +22,29 @@ from evaluation_data import (
 from kornia.filters import canny
 from pages import ROOT, list_calls
 from PIL import Image
-from tiny import build_pipeline, draw_image
+from tiny import draw_image
 
-import editar_hf.evaluation.tasks as tasks
-from editar_hf.evaluation.protocols import PROTOCOLS
-from editar_hf.evaluation.samples import Benchmark, Sample, write_benchmark
-from editar_hf.evaluation.scoring import get_metric
+from editar_hf.evaluation.benchmarks import BENCHMARKS, Benchmark, Sample, decode_mask
 from editar_hf.evaluation.systems import SYSTEMS
-from editar_hf.evaluation.tasks.pie_bench import decode_mask
+from editar_hf.evaluation.table import METRICS, PROTOCOLS
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def read(name, source, **options):
+    """Check a benchmark, and read its samples."""
+    return list(Benchmark(name, source, allow_partial=True, **options).read())
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "editor"
-    build_pipeline(grid_size=8).save_pretrained(folder)
-    return str(folder)
-
-
-def prepare(tmp_path, name, source, **options):
-    return tasks.prepare_benchmark(name, tmp_path / "data", str(source), allow_partial=True, **options)
+def list_values(samples, name):
+    return [getattr(sample, name) for sample in samples]
 
 
 def to_array(picture):
     return np.asarray(picture).astype(int)
 
 
-def test_every_metric_of_a_task_exists_and_so_do_those_it_trades_off():
-    for task in tasks.TASKS.values():
-        for name in (*task.metrics, *task.trade_off):
-            assert get_metric(name).title
+def test_every_metric_of_a_benchmark_exists_and_so_do_those_it_trades_off():
+    for kind in BENCHMARKS.values():
+        assert {*kind.metrics, *kind.trade_off} <= METRICS.keys()
 
 
 # Of the evaluation sets that EditAR (arXiv 2501.04699) and MagicBrush (arXiv 2306.10012) were measured on.
@@ -73,8 +63,8 @@ def test_a_benchmark_comes_from_where_it_is_published_and_has_as_many_samples(
 ):
     options = {"resolution": 16} if hub_id else {}
     with pytest.raises(ValueError, match=f"`source` has 3 samples; the published benchmark has {count}"):
-        tasks.prepare_benchmark(name, tmp_path / "data", str(make_source(tmp_path / "source")), **options)
-    assert tasks.TASKS[name].default_source == hub_id
+        Benchmark(name, make_source(tmp_path / "source"), **options)
+    assert BENCHMARKS[name].default_source == hub_id
 
 
 # PIE-Bench
@@ -94,15 +84,14 @@ def test_pie_bench_has_its_seven_hundred_samples_and_ten_kinds_in_their_order(tm
         8: ("change background", 80),
         9: ("change style", 80),
     }
-    benchmark = prepare(tmp_path, "pie-bench", make_pie_folder(tmp_path / "pie", num_samples=10))
-    assert benchmark.read_column("category") == [published[type_id][0] for type_id in range(10)]
-    assert benchmark.info["expected"] == dict(published.values())
-    assert sum(benchmark.info["expected"].values()) == 700
+    samples = read("pie-bench", make_pie_folder(tmp_path / "pie", num_samples=10))
+    assert list_values(samples, "category") == [published[type_id][0] for type_id in range(10)]
+    assert BENCHMARKS["pie-bench"].expected == dict(published.values())
+    assert sum(BENCHMARKS["pie-bench"].expected.values()) == 700
 
 
 def test_pie_samples_keep_the_instruction_and_lose_the_brackets(tmp_path):
-    benchmark = prepare(tmp_path, "pie-bench", make_pie_folder(tmp_path / "pie"))
-    sample = benchmark[1]
+    sample = read("pie-bench", make_pie_folder(tmp_path / "pie"))[1]
     assert (sample.id, sample.prompt, sample.target_prompt) == ("000000000001", PROMPT, "a blue circle")
     with Image.open(tmp_path / "pie" / "annotation_images" / "some" / "000000000001.jpg") as picture:
         assert np.array_equal(to_array(sample.source_image), to_array(picture.convert("RGB")))
@@ -141,9 +130,9 @@ def change_entry(folder, **changes):
         ({"editing_instruction": MISSING}, "000000000002 in .* has no editing_instruction"),
         ({"editing_instruction": None}, "`editing_instruction` of 000000000002 in .* is None; it must be text"),
         ({"mask": "0 4"}, "`mask` of 000000000002 in .* is '0 4'; it must be a list"),
-        ({"image_path": "none.jpg"}, r"the picture .*none\.jpg of 000000000002 cannot be read"),
+        ({"image_path": "none.jpg"}, r"the image .*none\.jpg of 000000000002 cannot be read"),
         ({"editing_type_id": "10"}, "`editing_type_id` of 000000000002 is '10'"),
-        ({"image_path": "small.png"}, r"the picture of 000000000002 has \(64, 64\) pixels"),
+        ({"image_path": "small.png"}, r"the image of 000000000002 has \(64, 64\) pixels"),
         ({"editing_instruction": " "}, "`prompt` of 000000000002 is empty"),
     ],
 )
@@ -152,19 +141,17 @@ def test_pie_entries_that_are_not_as_published_are_refused(changes, message, tmp
     draw_image(0, 64, 64).save(folder / "annotation_images" / "small.png")
     change_entry(folder, **changes)
     with pytest.raises(ValueError, match=message):
-        prepare(tmp_path, "pie-bench", folder)
-    assert not (tmp_path / "data").exists()
+        read("pie-bench", folder)
 
 
 def test_a_part_of_a_benchmark_is_refused_unless_it_is_asked_for(tmp_path, capsys):
-    words = ["prepare", "--task", "pie-bench", "--source", make_pie_folder(tmp_path / "pie")]
-    words += ["--output-dir", tmp_path / "data"]
-    assert evaluate(*words) == 2
+    words = ["--benchmark", "pie-bench", "--source", make_pie_folder(tmp_path / "pie")]
+    words += ["--system", "copy-source", "--output-dir", tmp_path / "run"]
+    assert evaluate("generate", *words) == 2
     assert "'random': 1" in capsys.readouterr().err
-    assert not (tmp_path / "data").exists()
-    assert evaluate(*words, "--allow-partial") == 0
-    assert "4 samples of pie-bench, a part of the benchmark" in capsys.readouterr().out
-    assert not Benchmark(tmp_path / "data").info["is_complete"]
+    assert not (tmp_path / "run").exists()
+    assert evaluate("generate", *words, "--allow-partial") == 0
+    assert not json.loads((tmp_path / "run" / "config.json").read_text())["generation"]["data"]["is_complete"]
 
 
 # Depth, canny, segmentation
@@ -172,7 +159,7 @@ def test_a_part_of_a_benchmark_is_refused_unless_it_is_asked_for(tmp_path, capsy
 
 def test_pictures_are_scaled_to_the_shortest_side_and_cropped_in_the_middle(tmp_path):
     source = make_translation_data(tmp_path / "depth")
-    sample = prepare(tmp_path, "depth", source, resolution=20)[0]
+    sample = read("depth", source, resolution=20)[0]
     # 48×40 pixels become 24×20, of which the middle 20 columns stay.
     for name, seed in (("target_image", 0), ("source_image", 1)):
         resized = draw_image(seed, 48, 40).resize((24, 20), Image.Resampling.LANCZOS)
@@ -181,7 +168,7 @@ def test_pictures_are_scaled_to_the_shortest_side_and_cropped_in_the_middle(tmp_
 
 
 def test_canny_sources_are_the_edges_of_the_truth(tmp_path):
-    sample = prepare(tmp_path, "canny", make_translation_data(tmp_path / "depth"), resolution=32)[1]
+    sample = read("canny", make_translation_data(tmp_path / "depth"), resolution=32)[1]
     pixels = torch.from_numpy(to_array(sample.target_image)).permute(2, 0, 1)[None].float() / 255
     edges = canny(pixels, 0.1, 0.2)[1][0, 0].numpy()
     assert np.array_equal(to_array(sample.source_image)[..., 0], edges * 255)
@@ -190,7 +177,7 @@ def test_canny_sources_are_the_edges_of_the_truth(tmp_path):
 
 def test_labels_are_cropped_like_the_picture_and_no_class_is_mixed(tmp_path):
     source = make_translation_data(tmp_path / "segmentation")
-    sample = prepare(tmp_path, "segmentation", source, resolution=20)[2]
+    sample = read("segmentation", source, resolution=20)[2]
     labels = to_array(sample.labels)
     assert set(np.unique(labels)) <= {0, 5, 170, 255}
     original = np.random.default_rng(2).choice([0, 5, 170, 255], size=(40, 48))
@@ -199,8 +186,8 @@ def test_labels_are_cropped_like_the_picture_and_no_class_is_mixed(tmp_path):
 
 def test_the_detailed_prompt_goes_before_the_other_where_there_is_one(tmp_path):
     source = make_translation_data(tmp_path / "segmentation", detailed_prompt="a man in a red coat")
-    benchmark = prepare(tmp_path, "segmentation", source, resolution=20)
-    assert benchmark.read_column("prompt") == ["a man in a red coat", "a red man", "a red man"]
+    benchmark = read("segmentation", source, resolution=20)
+    assert list_values(benchmark, "prompt") == ["a man in a red coat", "a red man", "a red man"]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I", "I;16"])
@@ -213,15 +200,15 @@ def test_the_classes_of_labels_are_their_numbers_in_every_mode_that_has_numbers(
         labels.putpalette(list(range(255, -1, -1)) * 3)
     assert labels.mode == mode
     source = make_translation_data(tmp_path / "segmentation", panoptic_seg_map=labels)
-    assert np.array_equal(to_array(prepare(tmp_path, "segmentation", source, resolution=20)[0].labels), classes)
+    assert np.array_equal(to_array(read("segmentation", source, resolution=20)[0].labels), classes)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1"])
 def test_labels_that_are_no_numbers_of_classes_are_refused(mode, tmp_path):
     labels = Image.fromarray(np.full((40, 48), 5, np.uint8)).convert(mode)
     source = make_translation_data(tmp_path / "segmentation", panoptic_seg_map=labels)
-    with pytest.raises(ValueError, match=f"`panoptic_seg_map` of row 0 has the mode '{mode}'; give a picture whose"):
-        prepare(tmp_path, "segmentation", source, resolution=20)
+    with pytest.raises(ValueError, match=f"`panoptic_seg_map` of row 0 has the mode '{mode}'; pass an image whose"):
+        read("segmentation", source, resolution=20)
 
 
 @pytest.mark.parametrize(("label", "dtype"), [(171, np.uint8), (-1, np.int32), (511, np.uint16)])
@@ -229,14 +216,14 @@ def test_a_class_that_coco_stuff_does_not_have_is_refused(label, dtype, tmp_path
     labels = Image.fromarray(np.full((40, 48), label, dtype))
     source = make_translation_data(tmp_path / "segmentation", panoptic_seg_map=labels)
     with pytest.raises(ValueError, match=rf"`panoptic_seg_map` of row 0 has the classes \[{label}\]"):
-        prepare(tmp_path, "segmentation", source, resolution=20)
+        read("segmentation", source, resolution=20)
 
 
 def test_a_missing_column_is_named(tmp_path):
     (tmp_path / "other").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "other" / "validation-0.parquet")
     with pytest.raises(ValueError, match="lacks control_depth, image; it has text"):
-        prepare(tmp_path, "depth", tmp_path / "other")
+        read("depth", tmp_path / "other")
 
 
 def test_a_table_without_captions_is_refused(tmp_path):
@@ -244,20 +231,20 @@ def test_a_table_without_captions_is_refused(tmp_path):
     (file,) = source.iterdir()
     datasets.Dataset.from_parquet(str(file)).remove_columns("prompt").to_parquet(str(file))
     with pytest.raises(ValueError, match="`prompt` of row 0 is missing; it must be text"):
-        prepare(tmp_path, "segmentation", source, resolution=20)
+        read("segmentation", source, resolution=20)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"text": None}, "`text` of row 0 is None; it must be text"),
-        ({"image": None}, "`image` of row 0 is None; it must be a picture"),
+        ({"image": None}, "`image` of row 0 is None; it must be an image"),
         ({"image": {"bytes": b"no picture", "path": None}}, "row 0 of .* cannot be read"),
     ],
 )
 def test_a_row_that_lacks_something_or_does_not_decode_is_named(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        prepare(tmp_path, "depth", make_translation_data(tmp_path / "depth", **changes), resolution=20)
+        read("depth", make_translation_data(tmp_path / "depth", **changes), resolution=20)
 
 
 @pytest.mark.filterwarnings("ignore:The EXIF block")
@@ -267,7 +254,7 @@ def test_an_image_with_a_damaged_exif_block_is_read_as_it_lies(tmp_path):
     stream = io.BytesIO()
     Image.new("RGB", (48, 40), "red").save(stream, "jpeg", exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
     image = {"bytes": stream.getvalue(), "path": None}
-    benchmark = prepare(tmp_path, "depth", make_translation_data(tmp_path / "depth", image=image), resolution=20)
+    benchmark = read("depth", make_translation_data(tmp_path / "depth", image=image), resolution=20)
     assert len(benchmark) == 3
     assert to_array(benchmark[0].target_image)[10, 10].tolist() == [254, 0, 0]
 
@@ -277,13 +264,13 @@ def test_half_a_parquet_file_is_named(tmp_path):
     (file,) = source.iterdir()
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"validation-.*\.parquet is no whole parquet file"):
-        prepare(tmp_path, "depth", source, resolution=20)
+        read("depth", source, resolution=20)
 
 
 @pytest.mark.parametrize("resolution", [0, -8])
 def test_a_resolution_without_pixels_is_refused(resolution, tmp_path):
     with pytest.raises(ValueError, match=f"`resolution` is {resolution}"):
-        prepare(tmp_path, "depth", make_translation_data(tmp_path / "depth"), resolution=resolution)
+        read("depth", make_translation_data(tmp_path / "depth"), resolution=resolution)
 
 
 # MagicBrush
@@ -291,13 +278,13 @@ def test_a_resolution_without_pixels_is_refused(resolution, tmp_path):
 
 def test_single_turns_start_from_the_truth_and_multi_turns_from_the_turn_before(tmp_path):
     folder = make_magicbrush_folder(tmp_path / "magicbrush")
-    single = prepare(tmp_path, "magicbrush", folder)
-    multi = tasks.prepare_benchmark("magicbrush-multi-turn", tmp_path / "multi", str(folder), allow_partial=True)
-    assert single.ids == multi.ids == ["30-1", "30-2", "139-1"]
-    assert single.read_column("previous") == [None] * 3
-    assert single.read_column("is_scored") == [True] * 3
-    assert multi.read_column("previous") == [None, "30-1", None]
-    assert multi.read_column("is_scored") == [False, True, True]
+    single = read("magicbrush", folder)
+    multi = read("magicbrush-multi-turn", folder)
+    assert list_values(single, "id") == list_values(multi, "id") == ["30-1", "30-2", "139-1"]
+    assert list_values(single, "previous") == [None] * 3
+    assert list_values(single, "is_scored") == [True] * 3
+    assert list_values(multi, "previous") == [None, "30-1", None]
+    assert list_values(multi, "is_scored") == [False, True, True]
     assert np.array_equal(to_array(single[1].source_image), to_array(draw_image(31, 24, 24)))
     assert (single[1].prompt, single[1].category, single[1].target_prompt) == (f"{PROMPT} 2", "turn 2", "a blue circle")
 
@@ -305,7 +292,7 @@ def test_single_turns_start_from_the_truth_and_multi_turns_from_the_turn_before(
 def test_a_source_of_another_size_than_the_truth_is_brought_to_it(tmp_path):
     folder = make_magicbrush_folder(tmp_path / "magicbrush")
     draw_image(3, 30, 20).save(folder / "images" / "30" / "30-input.png")
-    assert prepare(tmp_path, "magicbrush", folder)[0].source_image.size == (24, 24)
+    assert read("magicbrush", folder)[0].source_image.size == (24, 24)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +310,7 @@ def test_magicbrush_entries_that_are_not_as_published_are_refused(name, content,
     folder = make_magicbrush_folder(tmp_path / "magicbrush")
     (folder / f"{name}.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        prepare(tmp_path, "magicbrush", folder)
+        read("magicbrush", folder)
 
 
 @pytest.mark.parametrize(
@@ -341,14 +328,14 @@ def test_json_that_cannot_be_read_is_named_with_file_and_line(name, make_source,
     folder = make_source(tmp_path / "source")
     (folder / file).write_bytes(text)
     with pytest.raises(ValueError, match=re.escape(message.format(folder / file))):
-        prepare(tmp_path, name, folder)
+        read(name, folder)
 
 
 # Folders and stickers
 
 
 def test_a_folder_may_leave_out_all_but_source_and_prompt(tmp_path):
-    benchmark = prepare(tmp_path, "folder", make_picture_folder(tmp_path / "pictures"))
+    benchmark = read("folder", make_picture_folder(tmp_path / "pictures"))
     first, last = benchmark[0], benchmark[2]
     assert (first.id, first.category, first.target_prompt) == ("first", "kind", "a blue circle")
     assert set(np.unique(to_array(first.mask))) == {0, 255}
@@ -360,7 +347,7 @@ def test_a_line_with_an_unknown_name_is_refused(tmp_path):
     with (folder / "metadata.jsonl").open("a") as file:
         file.write('\n{"source_image_file_name": "0-before.png", "prompt": "p", "instruction": "p"}')
     with pytest.raises(ValueError, match=r"line 4 of .* has source_image_file_name, prompt, instruction"):
-        prepare(tmp_path, "folder", folder)
+        read("folder", folder)
 
 
 def change_line(folder, **changes):
@@ -375,7 +362,7 @@ def test_what_should_be_text_and_is_not_is_named(name, value, tmp_path):
     folder = make_picture_folder(tmp_path / "pictures")
     change_line(folder, **{name: value})
     with pytest.raises(ValueError, match=rf"`{name}` of line 2 of .* is {re.escape(repr(value))}; it must be text"):
-        prepare(tmp_path, "folder", folder)
+        read("folder", folder)
 
 
 @pytest.mark.parametrize("value", [MISSING, None])
@@ -383,13 +370,13 @@ def test_a_line_without_its_prompt_is_refused(value, tmp_path):
     folder = make_picture_folder(tmp_path / "pictures")
     change_line(folder, prompt=value)
     with pytest.raises(ValueError, match=r"`prompt` of line 2 of .* is missing; it must be text"):
-        prepare(tmp_path, "folder", folder)
+        read("folder", folder)
 
 
 def test_null_says_no_more_than_a_name_left_out(tmp_path):
     folder = make_picture_folder(tmp_path / "pictures")
     change_line(folder, id=None, category=None, mask_file_name=None)
-    sample = prepare(tmp_path, "folder", folder)[1]
+    sample = read("folder", folder)[1]
     assert (sample.id, sample.category, sample.mask) == ("00002", "all", None)
 
 
@@ -397,21 +384,21 @@ def test_a_line_that_is_a_list_is_refused(tmp_path):
     folder = make_picture_folder(tmp_path / "pictures")
     (folder / "metadata.jsonl").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"line 1 of .* is \[1, 2\]; it must be an object"):
-        prepare(tmp_path, "folder", folder)
+        read("folder", folder)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     folder = make_picture_folder(tmp_path / "pictures")
     file = folder / "metadata.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert len(prepare(tmp_path, "folder", folder)) == 3
+    assert len(read("folder", folder)) == 3
 
 
 def test_a_picture_too_large_to_open_is_named(tmp_path, monkeypatch):
     folder = make_picture_folder(tmp_path / "pictures")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"the picture .*0-before\.png of line 1 of .* cannot be read"):
-        prepare(tmp_path, "folder", folder)
+    with pytest.raises(ValueError, match=r"the image .*0-before\.png of line 1 of .* cannot be read"):
+        read("folder", folder)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -420,7 +407,7 @@ def test_a_mask_that_marks_the_edit_with_a_small_number_is_refused(dtype, tmp_pa
     white = 1 if dtype is np.uint8 else 255
     Image.fromarray(np.eye(16, dtype=dtype) * dtype(white)).save(folder / "1-mask.png")
     with pytest.raises(ValueError, match="`mask` of 00002 has no pixel above 1"):
-        prepare(tmp_path, "folder", folder)
+        read("folder", folder)
 
 
 @pytest.mark.filterwarnings("ignore:`mask_image` is 8×8 pixels and its image 16×16; it was resized")
@@ -431,59 +418,48 @@ def test_masks_of_a_folder_are_read_as_the_pipeline_reads_them(tmp_path):
     strokes.save(folder / "1-mask.png")
     expected = np.zeros((16, 16), dtype=np.uint8)
     expected[8:12, 4:8] = 255
-    assert np.array_equal(to_array(prepare(tmp_path, "folder", folder)[1].mask), expected)
+    assert np.array_equal(to_array(read("folder", folder)[1].mask), expected)
 
 
 def test_a_mask_of_other_proportions_or_of_another_convention_is_refused(tmp_path):
     folder = make_picture_folder(tmp_path / "pictures")
     Image.new("L", (16, 4)).save(folder / "1-mask.png")
     with pytest.raises(ValueError, match=r"1-mask\.png of line 2 of .* of other proportions"):
-        prepare(tmp_path, "folder", folder)
+        read("folder", folder)
     mask = Image.new("RGBA", (16, 16), (90, 120, 60, 255))
     mask.paste((0, 0, 0, 0), (2, 4, 4, 6))
     mask.save(folder / "1-mask.png")
     with pytest.raises(ValueError, match=r"1-mask\.png of line 2 .* has transparency"):
-        prepare(tmp_path, "folder", folder)
+        read("folder", folder)
 
 
 def test_a_mask_may_be_empty(tmp_path):
     folder = make_picture_folder(tmp_path / "pictures")
     Image.new("L", (16, 16)).save(folder / "1-mask.png")
-    assert not to_array(prepare(tmp_path, "folder", folder)[1].mask).any()
+    assert not to_array(read("folder", folder)[1].mask).any()
 
 
-def test_stickers_carry_what_their_scoring_needs(model, tmp_path):
-    source = make_sticker_data(tmp_path / "stickers")
-    benchmark = prepare(tmp_path, "sticker-edits", source, tokenizer=model)
-    assert benchmark.read_column("category") == [
+def test_stickers_have_their_operations_as_categories(tmp_path):
+    samples = read("sticker-edits", make_sticker_data(tmp_path / "stickers"))
+    assert list_values(samples, "category") == [
         *("recolour", "reshape", "remove", "add", "move", "canny", "depth", "segmentation")
     ]
-    edit, translation = benchmark[0], benchmark[7]
-    pipeline = build_pipeline(grid_size=8)
-    through = pipeline.decode_image_tokens(pipeline.encode_image(edit.target_image))[0]
-    places = np.argwhere(np.ones((32, 32)))
-    distances = np.linalg.norm(places[:, None] - np.argwhere(to_array(edit.mask)), axis=-1).min(1)
-    kept = distances.reshape(32, 32) > 4
-    error = ((to_array(through) - to_array(edit.target_image))[kept] ** 2).mean()
-    assert edit.details["outside_psnr_ceiling"] == pytest.approx(10 * np.log10(255**2 / error))
-    assert (edit.details["token_size"], translation.details["outside_psnr_ceiling"]) == (4, None)
-
-
-def test_stickers_without_a_tokenizer_or_with_one_of_another_size_are_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="`tokenizer` is missing"):
-        prepare(tmp_path, "sticker-edits", make_sticker_data(tmp_path / "stickers"))
-    with pytest.raises(ValueError, match="`tokenizer` '/no/where' does not load"):
-        prepare(tmp_path, "sticker-edits", tmp_path / "stickers", tokenizer="/no/where")
-    with pytest.raises(ValueError, match="`tokenizer` works at 32×32 pixels"):
-        prepare(tmp_path, "sticker-edits", make_sticker_data(tmp_path / "large", resolution=48), tokenizer=model)
+    assert all("operation" in sample.details for sample in samples)
 
 
 # What every benchmark must be
 
 
-def write(tmp_path, *samples):
-    write_benchmark(samples, tmp_path / "data", "folder", "here")
-    return Benchmark(tmp_path / "data")
+@pytest.fixture
+def open_samples(monkeypatch):
+    """A function from samples to a benchmark that reads them."""
+
+    def open_samples(*samples):
+        kind = BENCHMARKS["folder"]
+        monkeypatch.setitem(BENCHMARKS, "folder", replace(kind, read=lambda source, wanted=None: iter(samples)))
+        return Benchmark("folder", "here")
+
+    return open_samples
 
 
 @pytest.mark.parametrize(
@@ -498,83 +474,60 @@ def write(tmp_path, *samples):
         ({"target_image": Image.new("RGB", (8, 9))}, r"`source_image` of two has \(16, 16\) pixels"),
     ],
 )
-def test_samples_that_could_not_be_scored_are_refused(changes, message, tmp_path):
+def test_samples_that_could_not_be_scored_are_refused(changes, message, open_samples):
     samples = [Sample(id=name, prompt="p", source_image=draw_image(0)) for name in ("one", "two")]
     for name, value in changes.items():
         setattr(samples[1], name, value)
     with pytest.raises(ValueError, match=message):
-        write(tmp_path, *samples)
-    assert not list(tmp_path.iterdir())
+        open_samples(*samples)
 
 
-def test_samples_come_back_as_they_were(tmp_path):
-    mask = draw_image(2).convert("L")
-    sample = Sample("one", "p", draw_image(0), "canny", "kind", draw_image(1), mask, mask, "q", None, False, {"a": 1})
-    read = write(tmp_path, sample)[0]
-    for name, value in vars(sample).items():
-        found = getattr(read, name)
-        assert np.array_equal(to_array(found), to_array(value)) if isinstance(value, Image.Image) else found == value
-        assert not isinstance(value, Image.Image) or found.mode == value.mode
-
-
-def test_the_fingerprint_tells_one_changed_pixel_and_one_changed_word(tmp_path):
+def test_the_fingerprint_tells_one_changed_pixel_and_one_changed_word(open_samples):
     fingerprints = set()
-    for number, (seed, prompt) in enumerate([(0, "p"), (1, "p"), (0, "q"), (0, "p")]):
+    for seed, prompt in [(0, "p"), (1, "p"), (0, "q"), (0, "p")]:
         picture = draw_image(0)
         if seed:
             picture.putpixel((3, 3), (1, 2, 3))
-        write_benchmark([Sample("one", prompt, picture)], tmp_path / str(number), "folder", "here")
-        fingerprints.add(Benchmark(tmp_path / str(number)).info["fingerprint"])
+        fingerprints.add(open_samples(Sample("one", prompt, picture)).info["fingerprint"])
     assert len(fingerprints) == 3
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "dance"], "`task` is 'dance'; choose one of pie-bench"),
+        (["--task", "dance"], "`benchmark` is 'dance'; choose one of pie-bench"),
         (["--task", "pie-bench"], "`source` is missing"),
         (["--task", "pie-bench", "--source", "nowhere"], "`source` 'nowhere' has no mapping_file.json"),
         (["--task", "folder", "--source", "nowhere"], "`source` 'nowhere' has no metadata.jsonl"),
         (["--task", "depth", "--source", "./nowhere"], "`source` is './nowhere': there is no such folder"),
         (["--task", "magicbrush", "--source", "nowhere"], "`source` 'nowhere' has no edit_sessions.json"),
-        (["--task", "folder", "--source", "x", "--resolution", "32"], "the task folder has no such option"),
+        (["--task", "folder", "--source", "x", "--resolution", "32"], "the benchmark folder has no such option"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused_with_the_reason(words, message, tmp_path, capsys):
-    assert evaluate("prepare", *words, "--output-dir", tmp_path / "data") == 2
+def test_what_cannot_be_read_is_refused_with_the_reason(words, message, tmp_path, capsys):
+    assert evaluate("generate", "--system", "copy-source", *words, "--output-dir", tmp_path / "run") == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_is_there_is_not_written_over(tmp_path):
-    (tmp_path / "data").mkdir()
-    with pytest.raises(ValueError, match=r"`output_dir` .* exists"):
-        prepare(tmp_path, "folder", make_picture_folder(tmp_path / "pictures"))
-
-
-@pytest.mark.parametrize(
-    ("name", "make_source"),
-    [
-        ("pie-bench", make_pie_folder),
-        ("depth", make_translation_data),
-        ("magicbrush", make_magicbrush_folder),
-        ("folder", make_picture_folder),
-    ],
-)
-def test_preparing_shows_how_many_are_done_the_rate_and_the_time_left(name, make_source, tmp_path, capsys):
-    # What pytest captures is no terminal, as a job's log is none.
-    benchmark = prepare(tmp_path, name, make_source(tmp_path / "source"))
-    assert re.search(rf"preparing: +0%.* 0/{len(benchmark)} \[00:00<\?", progress := capsys.readouterr().err)
-    assert re.search(rf"preparing: 100%.* {len(benchmark)}/{len(benchmark)} \[\d\d:\d\d<00:00, .*picture/s\]", progress)
+def test_only_samples_that_are_wanted_are_decoded(tmp_path):
+    for name, make_source in {
+        "pie-bench": make_pie_folder,
+        "depth": make_translation_data,
+        "magicbrush": make_magicbrush_folder,
+        "folder": make_picture_folder,
+    }.items():
+        benchmark = Benchmark(name, make_source(tmp_path / name), allow_partial=True)
+        assert [sample.id for sample in benchmark.read({benchmark.ids[1]})] == benchmark.ids[1:2]
 
 
 # The page that users read
 
 
-def test_the_evaluation_page_names_every_task_and_system_and_uses_every_step(tmp_path):
+def test_the_evaluation_page_names_every_benchmark_and_system_and_uses_every_step(tmp_path):
     page = (ROOT / "docs" / "evaluate.md").read_text()
-    assert not [name for name in (*tasks.TASKS, *SYSTEMS, *PROTOCOLS) if f"`{name}`" not in page]
+    assert not [name for name in (*BENCHMARKS, *SYSTEMS, *PROTOCOLS) if f"`{name}`" not in page]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     calls = list_calls("docs/evaluate.md", tmp_path)
     steps = {words[2] for words in calls if words[:2] == ["editar-hf", "evaluate"]}
-    assert steps == {"prepare", "generate", "score", "report", "run"}
+    assert steps == {"generate", "score", "report", "run"}

@@ -1,4 +1,4 @@
-"""Metrics that ask a network: each step of the published evaluation written out beside the scorer."""
+"""What networks see in images: each step of the published evaluation written out beside the function."""
 
 import numpy as np
 import pytest
@@ -15,22 +15,25 @@ from tiny_metrics import (
     build_inception,
     build_lpips,
     build_segmentation_model,
+    save_lpips,
 )
 from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation, MaskFormerImageProcessorPil, ResNetConfig
 
-from editar_hf.evaluation.image_metrics import compute_cosine_similarity, compute_structure_distance
-from editar_hf.evaluation.map_metrics import compute_confusion_matrix, compute_depth_rmse
-from editar_hf.evaluation.scorers import (
-    CLIPScorer,
-    DepthScorer,
-    DINOScorer,
-    InceptionScorer,
-    LPIPSScorer,
-    SegmentationScorer,
-    StructureScorer,
+from editar_hf.evaluation.features import (
+    DEFAULT_MODELS,
+    Network,
+    compute_clip_score,
+    compute_lpips,
     compute_size,
-    resize_for_inception,
+    encode_class_tokens,
+    encode_images,
+    encode_inception,
+    encode_keys,
+    estimate_depth,
+    load_network,
+    segment,
 )
+from editar_hf.evaluation.metrics import compute_cosine_similarity, compute_structure_distance
 
 
 PROMPTS = ["a red barn", "two cats"]
@@ -72,6 +75,11 @@ OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 # CLIP
 
 
+def build_clip_network():
+    model, processor = build_clip()
+    return Network(model, processor.image_processor, processor.tokenizer)
+
+
 @torch.no_grad()
 def test_clip_score_is_a_hundred_cosines_of_the_picture_as_clip_sees_it(images, photographs):
     model, processor = build_clip()
@@ -81,30 +89,32 @@ def test_clip_score_is_a_hundred_cosines_of_the_picture_as_clip_sees_it(images, 
         image = model.get_image_features(normalise(np.asarray(picture), *OPENAI)).pooler_output[0]
         text = model.get_text_features(**processor.tokenizer([prompt], return_tensors="pt")).pooler_output[0]
         expected.append(max(100 * (image @ text / image.norm() / text.norm()).item(), 0))
-    scores = CLIPScorer(model, processor=processor)(images, PROMPTS)
+    scores = compute_clip_score(Network(model, processor.image_processor, processor.tokenizer), images, PROMPTS)
     assert scores.tolist() == pytest.approx(expected, abs=1e-3)
     assert len(set(scores.tolist()) - {0.0}) == 2
 
 
 def test_clip_score_under_a_mask_is_that_of_the_picture_black_outside(images, mask):
-    scorer = CLIPScorer(build_clip()[0], processor=build_clip()[1])
-    score = scorer(images, PROMPTS, mask)
-    assert score[0] == scorer(images * mask, PROMPTS)[0]
-    assert score[0] != scorer(images, PROMPTS)[0]
+    network = build_clip_network()
+    score = compute_clip_score(network, images, PROMPTS, mask)
+    assert score[0] == compute_clip_score(network, images * mask, PROMPTS)[0]
+    assert score[0] != compute_clip_score(network, images, PROMPTS)[0]
     assert score[1].isnan(), "an empty mask shows nothing"
 
 
 def test_long_prompts_are_cut_off_and_short_ones_are_not_changed_by_them(images):
-    scorer = CLIPScorer(build_clip()[0], processor=build_clip()[1])
-    short, padded = (scorer(images, ["a red barn", other])[0].item() for other in ("a red barn", "cat " * 50))
+    network = build_clip_network()
+    short, padded = (
+        compute_clip_score(network, images, ["a red barn", other])[0].item() for other in ("a red barn", "cat " * 50)
+    )
     assert padded == pytest.approx(short, rel=1e-5)
-    with pytest.raises(ValueError, match="`prompts` is 'cat'; give a list of 2"):
-        scorer(images, "cat")
+    with pytest.raises(ValueError, match="`prompts` is 'cat'; pass a list of 2"):
+        compute_clip_score(network, images, "cat")
 
 
 def test_clip_i_of_a_picture_with_itself_is_one(images, references):
-    scorer = CLIPScorer(build_clip()[0], processor=build_clip()[1])
-    embeds, others = scorer.encode_images(images), scorer.encode_images(references)
+    network = build_clip_network()
+    embeds, others = encode_images(network, images), encode_images(network, references)
     assert compute_cosine_similarity(embeds, embeds).tolist() == pytest.approx([1, 1])
     assert compute_cosine_similarity(embeds, others).max() < 1 - 1e-5
 
@@ -113,12 +123,17 @@ def test_clip_from_a_folder_is_the_instance_it_was_saved_from(images, tmp_path):
     model, processor = build_clip()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    expected = CLIPScorer(model, processor=processor)(images, PROMPTS)
-    assert torch.equal(CLIPScorer(tmp_path)(images, PROMPTS), expected)
-    assert torch.equal(CLIPScorer(str(tmp_path))(images, PROMPTS), expected)
+    expected = compute_clip_score(Network(model, processor.image_processor, processor.tokenizer), images, PROMPTS)
+    assert torch.equal(compute_clip_score(load_network("clip", tmp_path), images, PROMPTS), expected)
+    assert torch.equal(compute_clip_score(load_network("clip", str(tmp_path)), images, PROMPTS), expected)
 
 
 # DINO
+
+
+def compare_structure(model, images, references, **switches):
+    keys = (encode_keys(Network(model), pixels, **switches) for pixels in (images, references))
+    return compute_structure_distance(*keys)
 
 
 @torch.no_grad()
@@ -136,25 +151,25 @@ def test_structure_distance_is_of_the_last_layers_keys(pixel_scale, antialias, i
         keys.append(F.linear(last.layernorm_before(states[-2]), *last.attention.k_proj.parameters()))
     # 32 pixels a patch: 8 rows of 7, and the class token.
     assert keys[0].shape == (2, 57, 16)
-    scorer = StructureScorer(model, pixel_scale=pixel_scale, antialias=antialias)
-    torch.testing.assert_close(scorer(images, references), compute_structure_distance(*keys), rtol=1e-4, atol=1e-9)
+    distance = compare_structure(model, images, references, pixel_scale=pixel_scale, antialias=antialias)
+    torch.testing.assert_close(distance, compute_structure_distance(*keys), rtol=1e-4, atol=1e-9)
 
 
 def test_structure_distance_of_a_dino_of_seeded_weights_has_its_golden_value():
     images, references = torch.rand(2, 2, 3, 80, 64, generator=torch.Generator().manual_seed(0))
     expected = [0.00066484777, 0.00088699597]
-    assert StructureScorer(build_dino())(images, references).tolist() == pytest.approx(expected, rel=1e-4)
+    assert compare_structure(build_dino(), images, references).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_structure_distance_depends_on_both_switches(references):
     images = torch.rand(1, 3, 400, 300, generator=torch.Generator().manual_seed(0))
     references = F.interpolate(references[:1], (400, 300))
     switches = [{}, {"pixel_scale": 1}, {"antialias": False}]
-    assert len({StructureScorer(build_dino(), **kwargs)(images, references).item() for kwargs in switches}) == 3
+    assert len({compare_structure(build_dino(), images, references, **kwargs).item() for kwargs in switches}) == 3
 
 
 def test_all_785_tokens_count():
-    keys = StructureScorer(build_dino(patch_size=8)).encode_keys(torch.zeros(1, 3, 512, 512))
+    keys = encode_keys(Network(build_dino(patch_size=8)), torch.zeros(1, 3, 512, 512))
     assert keys.shape == (1, 785, 16)
 
 
@@ -165,14 +180,16 @@ def test_size_is_that_of_a_shorter_side_of_224_and_a_longer_one_of_480_at_most(s
     assert compute_size(*size, 224, 480) == expected
 
 
-@pytest.mark.parametrize("scorer", [StructureScorer, DINOScorer])
-def test_a_dino_that_is_loaded_has_its_authors_layer_norms_and_an_instance_its_own(scorer, tmp_path):
+@pytest.mark.parametrize("name", ["structure", "dino"])
+def test_a_dino_that_is_loaded_has_its_authors_layer_norms_and_an_instance_its_own(name, tmp_path):
     model = build_dino(layer_norm_eps=1e-12)
     model.save_pretrained(tmp_path)
-    loaded = [module.eps for module in scorer(tmp_path).model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    loaded = [
+        module.eps for module in load_network(name, tmp_path).model.modules() if isinstance(module, torch.nn.LayerNorm)
+    ]
     # Two layers of two, and the last.
     assert loaded == [1e-6] * 5
-    assert scorer(model).model.layernorm.eps == 1e-12
+    assert Network(model).model.layernorm.eps == 1e-12
 
 
 @torch.no_grad()
@@ -185,7 +202,8 @@ def test_dino_similarity_is_of_class_tokens_of_the_centre(images, references, ph
             picture = Image.fromarray(array).resize((256, 320), Image.BICUBIC).crop((16, 48, 240, 272))
             tokens.append(model(normalise(np.asarray(picture), *IMAGENET)).last_hidden_state[0, 0])
     expected = [F.cosine_similarity(a, b, dim=0).item() for a, b in (tokens[:2], tokens[2:])]
-    assert DINOScorer(model)(images, references).tolist() == pytest.approx(expected, abs=1e-5)
+    found = compute_cosine_similarity(*(encode_class_tokens(Network(model), each) for each in (images, references)))
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) < 1 - 1e-5
 
 
@@ -195,17 +213,19 @@ def test_dino_similarity_is_of_class_tokens_of_the_centre(images, references, ph
 @torch.no_grad()
 def test_lpips_is_of_pictures_with_the_edited_pixels_grey(images, references, mask):
     model = build_lpips()
-    scorer = LPIPSScorer(model)
-    torch.testing.assert_close(scorer(images, references).float(), model(images * 2 - 1, references * 2 - 1))
+    network = Network(model)
+    torch.testing.assert_close(
+        compute_lpips(network, images, references).float(), model(images * 2 - 1, references * 2 - 1)
+    )
     expected = model(images * (1 - mask) * 2 - 1, references * (1 - mask) * 2 - 1)
-    torch.testing.assert_close(scorer(images, references, mask).float(), expected)
-    assert scorer(images, references, mask)[0] != scorer(images, references)[0]
+    torch.testing.assert_close(compute_lpips(network, images, references, mask).float(), expected)
+    assert compute_lpips(network, images, references, mask)[0] != compute_lpips(network, images, references)[0]
 
 
 @pytest.mark.parametrize("masked_mean", [False, True])
 def test_lpips_of_a_picture_edited_everywhere_has_no_value(masked_mean, images, references, mask):
-    scorer = LPIPSScorer(build_lpips())
-    scores = scorer(images, references, 1 - mask, masked_mean)
+    network = Network(build_lpips())
+    scores = compute_lpips(network, images, references, 1 - mask, masked_mean)
     assert scores.isnan().tolist() == [False, True]
     assert scores.dtype == torch.float64
 
@@ -213,8 +233,10 @@ def test_lpips_of_a_picture_edited_everywhere_has_no_value(masked_mean, images, 
 def test_lpips_of_the_spared_part_alone_is_larger_than_of_the_whole(images, references):
     mask = torch.ones(2, 1, 80, 64)
     mask[..., :20] = 0
-    scorer = LPIPSScorer(build_lpips())
-    assert (scorer(images, references, mask, True) > 1.5 * scorer(images, references, mask)).all()
+    network = Network(build_lpips())
+    assert (
+        compute_lpips(network, images, references, mask, True) > 1.5 * compute_lpips(network, images, references, mask)
+    ).all()
 
 
 # Depth
@@ -222,24 +244,23 @@ def test_lpips_of_the_spared_part_alone_is_larger_than_of_the_whole(images, refe
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["editar", "controlnet++", "controlar"])
-def test_depth_is_compared_as_the_variant_says(variant):
+def test_depth_is_estimated_at_the_size_that_the_variant_says(variant):
     model, processor = build_depth_model()
     images = torch.from_numpy(data.astronaut()[:64, 200:264]).permute(2, 0, 1)[None] / 255
-    labels = images[:, :1]
     side = 64 if variant == "controlar" else 32
     picture = Image.fromarray(data.astronaut()[:64, 200:264]).resize((side, side), Image.BICUBIC)
     depth = model(normalise(np.asarray(picture), [0.5] * 3, [0.5] * 3)).predicted_depth
     assert depth.shape == (1, side, side)
-    distance = DepthScorer(model, processor=processor, variant=variant)(images, labels)
-    torch.testing.assert_close(distance, compute_depth_rmse(depth, labels, variant), rtol=1e-3, atol=0)
+    estimated = estimate_depth(Network(model, processor), images, keep_size=variant == "controlar")
+    torch.testing.assert_close(estimated, depth, rtol=1e-3, atol=1e-5)
 
 
 def test_depth_from_a_folder_is_the_instance_it_was_saved_from(images, tmp_path):
     model, processor = build_depth_model()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    labels = images[:, :1]
-    assert torch.equal(DepthScorer(tmp_path)(images, labels), DepthScorer(model, processor=processor)(images, labels))
+    expected = estimate_depth(Network(model, processor), images)
+    assert torch.equal(estimate_depth(load_network("depth", tmp_path), images), expected)
 
 
 # Segmentation
@@ -265,22 +286,16 @@ def build_maskformer():
 
 
 @pytest.mark.parametrize("build", [build_segmentation_model, build_maskformer])
-def test_confusion_is_of_the_classes_that_the_model_sees(build, images, tmp_path):
+def test_classes_are_those_that_the_model_sees(build, images, tmp_path):
     model, processor = build()
-    labels = torch.randint(NUM_LABELS, (2, 80, 64), generator=torch.Generator().manual_seed(0))
-    labels[:, :5] = 255
     with torch.no_grad():
         outputs = model(**processor([Image.fromarray(p) for p in make_arrays(images)], return_tensors="pt"))
     seen = torch.stack(processor.post_process_semantic_segmentation(outputs, target_sizes=[(80, 64)] * 2))
     assert len(seen.unique()) > 1
-    scorer = SegmentationScorer(model, processor=processor)
-    assert torch.equal(scorer.segment(images), seen)
-    matrix = scorer(images, labels)
-    assert torch.equal(matrix, compute_confusion_matrix(seen, labels, NUM_LABELS))
-    assert matrix.sum() == 2 * 75 * 64
+    assert torch.equal(segment(Network(model, processor), images), seen)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert torch.equal(SegmentationScorer(tmp_path)(images, labels), matrix)
+    assert torch.equal(segment(load_network("segmentation", tmp_path), images), seen)
 
 
 def make_arrays(images):
@@ -299,9 +314,8 @@ def test_features_are_of_channels_resized_in_floating_point():
     pixels = torch.tensor(np.array([np.asarray(channel) for channel in channels]))
     assert (pixels % 1 != 0).any()
     assert pixels.max() > 260
-    assert torch.equal(resize_for_inception(Image.fromarray(array)), pixels.clamp(0, 255))
     model = build_inception()
-    features = InceptionScorer(model)(torch.from_numpy(array).permute(2, 0, 1)[None] / 255)
+    features = encode_inception(Network(model), torch.from_numpy(array).permute(2, 0, 1)[None] / 255)
     expected = model((pixels.clamp(0, 255)[None] - 128) / 128)
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
@@ -309,34 +323,27 @@ def test_features_are_of_channels_resized_in_floating_point():
 # All
 
 
-@pytest.mark.parametrize(
-    "scorer",
-    [CLIPScorer, DepthScorer, SegmentationScorer, DINOScorer, InceptionScorer, LPIPSScorer, StructureScorer],
-)
-def test_a_missing_folder_is_called_missing(scorer):
-    with pytest.raises(ValueError, match="`model` is '/no/where': there is no such folder"):
-        scorer("/no/where")
+@pytest.mark.parametrize("name", DEFAULT_MODELS)
+def test_a_missing_folder_is_called_missing(name):
+    with pytest.raises(ValueError, match=f"`{name}_model` is '/no/where': there is no such folder"):
+        load_network(name, "/no/where")
 
 
-@pytest.mark.parametrize("scorer", [CLIPScorer, DepthScorer, SegmentationScorer])
-def test_instance_without_its_processor_is_refused(scorer):
-    with pytest.raises(ValueError, match="`processor` is missing; give that of the LPIPSModel"):
-        scorer(build_lpips())
-
-
-def test_instance_in_half_precision_is_refused():
-    with pytest.raises(ValueError, match=r"`model` is in torch\.bfloat16; figures are computed in float32"):
-        LPIPSScorer(build_lpips().bfloat16())
+def test_a_network_in_half_precision_is_refused():
+    with pytest.raises(ValueError, match=r"`model` is in torch\.bfloat16; metrics need float32"):
+        Network(build_lpips().bfloat16())
 
 
 def test_networks_from_folders_are_ready_to_score(images, references, tmp_path):
-    build_lpips().save_pretrained(tmp_path / "lpips")
+    save_lpips(build_lpips(), tmp_path / "lpips")
+    torch.save(build_inception().state_dict(), tmp_path / "inception.pth")
     build_dino().save_pretrained(tmp_path / "dino")
-    build_inception().save_pretrained(tmp_path / "inception")
-    for scorer, instance, name in (
-        (LPIPSScorer, build_lpips(), "lpips"),
-        (StructureScorer, build_dino(), "dino"),
-        (DINOScorer, build_dino(), "dino"),
-    ):
-        assert torch.equal(scorer(tmp_path / name)(images, references), scorer(instance)(images, references))
-    assert torch.equal(InceptionScorer(tmp_path / "inception")(images), InceptionScorer(build_inception())(images))
+    loaded = load_network("lpips", tmp_path / "lpips")
+    assert torch.equal(
+        compute_lpips(loaded, images, references), compute_lpips(Network(build_lpips()), images, references)
+    )
+    loaded = load_network("inception", tmp_path / "inception.pth")
+    assert torch.equal(encode_inception(loaded, images), encode_inception(Network(build_inception()), images))
+    for encode, name in ((encode_keys, "structure"), (encode_class_tokens, "dino")):
+        loaded = load_network(name, tmp_path / "dino")
+        assert torch.equal(encode(loaded, images), encode(Network(build_dino()), images))

@@ -1,0 +1,53 @@
+"""Draw depth, canny or segmentation with a ControlNet; `editar-hf evaluate score` scores the images.
+
+    python examples/baselines/controlnet.py --benchmark depth --controlnet lllyasviel/control_v11f1p_sd15_depth \
+        --output-dir runs/controlnet
+
+Those of ControlNet++ load too: pass a folder such as `reward_controlnet/checkpoints/depth/controlnet`.
+"""
+
+import argparse
+
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+from editar_hf.commands.evaluate import add_benchmark_arguments, open_benchmark
+from editar_hf.evaluation.run import generate
+from editar_hf.evaluation.systems import System, fit, make_generators
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_benchmark_arguments(parser)
+    parser.add_argument("--output-dir", required=True, help="folder to write")
+    parser.add_argument("--controlnet", required=True, help="folder or Hub id")
+    parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="folder or Hub id")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; default: float32")
+    # ControlNet++'s evaluation takes 20 steps.
+    parser.add_argument("--num-inference-steps", type=int, default=20, help="default: 20")
+    parser.add_argument("--guidance-scale", type=float, default=7.5, help="default: 7.5")
+    args = parser.parse_args()
+    knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
+
+    def load():
+        dtype = getattr(torch, args.dtype)
+        controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=dtype)
+        # The safety checker would blacken images.
+        options = {"controlnet": controlnet, "safety_checker": None, "requires_safety_checker": False}
+        pipe = StableDiffusionControlNetPipeline.from_pretrained(args.model, dtype=dtype, **options)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+        def edit(samples, seeds):
+            prompts, sources = zip(*((sample.prompt, sample.source_image) for sample in samples), strict=True)
+            images = pipe(list(prompts), image=list(sources), generator=make_generators(seeds), **knobs).images
+            return [fit(image, source.size) for image, source in zip(images, sources, strict=True)]
+
+        return edit
+
+    options = {"model": args.model, "controlnet": args.controlnet, "dtype": args.dtype, **knobs}
+    generate(open_benchmark(args), System("controlnet", load, options, ("model", "controlnet")), args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

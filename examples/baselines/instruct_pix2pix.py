@@ -1,0 +1,48 @@
+"""Edit a benchmark with InstructPix2Pix at its published settings; `editar-hf evaluate score` scores the images.
+
+python examples/baselines/instruct_pix2pix.py --benchmark pie-bench --source PIE-Bench_v1 --output-dir runs/ip2p
+"""
+
+import argparse
+
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+
+from editar_hf.commands.evaluate import add_benchmark_arguments, open_benchmark
+from editar_hf.evaluation.run import generate
+from editar_hf.evaluation.systems import System, fit, make_generators
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_benchmark_arguments(parser)
+    parser.add_argument("--output-dir", required=True, help="folder to write")
+    parser.add_argument("--model", default="timbrooks/instruct-pix2pix", help="folder or Hub id")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; default: float32")
+    # The settings of InstructPix2Pix (arXiv 2211.09800).
+    parser.add_argument("--num-inference-steps", type=int, default=100, help="default: 100")
+    parser.add_argument("--guidance-scale", type=float, default=7.5, help="default: 7.5")
+    parser.add_argument("--image-guidance-scale", type=float, default=1.5, help="default: 1.5")
+    args = parser.parse_args()
+    knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "image_guidance_scale")}
+
+    def load():
+        # The safety checker would blacken images.
+        dtype, options = getattr(torch, args.dtype), {"safety_checker": None, "requires_safety_checker": False}
+        pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(args.model, dtype=dtype, **options)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+        def edit(samples, seeds):
+            prompts, sources = zip(*((sample.prompt, sample.source_image) for sample in samples), strict=True)
+            images = pipe(list(prompts), image=list(sources), generator=make_generators(seeds), **knobs).images
+            return [fit(image, source.size) for image, source in zip(images, sources, strict=True)]
+
+        return edit
+
+    options = {"model": args.model, "dtype": args.dtype, **knobs}
+    generate(open_benchmark(args), System("instruct-pix2pix", load, options, ("model",)), args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

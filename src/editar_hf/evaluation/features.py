@@ -1,0 +1,351 @@
+"""The networks that metrics need, and what they see in images: embeddings, keys, depth, classes.
+
+`load_network(name, source)` loads any of them from a folder, a Hub id or a weight file. A network of your own is
+`Network(model, processor)`. Images are (batch, 3, height, width) in [0, 1]; each function prepares them as the
+published evaluation does.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForDepthEstimation,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    PreTrainedTokenizerBase,
+    ViTModel,
+)
+
+from ..conversion import is_weights, open_checkpoint
+from ..pipelines.hub import check_folder_or_hub_id
+from .inception import FIDInception
+from .lpips import LPIPS
+from .metrics import check_pair, compute_clip_similarity
+
+
+# The networks by name, and the Hub ids of published figures; `MISSING` tells what to pass where there is none.
+DEFAULT_MODELS = {
+    "structure": "facebook/dino-vitb8",
+    "clip": "openai/clip-vit-large-patch14",
+    "dino": "facebook/dino-vits16",
+    "depth": "Intel/dpt-large",
+    "segmentation": "facebook/maskformer-resnet101-coco-stuff",
+    "lpips": None,
+    "inception": None,
+    "vq": None,
+}
+MISSING = {
+    "lpips": "the folder that holds squeezenet1_1-b8a52dc0.pth and squeeze.pth",
+    "inception": "the file pt_inception-2015-12-05-6726825d.pth",
+    "vq": "the pipeline whose VQ model tells how close to the truth an edit must stay outside the mask",
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Source: the code of DINO (arXiv 2104.14294), whose layer norms have 1e-6; copies of its weights on the Hub say 1e-12.
+DINO_OPTIONS = {"add_pooling_layer": False, "layer_norm_eps": 1e-6}
+
+
+@dataclass
+class Network:
+    """A network that metrics ask, in float32 and in evaluation mode.
+
+    Args:
+        model (`torch.nn.Module`): The network.
+        processor (*optional*): Its image processor, which CLIP, depth and segmentation need; for a VQ model, its
+            pipeline.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): CLIP's.
+
+    Raises:
+        ValueError: If the weights are not float32.
+    """
+
+    model: nn.Module
+    processor: object = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __post_init__(self):
+        parameter = next(self.model.parameters())
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"`model` is in {parameter.dtype}; metrics need float32: pass `model.float()`.")
+        self.model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_network(name: str, source: str | Path | None = None, device: str | torch.device | None = None) -> Network:
+    """Load a network.
+
+    Args:
+        name (`str`): A key of `DEFAULT_MODELS`.
+        source (`str` or `Path`, *optional*): A folder or Hub id; for LPIPS and Inception, what holds the public weight
+            files. Defaults to that of the published figures.
+        device (`str`, *optional*): Defaults to a GPU if there is one.
+
+    Raises:
+        ValueError: If `source` is missing, or holds another network.
+    """
+    source = source or DEFAULT_MODELS[name]
+    if source is None:
+        raise ValueError(f"`{name}_model` is missing; pass {MISSING[name]}.")
+    check_folder_or_hub_id(source, f"{name}_model")
+    processor = tokenizer = None
+    if name == "vq":
+        processor = load_vq(source)
+        model = processor.vq_model
+    elif name in ("lpips", "inception"):
+        try:
+            model = {"lpips": LPIPS, "inception": FIDInception}[name].from_weights(read_weights(source))
+        except RuntimeError as error:
+            raise ValueError(f"`{name}_model` is {str(source)!r}, which holds other weights: {error}") from error
+    elif name == "clip":
+        processor = CLIPImageProcessorPil.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = CLIPModel.from_pretrained(source, dtype=torch.float32)
+    elif name in ("structure", "dino"):
+        model = ViTModel.from_pretrained(source, dtype=torch.float32, **DINO_OPTIONS)
+    else:
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        model_class = AutoModelForDepthEstimation
+        if name == "segmentation":
+            is_semantic = type(AutoConfig.from_pretrained(source)) in AutoModelForSemanticSegmentation._model_mapping
+            model_class = AutoModelForSemanticSegmentation if is_semantic else AutoModelForUniversalSegmentation
+        model = model_class.from_pretrained(source, dtype=torch.float32)
+    return Network(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, tokenizer)
+
+
+def load_vq(source: str | Path):
+    """Load a pipeline without its text encoder."""
+    from ..pipelines.pipeline_editar import EditARPipeline
+
+    try:
+        return EditARPipeline.from_pretrained(source, dtype=torch.float32, text_encoder=None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`vq_model` {str(source)!r} does not load as a pipeline: {error}") from error
+
+
+def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
+    """Read named tensors from a weight file, or from all weight files of a folder or Hub id, without running code.
+
+    Raises:
+        ValueError: If a file does not open safely or holds anything else.
+    """
+    source = Path(source) if Path(source).exists() else Path(snapshot_download(str(source)))
+    files = [source]
+    if source.is_dir():
+        files = [path for path in sorted(source.iterdir()) if path.suffix in (".pth", ".safetensors")]
+    weights = {}
+    for path in files:
+        found = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else open_checkpoint(path)
+        if not is_weights(found):
+            raise ValueError(f"`{path}` holds something else than named tensors; pass the published weights.")
+        weights |= found
+    return weights
+
+
+def find_revision(model: str | Path) -> str:
+    """Find what identifies a model's weights: the commit of a Hub id, or a hash of a file or of a folder's files.
+
+    Model cards and hidden files, such as those of git, are left out of the hash.
+    """
+    if not Path(model).exists():
+        check_folder_or_hub_id(model, "model")
+        try:
+            # The last part of a snapshot's path is its commit; the configurations are enough to learn it.
+            return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
+        except OSError as error:
+            raise OSError(f"`{model}` is not a folder here, and could not be downloaded: {error}") from error
+    path, digest = Path(model), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        if file.suffix != ".md" and not any(part.startswith(".") for part in file.relative_to(path).parts):
+            digest.update(file.relative_to(path).as_posix().encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+# What they see
+
+
+def make_images(images: torch.Tensor) -> list[Image.Image]:
+    """Turn pixels (batch, 3, height, width) in [0, 1] into 8-bit images."""
+    steps = (images.cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    return [Image.fromarray(image) for image in steps.numpy()]
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalise pixels (batch, 3, height, width) with ImageNet's mean and deviation."""
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+def compute_size(height: int, width: int, side: int, longest_side: int | None = None) -> tuple[int, int]:
+    """Compute the size whose shorter side is `side`, or less if the longer one would exceed `longest_side`."""
+    shorter, longer = side, int(side * max(height, width) / min(height, width))
+    if longest_side is not None and longer > longest_side:
+        shorter, longer = int(longest_side * shorter / longer), longest_side
+    return (shorter, longer) if height <= width else (longer, shorter)
+
+
+@torch.no_grad()
+def compute_lpips(
+    network: Network,
+    images: torch.Tensor,
+    references: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    masked_mean: bool = False,
+) -> torch.Tensor:
+    """Compute LPIPS (batch,), 0 or more; the arguments are those of `metrics.compute_mse`."""
+    check_pair(images, references, mask)
+    unedited = torch.ones_like(images[:, :1]) if mask is None else 1 - mask.float()
+    images, references, unedited = (tensor.to(network.device).float() for tensor in (images, references, unedited))
+    weights = unedited if masked_mean else None
+    distance = network.model(images * unedited * 2 - 1, references * unedited * 2 - 1, weights).double()
+    return distance.where(unedited.flatten(1).any(1), torch.nan).cpu()
+
+
+@torch.no_grad()
+def encode_keys(network: Network, images: torch.Tensor, pixel_scale: int = 255, antialias: bool = True) -> torch.Tensor:
+    """Encode the keys (batch, tokens, dim) of a DINO's last layer, heads side by side, the class token's first.
+
+    Args:
+        network (`Network`): The DINO.
+        images (`torch.Tensor` of shape `(batch, 3, height, width)`): In [0, 1].
+        pixel_scale (`int`, *optional*, defaults to 255): The value of white before normalisation. The published figures
+            were computed with 255; the network was trained with 1.
+        antialias (`bool`, *optional*, defaults to `True`): Filter images when they are made smaller.
+
+    Source: the evaluation of PnPInversion (arXiv 2310.01506): a shorter side of 224, a longer one of at most 480.
+    """
+    size = compute_size(*images.shape[2:], 224, 480)
+    pixels = images.to(network.device).float() * pixel_scale
+    pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=antialias)
+    outputs = []
+    last_projection = network.model.layers[-1].attention.k_proj
+    handle = last_projection.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        network.model(normalise(pixels), interpolate_pos_encoding=True)
+    finally:
+        handle.remove()
+    return outputs[0]
+
+
+@torch.no_grad()
+def encode_class_tokens(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Encode images as a DINO's class tokens (batch, dim).
+
+    Source: the evaluation of MagicBrush (arXiv 2306.10012): a shorter side of 256, then the central 224×224.
+    """
+    height, width = compute_size(*images.shape[2:], 256)
+    left, top = round((width - 224) / 2), round((height - 224) / 2)
+    box = (left, top, left + 224, top + 224)
+    crops = [image.resize((width, height), Image.Resampling.BICUBIC).crop(box) for image in make_images(images)]
+    pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2) / 255
+    outputs = network.model(normalise(pixels.to(network.device)), interpolate_pos_encoding=True)
+    return outputs.last_hidden_state[:, 0]
+
+
+@torch.no_grad()
+def encode_images(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Encode images as CLIP embeddings (batch, dim)."""
+    inputs = network.processor(make_images(images), return_tensors="pt").to(network.device)
+    return network.model.get_image_features(**inputs).pooler_output
+
+
+@torch.no_grad()
+def encode_prompts(network: Network, prompts: Sequence[str]) -> torch.Tensor:
+    """Encode prompts as CLIP embeddings (batch, dim); words beyond the model's length are cut off."""
+    length = network.model.config.text_config.max_position_embeddings
+    inputs = network.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    return network.model.get_text_features(**inputs.to(network.device)).pooler_output
+
+
+def compute_clip_score(
+    network: Network, images: torch.Tensor, prompts: Sequence[str], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute the CLIP score (batch,), in [0, 100], of images and prompts.
+
+    Args:
+        network (`Network`): CLIP.
+        images (`torch.Tensor` of shape `(batch, 3, height, width)`): In [0, 1].
+        prompts (`Sequence[str]`): One for each image.
+        mask (`torch.Tensor` of shape `(batch, 1, height, width)`, *optional*): 1 where edited. All other pixels become
+            black. The score of an empty mask is NaN.
+
+    Raises:
+        ValueError: If the number of prompts differs from that of images, or the mask does not fit.
+    """
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        raise ValueError(f"`prompts` is {prompts!r}; pass a list of {len(images)}, one for each image.")
+    if mask is None:
+        return compute_clip_similarity(encode_images(network, images), encode_prompts(network, prompts))
+    check_pair(images, images, mask)
+    scores = compute_clip_similarity(encode_images(network, images * mask), encode_prompts(network, prompts))
+    return scores.where(mask.flatten(1).any(1).cpu(), torch.nan)
+
+
+@torch.no_grad()
+def estimate_depth(network: Network, images: torch.Tensor, keep_size: bool = False) -> torch.Tensor:
+    """Estimate depth (batch, depth_height, depth_width), 0 or more.
+
+    Args:
+        network (`Network`): A depth model.
+        images (`torch.Tensor` of shape `(batch, 3, height, width)`): In [0, 1].
+        keep_size (`bool`, *optional*, defaults to `False`): Show the network the image at its own size, as ControlAR's
+            evaluation does, and not at the size it was trained with.
+    """
+    height, width = images.shape[2:]
+    options = {"size": {"height": height, "width": width}} if keep_size else {}
+    inputs = network.processor(make_images(images), return_tensors="pt", **options).to(network.device)
+    return network.model(**inputs).predicted_depth
+
+
+@torch.no_grad()
+def segment(network: Network, images: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """Find the class of every pixel: (batch, height, width), at the size of the images if no other is given."""
+    inputs = network.processor(make_images(images), return_tensors="pt").to(network.device)
+    sizes = [tuple(size or images.shape[2:])] * len(images)
+    maps = network.processor.post_process_semantic_segmentation(network.model(**inputs), target_sizes=sizes)
+    return torch.stack(list(maps)).cpu()
+
+
+@torch.no_grad()
+def encode_inception(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Encode images as the features (batch, 2048) whose Fréchet distance is FID.
+
+    Source: Parmar et al. (arXiv 2104.11222), section 4, and their clean-fid: each channel is resized in floating point,
+    bicubic and filtered, and values beyond [0, 255] are cut off.
+    """
+
+    def resize(image: Image.Image) -> torch.Tensor:
+        channels = [channel.convert("F").resize((299, 299), Image.Resampling.BICUBIC) for channel in image.split()]
+        return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 255)
+
+    pixels = torch.stack([resize(image) for image in make_images(images)])
+    return network.model((pixels.to(network.device) - 128) / 128).cpu()
+
+
+def reconstruct(network: Network, image: Image.Image) -> Image.Image:
+    """Encode and decode an image by a VQ model.
+
+    Raises:
+        ValueError: If the image does not have the size that the pipeline works at.
+    """
+    size = network.processor.processor.image_processor.size
+    if image.size != (size.width, size.height):
+        raise ValueError(f"`vq_model` works at {size.width}×{size.height} pixels; the images have {image.size}.")
+    return network.processor.decode_image_tokens(network.processor.encode_image(image))[0]

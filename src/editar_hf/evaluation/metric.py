@@ -1,0 +1,78 @@
+"""All metrics for those who use `evaluate`, in one module that `evaluate.load` loads from its path, offline too.
+
+```python
+import evaluate
+from editar_hf.evaluation import METRIC_PATH
+
+metric = evaluate.load(METRIC_PATH)
+metric.compute(predictions=["edited.png"], references=["source.png"], metric="structure_distance")
+```
+"""
+
+import datasets
+import evaluate
+import PIL.Image
+
+import editar_hf.evaluation.benchmarks as benchmarks
+import editar_hf.evaluation.features as features
+import editar_hf.evaluation.run as run
+import editar_hf.evaluation.table as table
+
+
+# What a metric needs of a sample → the field of the sample that a reference fills.
+FIELDS = {"target": "target_image", "target_prompt": "target_prompt", "labels": "labels"}
+
+
+class EditMetric(evaluate.Metric):
+    """Compute any metric of `editar_hf.evaluation` that compares a prediction with one reference."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        columns = {name: datasets.Value("string") for name in ("predictions", "references")}
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description=self._compute.__doc__,
+            features=datasets.Features(columns),
+        )
+
+    def _compute(self, predictions, references, metric, masks=None, protocol="editar", model=None, device=None):
+        """Compute the mean over all pairs for which the metric is defined.
+
+        Args:
+            predictions (`list[str]`): Paths of images.
+            references (`list[str]`): What the metric compares them with: paths of sources, true results, condition maps
+                or label maps, or prompts for CLIP.
+            metric (`str`): A key of `table.METRICS`; the sticker scores need more than a reference.
+            masks (`list[str]`, *optional*): Paths of masks, white where edited; metrics of the unedited part need them.
+            protocol (`str`, *optional*, defaults to `"editar"`): A key of `table.PROTOCOLS`.
+            model (`str` or `Network`, *optional*): The metric's network, if not the published one.
+            device (`str`, *optional*): Where to compute.
+
+        Returns:
+            The mean under the metric's name, unscaled, and `num_samples`.
+        """
+        table.check_scoring([metric], [], protocol)
+        spec, networks = table.METRICS[metric], {}
+        if spec.model:
+            is_loaded = isinstance(model, features.Network)
+            networks[spec.model] = model if is_loaded else features.load_network(spec.model, model, device)
+        field = next((FIELDS[name] for name in spec.needs if name in FIELDS), "source_image")
+        rows = []
+        for index, (path, reference) in enumerate(zip(predictions, references, strict=True)):
+            prediction = run.read_image(path)
+            values = {"source_image": prediction, "mask": read_grey(masks[index]) if masks else None}
+            if field == "target_prompt":
+                values[field] = reference
+            else:
+                values[field] = read_grey(reference) if field == "labels" else run.read_image(reference)
+            pair = table.Pair(prediction, benchmarks.Sample("", "", **values), table.PROTOCOLS[protocol])
+            value = spec.measure(pair, networks)
+            rows.append({"values": {metric: value}, "collected": {metric: value}})
+        figure = run.summarise_metric(metric, rows)
+        return {metric: figure["mean"], "num_samples": figure["n"]}
+
+
+def read_grey(path):
+    """Read a mask or a label map."""
+    with PIL.Image.open(path) as image:
+        return image.convert("L")
