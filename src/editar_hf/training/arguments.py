@@ -4,7 +4,7 @@ import math
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -14,10 +14,7 @@ from .lora import TARGET_MODULES
 from .results import check_push_arguments
 
 
-Arguments = TypeVar("Arguments")
-
-
-def parse_arguments(dataclass_type: type[Arguments]) -> Arguments:
+def parse_arguments(dataclass_type: Any) -> Any:
     """Parse the command line into a dataclass. Flags are spelled `--with-hyphens` or `--with_underscores`.
 
     Old names of a flag are the `aliases` in its field's metadata; a `FutureWarning` names the new one.
@@ -147,11 +144,11 @@ class TrainingArguments:
 
     def describe_datasets(self) -> list[DatasetSpec]:
         """List the data sets to train on: those of the recipe, or the one given by its columns."""
-        if (self.dataset is None) == (self.recipe is None):
-            raise ValueError("Give `dataset` or `recipe`: one of them, and not both.")
-        if self.recipe is not None:
+        if self.dataset is not None and self.recipe is None:
+            return [DatasetSpec(self.dataset, columns=self.columns, streaming=self.streaming)]
+        if self.recipe is not None and self.dataset is None:
             return load_recipe(self.recipe)
-        return [DatasetSpec(self.dataset, columns=self.columns, streaming=self.streaming)]
+        raise ValueError("Give `dataset` or `recipe`: one of them, and not both.")
 
     def describe_validation_dataset(self) -> DatasetSpec | None:
         if self.validation_dataset is None:

@@ -12,7 +12,7 @@ def draw_conditioning_dropout(
     prompt_prob: float = 0.05,
     source_prob: float = 0.05,
     both_prob: float = 0.05,
-) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw `(drop_source, drop_prompt)`, each bool `(batch_size,)`, from one uniform draw per sample.
 
     The published probabilities are 5 % both, 5 % source image only, 5 % text only. The result is on the generator's
@@ -39,11 +39,11 @@ def encode_image_tokens(batch: dict[str, torch.Tensor], vq_model: EditARVQModel)
 
 
 def drop_target_tokens(
-    target_image_tokens: torch.LongTensor,
-    source_image_tokens: torch.LongTensor,
+    target_image_tokens: torch.Tensor,
+    source_image_tokens: torch.Tensor,
     probability: float,
     generator: torch.Generator,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Replace some input target tokens by source tokens; returns the decoder's input, `(batch_size, N)`.
 
     Once an edit has begun, its tokens predict their continuation and the prompt is hardly needed. In a fraction
@@ -59,8 +59,8 @@ def drop_target_tokens(
 
 def compute_token_losses(
     logits: torch.Tensor,
-    target_image_tokens: torch.LongTensor,
-    edit_mask: torch.BoolTensor | None = None,
+    target_image_tokens: torch.Tensor,
+    edit_mask: torch.Tensor | None = None,
     edit_region_weight: float = 1.0,
 ) -> torch.Tensor:
     """Compute each sample's mean cross-entropy over its target tokens, in nats, `(batch_size,)`.

@@ -20,14 +20,13 @@ logger = logging.get_logger(__name__)
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """List the complete checkpoints of a run, oldest first. A folder such as `checkpoint-5-copy` is not one."""
-    folders = [folder for folder in Path(output_dir).glob(f"{PREFIX}*") if read_step(folder) is not None]
-    return sorted(folders, key=read_step)
+    folders = [folder for folder in Path(output_dir).glob(f"{PREFIX}*") if folder.is_dir()]
+    return sorted((folder for folder in folders if folder.name.removeprefix(PREFIX).isdecimal()), key=read_step)
 
 
-def read_step(folder: Path) -> int | None:
-    """Read the step from a checkpoint's name; None if it is not one."""
-    step = folder.name.removeprefix(PREFIX)
-    return int(step) if step.isdecimal() and folder.is_dir() else None
+def read_step(checkpoint: Path) -> int:
+    """Read the step from a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None):

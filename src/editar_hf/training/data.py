@@ -100,12 +100,15 @@ class EditCollator:
         return {**text, **images, "groups": groups}
 
     def collate_images(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        geometry = {"height": self.height, "width": self.width, "resize_mode": self.resize_mode}
-        images = {
-            name: [row[column] for row in rows]
-            for name, column in (("images", "source_image"), ("target_images", "target_image"))
-        }
-        batch = dict(self.processor(**images, **geometry))
+        batch = dict(
+            self.processor(
+                images=[row["source_image"] for row in rows],
+                target_images=[row["target_image"] for row in rows],
+                height=self.height,
+                width=self.width,
+                resize_mode=self.resize_mode,
+            )
+        )
         if any("edit_mask" in row for row in rows):
             # A row without a mask, of a data set without masks, may change everywhere.
             everywhere = [True] * math.prod(self.grid)

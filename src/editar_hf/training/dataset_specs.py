@@ -31,7 +31,7 @@ TOKEN_COLUMNS = ("source_image_tokens", "target_image_tokens", "prompt")
 # `prompt_embeds` holds precomputed text states.
 OPTIONAL_COLUMNS = ("mask", "edit_mask", "task", "prompt_embeds")
 # How `rows.py` rewrites a row, and the column that it computes.
-REWRITES = {"canny": "source_image", "removal": None}
+REWRITES: dict[str, str | None] = {"canny": "source_image", "removal": None}
 # Suffixes of the files that data sets are read from, and what `datasets` calls these formats.
 FILE_KINDS = {"parquet": "parquet", "tar": "webdataset", "jsonl": "json"}
 # Metadata key of a parquet file of tokens that says which data set they were computed from.
@@ -76,7 +76,7 @@ class DatasetSpec:
     dataset: str
     split: str = "train"
     config_name: str | None = None
-    name: str | None = None
+    name: str = ""
     probability: float = 1.0
     columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     task: str | None = None
@@ -166,7 +166,7 @@ def rename_columns(
 def find_columns(spec: DatasetSpec, present: Sequence[str]) -> dict[str, str]:
     """Map our column names to those of the data set's columns."""
     wanted = TOKEN_COLUMNS if "source_image_tokens" in present else PIXEL_COLUMNS
-    wanted = tuple(name for name in wanted if name != REWRITES.get(spec.rewrite))
+    wanted = tuple(name for name in wanted if name != REWRITES.get(spec.rewrite or ""))
     names = {ours: spec.columns.get(ours, ours) for ours in (*wanted, *OPTIONAL_COLUMNS)}
     names = {ours: [theirs] if isinstance(theirs, str) else list(theirs) for ours, theirs in names.items()}
     found = {ours: next((name for name in theirs if name in present), None) for ours, theirs in names.items()}
@@ -288,12 +288,13 @@ def list_places(spec: DatasetSpec) -> list[str]:
 def list_origins(spec: DatasetSpec) -> list[str]:
     """List where a data set is read from, and what its tokens were computed from if its files say so."""
     places = list_places(spec)
-    made_from = set()
+    made_from: set[bytes] = set()
     for file in places:
         if file.endswith(".parquet"):
             with contextlib.suppress(ValueError):  # `open_dataset` says what is wrong with the file
-                made_from.add((pq.read_schema(file).metadata or {}).get(MADE_FROM_KEY))
-    for content in made_from - {None}:
+                metadata = pq.read_schema(file).metadata or {}
+                made_from |= {metadata[MADE_FROM_KEY]} if MADE_FROM_KEY in metadata else set()
+    for content in made_from:
         with contextlib.suppress(ValueError):  # the images may have been moved since
             places += list_places(DatasetSpec(**json.loads(content)))
     return places

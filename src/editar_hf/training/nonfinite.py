@@ -31,7 +31,7 @@ class NonFiniteGuard:
         figures = [loss.detach().float()]
         # DeepSpeed gives a plain number, or none.
         if self.accelerator.scaler is None and gradient_norm is not None:
-            figures.append(torch.as_tensor(gather(gradient_norm), device=loss.device).float())
+            figures.append(gather(torch.as_tensor(gradient_norm)).to(loss.device).float())
         return math.isfinite(self.accelerator.reduce(torch.stack(figures), "sum").sum().item())
 
     def skip(self, step: int, batches: list[dict]):

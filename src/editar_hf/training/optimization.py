@@ -25,7 +25,7 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
-def split_hidden_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_hidden_matrices(module: nn.Module) -> tuple[list[torch.Tensor], list[nn.Parameter]]:
     """Split trained parameters into the matrices of hidden layers, for Muon, and all others.
 
     Muon is not meant for embeddings, the output head and vectors. Source: Jordan et al., "Muon" (2024).
@@ -37,7 +37,7 @@ def split_hidden_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[n
     return matrices, [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
 
 
-def build_muon(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Muon:
+def build_muon(parameters: Iterable[torch.Tensor], learning_rate: float, weight_decay: float) -> torch.optim.Muon:
     """Build Muon with steps as large as AdamW's, so that their learning rates compare.
 
     Source: Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
@@ -23,7 +23,8 @@ ADDITION = "add "
 # A few bad rows among fewer than this say little. The end of a data set is judged in any case.
 MIN_ROWS_TO_JUDGE = 100
 NUM_OFFENDERS_NAMED = 5
-Row, Prepared = TypeVar("Row"), TypeVar("Prepared")
+Row = TypeVar("Row")
+Prepared = TypeVar("Prepared")
 
 
 class UnusableRow(Exception):
@@ -136,7 +137,7 @@ class RowReader:
         """Find an image's edges at the size of training: resized edges would be grey."""
         size = {"height": self.height, "width": self.width}
         pixel_values = self.image_processor(image, size=size, resize_mode=self.resize_mode).pixel_values
-        return make_canny_map(self.image_processor.postprocess(pixel_values)[0])
+        return make_canny_map(cast(Image.Image, self.image_processor.postprocess(pixel_values)[0]))
 
 
 def ask_for_removal(instruction: str) -> str:

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
-def gather(tensor: torch.Tensor | float) -> torch.Tensor | float:
+def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor in every process if it is sharded. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

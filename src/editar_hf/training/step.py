@@ -1,6 +1,7 @@
 """Compute the losses of a batch, with both trained networks in one module."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,12 +107,12 @@ def draw_dropout(
     # The generator uses only the low 32 bits of its seed. The prime keeps two seeds apart for a million batches.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
     device = batch["input_ids"].device
-    inputs = {"batch": batch}
+    inputs: dict[str, Any] = {"batch": batch}
     if drops_conditioning:
         drops = draw_conditioning_dropout(len(batch["input_ids"]), generator)
         inputs["drop_source"], inputs["drop_prompt"] = (drop.to(device) for drop in drops)
     if target_token_dropout:
-        tokens = (batch[f"{name}_image_tokens"] for name in ("target", "source"))
+        tokens = batch["target_image_tokens"], batch["source_image_tokens"]
         shown = drop_target_tokens(*tokens, target_token_dropout, generator)
         inputs["batch"] = {**batch, "shown_image_tokens": shown}
     return inputs

@@ -31,11 +31,11 @@ class Reader(NamedTuple):
     num_workers: int
 
     @property
-    def index(self) -> int:
+    def reader_index(self) -> int:
         return self.process * self.num_workers + self.worker
 
     @property
-    def count(self) -> int:
+    def num_readers(self) -> int:
         return self.num_processes * self.num_workers
 
 
@@ -53,16 +53,17 @@ class ShuffledRows:
 
     def check(self, name: str, reader: Reader):
         """Refuse more readers than there are rows."""
-        if len(self.dataset) < reader.count:
+        if len(self.dataset) < reader.num_readers:
             raise ValueError(
-                f"`dataset` {name!r} has {len(self.dataset)} rows for {reader.count} readers ({reader.num_processes} "
-                f"processes with {reader.num_workers} workers each). Lower `num_workers`, or add rows."
+                f"`dataset` {name!r} has {len(self.dataset)} rows for {reader.num_readers} readers "
+                f"({reader.num_processes} processes with {reader.num_workers} workers each). Lower "
+                "`num_workers`, or add rows."
             )
 
     def read_epoch(self, reader: Reader) -> Iterator[tuple[int, dict]]:
         """Yield the rest of the epoch as (position, row), then begin the next epoch."""
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))
-        for position in order[reader.index :: reader.count][self.num_read :].tolist():
+        for position in order[reader.reader_index :: reader.num_readers][self.num_read :].tolist():
             self.num_read += 1
             yield position, self.dataset[position]
         self.epoch, self.num_read = self.epoch + 1, 0
@@ -169,7 +170,7 @@ class MixedRows(torch.utils.data.IterableDataset):
         self.num_draws += 1
         if len(self.specs) == 1:
             return 0
-        generator = np.random.default_rng((self.seed, reader.index, self.num_draws))
+        generator = np.random.default_rng((self.seed, reader.reader_index, self.num_draws))
         return int(generator.choice(len(self.specs), p=self.probabilities))
 
     def read_for_ever(self, stream: ShuffledRows | StreamedRows, reader: Reader) -> Iterator[tuple[int, dict]]:

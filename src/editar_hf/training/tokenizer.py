@@ -55,6 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> T5Tokenizer:
     )
     merges.train_from_iterator(texts, trainer)
 
-    pieces = sorted(merges.get_vocab(), key=merges.token_to_id)
+    vocab = merges.get_vocab()
+    pieces = sorted(vocab, key=lambda piece: vocab[piece])
     # Equal scores: a word is split into as few pieces as there can be.
     return T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)

@@ -125,7 +125,8 @@ class EditARTrainer:
         validation_spec: DatasetSpec | None = None,
     ):
         self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
-        self.step, self.validation_loss = 0, None
+        self.step = 0
+        self.validation_loss: float | None = None
         self.collator = self.build_collator()
         self.dataloader, self.held_out, self.num_pairs = self.build_data(specs, validation_spec)
         pipeline.vq_model.to(accelerator.device)
@@ -228,7 +229,8 @@ class EditARTrainer:
 
     def build_optimizers(self, module: nn.Module) -> list[torch.optim.Optimizer]:
         args = self.args
-        matrices, others = [], list(module.parameters())
+        matrices: list[torch.Tensor] = []
+        others = list(module.parameters())
         if args.optimizer == "muon":
             matrices, others = split_hidden_matrices(module)
         adamw = build_optimizer(others, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.weight_decay)
@@ -266,7 +268,7 @@ class EditARTrainer:
 
     def take_step(self, batches: list[tuple[int, dict]], log: LossLog):
         """Step the weights once, on the gradients of all batches."""
-        total, inputs = 0.0, []
+        total, inputs = torch.zeros((), device=self.accelerator.device), []
         for index, batch in batches:
             groups = batch.pop("groups")
             inputs.append(self.prepare_inputs(index, batch))
@@ -318,7 +320,7 @@ class EditARTrainer:
         num_held_out = sum(len(batch["input_ids"]) for batch in self.held_out)
         facts = {
             "model": args.model,
-            "data": args.dataset or args.recipe,
+            "data": str(args.dataset or args.recipe),
             "pairs": "streamed, their number is unknown" if self.num_pairs is None else f"{self.num_pairs:,}",
             "held out": f"{num_held_out:,} pairs",
             "steps": f"{self.step:,} to {args.max_train_steps:,}",
@@ -347,7 +349,7 @@ class EditARTrainer:
         batches = [encode_image_tokens(batch, self.pipeline.vq_model) for batch in batches]
         with torch.no_grad(), self.accelerator.autocast():
             losses = torch.cat([self.module(batch)["token_losses"] for batch in batches])
-        self.validation_loss = losses.mean().item()
+        self.validation_loss = float(losses.mean())
         log_figures(self.accelerator, {"validation_loss": self.validation_loss}, self.step)
         # Sharded weights need all processes; otherwise one is enough.
         if self.accelerator.is_main_process or self.accelerator.is_fsdp2:

@@ -1,5 +1,7 @@
 """Held-out pairs as images, edited by the pipeline that users call."""
 
+from typing import cast
+
 import torch
 from PIL import Image
 
@@ -36,12 +38,17 @@ def draw_validation_images(
         height, width (`int`, *optional*): Pixels of the images; defaults to the model's.
         seed (`int`): Row k is sampled with `seed` + k.
     """
-    source, target = (batch[name][:num_images] for name in ("source_image_tokens", "target_image_tokens"))
-    states = pipeline.text_encoder(batch["input_ids"][:num_images], batch["attention_mask"][:num_images])
+    batch = {name: tensor[:num_images] for name, tensor in batch.items()}
+    source, target = (cast(torch.LongTensor, batch[f"{name}_image_tokens"]) for name in ("source", "target"))
+    states = pipeline.text_encoder(batch["input_ids"], batch["attention_mask"])
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(source))]
-    size = {"height": height, "width": width}
     edited = pipeline(
-        prompt_embeds=states.last_hidden_state, source_image_tokens=source, generator=generators, **size
-    ).images
-    columns = [pipeline.decode_image_tokens(source, **size), edited, pipeline.decode_image_tokens(target, **size)]
-    return build_contact_sheet([list(row) for row in zip(*columns, strict=True)])
+        prompt_embeds=states.last_hidden_state,
+        source_image_tokens=source,
+        generator=generators,
+        height=height,
+        width=width,
+        return_dict=False,
+    )[0]
+    sides = [pipeline.decode_image_tokens(tokens, height=height, width=width) for tokens in (source, target)]
+    return build_contact_sheet([list(row) for row in zip(sides[0], edited, sides[1], strict=True)])
