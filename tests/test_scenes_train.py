@@ -113,6 +113,14 @@ def test_token_masks_mark_every_square_that_holds_a_pixel():
     assert compute_token_mask(mask, 8).tolist() == [False, True, False, False, False, True]
 
 
+def test_edited_pixels_weigh_more_in_the_vq_loss_and_the_mean_stays():
+    is_edited = torch.tensor([[True, False, False, False], [True, True, True, True]])
+    weights = train.compute_pixel_weights(is_edited, 16, 16, weight=4.0)
+    assert torch.allclose(weights.mean(dim=(1, 2, 3)), torch.ones(2))
+    assert torch.allclose(weights[0, 0, :8, :8], 4 * weights[0, 0, 8:, 8:])
+    assert torch.equal(weights[1], torch.ones(1, 16, 16))
+
+
 def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
     log = read_log(run)
     assert [line["stage"] for line in log if line.get("event") == "held out"] == ["vq_model", "editor"]

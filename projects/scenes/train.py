@@ -87,6 +87,9 @@ def parse_arguments(arguments=None):
     parser.add_argument("--edit_region_weight", type=float, default=6.0)
     parser.add_argument("--feature_weight", type=float, default=1.0, help="of the VQ model's feature loss")
     parser.add_argument("--squared_error_weight", type=float, default=5.0, help="of the VQ model's squared error")
+    parser.add_argument(
+        "--vq_edit_region_weight", type=float, default=4.0, help="of edited pixels in the VQ model's loss"
+    )
     parser.add_argument("--agreement_weight", type=float, default=1.0, help="of equal latents where nothing changes")
     parser.add_argument("--guidance_scale", type=float, default=1.5, help="written into the pipeline")
     parser.add_argument("--seed", type=int, default=0)
@@ -187,8 +190,18 @@ def build_vq_model(rehearse: bool) -> EditARVQModel:
     )
 
 
+def compute_pixel_weights(is_edited: torch.BoolTensor, height: int, width: int, weight: float) -> torch.Tensor:
+    """Compute the weights of pixels `(pairs, 1, height, width)`: edited tokens count `weight` times; the mean is 1."""
+    grid = (height // STRIDE, width // STRIDE)
+    weights = torch.where(is_edited, weight, 1.0).unflatten(1, grid)[:, None]
+    weights = weights / weights.mean(dim=(2, 3), keepdim=True)
+    return F.interpolate(weights, scale_factor=STRIDE, mode="nearest")
+
+
 def compute_vq_losses(args, model, features, pixel_values, is_edited):
     """Compute the loss of a batch of pictures, sources before targets, its parts, and the model's output.
+
+    Objects are a small part of a picture, and what an edit is judged by: where a pair differs, errors count more.
 
     Tokens that an edit leaves alone should be the same before and after, so that the editor can copy them. The encoder
     sees the whole picture, so this has to be asked for: the last part compares their latents.
@@ -201,12 +214,13 @@ def compute_vq_losses(args, model, features, pixel_values, is_edited):
     with torch.no_grad():
         wanted = features(pixel_values)
     error = output.reconstruction.float() - pixel_values
+    weights = compute_pixel_weights(is_edited, *pixel_values.shape[2:], args.vq_edit_region_weight).repeat(2, 1, 1, 1)
     before, after = output.latents.chunk(2)
     distances = (before - after).square().mean(dim=-1)
     parts = {
-        "absolute": error.abs().mean(),
-        "squared": error.square().mean(),
-        "features": compute_feature_distance(features(output.reconstruction), wanted).mean(),
+        "absolute": (weights * error.abs()).mean(),
+        "squared": (weights * error.square()).mean(),
+        "features": compute_feature_distance(features(output.reconstruction), wanted, weights).mean(),
         "codebook": output.codebook_loss,
         "commitment": output.commitment_loss,
         "agreement": (distances * ~is_edited).sum() / (~is_edited).sum().clamp(min=1),
@@ -339,11 +353,14 @@ def evaluate_vq_model(model: EditARVQModel, rows: dict[str, torch.Tensor], folde
     grid = [side // STRIDE for side in targets.shape[-2:]]
     image_tokens = model.encode(targets).image_tokens
     decoded = model.decode(image_tokens, *grid)
+    is_edited = compute_pixel_weights(rows["edit_mask"], *targets.shape[2:], weight=2.0) > 1
+    error = (decoded.clamp(-1, 1) - targets) / 2
     is_same = model.encode(sources).image_tokens == image_tokens
     log.write(
         stage="vq_model",
         event="held out",
         psnr=compute_psnr(decoded, targets).mean().item(),
+        psnr_edited=-10 * error.square().mean(dim=1, keepdim=True)[is_edited].mean().log10().item(),
         codes_used=len(image_tokens.unique()) / model.config.num_embeddings,
         kept_tokens_equal=is_same[~rows["edit_mask"]].float().mean().item(),
     )
