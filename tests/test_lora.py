@@ -504,7 +504,7 @@ def test_adapters_work_under_model_offload(adapter_folder):
         (lambda pipe: pipe.fuse_lora("1"), ValueError, "`lora_scale` is '1'"),
         (lambda pipe: pipe.fuse_lora(float("inf")), ValueError, "`lora_scale` is inf"),
         (lambda pipe: pipe.fuse_lora(1e39), ValueError, "would get infinite weights or NaN"),
-        (lambda pipe: pipe.load_lora_weights(7), TypeError, "`pretrained_model_name_or_path` is '7'"),
+        (lambda pipe: pipe.load_lora_weights(7), TypeError, "`pretrained_model_name_or_path` is 7"),
         (lambda pipe: pipe.load_lora_weights("./nowhere"), ValueError, "no such folder"),
         (lambda pipe: pipe.load_lora_weights("nowhere/lora", local_files_only=True), ValueError, "no such folder"),
         (lambda pipe: pipe.load_lora_weights(".", adapter_name=3), TypeError, "`adapter_name` is 3"),

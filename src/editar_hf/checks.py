@@ -1,4 +1,4 @@
-"""Checks of single arguments that several modules share."""
+"""Checks of single arguments, shared by several modules. Errors name the argument, its value and the remedy."""
 
 import numbers
 import os
@@ -10,13 +10,13 @@ import torch
 
 
 def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None, step: int = 1) -> int:
-    """Return `value` as an `int`; numpy's integers are integers too, `True` is not.
+    """Return `value` as an `int`. Integers of numpy pass, `True` does not.
 
     Args:
         name (`str`): The argument, for the message.
-        value: What was passed.
-        minimum, maximum (`int`): The smallest and largest value allowed.
-        step (`int`): Divides every value allowed.
+        value: The value.
+        minimum, maximum (`int`): The smallest and largest allowed value.
+        step (`int`): Every allowed value is a multiple of it.
 
     Raises:
         ValueError: If it is no integer, or not in the range.
@@ -30,11 +30,7 @@ def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None =
 
 
 def check_number(name: str, value: Any) -> float:
-    """Return `value` as a `float`.
-
-    Raises:
-        ValueError: If it is no number, or NaN, or infinite.
-    """
+    """Return `value` as a `float`; refuse what is no number, NaN and infinity."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not abs(value) <= sys.float_info.max:
         raise ValueError(f"`{name}` is {value!r}; pass a finite number.")
@@ -42,47 +38,35 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False: `"False"` would count as true.
-
-    Raises:
-        ValueError: If it is no `bool`.
-    """
+    """Refuse what is neither True nor False: `"False"` would count as true."""
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` is {value!r}; pass True or False.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuse what is none of some strings; an array would be compared entry by entry.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
+    """Refuse what is none of the strings in `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
 def check_texts(name: str, texts: Any) -> None:
-    """Refuse what is neither a string nor a list of strings, and strings that are no Unicode text.
-
-    Raises:
-        ValueError: If it is none of these, or an empty list.
-    """
+    """Refuse what is neither a string nor a non-empty list of strings, and strings that are no Unicode text."""
     listed = [texts] if isinstance(texts, str) else texts
     if not (isinstance(listed, list | tuple) and listed and all(isinstance(text, str) for text in listed)):
         raise ValueError(f"`{name}` is {texts!r}; pass a string or a list of strings.")
     for text in listed:
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:  # half of a character outside the first 65,536, as JSON may hold
+        except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair.
             raise ValueError(f"`{name}` holds {text!r}, which is no Unicode text: {error}.") from error
 
 
 def check_path(name: str, value: Any) -> None:
-    """Refuse what names no file or folder.
+    """Refuse what cannot be the path of a file or folder.
 
     Raises:
         TypeError: If it is neither a string nor a path.
-        ValueError: If it is empty, or holds characters that no file's name may hold.
+        ValueError: If it is empty, or holds characters that no path can hold.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"`{name}` is {value!r:.80}; pass a path as a string or `Path`.")
@@ -95,11 +79,7 @@ def check_path(name: str, value: Any) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Refuse what is no tensor, one without rows, and one without values of its own.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Refuse what is no tensor, an empty tensor, and a tensor without readable values."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"`{name}` is {value!r:.80}; pass a tensor with a row for each image.")
     if value.ndim == 0 or not len(value):
@@ -108,11 +88,7 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_has_values(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor on the meta device, a sparse one and a quantised one.
-
-    Raises:
-        ValueError: If it is one.
-    """
+    """Refuse a tensor on the meta device, a sparse one and a quantised one."""
     if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
         kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
         raise ValueError(f"`{name}` is a tensor of {kind}; pass a dense one that holds its values.")

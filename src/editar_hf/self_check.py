@@ -1,8 +1,8 @@
-"""The self-check: does this pipeline behave like a trained one? It needs no reference to compare with.
+"""The self-check: measure whether a pipeline behaves like a trained one, without a reference to compare with.
 
-A bundled photograph goes through the tokenizer, and its own tokens are the target of one teacher-forced pass: a decoder
-that learned to edit finds the picture in its source far likelier than chance, and likelier than without the source.
-Wrong names, orders or scales of weights, and weights that were never trained, show in one figure or another.
+The check encodes and decodes a bundled photograph, and runs one teacher-forced pass whose source and target are both
+the photograph's tokens. A decoder that learned to edit finds these tokens far likelier than chance, and likelier than
+without the source. Weights with wrong names, orders or scales, and untrained weights, fail at least one measurement.
 
 The photograph, `self_check.jpg`, is NASA's portrait of the astronaut Eileen Collins, in the public domain.
 """
@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 
-# A single grey for the whole photograph has 10 dB; the published tokenizer gives photographs above 20 dB.
+# A uniformly grey image has 10 dB; the published VQ model reaches more than 20 dB on photographs.
 MIN_TOKENIZER_PSNR = 15.0
-# "Well below" chance, in nats per token: the picture is at least e times likelier, token by token, than a fair draw.
+# In nats per token: every token is on average e times likelier than under a uniform draw.
 MIN_GAIN_OVER_CHANCE = 1.0
-# In nats per token: more than what two runs over unrelated conditions differ by.
+# In nats per token: more than two passes with unrelated conditions differ by.
 MIN_GAIN_FROM_SOURCE = 0.1
-# An instruction that changes much of any picture, as the published training data words it.
+# An instruction that changes much of any image, worded as in the published training data.
 PROMPT = "add a large red circle in the middle"
 # Source: EditAR (arXiv 2501.04699), section 4.
 GUIDANCE_SCALE = 3.0
@@ -29,15 +29,16 @@ GUIDANCE_SCALE = 3.0
 
 @dataclass(frozen=True)
 class SelfCheckReport:
-    """What the self-check measured, and whether that is how a trained pipeline behaves.
+    """The measurements of the self-check, and whether a trained pipeline would show them.
 
     Args:
-        tokenizer_psnr (`float`): Of the photograph after encoding and decoding, in dB.
-        nll_with_source (`float`): Of the photograph's tokens given themselves as the source, in nats per token.
+        tokenizer_psnr (`float`): PSNR of the photograph after encoding and decoding, in dB.
+        nll_with_source (`float`): Negative log-likelihood of the photograph's tokens with themselves as the source, in
+            nats per token.
         nll_without_source (`float`): The same with the null image as the source.
-        chance_nll (`float`): Of a fair draw from the vocabulary, in nats per token.
-        changed_by_guidance (`float`): Part of the positions, in [0, 1], whose likeliest token is another without a
-            prompt than under guidance towards one.
+        chance_nll (`float`): The same under a uniform draw from the vocabulary.
+        changed_by_guidance (`float`): Fraction of positions whose likeliest token changes when guidance towards a
+            prompt is added.
         non_finite (`tuple[str, ...]`): Weights and outputs that hold NaN or infinity.
     """
 
@@ -50,7 +51,7 @@ class SelfCheckReport:
 
     @property
     def failures(self) -> list[str]:
-        """One sentence for each figure that a trained pipeline would not show; NaN fails every comparison."""
+        """One sentence for each measurement that a trained pipeline would not show; NaN fails every comparison."""
         gain_over_chance = self.chance_nll - self.nll_with_source
         gain_from_source = self.nll_without_source - self.nll_with_source
         return [
@@ -82,7 +83,7 @@ class SelfCheckReport:
         return not self.failures
 
     def to_markdown(self) -> str:
-        """Lay the figures out as a table, followed by what failed."""
+        """Format the measurements as a table, followed by what failed."""
         rows = [
             "| self-check | figure | expected |",
             "|---|---|---|",
@@ -100,7 +101,7 @@ class SelfCheckReport:
 
 @torch.no_grad()
 def check_pipeline(pipeline) -> SelfCheckReport:
-    """Measure how a pipeline treats the bundled photograph: one pass of the tokenizer and one of the decoder.
+    """Measure a pipeline on the bundled photograph, with one pass of the VQ model and one of the decoder.
 
     Args:
         pipeline (`EditARPipeline`): On any device, in any dtype.
@@ -116,14 +117,18 @@ def check_pipeline(pipeline) -> SelfCheckReport:
         nll_with_source=compute_nll(unprompted, image_tokens),
         nll_without_source=compute_nll(without_source, image_tokens),
         chance_nll=math.log(pipeline.transformer.config.vocab_size),
-        # Compared with no prompt: a decoder that is sure of an edit predicts the same with a prompt and with guidance.
+        # The comparison is with no prompt: a decoder that is sure of an edit predicts the same tokens with a prompt and
+        # with guidance.
         changed_by_guidance=(guided.argmax(-1) != unprompted.argmax(-1)).float().mean().item(),
-        non_finite=(*list_non_finite_weights(pipeline), *(name for name in outputs if not is_finite(outputs[name]))),
+        non_finite=(
+            *list_non_finite_weights(pipeline),
+            *(name for name in outputs if not outputs[name].isfinite().all()),
+        ),
     )
 
 
 def compute_tokenizer_psnr(pipeline) -> tuple[torch.LongTensor, torch.Tensor, float]:
-    """Encode and decode the photograph; return its tokens (1, N), the decoded pixels and their PSNR in dB."""
+    """Encode and decode the photograph; return its tokens (1, N), the decoded pixels and the PSNR in dB."""
     with Image.open(str(files("editar_hf") / "self_check.jpg")) as photograph:
         inputs = pipeline.processor(images=photograph, resize_mode="stretch")
     vq_model = pipeline.vq_model
@@ -132,12 +137,12 @@ def compute_tokenizer_psnr(pipeline) -> tuple[torch.LongTensor, torch.Tensor, fl
     grid_height, grid_width = (side // vq_model.config.stride for side in pixels.shape[2:])
     reconstruction = vq_model.decode(image_tokens, grid_height, grid_width)
     error = (reconstruction.float().clamp(-1, 1) - pixels.float()).square().mean()
-    # Pixels span 2, from −1 to 1.
+    # The range of pixels is 2, from −1 to 1.
     return image_tokens, reconstruction, 10 * torch.log10(4 / error).item()
 
 
 def compute_branch_logits(pipeline, image_tokens: torch.LongTensor, grid: dict[str, int]) -> torch.Tensor:
-    """Compute logits (3, N, vocab_size) of the source's own tokens: with a prompt, without, and with no condition."""
+    """Compute logits (3, N, vocab_size) of the source's tokens: with prompt and source, source alone, and neither."""
     transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
     inputs = pipeline.processor(text=PROMPT).to(text_encoder.device)
     prompt_embeds = text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
@@ -159,15 +164,10 @@ def compute_nll(logits: torch.Tensor, image_tokens: torch.LongTensor) -> float:
 
 
 def list_non_finite_weights(pipeline) -> list[str]:
-    """Name the parameters and buffers of the networks that hold NaN or infinity."""
+    """List the parameters and buffers that hold NaN or infinity."""
     return [
         f"{part}.{name}"
         for part in ("transformer", "vq_model", "text_encoder")
         for name, tensor in getattr(pipeline, part).state_dict().items()
-        if not is_finite(tensor)
+        if not tensor.isfinite().all()
     ]
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Tell whether all entries are finite."""
-    return bool(tensor.isfinite().all())

@@ -1,8 +1,8 @@
-"""LoRA in the pipeline: adapters in PEFT's own format, loaded into the decoder, weighed, fused and saved.
+"""LoRA: load adapters in PEFT's format into the decoder, weigh them, fuse them and save them.
 
-PEFT's layers do the arithmetic. Here are the files, the weights of modules that an adapter replaces as a whole (PEFT's
-`modules_to_save`), and the rule that keeps the decoder's weights and the record of them together: PEFT subtracts a
-fused adapter by its weight at that time, so no adapter may change while any is fused.
+PEFT's layers do the arithmetic. This module adds three things: checks of the files, weights for modules that an adapter
+replaces as a whole (PEFT's `modules_to_save`), and one rule. PEFT takes a fused adapter out again with the weight that
+the adapter has then, so no adapter may change while any is fused.
 """
 
 import copy
@@ -24,9 +24,9 @@ from .hub import check_folder_or_hub_id, describe_key_problems, read_header, rea
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# PEFT names weights as its wrapper around a model sees them.
+# PEFT's files name weights as its wrapper around a model does.
 KEY_PREFIX = "base_model.model."
-# What a configuration may set. The rest asks for other methods; some of them change the decoder's own weights for good.
+# Settings of plain LoRA. All others ask for other methods, some of which change the decoder's own weights for good.
 PLAIN_SETTINGS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
@@ -35,22 +35,17 @@ PLAIN_SETTINGS = {
 
 
 def find_adapter_folder(name: str | Path, **kwargs) -> Path:
-    """Find an adapter's files, in a folder or on the Hub.
-
-    Raises:
-        TypeError: If the name is neither a string nor a path.
-        ValueError: If there is no such folder or repository, or one of the two files is not there.
-    """
-    argument = f"`pretrained_model_name_or_path` is {str(name)!r}"
-    if not isinstance(name, str | Path):
-        raise TypeError(f"{argument}; give a folder or a Hub id, as a string or a path.")
+    """Find an adapter's files, in a folder or on the Hub."""
     check_folder_or_hub_id(name, "pretrained_model_name_or_path")
     folder = Path(name)
     if not folder.exists():
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **kwargs))
         except OSError as error:
-            raise ValueError(f"{argument}; there is no such folder, and the Hub gave no adapter: {error}") from error
+            raise ValueError(
+                f"`pretrained_model_name_or_path` is {name!r}; there is no such folder, and the Hub gave no adapter: "
+                f"{error}"
+            ) from error
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise ValueError(f"`{name}` has no `{file}`; give a folder or Hub id with an adapter in PEFT's format.")
@@ -58,11 +53,7 @@ def find_adapter_folder(name: str | Path, **kwargs) -> Path:
 
 
 def read_config(file: Path):
-    """Read the `PeftConfig` of an adapter.
-
-    Raises:
-        ValueError: If the file is damaged, or describes something other than plain LoRA.
-    """
+    """Read the `PeftConfig` of an adapter, and refuse a damaged file and all but plain LoRA."""
     from peft import LoraConfig, PeftConfig
 
     settings = read_json_object(file)
@@ -71,22 +62,21 @@ def read_config(file: Path):
     if type(rank := settings.get("r")) is not int or rank < 1:
         raise ValueError(f"`{file}` has the rank `r` {rank!r}; it is a positive whole number in an adapter.")
     if settings.get("init_lora_weights") in (False, "gaussian"):
-        settings["init_lora_weights"] = True  # The file's weights follow in any case.
+        settings["init_lora_weights"] = True  # The weights are read from the file in any case.
     defaults = LoraConfig().to_dict()
     others = settings.keys() & (defaults.keys() - PLAIN_SETTINGS)
     if others := sorted(name for name in others if settings[name] not in (None, defaults[name])):
         raise ValueError(f"`{file}` sets {', '.join(others)}; the pipeline loads plain LoRA. Train one without.")
     try:
         return PeftConfig.from_peft_type(**settings)
-    except Exception as error:  # PEFT does not check types: they fail where they are used.
+    except Exception as error:  # PEFT does not check types, so wrong ones raise errors of any kind.
         raise ValueError(f"`{file}` is no configuration of a LoRA adapter: {error}") from error
 
 
 def check_adapter(folder: Path, config, adapter_name: str, transformer: PreTrainedModel):
-    """Refuse an adapter that does not fit beside those of a decoder; tried without memory, by the file's header.
+    """Refuse an adapter that does not fit a decoder and its other adapters.
 
-    Raises:
-        ValueError: If the configuration cannot be applied, or weights are missing, unexpected or wrongly shaped.
+    The check attaches it to an empty copy of the decoder, without memory, and compares with the header of the file.
     """
     with torch.device("meta"):
         skeleton = type(transformer)(transformer.config)
@@ -112,10 +102,10 @@ def attach_adapter(transformer: PreTrainedModel, config, adapter_name: str):
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings():
-        # Several adapters in one model are what is wanted.
+        # Several adapters in one model are intended.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, transformer, adapter_name)
-    # transformers' own saving, enabling and deleting of adapters ask for it.
+    # transformers' own methods for adapters read it.
     transformer._hf_peft_config_loaded = True
 
 
@@ -131,12 +121,12 @@ def list_layers(transformer: PreTrainedModel) -> list[tuple[str, torch.nn.Module
 
 
 def get_original(layer: torch.nn.Module) -> torch.nn.Module:
-    """Get what stood in a layer's place before adapters."""
+    """Get the layer that was there before adapters."""
     return layer.original_module if is_replaced(layer) else layer.get_base_layer()
 
 
 def is_replaced(layer: torch.nn.Module) -> bool:
-    """Whether adapters bring a copy of their own of a layer, instead of matrices beside it."""
+    """Whether adapters replace the layer by a copy of their own, instead of adding matrices to it."""
     return hasattr(layer, "original_module")
 
 
@@ -155,10 +145,10 @@ def get_adapter_weights(transformer: PreTrainedModel, adapter_name: str) -> dict
 
 
 def set_weight(layer: torch.nn.Module, adapter_name: str, weight: float):
-    """Let an adapter count `weight` times in a layer.
+    """Set the weight of an adapter in a layer.
 
-    PEFT does not weigh replaced modules. Here an adapter's copy becomes O + weight · (T - O), with the original O and
-    the trained T, which is kept beside it while the weight is not 1.
+    PEFT does not weigh replaced modules. Here the adapter's copy becomes O + weight · (T - O), with the original O and
+    the trained T. While the weight is not 1, T is kept in the layer's `blends`.
     """
     if not is_replaced(layer):
         layer.set_scale(adapter_name, weight)
@@ -175,12 +165,12 @@ def set_weight(layer: torch.nn.Module, adapter_name: str, weight: float):
 
 
 class EditARLoraMixin(LoraBaseMixin):
-    """Load LoRA adapters into the decoder, weigh them against each other, fuse them, and save them.
+    """Load LoRA adapters into the decoder, weigh them, fuse them and save them.
 
     With the weights wᵢ of the active adapters, every adapted matrix is W + Σ wᵢ · alphaᵢ / rᵢ · Bᵢ Aᵢ, and a module
     that an adapter replaces as a whole is O + wᵢ · (Tᵢ - O), with the original O and the trained T. While adapters are
-    fused, any change to adapters raises a `ValueError` until `unfuse_lora`. Only `unload_lora_weights` is allowed: what
-    is fused then stays in the weights.
+    fused, every change to adapters raises a `ValueError`, except `unfuse_lora` and `unload_lora_weights`; after the
+    latter, the fused adapters stay in the weights.
 
     On disk an adapter is plain PEFT: `adapter_config.json` and `adapter_model.safetensors`.
     """
@@ -189,7 +179,7 @@ class EditARLoraMixin(LoraBaseMixin):
 
     @property
     def _merged_adapters(self) -> set[str]:
-        """What diffusers' `fused_loras` and `num_fused_loras` read: here the layers' own record."""
+        """The layers' own record of fused adapters, which diffusers' `fused_loras` and `num_fused_loras` read."""
         return {name for _, layer in list_layers(self.transformer) for name in layer.merged_adapters}
 
     @torch.no_grad()
@@ -202,18 +192,18 @@ class EditARLoraMixin(LoraBaseMixin):
         token: str | bool | None = None,
         local_files_only: bool = False,
     ):
-        """Load an adapter beside those already there, and make it the active one.
+        """Load an adapter in addition to those already there, and make it the only active one.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder in PEFT's format, or a Hub id.
-            adapter_name (`str`, *optional*): What to call it, without dots; default the first that is free of
-                `"default_0"`, `"default_1"`, ….
-            revision, cache_dir, token, local_files_only (*optional*): As of huggingface_hub's `snapshot_download`.
+            adapter_name (`str`, *optional*): Its name, without dots; *defaults to* the first free one of `"default_0"`,
+                `"default_1"`, ….
+            revision, cache_dir, token, local_files_only (*optional*): See huggingface_hub's `snapshot_download`.
 
         Raises:
             TypeError: If the folder or the name is no string.
-            ValueError: If there is no adapter, its files are damaged, are not plain LoRA or do not fit this decoder; if
-                the name is taken, or the decoder's weights are offloaded.
+            ValueError: If there is no adapter; its files are damaged, are not plain LoRA or do not fit this decoder;
+                the name is taken; adapters are fused; or the decoder's weights are offloaded.
         """
         names = self.list_adapters()
         if adapter_name is None:
@@ -222,7 +212,7 @@ class EditARLoraMixin(LoraBaseMixin):
             raise TypeError(f"`adapter_name` is {adapter_name!r}; give a string.")
         if adapter_name in names:
             raise ValueError(f"`adapter_name` is {adapter_name!r}, which is taken; there are {', '.join(names)}.")
-        # Adapters become entries of a `ModuleDict`, whose own names are taken too.
+        # Adapters become entries of a `ModuleDict`, whose attributes are no names for entries.
         if not adapter_name or "." in adapter_name or hasattr(torch.nn.ModuleDict, adapter_name):
             raise ValueError(f"`adapter_name` is {adapter_name!r}, which PyTorch cannot use; choose another name.")
         self._check_not_fused()
@@ -240,7 +230,7 @@ class EditARLoraMixin(LoraBaseMixin):
         attach_adapter(self.transformer, config, adapter_name)
         for name, tensor in get_adapter_weights(self.transformer, adapter_name).items():
             tensor.copy_(weights[name])
-        # New layers begin in training mode, which would leave dropout on.
+        # New layers start in training mode, with dropout.
         self.transformer.train(self.transformer.training)
         self._enable(not is_disabled)
         self.set_adapters(adapter_name)
@@ -249,11 +239,11 @@ class EditARLoraMixin(LoraBaseMixin):
         """Write an adapter in PEFT's format, as it was trained, whatever its weight is.
 
         Args:
-            save_directory (`str` or `Path`): The folder; made if it is not there.
-            adapter_name (`str`, *optional*): Which one; may be left out if there is one.
+            save_directory (`str` or `Path`): The folder; made if it does not exist.
+            adapter_name (`str`, *optional*): Which adapter; needed if there are several.
 
         Raises:
-            ValueError: If there is no such adapter, or several and none is named; if weights are offloaded.
+            ValueError: If there is no such adapter, several and none is named, or weights are offloaded.
         """
         names = self.list_adapters()
         if adapter_name is None and len(names) == 1:
@@ -273,11 +263,11 @@ class EditARLoraMixin(LoraBaseMixin):
         return list(getattr(self.transformer, "peft_config", {}))
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: float | list[float] | None = None):
-        """Choose the active adapters, and how much each counts.
+        """Choose the active adapters and their weights.
 
         Args:
-            adapter_names (`str` or list of `str`): Which; none if the list is empty.
-            adapter_weights (`float` or list of `float`, *optional*): One for all, or one for each; default 1.
+            adapter_names (`str` or list of `str`): The active ones; an empty list means none.
+            adapter_weights (`float` or list of `float`, *optional*): One for all, or one for each; *defaults to* 1.
 
         Raises:
             TypeError: If a name is no string.
@@ -298,17 +288,17 @@ class EditARLoraMixin(LoraBaseMixin):
         self._activate(names)
 
     def disable_lora(self):
-        """Edit as if no adapter were there, until `enable_lora`; adapters loaded or chosen meanwhile wait as well."""
+        """Edit without adapters until `enable_lora`, also without those that are loaded or chosen meanwhile."""
         self._check_not_fused()
         self._enable(False)
 
     def enable_lora(self):
-        """Let the active adapters work again."""
+        """Edit with the active adapters again."""
         self._check_not_fused()
         self._enable(True)
 
     def delete_adapters(self, adapter_names: list[str] | str):
-        """Remove adapters; the others stay as they are, and if none is left the decoder is as before.
+        """Remove adapters. The others stay as they are; if none is left, the decoder is as before.
 
         Raises:
             TypeError: If a name is no string.
@@ -317,7 +307,7 @@ class EditARLoraMixin(LoraBaseMixin):
         names = self._check_names(adapter_names)
         self._check_not_fused()
         layers = list_layers(self.transformer)
-        # Otherwise PEFT would make another adapter active, and not the same one in every layer.
+        # Without this, PEFT would activate another adapter, and not the same one in every layer.
         self._activate([name for name in self.get_active_adapters() if name not in names])
         for name in names:
             self.transformer.peft_config.pop(name)
@@ -334,13 +324,14 @@ class EditARLoraMixin(LoraBaseMixin):
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | str | None = None
     ):
-        """Add adapters to the weights they adapt: no slower than without, until `unfuse_lora`.
+        """Add adapters to the weights they adapt, until `unfuse_lora`; edits are then as fast as without adapters.
 
         Args:
-            lora_scale (`float`): How much they count, times their own weights.
-            safe_fusing (`bool`): As in diffusers. Fusing is always safe here: what would be NaN is refused.
-            adapter_names (`str` or list of `str`, *optional*): Which; default the active ones. They are the active
-                ones until `unfuse_lora`.
+            lora_scale (`float`): Multiplies the weights of the adapters.
+            safe_fusing (`bool`): Accepted as in diffusers, without effect: fusing always refuses weights that would not
+                be finite.
+            adapter_names (`str` or list of `str`, *optional*): *Defaults to* the active ones. They are the active ones
+                until `unfuse_lora`.
 
         Raises:
             TypeError: If a name is no string.
@@ -368,10 +359,10 @@ class EditARLoraMixin(LoraBaseMixin):
 
     @torch.no_grad()
     def unfuse_lora(self):
-        """Take fused adapters out of the weights again; they are active, and weigh, as they did before `fuse_lora`.
+        """Take fused adapters out of the weights; adapters are then active, with their weights, as before `fuse_lora`.
 
-        The weights return up to rounding: by less than 0.4 % of |W| + |W + Δ| in bfloat16. Load the pipeline anew for
-        the same bits.
+        The decoder's weights return up to rounding: within 0.4 % of |W| + |W + Δ| in bfloat16. To get the same bits,
+        load the pipeline again.
 
         Raises:
             ValueError: If weights are offloaded.
@@ -386,7 +377,7 @@ class EditARLoraMixin(LoraBaseMixin):
         self._activate(self.transformer.active_before_fusing)
 
     def unload_lora_weights(self):
-        """Remove all adapters; what was fused stays in the weights, and can no longer be taken out."""
+        """Remove all adapters. Fused ones stay in the weights, and can no longer be taken out."""
         keeps_fused = bool(self.fused_loras)
         for path, layer in list_layers(self.transformer):
             is_kept = keeps_fused and is_replaced(layer) and layer.active_adapters
@@ -397,7 +388,7 @@ class EditARLoraMixin(LoraBaseMixin):
         self.transformer._hf_peft_config_loaded = False
 
     def _activate(self, names: list[str], scale: float = 1.0):
-        """Make adapters the active ones, each counting `scale` times its own weight."""
+        """Make adapters the active ones, each with `scale` times its own weight."""
         weights = vars(self.transformer).get("adapter_weights", {})
         for _, layer in list_layers(self.transformer):
             present = [name for name in names if name in layer.modules_to_save] if is_replaced(layer) else list(names)
@@ -408,7 +399,7 @@ class EditARLoraMixin(LoraBaseMixin):
     def _enable(self, enabled: bool):
         for _, layer in list_layers(self.transformer):
             layer.enable_adapters(enabled)
-        self._activate(self.get_active_adapters())  # PEFT would let them be trained.
+        self._activate(self.get_active_adapters())  # PEFT's `enable_adapters` makes them trainable.
 
     def _check_names(self, adapter_names: list[str] | str) -> list[str]:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -435,7 +426,7 @@ class EditARLoraMixin(LoraBaseMixin):
             raise ValueError(f"Adapters are fused ({', '.join(sorted(fused))}); call `unfuse_lora()` first.")
 
     def _check_not_offloaded(self):
-        # accelerate leaves weights on the meta device; diffusers' groups would not know those of new layers.
+        # accelerate's offload leaves weights on the meta device; diffusers' group offload does not know new layers.
         is_grouped = any(hasattr(module, "_diffusers_hook") for module in self.transformer.modules())
         if is_grouped or any(parameter.is_meta for parameter in self.transformer.parameters()):
             raise ValueError(
