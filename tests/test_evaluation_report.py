@@ -210,7 +210,10 @@ def test_a_prediction_that_broke_after_it_was_scored_is_on_no_sheet(benchmark, f
     images, names = tmp_path / "run" / "images", ["l1", "psnr_unedited", "ssim_unedited"]
     score_again = lambda: score(benchmark, images, tmp_path / "run", metrics=names)  # noqa: E731
     score_again()
+    whole = report.write_report([tmp_path / "run"], tmp_path / "whole").parent / "run-sheet.png"
     (images / "00002.png").write_bytes((images / "00002.png").read_bytes()[:-300])
+    report.write_report([tmp_path / "run"], tmp_path / "broken-since")
+    assert (tmp_path / "broken-since" / "run-sheet.png").read_bytes() != whole.read_bytes()
     assert score_again()["num_scored"] == 11
     report.write_report([tmp_path / "run"], tmp_path / "report")
     assert (tmp_path / "report" / "run-sheet.png").exists()

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from reprlib import repr as shorten
 
@@ -158,15 +159,9 @@ def check_files(source: str, names: tuple[str, ...], remedy: str) -> None:
 # The ten kinds of edits and how many of each there are, in the order of `editing_type_id`.
 PIE_CATEGORIES = {
     "random": 140,
-    "change object": 80,
-    "add object": 80,
-    "delete object": 80,
-    "change content": 40,
-    "change pose": 40,
-    "change colour": 40,
-    "change material": 40,
-    "change background": 80,
-    "change style": 80,
+    **dict.fromkeys(("change object", "add object", "delete object"), 80),
+    **dict.fromkeys(("change content", "change pose", "change colour", "change material"), 40),
+    **dict.fromkeys(("change background", "change style"), 80),
 }
 PIE_FIELDS = dict.fromkeys(
     ("image_path", "original_prompt", "editing_prompt", "editing_instruction", "editing_type_id"), str
@@ -267,31 +262,28 @@ def decode_image(stored) -> Image.Image | None:
 
 
 def crop(image: Image.Image, resolution: int, resampling=Image.Resampling.LANCZOS) -> Image.Image:
-    """Resize the shortest side, then crop the centre.
+    """Resize the shortest side of an image or of labels, then crop the centre.
 
     Source: the image preparation of EditAR (arXiv 2501.04699).
     """
+    image = image if resampling == Image.Resampling.NEAREST else prepare_rgb_image(image)
     found = compute_crop_geometry(image.height, image.width, resolution, resolution)
     resized = image.resize((found.resized_width, found.resized_height), resampling)
     return resized.crop((found.left, found.top, found.left + resolution, found.top + resolution))
-
-
-def crop_rgb(image: Image.Image, resolution: int) -> Image.Image:
-    return crop(prepare_rgb_image(image), resolution)
 
 
 def read_depth(source: str, wanted: Wanted = None, resolution: int = RESOLUTION) -> Iterator[Sample]:
     """Read images, their depth maps and captions."""
     columns = {"image": Image.Image, "control_depth": Image.Image, "text": str}
     for sample_id, row in read_rows(source, "validation", columns, wanted):
-        source_image, target = (crop_rgb(row[name], resolution) for name in ("control_depth", "image"))
+        source_image, target = (crop(row[name], resolution) for name in ("control_depth", "image"))
         yield Sample(sample_id, row["text"], source_image, "depth", target_image=target)
 
 
 def read_canny(source: str, wanted: Wanted = None, resolution: int = RESOLUTION) -> Iterator[Sample]:
     """Read images and captions, and find the images' edges."""
     for sample_id, row in read_rows(source, "validation", {"image": Image.Image, "text": str}, wanted):
-        target = crop_rgb(row["image"], resolution)
+        target = crop(row["image"], resolution)
         yield Sample(sample_id, row["text"], make_canny_map(target), "canny", target_image=target)
 
 
@@ -306,9 +298,9 @@ def read_segmentation(source: str, wanted: Wanted = None, resolution: int = RESO
         yield Sample(
             sample_id,
             row[caption],
-            crop_rgb(row["control_seg"], resolution),
+            crop(row["control_seg"], resolution),
             "segmentation",
-            target_image=crop_rgb(row["image"], resolution),
+            target_image=crop(row["image"], resolution),
             labels=crop(labels, resolution, Image.Resampling.NEAREST),
         )
 
@@ -360,10 +352,6 @@ def read_magicbrush(source: str, wanted: Wanted = None, is_multi_turn: bool = Fa
             previous=f"{session}-{number - 1}" if is_multi_turn and number > 1 else None,
             is_scored=not is_multi_turn or number == len(sessions[session]),
         )
-
-
-def read_magicbrush_multi_turn(source: str, wanted: Wanted = None) -> Iterator[Sample]:
-    return read_magicbrush(source, wanted, is_multi_turn=True)
 
 
 # Any folder, and the demo's stickers
@@ -479,7 +467,7 @@ BENCHMARKS = {
     ),
     "magicbrush-multi-turn": Kind(
         "MagicBrush's test set, each turn from the turn before, of which the last counts; its unzipped folder",
-        read_magicbrush_multi_turn,
+        partial(read_magicbrush, is_multi_turn=True),
         **MAGICBRUSH,
     ),
     "folder": Kind(

@@ -290,17 +290,25 @@ def draw_best_and_worst(run: Run, output_dir: Path) -> tuple[str, Path] | None:
     samples = {sample.id: sample for sample in samples if sample.id in paths}
     rows = []
     for sample_id, title in chosen.items():
-        if sample_id in samples:
+        if sample_id in samples and (prediction := read_scored(paths[sample_id])) is not None:
             value = decode_number(sound[sample_id].get(metric))
             title += f" {METRICS[metric].format(value * METRICS[metric].factor)}" if metric else ""
             title += describe_checks(sound[sample_id], metric)
-            rows.append((title, samples[sample_id], read_image(paths[sample_id])))
+            rows.append((title, samples[sample_id], prediction))
     if not rows:
         return None
     path = output_dir / f"{run.name}-sheet.png"
     draw_sheet(rows).save(path, "PNG", optimize=True)
     heading = f": best and worst by {METRICS[metric].title}" if metric else ""
     return f"{run.name}{heading}; source, mask, output, target", path
+
+
+def read_scored(path: Path) -> Image.Image | None:
+    """Read a prediction; `None` if it broke after it was scored."""
+    try:
+        return read_image(path)
+    except Exception:  # decoders raise anything on broken files
+        return None
 
 
 def choose_samples(values: dict[str, float], metric: str | None) -> dict[str, str]:

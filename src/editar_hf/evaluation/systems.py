@@ -57,7 +57,9 @@ def build_system(name: str, **options) -> System:
             folder that is missing.
     """
     if name not in SYSTEMS:
-        raise ValueError(f"`system` is {name!r}; choose one of {', '.join(SYSTEMS)}.")
+        raise ValueError(
+            f"`system` is {name!r}; choose one of {', '.join(SYSTEMS)}, or a script of examples/baselines/."
+        )
     given = {option: value for option, value in options.items() if value is not None}
     known = inspect.signature(SYSTEMS[name]).parameters
     if unknown := [option for option in given if option not in known]:
