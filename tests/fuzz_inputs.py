@@ -296,6 +296,10 @@ def get_data() -> Path:
     table.to_parquet(pairs / "train.parquet")
     for index in range(2):
         draw_image(index).save(folder / f"{'ab'[index]}.png")
+    benchmark = folder / "benchmark"
+    benchmark.mkdir()
+    draw_image(0).save(benchmark / "a.png")
+    (benchmark / "metadata.jsonl").write_text('{"id": "a", "source_image_file_name": "a.png", "prompt": "p"}')
     (folder / "text.png").write_text("no picture")
     (folder / "folder.png").mkdir()
     (folder / "empty.json").write_text("")
@@ -437,11 +441,11 @@ COMMANDS = {
     "convert --output-dir out --reverse --model {model}": "output-dir model",
     "convert --output-dir out --transformer {data}/a.png --vq-model {data}/a.png --text-encoder {data}": "output-dir "
     "transformer vq-model text-encoder num-attention-heads grid-size dtype license push-to-hub",
-    "evaluate prepare --task folder --source {data} --output-dir out": "task source resolution tokenizer output-dir",
-    "evaluate generate --data {data} --model {model} --output-dir out": "data system model lora guidance-scale top-k "
-    "top-p temperature dtype quantize reconstruct seed batch-size output-dir",
-    "evaluate score --data {data} --images {data} --output-dir out": "data images protocol metrics clip-model "
-    "lpips-model output-dir",
+    "evaluate generate --benchmark folder --source {data}/benchmark --model {model} --output-dir out": "benchmark "
+    "source resolution system model lora guidance-scale top-k top-p temperature dtype quantize reconstruct command "
+    "seed batch-size output-dir",
+    "evaluate score --benchmark folder --source {data}/benchmark --images {data}/benchmark --output-dir out": "source "
+    "benchmark images protocol metrics clip-model lpips-model output-dir",
     "evaluate report {data} --output-dir out": "output-dir",
 }
 LINES = (

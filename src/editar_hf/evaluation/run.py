@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from .. import __version__
+from ..checks import check_path
 from ..image_processing_editar import prepare_rgb_image
 from ..io import atomic_path
 from .benchmarks import RESOLUTION, Benchmark, Sample
@@ -124,6 +125,7 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
                 f"`{option}` is {system.options[option]!r}, but {len(without)} of {len(benchmark)} samples have no "
                 f"{name}, such as {without[0]}; leave out the option or these samples."
             )
+    check_path("output_dir", output_dir)
     output_dir, process = Path(output_dir), get_process()
     with process.main_process_first():
         check_config(
@@ -251,6 +253,7 @@ def score(
     Raises:
         ValueError: If `resolve_scoring` refuses, there are no predictions, or they are not those of the run.
     """
+    check_path("output_dir", output_dir)
     images_dir, output_dir, process = Path(images_dir), Path(output_dir), get_process()
     if not images_dir.is_dir():
         raise ValueError(f"`images` is {str(images_dir)!r}, which is no folder.")
