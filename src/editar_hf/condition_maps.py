@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import ModelOutput
 
 from .image_processing_editar import prepare_rgb_image
 
@@ -124,7 +125,9 @@ def compute_palette(num_labels: int) -> np.ndarray:
     return np.sum(bits, axis=0).astype(np.uint8)
 
 
-def run_model(image: Image.Image, model: PreTrainedModel, image_processor: BaseImageProcessor):
+def run_model(
+    image: Image.Image, model: PreTrainedModel, image_processor: BaseImageProcessor
+) -> tuple[ModelOutput, tuple[int, int]]:
     """Run a vision model on an image; its outputs, and the image's height and width."""
     picture = prepare_rgb_image(image)
     inputs = image_processor(images=picture, return_tensors="pt").to(model.device, model.dtype)

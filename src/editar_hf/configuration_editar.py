@@ -112,7 +112,7 @@ class EditARConfig(PreTrainedConfig):
         """Tokens of the largest picture, `grid_size` squared."""
         return self.grid_size**2
 
-    def check_sizes(self):
+    def check_sizes(self) -> None:
         """Check that the sizes fit together."""
         sizes = (
             "vocab_size",
@@ -188,7 +188,7 @@ class EditARVQConfig(PreTrainedConfig):
         """Pixels per token and side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
-    def check_sizes(self):
+    def check_sizes(self) -> None:
         """Check that the sizes fit together."""
         sizes = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels")
         sizes += ("num_res_blocks", "norm_num_groups")

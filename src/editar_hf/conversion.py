@@ -13,6 +13,7 @@ import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -100,7 +101,7 @@ TRANSFORMER_CONSTANTS = ("text_rotary", "rope_theta", "rms_norm_eps", "hidden_ac
 VQ_CONSTANTS = ("norm_num_groups",)
 
 
-def open_checkpoint(path: str | Path):
+def open_checkpoint(path: str | Path) -> Any:
     """Open a pickle without running any code in it, memory-mapped where the format allows.
 
     Raises:
@@ -120,7 +121,7 @@ def open_checkpoint(path: str | Path):
         ) from error
 
 
-def is_weights(found) -> bool:
+def is_weights(found: Any) -> bool:
     """Tell whether what a checkpoint holds is named tensors."""
     return isinstance(found, dict) and all(isinstance(tensor, torch.Tensor) for tensor in found.values())
 
@@ -258,7 +259,7 @@ def convert_transformer(
     return model.eval()
 
 
-def draw_new_parts(model: EditARForConditionalGeneration):
+def draw_new_parts(model: EditARForConditionalGeneration) -> None:
     """Draw what a LlamaGen text-to-image decoder lacks, as in a new model; what is there stays."""
     dtype = model.lm_head.weight.dtype
     for tensor in (*model.parameters(), *model.buffers()):
@@ -334,7 +335,7 @@ def count_indices(weights: dict[str, torch.Tensor], pattern: str) -> int:
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
-def check_size_keys(weights: dict[str, torch.Tensor], keys: Iterable[str], kind: str):
+def check_size_keys(weights: dict[str, torch.Tensor], keys: Iterable[str], kind: str) -> None:
     """Refuse weights that lack the tensors from which sizes are read."""
     missing = [key for key in keys if key not in weights]
     if missing:
@@ -344,14 +345,14 @@ def check_size_keys(weights: dict[str, torch.Tensor], keys: Iterable[str], kind:
         )
 
 
-def check_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+def check_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Refuse weights whose names and shapes are not exactly the expected ones."""
     found, wanted = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights, expected))
     if problems := describe_key_problems(found, wanted):
         raise ValueError(f"The file's keys do not fit its sizes: {problems}.")
 
 
-def check_format_constants(config: PreTrainedConfig, names: tuple[str, ...]):
+def check_format_constants(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
     """Refuse a network that differs from the published ones in what their format cannot say."""
     published = type(config)()
     for name in names:
@@ -411,7 +412,7 @@ def convert_pipeline(
     return EditARPipeline(transformer=decoder, vq_model=image_tokenizer, text_encoder=encoder, processor=processor)
 
 
-def check_parts(transformer: EditARConfig, vq_model: EditARVQConfig, text_encoder: T5Config):
+def check_parts(transformer: EditARConfig, vq_model: EditARVQConfig, text_encoder: T5Config) -> None:
     """Refuse networks that were not made for each other."""
     if transformer.vocab_size != vq_model.num_embeddings:
         raise ValueError(
@@ -425,7 +426,7 @@ def check_parts(transformer: EditARConfig, vq_model: EditARVQConfig, text_encode
         )
 
 
-def revert_pipeline(model: str | Path, output_dir: str | Path):
+def revert_pipeline(model: str | Path, output_dir: str | Path) -> None:
     """Write the decoder and the tokenizer of a pipeline folder as `editar.pt` and `vq.pt`, in the published formats.
 
     Raises:
@@ -492,13 +493,13 @@ def compose_card(
     return make_card("converted", name, license=license, **facts)
 
 
-def check_output_dir(output_dir: Path):
+def check_output_dir(output_dir: Path) -> None:
     """Refuse a folder that already holds something."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` is {output_dir}, which already holds something; give a new folder.")
 
 
-def save_pipeline(pipeline: EditARPipeline, output_dir: str | Path, card: str):
+def save_pipeline(pipeline: EditARPipeline, output_dir: str | Path, card: str) -> None:
     """Write a pipeline folder with its card, complete or not at all.
 
     Raises:

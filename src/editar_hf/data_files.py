@@ -2,9 +2,16 @@
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 
-def load_files(kind: str, files: Sequence[str | os.PathLike], split: str, streaming: bool = False):
+if TYPE_CHECKING:
+    import datasets
+
+
+def load_files(
+    kind: str, files: Sequence[str | os.PathLike], split: str, streaming: bool = False
+) -> "datasets.Dataset | datasets.IterableDataset":
     """Load files of one kind, by the name that `datasets` has for it, as a split or a slice of it.
 
     `datasets` takes brackets, stars and question marks in names for patterns. A list that it has made itself, as this

@@ -7,7 +7,7 @@ images to the size the model works at, as pixels in [−1, 1], and back.
 import numbers
 import warnings
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, overload
 
 import numpy as np
 import torch
@@ -205,7 +205,7 @@ def compute_crop_geometry(source_height: int, source_width: int, height: int, wi
 # The processor
 
 
-def check_return_tensors(return_tensors: str | None):
+def check_return_tensors(return_tensors: str | None) -> None:
     """Refuse array types that the processors do not make; None leaves tensors as they are."""
     if return_tensors is not None:
         check_choice("return_tensors", return_tensors, ("pt", "np"))
@@ -259,7 +259,7 @@ class EditARImageProcessor(PilBackend):
         super().__init__(**kwargs)
         self._check_arguments(self.size, self.resize_mode)
 
-    def _standardize_kwargs(self, size=None, **kwargs):
+    def _standardize_kwargs(self, size: int | dict[str, int] | SizeDict | None = None, **kwargs) -> dict:
         try:
             return super()._standardize_kwargs(size=size, default_to_square=True, **kwargs)  # a number is both sides
         except (IndexError, TypeError, ValueError) as error:
@@ -328,6 +328,12 @@ class EditARImageProcessor(PilBackend):
         resized = image.resize((crop.resized_width, crop.resized_height), Image.Resampling.LANCZOS)
         return resized.crop((crop.left, crop.top, crop.left + width, crop.top + height))
 
+    @overload
+    def postprocess(self, pixel_values: torch.Tensor, output_type: Literal["pil"] = "pil") -> list[Image.Image]: ...
+    @overload
+    def postprocess(
+        self, pixel_values: torch.Tensor, output_type: str
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor: ...
     def postprocess(
         self, pixel_values: torch.Tensor, output_type: str = "pil"
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:

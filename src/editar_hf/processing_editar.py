@@ -12,6 +12,7 @@ from PIL import Image
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .checks import check_choice, check_integer, check_texts
 from .image_processing_editar import (
@@ -46,7 +47,7 @@ TASK_PREFIXES = {
 MAX_TEXT_TOKENS = 2**16
 
 
-def check_task(task: str | Sequence[str]):
+def check_task(task: str | Sequence[str]) -> None:
     """Refuse what is neither a task nor a list of tasks."""
     if not isinstance(task, str | list | tuple) or not task:
         raise ValueError(f"`task` is {task!r}; choose one of {', '.join(map(repr, TASK_PREFIXES))}, or a list of them.")
@@ -113,7 +114,9 @@ class EditARProcessor(ProcessorMixin):
 
     model_input_names = ("source_pixel_values", "target_pixel_values", "input_ids", "attention_mask")
 
-    def __init__(self, image_processor, tokenizer, num_text_tokens: int = 120):
+    def __init__(
+        self, image_processor: EditARImageProcessor, tokenizer: PreTrainedTokenizerBase, num_text_tokens: int = 120
+    ):
         num_text_tokens = check_integer("num_text_tokens", num_text_tokens, maximum=MAX_TEXT_TOKENS)
         super().__init__(image_processor, tokenizer)
         self.num_text_tokens = num_text_tokens

@@ -127,7 +127,7 @@ def check_pipeline(pipeline) -> SelfCheckReport:
     )
 
 
-def compute_tokenizer_psnr(pipeline) -> tuple[torch.LongTensor, torch.Tensor, float]:
+def compute_tokenizer_psnr(pipeline) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Encode and decode the photograph; return its tokens (1, N), the decoded pixels and the PSNR in dB."""
     with Image.open(str(files("editar_hf") / "self_check.jpg")) as photograph:
         inputs = pipeline.processor(images=photograph, resize_mode="stretch")
@@ -141,7 +141,7 @@ def compute_tokenizer_psnr(pipeline) -> tuple[torch.LongTensor, torch.Tensor, fl
     return image_tokens, reconstruction, 10 * torch.log10(4 / error).item()
 
 
-def compute_branch_logits(pipeline, image_tokens: torch.LongTensor, grid: dict[str, int]) -> torch.Tensor:
+def compute_branch_logits(pipeline, image_tokens: torch.Tensor, grid: dict[str, int]) -> torch.Tensor:
     """Compute logits (3, N, vocab_size) of the source's tokens: with prompt and source, source alone, and neither."""
     transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
     inputs = pipeline.processor(text=PROMPT).to(text_encoder.device)
@@ -158,7 +158,7 @@ def compute_branch_logits(pipeline, image_tokens: torch.LongTensor, grid: dict[s
     return output.logits.float().cpu()
 
 
-def compute_nll(logits: torch.Tensor, image_tokens: torch.LongTensor) -> float:
+def compute_nll(logits: torch.Tensor, image_tokens: torch.Tensor) -> float:
     """Compute the mean negative log-likelihood, in nats, of tokens (1, N) under logits (N, vocab_size)."""
     return torch.nn.functional.cross_entropy(logits, image_tokens[0].cpu()).item()
 

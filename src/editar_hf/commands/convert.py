@@ -2,6 +2,13 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..self_check import SelfCheckReport
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -118,7 +125,7 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_outcome(output_dir, report, license: str | None, is_start: bool) -> None:
+def print_outcome(output_dir: "Path", report: "SelfCheckReport", license: str | None, is_start: bool) -> None:
     """Say what was written, what the self-check found and what the card leaves open."""
     print(f"{report.to_markdown()}\n\nWrote {output_dir}")
     if license is None:

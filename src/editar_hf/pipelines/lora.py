@@ -10,7 +10,7 @@ import itertools
 import math
 import warnings
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -22,6 +22,9 @@ from ..checks import check_number, check_path
 from ..io import atomic_path
 from .hub import check_folder_or_hub_id, describe_key_problems, read_header, read_json_object
 
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # PEFT's files name weights as its wrapper around a model does.
@@ -52,7 +55,7 @@ def find_adapter_folder(name: str | Path, **kwargs) -> Path:
     return folder
 
 
-def read_config(file: Path):
+def read_config(file: Path) -> "PeftConfig":
     """Read the `PeftConfig` of an adapter, and refuse a damaged file and all but plain LoRA."""
     from peft import LoraConfig, PeftConfig
 
@@ -73,7 +76,7 @@ def read_config(file: Path):
         raise ValueError(f"`{file}` is no configuration of a LoRA adapter: {error}") from error
 
 
-def check_adapter(folder: Path, config, adapter_name: str, transformer: PreTrainedModel):
+def check_adapter(folder: Path, config: "PeftConfig", adapter_name: str, transformer: PreTrainedModel) -> None:
     """Refuse an adapter that does not fit a decoder and its other adapters.
 
     The check attaches it to an empty copy of the decoder, without memory, and compares with the header of the file.
@@ -97,7 +100,7 @@ def check_adapter(folder: Path, config, adapter_name: str, transformer: PreTrain
         raise ValueError(f"`{folder / WEIGHTS_FILE}` is no adapter of this decoder: {problems}.")
 
 
-def attach_adapter(transformer: PreTrainedModel, config, adapter_name: str):
+def attach_adapter(transformer: PreTrainedModel, config: "PeftConfig", adapter_name: str) -> None:
     """Give a decoder the adapter that a `PeftConfig` describes, beside those it has."""
     from peft import inject_adapter_in_model
 
@@ -109,7 +112,7 @@ def attach_adapter(transformer: PreTrainedModel, config, adapter_name: str):
     transformer._hf_peft_config_loaded = True
 
 
-def list_layers(transformer: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+def list_layers(transformer: PreTrainedModel) -> list[tuple[str, Any]]:
     """List the layers that adapters adapt or replace, with their paths."""
     if not getattr(transformer, "peft_config", None):
         return []
@@ -120,12 +123,12 @@ def list_layers(transformer: PreTrainedModel) -> list[tuple[str, torch.nn.Module
     return [(path, layer) for path, layer in transformer.named_modules() if isinstance(layer, kinds)]
 
 
-def get_original(layer: torch.nn.Module) -> torch.nn.Module:
+def get_original(layer: Any) -> torch.nn.Module:
     """Get the layer that was there before adapters."""
     return layer.original_module if is_replaced(layer) else layer.get_base_layer()
 
 
-def is_replaced(layer: torch.nn.Module) -> bool:
+def is_replaced(layer: Any) -> bool:
     """Whether adapters replace the layer by a copy of their own, instead of adding matrices to it."""
     return hasattr(layer, "original_module")
 
@@ -144,7 +147,7 @@ def get_adapter_weights(transformer: PreTrainedModel, adapter_name: str) -> dict
     return weights
 
 
-def set_weight(layer: torch.nn.Module, adapter_name: str, weight: float):
+def set_weight(layer: Any, adapter_name: str, weight: float) -> None:
     """Set the weight of an adapter in a layer.
 
     PEFT does not weigh replaced modules. Here the adapter's copy becomes O + weight · (T - O), with the original O and
@@ -191,7 +194,7 @@ class EditARLoraMixin(LoraBaseMixin):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
-    ):
+    ) -> None:
         """Load an adapter in addition to those already there, and make it the only active one.
 
         Args:
@@ -235,7 +238,7 @@ class EditARLoraMixin(LoraBaseMixin):
         self._enable(not is_disabled)
         self.set_adapters(adapter_name)
 
-    def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None):
+    def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
         """Write an adapter in PEFT's format, as it was trained, whatever its weight is.
 
         Args:
@@ -262,7 +265,7 @@ class EditARLoraMixin(LoraBaseMixin):
         """List the names of the decoder's adapters, active or not."""
         return list(getattr(self.transformer, "peft_config", {}))
 
-    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: float | list[float] | None = None):
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: float | list[float] | None = None) -> None:
         """Choose the active adapters and their weights.
 
         Args:
@@ -287,17 +290,17 @@ class EditARLoraMixin(LoraBaseMixin):
         self.transformer.adapter_weights = weights
         self._activate(names)
 
-    def disable_lora(self):
+    def disable_lora(self) -> None:
         """Edit without adapters until `enable_lora`, also without those that are loaded or chosen meanwhile."""
         self._check_not_fused()
         self._enable(False)
 
-    def enable_lora(self):
+    def enable_lora(self) -> None:
         """Edit with the active adapters again."""
         self._check_not_fused()
         self._enable(True)
 
-    def delete_adapters(self, adapter_names: list[str] | str):
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Remove adapters. The others stay as they are; if none is left, the decoder is as before.
 
         Raises:
@@ -323,7 +326,7 @@ class EditARLoraMixin(LoraBaseMixin):
     @torch.no_grad()
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | str | None = None
-    ):
+    ) -> None:
         """Add adapters to the weights they adapt, until `unfuse_lora`; edits are then as fast as without adapters.
 
         Args:
@@ -358,7 +361,7 @@ class EditARLoraMixin(LoraBaseMixin):
             layer.merge(adapter_names=names)
 
     @torch.no_grad()
-    def unfuse_lora(self):
+    def unfuse_lora(self) -> None:
         """Take fused adapters out of the weights; adapters are then active, with their weights, as before `fuse_lora`.
 
         The decoder's weights return up to rounding: within 0.4 % of |W| + |W + Δ| in bfloat16. To get the same bits,
@@ -376,7 +379,7 @@ class EditARLoraMixin(LoraBaseMixin):
         self._activate(self.get_active_adapters())
         self._activate(self.transformer.active_before_fusing)
 
-    def unload_lora_weights(self):
+    def unload_lora_weights(self) -> None:
         """Remove all adapters. Fused ones stay in the weights, and can no longer be taken out."""
         keeps_fused = bool(self.fused_loras)
         for path, layer in list_layers(self.transformer):
@@ -384,7 +387,7 @@ class EditARLoraMixin(LoraBaseMixin):
             kept = layer.modules_to_save[layer.active_adapters[0]] if is_kept else get_original(layer)
             self.transformer.set_submodule(path, kept)
         for name in ("peft_config", "adapter_weights", "active_before_fusing"):
-            vars(self.transformer).pop(name, None)
+            self.transformer.__dict__.pop(name, None)
         self.transformer._hf_peft_config_loaded = False
 
     def _activate(self, names: list[str], scale: float = 1.0):

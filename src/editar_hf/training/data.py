@@ -11,7 +11,7 @@ import torch
 from ..processing_editar import EditARProcessor
 
 
-def check_image_tokens(dataset: datasets.Dataset, vocab_size: int, grid_height: int, grid_width: int):
+def check_image_tokens(dataset: datasets.Dataset, vocab_size: int, grid_height: int, grid_width: int) -> None:
     """Refuse precomputed tokens of another VQ model or another resolution.
 
     Raises:

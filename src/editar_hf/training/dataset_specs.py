@@ -201,7 +201,7 @@ def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset
         ) from error
 
 
-def check_lines(files: Sequence[str]):
+def check_lines(files: Sequence[str]) -> None:
     """Refuse JSON lines that are no objects: on a line `null`, pyarrow ends the process."""
     for file in files:
         if file.endswith(".jsonl"):
@@ -264,7 +264,7 @@ def find_files(path: str, split: str) -> list[str]:
     return next((files for files in kinds if files), [])
 
 
-def check_held_out(training: Sequence[DatasetSpec], validation: DatasetSpec):
+def check_held_out(training: Sequence[DatasetSpec], validation: DatasetSpec) -> None:
     """Refuse validation on training data: the same files or split, or images that training tokens were computed from.
 
     Raises:

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 
-def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int):
+def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int) -> None:
     """Print figures with four digits and send them to the trackers."""
     accelerator.log(figures, step=step)
     line = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
@@ -25,14 +25,16 @@ def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int):
 MANY_EPOCHS = 100
 
 
-def print_banner(accelerator: Accelerator, facts: Mapping[str, str]):
+def print_banner(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
     """Print facts about a run, one per line, on the main process."""
     width = max(map(len, facts))
     lines = [f"  {name:<{width}}  {fact}" for name, fact in facts.items()]
     accelerator.print("\n".join(["Training", *lines]), flush=True)
 
 
-def print_epochs(accelerator: Accelerator, argument: str, num_steps: int, samples_per_step: int, num_samples: int):
+def print_epochs(
+    accelerator: Accelerator, argument: str, num_steps: int, samples_per_step: int, num_samples: int
+) -> None:
     """Print how many epochs the steps are, and warn if they are many."""
     num_epochs = num_steps * samples_per_step / num_samples
     line = f"{num_steps:,} steps are {num_epochs:,.1f} epochs of {num_samples:,} samples."
@@ -70,14 +72,14 @@ class LossLog:
         self.progress_bar = tqdm(total=num_steps, initial=step, desc="steps", disable=disable)
         self.clear()
 
-    def clear(self):
+    def clear(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
         self.groups: dict[str, list[torch.Tensor]] = {}
         self.num_samples = 0
         self.start_time = time.monotonic()
 
-    def add(self, losses: dict[str, torch.Tensor], batch_size: int, **groups: Sequence[str]):
+    def add(self, losses: dict[str, torch.Tensor], batch_size: int, **groups: Sequence[str]) -> None:
         """Add a batch of `batch_size` samples per process. Every batch has the same weight.
 
         Args:
@@ -96,12 +98,12 @@ class LossLog:
                 self.groups.setdefault(f"token_loss/{kind}/{name}", []).append(token_losses[members])
         self.num_samples += batch_size * self.accelerator.num_processes
 
-    def flush(self, step: int, learning_rate: float, **more: float):
+    def flush(self, step: int, learning_rate: float, **more: float) -> None:
         """Log the means over processes and over the batches since the last flush, and start again."""
         self.log(step, learning_rate, **more)
         self.clear()
 
-    def log(self, step: int, learning_rate: float, **more: float):
+    def log(self, step: int, learning_rate: float, **more: float) -> None:
         """Log the means so far, and continue to add."""
         means = {
             name: self.accelerator.reduce(total / self.counts[name], "mean").item() for name, total in self.sums.items()

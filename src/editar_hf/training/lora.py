@@ -21,7 +21,7 @@ def add_lora(
     dropout: float = 0.0,
     target_modules: Sequence[str] = TARGET_MODULES,
     modules_to_save: Sequence[str] | None = None,
-):
+) -> None:
     """Freeze a decoder and add an adapter, which changes nothing before it is trained.
 
     Args:
@@ -54,7 +54,7 @@ def add_lora(
     attach_adapter(transformer, config, ADAPTER_NAME)
 
 
-def check_names(transformer: EditARForConditionalGeneration, argument: str, names: Sequence[str]):
+def check_names(transformer: EditARForConditionalGeneration, argument: str, names: Sequence[str]) -> None:
     """Refuse names that no module has."""
     known = {path.rpartition(".")[2] for path, _ in transformer.named_modules()}
     if unknown := [name for name in names if name not in known]:

@@ -34,7 +34,7 @@ class NonFiniteGuard:
             figures.append(gather(torch.as_tensor(gradient_norm)).to(loss.device).float())
         return math.isfinite(self.accelerator.reduce(torch.stack(figures), "sum").sum().item())
 
-    def skip(self, step: int, batches: list[dict]):
+    def skip(self, step: int, batches: list[dict]) -> None:
         """Count and log a skipped step.
 
         Raises:

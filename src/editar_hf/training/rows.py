@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
@@ -108,7 +108,7 @@ class RowReader:
             row["prompt"] = ask_for_removal(row["prompt"])
         return row
 
-    def check_tokens(self, row: Mapping):
+    def check_tokens(self, row: Mapping) -> None:
         """Refuse tokens that are missing or do not fill the grid, and text states that are missing."""
         num_tokens = self.height // self.stride * (self.width // self.stride)
         for name in TOKENS:
@@ -120,7 +120,7 @@ class RowReader:
         if not isinstance(row.get("prompt_embeds", b""), bytes):
             raise UnusableRow("`prompt_embeds` is empty, or no bytes")
 
-    def prepare_images(self, row: dict):
+    def prepare_images(self, row: dict) -> None:
         """Convert the images of a row to upright RGB and its mask to tokens, in place; raises `ValueError`."""
         images = [name for name in ("source_image", "target_image") if name in row]
         for name in images:
@@ -137,7 +137,7 @@ class RowReader:
         """Find an image's edges at the size of training: resized edges would be grey."""
         size = {"height": self.height, "width": self.width}
         pixel_values = self.image_processor(image, size=size, resize_mode=self.resize_mode).pixel_values
-        return make_canny_map(cast(Image.Image, self.image_processor.postprocess(pixel_values)[0]))
+        return make_canny_map(self.image_processor.postprocess(pixel_values)[0])
 
 
 def ask_for_removal(instruction: str) -> str:
@@ -188,7 +188,7 @@ class BadRowCount:
             else:
                 yield prepared
 
-    def add(self, offender: str):
+    def add(self, offender: str) -> None:
         """Count and log a skipped row."""
         self.num_bad += 1
         self.offenders = [*self.offenders, offender][:NUM_OFFENDERS_NAMED]
@@ -196,7 +196,7 @@ class BadRowCount:
         if self.num_read >= MIN_ROWS_TO_JUDGE:
             self.judge()
 
-    def judge(self):
+    def judge(self) -> None:
         """Raise a `ValueError` if too many rows were skipped so far."""
         if self.num_bad > self.max_fraction * self.num_read:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Compute the losses of a batch, with both trained networks in one module."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -36,14 +36,18 @@ class TrainingStep(nn.Module):
         self.edit_region_weight, self.distillation_loss_weight = edit_region_weight, distillation_loss_weight
         self.trains_text_encoder = any(parameter.requires_grad for parameter in text_encoder.parameters())
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         """Switch to training. A frozen text encoder stays without dropout."""
         super().train(mode)
         self.text_encoder.train(mode and self.trains_text_encoder)
         return self
 
     def forward(
-        self, batch: Mapping[str, torch.Tensor], drop_source=None, drop_prompt=None, teacher_features=None
+        self,
+        batch: Mapping[str, torch.Tensor],
+        drop_source: torch.Tensor | None = None,
+        drop_prompt: torch.Tensor | None = None,
+        teacher_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return `loss` and `token_loss`, scalars; `token_losses` `(batch,)`; and `distillation_loss` with a teacher.
 

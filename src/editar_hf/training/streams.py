@@ -7,9 +7,9 @@ are shuffled here, row by row, and streamed data sets by their shards alone.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -22,7 +22,8 @@ from .dataset_specs import DatasetSpec
 from .rows import BadRowCount, RowReader
 
 
-class Reader(NamedTuple):
+@dataclass(frozen=True)
+class Reader:
     """Worker `worker` of `num_workers` in process `process` of `num_processes`."""
 
     process: int
@@ -51,7 +52,7 @@ class ShuffledRows:
         self.dataset, self.seed = dataset, seed
         self.epoch, self.num_read = 0, 0
 
-    def check(self, name: str, reader: Reader):
+    def check(self, name: str, reader: Reader) -> None:
         """Refuse more readers than there are rows."""
         if len(self.dataset) < reader.num_readers:
             raise ValueError(
@@ -71,7 +72,7 @@ class ShuffledRows:
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "num_read": self.num_read}
 
-    def load_state_dict(self, state: Mapping):
+    def load_state_dict(self, state: Mapping) -> None:
         self.epoch, self.num_read = state["epoch"], state["num_read"]
 
 
@@ -87,7 +88,7 @@ class StreamedRows:
         self.dataset, self.seed = dataset, seed
         self.epoch, self.num_read, self.state = 0, 0, None
 
-    def check(self, name: str, reader: Reader):
+    def check(self, name: str, reader: Reader) -> None:
         """Refuse more workers than a process has shards."""
         num_shards = split_dataset_by_node(self.dataset, reader.process, reader.num_processes).num_shards
         if num_shards < reader.num_workers:
@@ -111,7 +112,7 @@ class StreamedRows:
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "num_read": self.num_read, "state": self.state}
 
-    def load_state_dict(self, state: Mapping):
+    def load_state_dict(self, state: Mapping) -> None:
         self.epoch, self.num_read, self.state = state["epoch"], state["num_read"], state["state"]
 
 
@@ -149,7 +150,7 @@ class MixedRows(torch.utils.data.IterableDataset):
         self.bad_rows = BadRowCount(max_bad_rows_fraction)
         self.num_draws = 0
 
-    def check(self, num_workers: int):
+    def check(self, num_workers: int) -> None:
         """Refuse, before a run begins, more readers than a data set can serve."""
         reader = Reader(self.process, self.num_processes, 0, max(1, num_workers))
         for spec, stream in zip(self.specs, self.streams, strict=True):
@@ -186,7 +187,7 @@ class MixedRows(torch.utils.data.IterableDataset):
             "num_bad": self.bad_rows.num_bad,
         }
 
-    def load_state_dict(self, state: Mapping):
+    def load_state_dict(self, state: Mapping) -> None:
         self.num_draws = state["num_draws"]
         for stream, stream_state in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(stream_state)

@@ -138,7 +138,7 @@ def init_codebook(
 
 
 @torch.no_grad()
-def start_from_codes(transformer: EditARForConditionalGeneration, vq_model: EditARVQModel):
+def start_from_codes(transformer: EditARForConditionalGeneration, vq_model: EditARVQModel) -> None:
     """Initialise token embeddings and output head from the codes, so that similar tokens have similar embeddings.
 
     Both start from the same matrix. The decoder can then copy tokens, which is most of an edit, by attention alone.
@@ -191,7 +191,7 @@ class DeadCodeReviver:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"steps_unused": self.steps_unused}
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         self.steps_unused.copy_(state_dict["steps_unused"])
 
 
@@ -225,7 +225,7 @@ def evaluate_vq_model(model: EditARVQModel, pixels: np.ndarray, batch_size: int)
 
 
 @torch.no_grad()
-def save_reconstructions(model: EditARVQModel, pixels: np.ndarray, path: str | Path):
+def save_reconstructions(model: EditARVQModel, pixels: np.ndarray, path: str | Path) -> None:
     """Save a sheet of images, uint8 (images, height, width, 3), with their reconstructions below."""
     pixel_values = prepare_pixel_values(pixels, model.device)
     grid = [side // model.config.stride for side in pixel_values.shape[-2:]]
