@@ -109,7 +109,7 @@ def compute_coverage(is_white: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(mask.resize(size, Image.Resampling.BOX))
 
 
-def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int, resize_mode: str) -> torch.BoolTensor:
+def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int, resize_mode: str) -> torch.Tensor:
     """Compute which tokens may change, bool (height / stride, width / stride): those with any white pixel.
 
     Args:
@@ -121,7 +121,7 @@ def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int
     if resize_mode == "stretch":
         coverage = compute_coverage(is_white, (width, height))
     else:
-        crop = compute_crop_geometry(*is_white.shape, height, width)
+        crop = compute_crop_geometry(is_white.shape[0], is_white.shape[1], height, width)
         coverage = compute_coverage(is_white, (crop.resized_width, crop.resized_height))
         coverage = coverage[crop.top : crop.top + height, crop.left : crop.left + width]
     tokens = torch.from_numpy(coverage > 0).unflatten(0, (-1, stride)).unflatten(2, (-1, stride))
@@ -144,7 +144,7 @@ def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mo
         )
     if resize_mode == "stretch":
         return None
-    left, top, right, bottom = compute_crop_geometry(*is_white.shape, height, width).box
+    left, top, right, bottom = compute_crop_geometry(is_white.shape[0], is_white.shape[1], height, width).box
     part = 1 - is_white[top:bottom, left:right].sum() / num_white
     if part <= MAX_SILENT_CUT:
         return None
@@ -154,7 +154,7 @@ def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mo
     )
 
 
-def compute_feather(edit_mask: torch.BoolTensor, stride: int) -> torch.Tensor:
+def compute_feather(edit_mask: torch.Tensor, stride: int) -> torch.Tensor:
     """Compute the weight of the result in each pixel, (batch, 1, height, width) in [0, 1].
 
     It is 1 on every pixel of a token that may change, and falls linearly to 0 over the width of one token, along rows,
@@ -189,7 +189,7 @@ def compute_window(is_white: np.ndarray, height: int, width: int) -> Window:
         ValueError: If a window of these proportions inside the image cannot hold all white pixels.
     """
     image_height, image_width = is_white.shape
-    rows, columns = is_white.any(axis=1).nonzero()[0], is_white.any(axis=0).nonzero()[0]
+    rows, columns = np.flatnonzero(is_white.any(axis=1)), np.flatnonzero(is_white.any(axis=0))
     if not len(rows):
         rows, columns = [image_height // 2], [image_width // 2]
     white = Window(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
@@ -229,7 +229,7 @@ class EditRegion:
         windows (`list[Window]`, *optional*): The parts of the images that are edited, if not the whole images.
     """
 
-    edit_mask: torch.BoolTensor
+    edit_mask: torch.Tensor
     weights: torch.Tensor
     windows: list[Window] | None = None
 
@@ -262,7 +262,7 @@ class EditRegion:
         if crop_to_mask:
             windows = [compute_window(mask, *size) for mask in masks]
             masks = [mask[w.top : w.bottom, w.left : w.right] for mask, w in zip(masks, windows, strict=True)]
-        for message in {describe_lost_white(mask, *size, resize_mode) for mask in masks} - {None}:
+        for message in filter(None, {describe_lost_white(mask, *size, resize_mode) for mask in masks}):
             warnings.warn(message, stacklevel=4)  # torch's no_grad is between the pipeline and its caller.
         edit_mask = torch.stack([compute_edit_mask(mask, *size, stride, resize_mode) for mask in masks])
         if mask_blend:
@@ -273,7 +273,7 @@ class EditRegion:
 
     def crop(self, images: Sequence[Image.Image]) -> list[Image.Image]:
         """Cut the windows out of the images."""
-        return [images[i % len(images)].crop(window) for i, window in enumerate(self.windows)]
+        return [images[i % len(images)].crop(window) for i, window in enumerate(self.windows or ())]
 
     def repeat_rows(self, num_rows: int, device: torch.device) -> Self:
         """Give every image of a batch its row, on the device of the batch."""

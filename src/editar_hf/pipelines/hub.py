@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -87,8 +87,9 @@ def make_card(
     """
 
     def keep_hub_id(value: str | None) -> str | None:
-        is_local = value is None or Path(value).exists() or any(sign in value for sign in "*?[")
-        return None if is_local or value.count("/") > 1 else value
+        if value is None or Path(value).exists() or any(sign in value for sign in "*?[") or value.count("/") > 1:
+            return None
+        return value
 
     dataset_id = keep_hub_id(dataset)
     data = ModelCardData(
@@ -241,8 +242,9 @@ def choose_dtype(stored: Iterable[torch.dtype]) -> tuple[torch.dtype | None, str
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in half)
     if not half:
         return None, "as stored"
-    if torch.accelerator.is_available():
-        return None, f"as stored: the {torch.accelerator.current_accelerator().type} device computes in {names}"
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and torch.accelerator.is_available():
+        return None, f"as stored: the {accelerator.type} device computes in {names}"
     capabilities = torch.cpu.get_capabilities()
     if all(any(capabilities.get(name) for name in CPU_INSTRUCTIONS[dtype]) for dtype in half):
         return None, f"as stored: this CPU has instructions for {names}"
@@ -331,7 +333,7 @@ def check_pipeline_folder(
     return dtypes, loaded
 
 
-def load_small(folder: Path, loaded_class: type):
+def load_small(folder: Path, loaded_class: Any) -> Any:
     """Load a part without weights, and raise a `ValueError` for whatever error its library raises."""
     try:
         return loaded_class.from_pretrained(folder)
