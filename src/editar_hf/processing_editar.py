@@ -15,24 +15,9 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .checks import check_choice, check_integer, check_texts
-from .image_processing_editar import (
-    EditARImageProcessor,
-    check_return_tensors,
-    compute_crop_geometry,
-    prepare_rgb_image,
-)
+from .image_processing_editar import EditARImageProcessor, check_return_tensors
 
 
-__all__ = [
-    "EditARImageProcessor",
-    "EditARProcessor",
-    "apply_task_prefix",
-    "check_task",
-    "compute_crop_geometry",
-    "prepare_rgb_picture",
-]
-
-prepare_rgb_picture = prepare_rgb_image
 # The task of a prompt without a source image.
 TEXT_TO_IMAGE = "text-to-image"
 # Source: EditAR (arXiv 2501.04699), the prompts of its training data.

@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 from ..checks import check_texts
 from ..condition_maps import make_canny_map
+from ..image_processing_editar import EditARImageProcessor, compute_crop_geometry, prepare_rgb_image
 from ..pipelines.edit_region import compute_edit_mask, prepare_mask
-from ..processing_editar import TASK_PREFIXES, EditARImageProcessor, compute_crop_geometry, prepare_rgb_picture
+from ..processing_editar import TASK_PREFIXES
 from .dataset_specs import DatasetSpec
 
 
@@ -124,7 +125,7 @@ class RowReader:
         """Convert the images of a row to upright RGB and its mask to tokens, in place; raises `ValueError`."""
         images = [name for name in ("source_image", "target_image") if name in row]
         for name in images:
-            row[name] = prepare_rgb_picture(row[name], name=name)
+            row[name] = prepare_rgb_image(row[name], name=name)
             if self.resize_mode == "crop":
                 compute_crop_geometry(row[name].height, row[name].width, self.height, self.width)
         if "mask" in row:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
+from ..image_processing_editar import compute_crop_geometry, prepare_rgb_image
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel, compute_nearest_codes
-from ..processing_editar import compute_crop_geometry, prepare_rgb_picture
 from .dataset_specs import DatasetSpec, load_split
 from .rows import BadRowCount, UnusableRow, decode_image
 from .validation import build_contact_sheet
@@ -73,7 +73,7 @@ def prepare_image(value, name: str, resolution: int) -> np.ndarray:
         UnusableRow: If it does not decode, or is too thin.
     """
     try:
-        image = prepare_rgb_picture(decode_image(value), name=name)
+        image = prepare_rgb_image(decode_image(value), name=name)
         compute_crop_geometry(image.height, image.width, resolution, resolution)
     except (UnusableRow, ValueError) as error:
         raise UnusableRow(f"`{name}` cannot be used: {error}") from error
