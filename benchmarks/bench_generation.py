@@ -52,7 +52,7 @@ def measure_sample(args: argparse.Namespace) -> dict:
     with torch.no_grad():  # the first forward sets libraries up
         model(source_image_tokens=source[:, :4], grid_height=2, grid_width=2)
     if args.system.endswith("compiled"):
-        model.compile_passes()
+        model.compile_decoding()
         decode(*inputs, range(2))
     runs = place_runs(source.shape[1], 1 + args.num_timed)
     times = [time.process_time()]

@@ -43,7 +43,7 @@ from generation_systems import (
 from report import RESULTS, describe_machine, format_table, time_call
 from torch._dynamo.utils import counters
 
-from editar_hf.generation.compilation import compile_apart
+from editar_hf.generation.decoding import compile_apart
 from editar_hf.training.optimization import build_optimizer
 
 
@@ -168,7 +168,7 @@ class Benchmark:
 
     def time_compiled(self):
         model = self.get_large_model()
-        model.compile_passes(**self.sizes["compile_options"])
+        model.compile_decoding(**self.sizes["compile_options"])
         try:
             self.time_system("editar_hf, compiled", 1, 1)
             decode, inputs = DECODERS["editar_hf, compiled"], build_inputs(model, 1, self.device.name)
@@ -178,7 +178,7 @@ class Benchmark:
             print("whole edits, compiled:", self.results["whole_edits"], flush=True)
             self.watch("compiled")
         finally:
-            model.compiled_passes = None
+            model.compiled_decoding = None
             torch.compiler.reset()  # frees the graphs and their memory
 
     def time_captured_compiled(self):

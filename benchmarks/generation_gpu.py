@@ -20,9 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from transformers import StoppingCriteria
 
-from editar_hf.generation.attention import build_causal_bias
-from editar_hf.generation.compilation import CompiledPasses
-from editar_hf.generation.passes import PassRunner
+from editar_hf.generation.decoding import CompiledDecoding, PassRunner
 from editar_hf.generation.sampling import select_branches
 
 
@@ -166,27 +164,22 @@ class CapturedDecoding:
     def __init__(self, model, forward: Callable, source: torch.LongTensor, prompt_embeds: torch.Tensor, device: Device):
         self.forward, self.tokens = forward, source.clone()
         self.grid = dict.fromkeys(("grid_height", "grid_width"), model.config.grid_size)
-        model.compiled_passes = CompiledPasses(model.forward)  # compiles nothing here: its caches stay in place
+        model.compiled_decoding = CompiledDecoding(model.forward)  # compiles nothing here: its caches stay in place
         branches = select_branches(GUIDANCE_SCALE, 1)
         runner = PassRunner(model, source, None, prompt_embeds, None, branches, self.grid)
         logits = runner(self.tokens, None, [0])
-        model.compiled_passes, self.cache = None, runner.cache
+        model.compiled_decoding, self.cache = None, runner.cache
         self.tokens[:, 0] = select_greedily(logits[:, :, 0].flatten(0, 1), GUIDANCE_SCALE)
-        self.cache.is_text_pass = False
-        self.first_own_slot = self.cache.num_prefix_slots + self.cache.num_text_slots
-        self.first_slot = source.shape[1] + model.config.num_text_tokens
+        self.num_text_tokens = model.config.num_text_tokens
         self.position = torch.zeros(1, dtype=torch.long, device=source.device)
         self.replay = device.capture(self.step)
         self.position.zero_()
 
     def step(self):
         """Feed the token at the position, choose the next one, and go on to it."""
-        self.cache.slots = self.first_own_slot + self.position
-        self.cache.bias = self.cache.add_text_weight(build_causal_bias(self.cache.slots, self.cache.num_slots))
         logits = self.forward(
             target_image_tokens=self.tokens.index_select(1, self.position).repeat(2, 1),
-            past_key_values=self.cache,
-            position_ids=(self.first_slot + self.position)[None],
+            **self.cache.start_pass(self.num_text_tokens + self.position, 1),
             **self.grid,
         ).logits
         chosen = select_greedily(logits[:, -1].float(), GUIDANCE_SCALE)

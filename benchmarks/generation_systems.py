@@ -173,7 +173,7 @@ def check_parity(
     model = build_model(preset, grid_size, dtype, device)
     source, prompt_embeds = build_inputs(model, batch_size, device)
     if is_compiled:
-        model.compile_passes(**compile_options)
+        model.compile_decoding(**compile_options)
     record = RecordLogits()
     grid = {"grid_height": grid_size, "grid_width": grid_size}
     tokens = model.generate(
@@ -229,8 +229,8 @@ def check_paths(
     }
     if is_compiled:
         ways |= {"compiled passes": {}, "compiled passes and drafts": {"decoding": "speculative"}}
-        model.compile_passes(**compile_options)
-    compiled_passes, model.compiled_passes = model.compiled_passes, None
+        model.compile_decoding(**compile_options)
+    compiled_decoding, model.compiled_decoding = model.compiled_decoding, None
     for do_sample in (False, True):
 
         def decode(do_sample=do_sample, **how) -> torch.LongTensor:
@@ -240,8 +240,8 @@ def check_paths(
 
         exact = decode()
         for name, how in ways.items():
-            model.compiled_passes = compiled_passes if name.startswith("compiled") else None
+            model.compiled_decoding = compiled_decoding if name.startswith("compiled") else None
             num_different = (decode(**how) != exact).sum().item()
-            model.compiled_passes = None
+            model.compiled_decoding = None
             assert num_different == 0, f"with {name}, do_sample={do_sample}, {num_different} tokens differ"
     return f"greedy and sampled, {num_tokens} tokens under a mask are the same with {', with '.join(ways)}"

@@ -42,7 +42,6 @@ from transformers.utils import logging as transformers_logging
 
 from editar_hf import EditARConfig, EditARImageProcessor, EditARPipeline, EditARVQConfig
 from editar_hf.commands import main
-from editar_hf.generation import EditARGenerationConfig
 from editar_hf.training.data import EditCollator
 from editar_hf.training.dataset_specs import DatasetSpec, load_recipe, open_dataset
 from editar_hf.training.lora import add_lora
@@ -198,11 +197,8 @@ def argument_cases(seed: int) -> Iterator[Case]:
     yield from call_cases("processors", EditARImageProcessor, "size resize_mode stride", {}, sides)
     arguments = "pixel_values output_type"
     yield from call_cases("processors", images.postprocess, arguments, {"pixel_values": torch.zeros(1, 3, 16, 16)})
-    settings = "do_sample temperature top_k top_p guidance_scale num_beams max_length"
-    for kind, fields in (
-        *((kind, " ".join(kind.__annotations__)) for kind in (EditARConfig, EditARVQConfig)),
-        (EditARGenerationConfig, settings),
-    ):
+    for kind in (EditARConfig, EditARVQConfig):
+        fields = " ".join(kind.__annotations__)
         quoted = {name: (f"'{name}'",) for name in fields.split()}
         yield from call_cases("configurations", kind, fields, {}, quoted)
 

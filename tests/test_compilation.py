@@ -58,7 +58,7 @@ def draw_edit_mask(seed):
 
 def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
     model, compiled = (build_transformer(GRID_SIZE, text_rotary="zero") for _ in range(2))
-    compiled.compile_passes(backend=backend)
+    compiled.compile_decoding(backend=backend)
     ways = [{}, {"edit_mask": draw_edit_mask(1)}, {"decoding": "speculative", "num_draft_tokens": 16}]
     for way in ways:
         assert torch.equal(compiled.generate(**draw_inputs(0), **way), model.generate(**draw_inputs(0), **way))
@@ -80,7 +80,7 @@ def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
 def test_torchs_own_compiler_gives_the_same_tokens():
     torch._dynamo.reset()
     model, compiled = (build_shallow_transformer() for _ in range(2))
-    compiled.compile_passes()
+    compiled.compile_decoding()
     for seed in range(2):
         inputs = draw_inputs(seed)
         inputs["source_image_tokens"] = inputs["source_image_tokens"][:, :16]  # 16 tokens: passes of one token only
@@ -88,13 +88,13 @@ def test_torchs_own_compiler_gives_the_same_tokens():
             one.generate(**inputs, do_sample=False, grid_height=4, grid_width=4) for one in (compiled, model)
         )
         assert torch.equal(tokens, expected)
-    assert len(compiled.compiled_passes.compiled) == 1
+    assert len(compiled.compiled_decoding.compiled) == 1
 
 
 def test_any_number_of_shapes_is_compiled(backend):
     """Rows, branches, grids, pass lengths and dtypes; torch itself stops at 8 compilations of one function."""
     model, compiled = (build_shallow_transformer() for _ in range(2))
-    compiled.compile_passes(backend=backend)
+    compiled.compile_decoding(backend=backend)
     shapes = [(batch_size, 1, 3, {}) for batch_size in range(1, 6)]
     shapes += [(1, *grid, {"guidance_scale": 1}) for grid in ((2, 2), (1, 4), (4, 1))]
     shapes += [(1, 2, 3, {"image_guidance_scale": 1.6}), (1, 4, 5, {"edit_mask": torch.arange(20)[None] % 7 < 2})]
@@ -111,11 +111,11 @@ def test_any_number_of_shapes_is_compiled(backend):
 
 def test_a_copy_of_a_compiled_model_decodes_without_compiled_passes(backend):
     model = build_transformer(GRID_SIZE)
-    model.compile_passes(backend=backend)
+    model.compile_decoding(backend=backend)
     expected = model.generate(**draw_inputs(0))
     num_compilations = backend.num_compilations
     copied = copy.deepcopy(model)
-    assert copied.compiled_passes is None
+    assert copied.compiled_decoding is None
     assert torch.equal(copied.generate(**draw_inputs(0)), expected)
     assert torch.equal(model.generate(**draw_inputs(0)), expected)
     assert backend.num_compilations == num_compilations
@@ -123,10 +123,10 @@ def test_a_copy_of_a_compiled_model_decodes_without_compiled_passes(backend):
 
 def test_compiled_caches_stay_between_calls_until_they_are_freed(backend):
     model = build_transformer(GRID_SIZE)
-    model.compile_passes(backend=backend)
+    model.compile_decoding(backend=backend)
 
     def list_caches():
-        return [cache.keys[0].data_ptr() for caches in model.compiled_passes.resting.values() for cache in caches]
+        return [cache.layers[0].keys.data_ptr() for cache in model.compiled_decoding.caches.values()]
 
     model.generate(**draw_inputs(0))
     first = list_caches()
@@ -142,30 +142,30 @@ def test_compiled_caches_stay_between_calls_until_they_are_freed(backend):
 def test_no_two_layers_of_a_compiled_cache_share_memory(backend):
     """Where compiled code writes to a view it writes the whole tensor back: 12 layers in one took 7 times as long."""
     model = build_transformer(GRID_SIZE)
-    model.compile_passes(backend=backend)
+    model.compile_decoding(backend=backend)
     model.generate(**draw_inputs(0))
-    ((cache,),) = model.compiled_passes.resting.values()
-    states = [*cache.keys, *cache.values]
+    (cache,) = model.compiled_decoding.caches.values()
+    states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     assert len({tensor.untyped_storage().data_ptr() for tensor in states}) == 2 * model.config.num_hidden_layers
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in states)
 
 
 def test_a_call_that_fails_gives_its_cache_back(backend):
     model = build_transformer(GRID_SIZE)
-    model.compile_passes(backend=backend)
+    model.compile_decoding(backend=backend)
 
     def fail(input_ids, scores):
         raise RuntimeError("the user's own")
 
     with pytest.raises(RuntimeError, match="the user's own"):
         model.generate(**draw_inputs(0), stopping_criteria=[fail])
-    assert len(model.compiled_passes.resting) == 1
+    assert len(model.compiled_decoding.caches) == 1
 
 
 def test_two_threads_decode_at_once_with_compiled_passes(backend):
     model = build_transformer(GRID_SIZE)
     expected = [model.generate(**draw_inputs(seed)) for seed in range(2)]
-    model.compile_passes(backend=backend)
+    model.compile_decoding(backend=backend)
     model.generate(**draw_inputs(0))
     barrier, results = threading.Barrier(2), [None, None]
 
@@ -193,4 +193,4 @@ def test_pipeline_compiles_its_decoder(backend):
         assert torch.equal(output.image_tokens, expected.image_tokens)
     assert backend.num_compilations == 1
     pipe.free_compiled_caches()
-    assert not pipe.transformer.compiled_passes.resting
+    assert not pipe.transformer.compiled_decoding.caches

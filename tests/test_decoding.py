@@ -3,6 +3,7 @@
 import copy
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, build_transformer
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from editar_hf.generation.attention import SharedPrefix, apply_attention
+from editar_hf.generation.cache import SharedSource, SourceCache, attend_to_sources
 
 
 BATCH_SIZE, NUM_TOKENS = 2, 16
@@ -330,28 +331,27 @@ def test_images_of_one_source_share_its_prefill_and_get_the_tokens_they_get_alon
         assert torch.equal(alone[0], together[row])
 
 
-def test_text_takes_one_slot_where_its_rotary_is_zero(model, inputs):
-    with PassRecorder(model) as recorder:
-        generate(model, inputs, **GREEDY)
-    num_text_slots = {"zero": 1, "identity": NUM_TEXT_TOKENS}[model.config.text_rotary]
-    assert recorder.cache.keys[0].shape[2] == num_text_slots + NUM_TOKENS - 1
-
-
 @pytest.mark.parametrize(
-    ("dtype", "num_images", "is_shared"),
-    [(torch.float32, 1, True), (torch.float32, 2, True), (torch.bfloat16, 1, False), (torch.bfloat16, 2, True)],
+    ("dtype", "num_images"),
+    [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1), (torch.bfloat16, 2)],
     ids=str,
 )
-def test_branches_and_images_read_one_stored_source_from_two_rows_on_in_fp32_and_four_in_bf16(
-    zero_model, inputs, dtype, num_images, is_shared
-):
+def test_branches_and_images_read_one_stored_source(zero_model, inputs, dtype, num_images):
     model = copy.deepcopy(zero_model).to(dtype)
     source, prompts = inputs["source_image_tokens"][:1].repeat(num_images, 1), inputs["prompt_embeds"][:num_images]
     with PassRecorder(model) as recorder:
         model.generate(source, prompts.to(dtype), **GREEDY)
-    slots_of_each_row = 1 + (NUM_TOKENS - 1) + (0 if is_shared else NUM_TOKENS)
-    assert recorder.cache.keys[0].shape[::2] == (2 * num_images, slots_of_each_row)
-    assert [len(prefix.keys) for prefix in recorder.cache.prefixes[0]] == ([1] if is_shared else [])
+    assert recorder.cache.layers[0].keys.shape[::2] == (2 * num_images, NUM_TEXT_TOKENS + NUM_TOKENS - 1)
+    assert [len(source.cache.keys[0]) for source in recorder.cache.sources] == [1]
+
+
+def attend(query, source_keys, source_values, num_images, keys, values, bias):
+    """Attend as one layer of the decoder does, to one block of sources."""
+    source = SourceCache(source_keys, [source_keys], [source_values], 1, source_keys.shape[2])
+    sources = [SharedSource(source, len(query), num_images)]
+    layer = SimpleNamespace(layer_idx=0)
+    output, _ = attend_to_sources(layer, query, keys, values, bias[None, None], 0.25, sources)
+    return output.transpose(1, 2)
 
 
 def test_attention_to_shared_sources_in_bf16_is_that_to_copies_up_to_rounding():
@@ -363,24 +363,12 @@ def test_attention_to_shared_sources_in_bf16_is_that_to_copies_up_to_rounding():
 
     prefix_keys, prefix_values, (query, keys, values) = draw(2), draw(2), draw(3, 8)
     bias = torch.full((40, 40), -math.inf).triu(1)
-    shared = apply_attention(query, [SharedPrefix(prefix_keys, prefix_values, 8, 4)], keys, values, bias, 0.25)
+    shared = attend(query, prefix_keys, prefix_values, 4, keys, values, bias)
     rows = [0, 0, 1, 1] * 2
     keys, values = torch.cat([prefix_keys[rows], keys], dim=2), torch.cat([prefix_values[rows], values], dim=2)
     bias = torch.cat([torch.zeros(40, 40), bias], dim=1).double()
     exact = F.scaled_dot_product_attention(*(x.double() for x in (query, keys, values)), attn_mask=bias, scale=0.25)
     assert (shared - exact).square().mean().sqrt() < torch.finfo(torch.bfloat16).eps * exact.std()
-
-
-def test_the_one_text_slot_weighs_exactly_as_much_as_its_tokens_in_bf16_too():
-    """The logarithm of 120, rounded to bf16 before the softmax, would make its weight 0.4 % too small."""
-    generator = torch.Generator().manual_seed(0)
-    query, prefix_keys = (torch.randn(n, 16, 128, 16, generator=generator).bfloat16() for n in (4, 1))
-    prefix = SharedPrefix(prefix_keys, torch.zeros_like(prefix_keys), 4, 2)
-    text_keys, text_values = query.new_zeros(4, 16, 1, 16), query.new_ones(4, 16, 1, 16)
-    bias = torch.full((128, 1), math.log(120))
-    weights = apply_attention(query, [prefix], text_keys, text_values, bias, 0.25)[..., 0].double()
-    scores = 0.25 * query.double() @ prefix_keys.double().transpose(2, 3)
-    assert abs((weights * (1 + scores.exp().sum(dim=-1) / 120)).mean() - 1) < 1e-3
 
 
 class RecordLogits(LogitsProcessor):
@@ -414,7 +402,7 @@ def test_logits_are_those_of_one_forward_over_the_whole_sequence(model, inputs, 
     assert (torch.stack(record.logits) - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
-@pytest.mark.parametrize("num_images", [1, 2], ids=["source in copies", "source shared"])
+@pytest.mark.parametrize("num_images", [1, 2], ids=["one image", "two images"])
 def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_one_forward(model, inputs, num_images):
     coarse = copy.deepcopy(model).bfloat16()
     row = select_row(inputs, 0)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 from editar_hf import EditARConfig, EditARForConditionalGeneration
-from editar_hf.generation import EditARGenerationConfig
+from editar_hf.generation.inputs import resolve_settings
 
 
 VOCAB_SIZE, GRID_SIZE, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE = 50, 3, 4, 12
@@ -352,12 +352,12 @@ def test_streamer_gets_every_token_and_the_end(model, inputs, stopping_criteria)
 
 
 def select_settings(generation_config):
-    return {name: getattr(generation_config, name) for name in PUBLISHED}
+    return resolve_settings(generation_config, None, {})._asdict()
 
 
 def test_model_can_generate_with_the_published_settings(model):
     assert EditARForConditionalGeneration.can_generate()
-    assert isinstance(model.generation_config, EditARGenerationConfig)
+    assert type(model.generation_config) is GenerationConfig
     assert select_settings(model.generation_config) == PUBLISHED
 
 
@@ -370,7 +370,7 @@ def test_defaults_are_the_published_settings_not_those_of_transformers(model, in
 
 def test_arguments_win_over_the_given_config_over_the_models_own(inputs):
     model = build_model()
-    model.generation_config = EditARGenerationConfig(do_sample=False, guidance_scale=1.0)
+    model.generation_config = GenerationConfig(do_sample=False, guidance_scale=1.0)
     before = copy.deepcopy(model.generation_config)
     assert torch.equal(model.generate(**inputs), model.generate(**inputs, **GREEDY, guidance_scale=1.0))
 
@@ -389,18 +389,19 @@ def test_arguments_win_over_the_given_config_over_the_models_own(inputs):
 )
 def test_generation_config_survives_saving_and_loading(tmp_path, settings):
     model = build_model()
-    model.generation_config = EditARGenerationConfig(**settings)
+    model.generation_config = GenerationConfig(**settings)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "generation_config.json").read_text())
     assert saved.items() >= (settings if "do_sample" in settings else {**PUBLISHED, **settings}).items()
     # Every transformers setting that is said to have no effect raises here; on loading it would be a warning.
     GenerationConfig.from_pretrained(tmp_path).validate(strict=True)
     loaded = EditARForConditionalGeneration.from_pretrained(tmp_path)
-    assert isinstance(loaded.generation_config, EditARGenerationConfig)
+    assert type(loaded.generation_config) is GenerationConfig
     assert select_settings(loaded.generation_config) == {**PUBLISHED, **settings}
     loaded.save_pretrained(tmp_path / "again")
     again = EditARForConditionalGeneration.from_pretrained(tmp_path / "again")
     assert again.generation_config == loaded.generation_config
+    assert again.generation_config.do_sample is settings.get("do_sample", True)
 
 
 @pytest.mark.parametrize("saved", [None, {"top_k": 7}], ids=["no file", "partial file"])
@@ -410,6 +411,18 @@ def test_settings_missing_on_disk_are_the_published_ones(tmp_path, saved):
     path.unlink() if saved is None else path.write_text(json.dumps(saved))
     loaded = EditARForConditionalGeneration.from_pretrained(tmp_path)
     assert select_settings(loaded.generation_config) == {**PUBLISHED, **(saved or {})}
+
+
+def test_settings_of_sampling_may_stay_in_a_greedy_config(model, inputs):
+    greedy = {"generation_config": GenerationConfig(do_sample=False, temperature=0.3, top_k=7)}
+    assert torch.equal(model.generate(**inputs, **greedy), model.generate(**inputs, **GREEDY))
+
+
+def test_the_old_name_of_the_configuration_still_works_with_a_warning(model, inputs):
+    with pytest.warns(FutureWarning, match=r"is now `transformers.GenerationConfig`"):
+        from editar_hf.generation import EditARGenerationConfig
+    settings = EditARGenerationConfig(do_sample=False)
+    assert torch.equal(model.generate(**inputs, generation_config=settings), model.generate(**inputs, **GREEDY))
 
 
 def test_generate_takes_no_argument_it_does_not_know(model, inputs):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from editar_hf.generation import EditARGenerationConfig
 from editar_hf.generation.sampling import (
+    DecodingSettings,
     TokenSelector,
     apply_guidance,
     compute_gumbel_noise,
@@ -161,7 +161,7 @@ def test_sampled_frequencies_are_the_probabilities(temperature, top_k, top_p):
     num_samples = 20_000
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
     probabilities = compute_warped_probabilities(logits.double().numpy(), temperature, top_k, top_p)
-    settings = EditARGenerationConfig(guidance_scale=1.0, temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = DecodingSettings(guidance_scale=1.0, temperature=temperature, top_k=top_k, top_p=top_p)
     selector = TokenSelector(settings, 1, [], compute_noise_keys(torch.arange(num_samples), 1))
     tokens = selector(logits.expand(1, num_samples, 1, -1), torch.empty(num_samples, 0, dtype=torch.long), [0])[:, 0]
     counts = torch.bincount(tokens, minlength=12).double()

@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_editar import EditARConfig
-from .generation import DecodingCache, EditARGenerationMixin
+from .generation import EditARGenerationMixin
 
 
 class OutputWithCache(ModelOutput):
@@ -136,21 +136,26 @@ class EditARAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, hidden_states, attention_mask, position_embeddings, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask,
+        position_embeddings,
+        past_key_values=None,
+        attn_implementation=None,
+        **kwargs,
+    ):
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
         query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
-        if isinstance(past_key_values, DecodingCache):
-            output = past_key_values.attend(self.layer_idx, query, key, value, self.scaling)
-            return self.o_proj(output.transpose(1, 2).reshape(*input_shape, -1)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            attn_implementation or self.config._attn_implementation, eager_attention_forward
         )
         output, attention_weights = attention_function(
             self,
@@ -282,7 +287,7 @@ class EditARModel(EditARPreTrainedModel):
         target_image_tokens: torch.LongTensor | None = None,
         drop_source: torch.BoolTensor | None = None,
         drop_prompt: torch.BoolTensor | None = None,
-        past_key_values: Cache | DecodingCache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool = False,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
@@ -304,11 +309,9 @@ class EditARModel(EditARPreTrainedModel):
 
         # The mask is built from slots, never from grid coordinates: those start anew with the target image, which
         # transformers would take for a second packed sequence.
-        causal_mask = None
-        if not isinstance(past_key_values, DecodingCache):  # which knows itself what its passes may see
-            causal_mask = create_causal_mask(
-                self.config, hidden_states, attention_mask, past_key_values, position_ids=position_ids
-            )
+        causal_mask = create_causal_mask(
+            self.config, hidden_states, attention_mask, past_key_values, position_ids=position_ids
+        )
         cos, sin = self.rotary_emb(position_ids, grid_height, grid_width)
         position_embeddings = cos[:, None], sin[:, None]
         for layer in self.layers:
@@ -371,7 +374,7 @@ class EditARModel(EditARPreTrainedModel):
         return self.text_dropout(self.text_projection(prompt_embeds))
 
 
-class EditARForConditionalGeneration(EditARPreTrainedModel, EditARGenerationMixin):
+class EditARForConditionalGeneration(EditARGenerationMixin, EditARPreTrainedModel):
     """Predict the tokens of an edited image from those of its source and the states of an instruction.
 
     Example:
@@ -409,7 +412,7 @@ class EditARForConditionalGeneration(EditARPreTrainedModel, EditARGenerationMixi
         target_image_tokens: torch.LongTensor | None = None,
         drop_source: torch.BoolTensor | None = None,
         drop_prompt: torch.BoolTensor | None = None,
-        past_key_values: Cache | DecodingCache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool = False,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
@@ -435,16 +438,18 @@ class EditARForConditionalGeneration(EditARPreTrainedModel, EditARGenerationMixi
             target_image_tokens (`torch.LongTensor` of shape `(batch, T)`, *optional*): Target codes known so far.
             drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): Samples whose source image or
                 text is replaced by its null embedding: conditioning dropout in training, guidance at inference.
-            past_key_values (`Cache` or `DecodingCache`, *optional*): What this call continues.
+            past_key_values (`Cache`, *optional*): What this call continues.
             use_cache (`bool`): Return a cache although none was given.
             attention_mask (`torch.Tensor` of shape `(batch, slots)`, *optional*): 1 for slots that may be attended;
-                needed with a static cache, whose unwritten slots are 0.
+                needed with a static cache, whose unwritten slots are 0. A mask of four dimensions reaches the
+                attention function as it is.
             position_ids (`torch.LongTensor` of shape `(batch, positions)`, *optional*): Slots of the given positions;
                 default: those that follow the cache.
             grid_height, grid_width (`int`, *optional*): Tokens per column and row; default `config.grid_size`.
             output_distillation_features (`bool`): Also run the distillation head, over all N target positions.
             logits_to_keep (`int` or `torch.LongTensor`): Of the predictions, compute only the last so many, or those at
                 the given indices; 0 means all.
+            kwargs: Arguments of the attention function. `attn_implementation` names another one for this call.
 
         Raises:
             ValueError: If a shape does not fit the configuration or the grid, or the distillation head is asked for

@@ -1,14 +1,23 @@
 """Decoding: what `EditARForConditionalGeneration.generate` is made of.
 
-`configuration` holds the settings, `inputs` refuses bad arguments, `sampling` has the pure tensor functions that choose
-tokens (guidance, warping, stateless noise), `attention` those that share a source; `cache` keeps keys and values,
-`passes` runs the forwards, `compilation` compiles them, `loop` is the one loop and `mixin` puts it all together.
-Nothing here imports the model.
+`mixin` has `generate`. `inputs` resolves its settings and refuses bad arguments. `decoding` has the loop, its passes
+and their compilation. `cache` has the keys, the values and the attention that reads them. `sampling` has the pure
+tensor functions that choose tokens. Nothing here imports the model.
 """
 
+import warnings
+
+from transformers import GenerationConfig
+
 from .cache import DecodingCache, SourceCache
-from .configuration import EditARGenerationConfig
 from .mixin import EditARGenerateOutput, EditARGenerationMixin
 
 
-__all__ = ["DecodingCache", "EditARGenerateOutput", "EditARGenerationConfig", "EditARGenerationMixin", "SourceCache"]
+__all__ = ["DecodingCache", "EditARGenerateOutput", "EditARGenerationMixin", "SourceCache"]
+
+
+def __getattr__(name: str):
+    if name == "EditARGenerationConfig":
+        warnings.warn("`EditARGenerationConfig` is now `transformers.GenerationConfig`.", FutureWarning, stacklevel=2)
+        return GenerationConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,33 +1,45 @@
-"""Keys and values of decoding: `SourceCache`, kept between calls, and `DecodingCache`, which lives for one call.
+"""Keys and values of decoding, and the attention that reads them.
 
-Two facts make both small. The source comes first and attention is causal, so its keys and values are those of every
-instruction, seed and guidance branch: they are stored once. And where `text_rotary="zero"` makes text keys zero
-vectors, all text positions of a row weigh the same, so one slot stands for them: key 0, the mean of their values, and a
-bias of the logarithm of their number.
+The source image comes first and attention is causal, so the keys and values of a source do not depend on the
+instruction, the seed or the guidance branch. `SourceCache` holds them once. `DecodingCache` holds what each row of a
+batch adds: its text and its target tokens. The attention function reads both without copying the source to every row.
+
+Source: attention in a shared and a private part, Hydragen (arXiv 2402.05099).
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, StaticLayer
 
 from ..configuration_editar import EditARConfig
-from .attention import SharedPrefix, apply_attention, build_causal_bias
+
+
+# The name under which transformers knows `attend_to_sources`.
+SHARED_SOURCE_ATTENTION = "editar_shared_source"
+# Attention scores of at most so many queries exist at once. For two rows of the published size they take 22 MB.
+QUERIES_PER_CHUNK = 128
+# How PEFT names the parameters of an adapter.
+ADAPTER_PARAMETER = re.compile(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)")
 
 
 @dataclass
 class SourceCache:
-    """What the decoder knows of source images before any instruction; from `prepare_source_cache`.
+    """Hold the keys and values of source images; made by `prepare_source_cache`.
 
     Args:
-        source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Their tokens.
-        keys, values (`list[torch.Tensor]`): A tensor `(sources, heads, N, head_dim)` for each layer.
-        grid_height, grid_width (`int`): Tokens per column and row.
-        weight_samples (`dict[str, list[float]]`): A few numbers of each of the decoder's parameters. A call whose
-            decoder has others is refused: another decoder, trained or fused weights, other adapters or scales; and
-            after `unfuse_lora`, which leaves rounding. A change of single numbers, such as one embedding, may go
-            unnoticed.
-        pixel_values (`torch.Tensor` of shape `(sources, 3, height, width)`, *optional*): The pictures, in [−1, 1].
+        source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Tokens of the source images.
+        keys, values (`list[torch.Tensor]`): One tensor `(sources, heads, N, head_dim)` for each layer.
+        grid_height, grid_width (`int`): Tokens per column and per row.
+        weight_samples (`dict[str, list[float]]`): A few numbers of each parameter of the decoder. `generate` refuses a
+            cache whose samples differ from its own: the weights, the adapters or their scales have changed. A change of
+            single numbers, such as one embedding, may go unnoticed. After `unfuse_lora` the weights differ by rounding,
+            so the cache is refused.
+        pixel_values (`torch.Tensor` of shape `(sources, 3, height, width)`, *optional*): The images, in [−1, 1].
     """
 
     source_image_tokens: torch.LongTensor
@@ -35,16 +47,29 @@ class SourceCache:
     values: list[torch.Tensor]
     grid_height: int
     grid_width: int
-    weight_samples: dict[str, list[float]]
+    weight_samples: dict[str, list[float]] = field(default_factory=dict)
     pixel_values: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.source_image_tokens)
 
+    def select(self, sources: slice) -> "SourceCache":
+        """Select some of the sources; the tensors are views."""
+        return replace(
+            self,
+            source_image_tokens=self.source_image_tokens[sources],
+            keys=[keys[sources] for keys in self.keys],
+            values=[values[sources] for values in self.values],
+        )
+
     def expand_tokens(
         self, source_image_tokens: torch.LongTensor | None, prompt_embeds: torch.Tensor
     ) -> torch.LongTensor:
-        """Give every image of a batch the tokens of its source; refuse another number, or given tokens that differ."""
+        """Repeat the tokens of each source for its images.
+
+        Raises:
+            ValueError: If the batch does not divide among the sources, or `source_image_tokens` are given and differ.
+        """
         if len(prompt_embeds) % len(self):
             raise ValueError(
                 f"`source_cache` holds {len(self)} images and `prompt_embeds` {len(prompt_embeds)}; pass equally many "
@@ -59,132 +84,173 @@ class SourceCache:
         return tokens
 
 
-class DecodingCache:
-    """Hold one call's keys and values, and attend to them.
+def compute_source_cache(
+    model, source_image_tokens: torch.LongTensor, drop_source: torch.BoolTensor, grid: dict[str, int]
+) -> SourceCache:
+    """Run source images through the decoder; `drop_source` marks those that are the null image."""
+    outputs = model(source_image_tokens=source_image_tokens, drop_source=drop_source, use_cache=True, **grid)
+    keys = [layer.keys for layer in outputs.cache.layers]
+    values = [layer.values for layer in outputs.cache.layers]
+    return SourceCache(source_image_tokens, keys, values, **grid)
 
-    Every pass begins with `start_text_pass` or `start_pass`, which say what it brings; each layer then calls `attend`.
-    Slots of a pass are written over by the next one that brings them, so drafts that fail need no clean-up.
+
+def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
+    """Read about 32 numbers of every parameter, and the scales of active adapters; no forward runs.
+
+    The samples are the same on every device and in every process. A weight that is not in memory, as under sequential
+    offload, gives no numbers.
+    """
+    samples, active = {}, set()
+    for path, module in decoder.named_modules():
+        if hasattr(module, "adapter_layer_names") and not (module.disable_adapters or getattr(module, "merged", False)):
+            active.update(module.active_adapters)
+            scales = getattr(module, "scaling", {})
+            samples |= {f"{path}: {name}": [scales[name]] for name in module.active_adapters if name in scales}
+    for name, parameter in decoder.named_parameters():
+        adapter = ADAPTER_PARAMETER.search(name)
+        if adapter is None or adapter[1] in active:
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 32)]
+            name = name.replace(".base_layer", "").replace(".original_module", "")
+            samples[name] = [] if parameter.is_meta else values.tolist()
+    return samples
+
+
+class SharedSource(NamedTuple):
+    """The sources that a block of rows reads.
+
+    Attributes:
+        cache (`SourceCache`): Their keys and values.
+        num_rows (`int`): Rows of the block: all images of a guidance branch, then all images of the next branch.
+        num_images (`int`): Images of a branch. Each source has equally many of them, one after the other.
+    """
+
+    cache: SourceCache
+    num_rows: int
+    num_images: int
+
+    def split_rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Split the rows of `(rows, …)` into `(branches, sources, images of a source, …)`."""
+        return states.unflatten(0, (-1, len(self.cache), self.num_images // len(self.cache)))
+
+
+class DecodingCache(Cache):
+    """Hold the keys and values of one call of `generate`: slots of text, then slots of target tokens, for each row.
+
+    All buffers are static. A pass writes to the slots that `start_pass` names. The next pass may write over them, so
+    drafts that fail need no clean-up.
 
     Args:
         config (`EditARConfig`): Sizes of the decoder.
-        prefixes (`list[list[SharedPrefix]]`): For each layer, the sources and their rows.
-        num_target_slots (`int`): Most target tokens that are fed.
-        is_shared (`bool`): Read the prefixes where they are; or copy them to every row, which costs memory and is
-            faster where few rows share a source and the device's attention kernel beats plain matrix products.
-        is_static (`bool`): Hold the prefixes in tensors of its own, for `fill_prefixes`, and everything at addresses
-            that stay.
+        sources (`list[SharedSource]`): What the rows read; the first rows read the first entry, and so on.
+        num_target_slots (`int`): The most target tokens that are fed.
+        is_static (`bool`): Let every pass attend to all slots under a mask, and copy the sources to buffers of its own.
+            The shapes of a pass then depend on nothing but its length, so that passes can be compiled or captured.
     """
 
     def __init__(
-        self,
-        config: EditARConfig,
-        prefixes: list[list[SharedPrefix]],
-        num_target_slots: int,
-        is_shared: bool = True,
-        is_static: bool = False,
+        self, config: EditARConfig, sources: list[SharedSource], num_target_slots: int, is_static: bool = False
     ):
-        first = prefixes[0][0].keys
-        self.num_text_tokens = config.num_text_tokens
-        self.has_one_text_slot = config.text_rotary == "zero"
-        self.prefixes = prefixes if is_shared else [[] for _ in prefixes]
-        self.num_prefix_slots = 0 if is_shared else first.shape[2]
-        self.num_text_slots = 1 if self.has_one_text_slot else config.num_text_tokens
-        self.num_rows = sum(prefix.num_rows for prefix in prefixes[0])
-        self.num_slots = self.num_prefix_slots + self.num_text_slots + num_target_slots
-        self.device = first.device
-        # A tensor for each layer: what compiled code writes to a view it may write back to all of the tensor.
-        shape = (self.num_rows, config.num_attention_heads, self.num_slots, config.head_dim)
-        allocate = first.new_zeros if is_static else first.new_empty
-        self.keys = [allocate(shape) for _ in prefixes]
-        self.values = [allocate(shape) for _ in prefixes]
-        if not is_shared:
-            self.copy_prefixes(prefixes)
-        if is_static:
-            self.prefixes = [[copy_static(prefix) for prefix in blocks] for blocks in prefixes]
-            for states in (*self.keys, *self.values):
-                torch._dynamo.mark_static_address(states)
-        self.is_text_pass = False
-        self.slots: slice | torch.LongTensor = slice(0, 0)
-        self.bias: torch.Tensor | None = None
+        self.num_slots = config.num_text_tokens + num_target_slots
+        super().__init__(layers=[StaticLayer(self.num_slots) for _ in range(config.num_hidden_layers)])
+        keys, num_rows = sources[0].cache.keys[0], sum(source.num_rows for source in sources)
+        self.early_initialization(num_rows, config.num_attention_heads, config.head_dim, keys.dtype, keys.device)
+        self.is_static = is_static
+        self.sources = [copy_source(source) for source in sources] if is_static else sources
+        self.num_read = self.num_slots
+        self.slots: torch.LongTensor | None = None
 
-    def copy_prefixes(self, prefixes: list[list[SharedPrefix]]):
-        """Give every row its own copy of its source."""
-        for keys, values, layer_prefixes in zip(self.keys, self.values, prefixes, strict=True):
-            rows = 0
-            for prefix in layer_prefixes:
-                group = prefix.num_images // len(prefix.keys)
-                for own, states in ((keys, prefix.keys), (values, prefix.values)):
-                    own = own[rows : rows + prefix.num_rows, :, : self.num_prefix_slots]
-                    own.unflatten(0, (-1, len(states), group)).copy_(states[None, :, None])
-                rows += prefix.num_rows
+    def reuse(self, sources: list[SharedSource]):
+        """Copy other sources of the same shapes into the buffers; the next pass starts anew with the text."""
+        for own, given in zip(self.sources, sources, strict=True):
+            buffers, states = own.cache.keys + own.cache.values, given.cache.keys + given.cache.values
+            for buffer, state in zip(buffers, states, strict=True):
+                buffer.copy_(state)
 
-    def fill_prefixes(self, prefixes: list[list[SharedPrefix]]):
-        """Copy other sources of the same shapes in."""
-        for own_blocks, blocks in zip(self.prefixes, prefixes, strict=True):
-            for own, block in zip(own_blocks, blocks, strict=True):
-                own.keys.copy_(block.keys)
-                own.values.copy_(block.values)
+    def start_pass(self, start: int | torch.LongTensor, num_new: int) -> dict:
+        """Announce a pass that brings `num_new` slots from `start` on; return its arguments of the decoder's forward.
 
-    def start_text_pass(self, num_forced: int):
-        """Announce the text, and the first target tokens where they are known already."""
-        num_new = self.num_text_tokens + num_forced
-        self.is_text_pass = True
-        slots = self.num_prefix_slots + torch.arange(num_new, device=self.device)
-        self.bias = build_causal_bias(slots, self.num_prefix_slots + num_new)
+        Slot 0 is the first of the text. In a static cache `start` may be a tensor, for a CUDA graph.
+        """
+        device = self.layers[0].keys.device
+        self.slots = start + torch.arange(num_new, device=device)
+        if not self.is_static:
+            self.num_read = start + num_new
+        read = torch.arange(self.num_read, device=device)
+        bias = torch.zeros(num_new, len(read), device=device).masked_fill(read > self.slots[:, None], -math.inf)
+        num_source_tokens = self.sources[0].cache.keys[0].shape[2]
+        return {
+            "past_key_values": self,
+            "position_ids": (num_source_tokens + self.slots)[None],
+            "attention_mask": bias[None, None],
+            "attn_implementation": SHARED_SOURCE_ATTENTION,
+            "sources": self.sources,
+        }
 
-    def start_pass(self, first_position: int, num_new: int):
-        """Announce the target tokens from `first_position` on."""
-        self.is_text_pass = False
-        start = self.num_prefix_slots + self.num_text_slots + first_position
-        self.slots = slice(start, start + num_new)
-        self.bias = None
-        if num_new > 1 or self.has_one_text_slot:
-            slots = torch.arange(start, start + num_new, device=self.device)
-            self.bias = self.add_text_weight(build_causal_bias(slots, self.slots.stop))
-
-    def start_static_pass(self, first_position: int, num_new: int):
-        """Announce them for a compiled pass: slots and bias are tensors, whose shapes depend on `num_new` alone."""
-        self.is_text_pass = False
-        start = self.num_prefix_slots + self.num_text_slots + first_position
-        self.slots = torch.arange(start, start + num_new, device=self.device)
-        self.bias = self.add_text_weight(build_causal_bias(self.slots, self.num_slots))
-
-    def add_text_weight(self, bias: torch.Tensor) -> torch.Tensor:
-        """Let the one slot of the text weigh as much as all of its positions: exp(log L) = L equal scores."""
-        if self.has_one_text_slot:
-            bias[:, self.num_prefix_slots] += math.log(self.num_text_tokens)
-        return bias
-
-    def attend(
-        self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """Store a layer's new keys and values, and attend to all it has; each `(rows, heads, positions, head_dim)`."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if self.is_text_pass:
-            own_keys = torch.cat([keys[:, :, : self.num_prefix_slots], key], dim=2)
-            own_values = torch.cat([values[:, :, : self.num_prefix_slots], value], dim=2)
-            self.store_text(keys, values, key, value)
-        elif isinstance(self.slots, torch.Tensor):
-            own_keys = keys.index_copy_(2, self.slots, key)
-            own_values = values.index_copy_(2, self.slots, value)
-        else:
-            keys[:, :, self.slots], values[:, :, self.slots] = key, value
-            own_keys, own_values = keys[:, :, : self.slots.stop], values[:, :, : self.slots.stop]
-        return apply_attention(query, self.prefixes[layer_idx], own_keys, own_values, self.bias, scaling)
-
-    def store_text(self, keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
-        """Store the text, in one slot where it can, and the target tokens that came with it."""
-        start = self.num_prefix_slots
-        if self.has_one_text_slot:
-            keys[:, :, start] = 0
-            values[:, :, start] = value[:, :, : self.num_text_tokens].float().mean(dim=2).to(value.dtype)
-            start, key, value = start + 1, key[:, :, self.num_text_tokens :], value[:, :, self.num_text_tokens :]
-        keys[:, :, start : start + key.shape[2]], values[:, :, start : start + key.shape[2]] = key, value
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new keys and values of a layer; return those that the pass attends to."""
+        keys, values = self.layers[layer_idx].keys, self.layers[layer_idx].values
+        keys[:, :, self.slots], values[:, :, self.slots] = key_states, value_states
+        return keys[:, :, : self.num_read], values[:, :, : self.num_read]
 
 
-def copy_static(prefix: SharedPrefix) -> SharedPrefix:
-    """Copy a prefix to tensors whose addresses compiled code may rely on."""
-    keys, values = prefix.keys.clone(), prefix.values.clone()
-    for states in (keys, values):
+def copy_source(source: SharedSource) -> SharedSource:
+    """Copy a source to tensors whose addresses compiled code may rely on."""
+    keys, values = ([states.clone() for states in layers] for layers in (source.cache.keys, source.cache.values))
+    for states in (*keys, *values):
         torch._dynamo.mark_static_address(states)
-    return prefix._replace(keys=keys, values=values)
+    return source._replace(cache=replace(source.cache, keys=keys, values=values))
+
+
+def attend_to_sources(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    sources: list[SharedSource],
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attend from each query to the source of its row and to the row's own keys, as transformers' attention functions.
+
+    Args:
+        module (`torch.nn.Module`): The attention layer.
+        query (`torch.Tensor` of shape `(rows, heads, queries, head_dim)`): The queries.
+        key, value (`torch.Tensor` of shape `(rows, heads, slots, head_dim)`): Own keys and values of each row.
+        attention_mask (`torch.Tensor` of shape `(1, 1, queries, slots)`): float32, added to the scores of own keys.
+        scaling (`float`): Factor of all scores.
+        sources (`list[SharedSource]`): What the rows read.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, queries, heads, head_dim)`, and None for the weights.
+    """
+    outputs, rows = [], [source.num_rows for source in sources]
+    blocks = zip(sources, *(states.split(rows) for states in (query * scaling, key, value)), strict=True)
+    for source, queries, keys, values in blocks:
+        chunks = zip(*(states.split(QUERIES_PER_CHUNK, dim=2) for states in (queries, attention_mask)), strict=True)
+        attended = [
+            attend_in_one_softmax(chunk, source, module.layer_idx, keys, values, bias) for chunk, bias in chunks
+        ]
+        outputs.append(join(attended, dim=2))
+    return join(outputs, dim=0).transpose(1, 2), None
+
+
+def attend_in_one_softmax(query, source: SharedSource, layer_idx: int, key, value, bias) -> torch.Tensor:
+    """Compute the scores of source and own keys, one softmax over both in float32, and two weighted sums."""
+    source_scores = torch.einsum("bsghqd,shnd->bsghqn", source.split_rows(query), source.cache.keys[layer_idx])
+    own_scores = (query @ key.transpose(2, 3)).float() + bias
+    scores = torch.cat([source_scores.flatten(0, 2).float(), own_scores], dim=-1)
+    weights = scores.softmax(dim=-1).to(value.dtype)
+    source_weights, own_weights = weights.split([source_scores.shape[-1], own_scores.shape[-1]], dim=-1)
+    source_output = torch.einsum(
+        "bsghqn,shnd->bsghqd", source.split_rows(source_weights), source.cache.values[layer_idx]
+    )
+    return source_output.flatten(0, 2) + own_weights @ value
+
+
+def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate parts; a single one, the usual case, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+AttentionInterface.register(SHARED_SOURCE_ATTENTION, attend_to_sources)

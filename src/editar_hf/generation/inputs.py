@@ -4,14 +4,54 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
-from ..checks import check_choice, check_flag, check_integer, check_tensor
+from ..checks import check_choice, check_flag, check_integer, check_number, check_tensor
 from ..configuration_editar import EditARConfig
 from .cache import SourceCache
+from .sampling import DecodingSettings
 
 
 DECODINGS = ("exact", "speculative")
+
+
+def resolve_settings(
+    own: GenerationConfig, given: GenerationConfig | None, arguments: dict[str, object]
+) -> DecodingSettings:
+    """Merge the settings of the model, those of a call's `generation_config` and its arguments; later ones win.
+
+    None leaves a setting open, so `GenerationConfig(top_k=5)` changes one. What all leave open has its published value.
+
+    Raises:
+        ValueError: If a value is out of range, `given` is no configuration, or one has a setting of transformers'
+            `generate` that this decoding does not have.
+    """
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ValueError(f"`generation_config` is {given!r:.80}; pass a `GenerationConfig`.")
+    values, fields = {}, DecodingSettings._fields
+    for layer in (own.to_dict(), {} if given is None else given.to_dict(), arguments):
+        values |= {name: value for name, value in layer.items() if value is not None}
+    for name, value in values.items():
+        is_note = name.startswith("_") or name == "transformers_version"
+        if name not in fields and value is not False and not is_note:
+            raise ValueError(
+                f"`{name}` is {value!r}, a setting that EditAR's decoding does not have; remove it. There are "
+                f"{', '.join(fields)}."
+            )
+    settings = DecodingSettings(**{name: value for name, value in values.items() if name in fields})
+    check_flag("do_sample", settings.do_sample)
+    temperature, top_p, guidance_scale = (
+        check_number(name, getattr(settings, name)) for name in ("temperature", "top_p", "guidance_scale")
+    )
+    top_k = check_integer("top_k", settings.top_k, minimum=0)
+    if not temperature >= 0 or (settings.do_sample and temperature == 0):
+        raise ValueError(
+            f"`temperature` is {temperature}; sampling needs a positive one. For the likeliest tokens pass "
+            "`do_sample=False`."
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"`top_p` is {top_p}; it is a probability in (0, 1], and 1 keeps all tokens.")
+    return DecodingSettings(settings.do_sample, temperature, top_k, top_p, guidance_scale)
 
 
 def check_prompt_embeds(config: EditARConfig, name: str, prompt_embeds: torch.Tensor):

@@ -1,23 +1,29 @@
-"""`generate()`: the target tokens of an image, whatever the guidance, by calling the model's forward.
+"""`generate`: decode the target tokens of an edited image with any form of guidance.
 
-The sequence is `[source image][text][target image]`, so the source prefix is computed once and shared by all guidance
-branches; then come the text and the passes of the one loop in `loop.py`. Branches are rows of one batch, branch-major:
-all images of the first branch, all images of the second, ….
+The sequence is `[source image][text][target image]`. All guidance branches share the keys and values of the source.
+Branches are rows of one batch, branch-major: all images of the first branch, then all images of the second branch.
 """
 
+import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from ..checks import check_number
-from .cache import SourceCache
-from .compilation import CompiledPasses
-from .configuration import EditARGenerationConfig, resolve_generation_config
+from .cache import SourceCache, compute_source_cache, sample_weights
+from .decoding import CompiledDecoding, PassRunner, Reporter, decode_target_tokens, propose_tokens
 from .inputs import (
     check_decoding,
     check_edit_mask,
@@ -27,26 +33,15 @@ from .inputs import (
     check_source_cache,
     check_source_image_tokens,
     check_weight_samples,
+    resolve_settings,
 )
-from .loop import Reporter, decode_target_tokens, plan_target
-from .passes import PassRunner, compute_source_states, sample_weights
 from .sampling import TokenSelector, compute_noise_keys, draw_seeds, select_branches
 
 
-# Drafts of a speculative pass. Where reading the weights is what takes time, drafts are almost free; on a CPU every row
-# costs arithmetic: a pass of GPT-B with 8 drafts takes about 1.9 times one without in fp32, and 2.3 in bf16
-# (`benchmarks/results/generation-pieces.md`).
-NUM_DRAFT_TOKENS = {"cpu": 8}
-NUM_DRAFT_TOKENS_ELSEWHERE = 16
-
-
-def resolve_num_draft_tokens(decoding: str, num_draft_tokens: int | None, device: torch.device) -> int:
-    """Decide how many drafts a pass has at most."""
-    if decoding == "exact":
-        return 0
-    if num_draft_tokens is None:
-        return NUM_DRAFT_TOKENS.get(device.type, NUM_DRAFT_TOKENS_ELSEWHERE)
-    return num_draft_tokens
+# The most drafts of a speculative pass. On a GPU reading the weights takes the time, so drafts are almost free. On a
+# CPU every row costs arithmetic: a pass of GPT-B with 8 drafts takes about 1.9 times as long as one without in fp32,
+# and 2.3 times in bf16 (`benchmarks/results/generation-pieces.md`).
+NUM_DRAFT_TOKENS_CPU, NUM_DRAFT_TOKENS = 8, 16
 
 
 @dataclass
@@ -64,19 +59,22 @@ class EditARGenerateOutput(ModelOutput):
 
 
 class EditARGenerationMixin(GenerationMixin):
-    """Give a model with EditAR's `forward` its `generate`."""
+    """Give a model with EditAR's `forward` its `generate`; comes before `PreTrainedModel` among the base classes."""
 
-    compiled_passes: CompiledPasses | None = None
+    compiled_decoding: CompiledDecoding | None = None
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        # Set on the model's class itself: of its bases, `PreTrainedModel` comes first and has this attribute too.
-        cls.generation_config_class = EditARGenerationConfig
-
-    def adjust_generation_fn(self, *args, **kwargs):
-        """Load the generation config as transformers does, then as our class, which fills in published settings."""
-        super().adjust_generation_fn(*args, **kwargs)
-        self.generation_config = EditARGenerationConfig.from_dict(self.generation_config.to_dict())
+    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads the signature to see what may be passed
+    def save_pretrained(self, *args, **kwargs):
+        # Each setting that is None is saved with its published value. Greedy settings leave out those of sampling,
+        # which transformers would refuse to save.
+        settings = resolve_settings(self.generation_config, None, {})._asdict()
+        if not settings["do_sample"]:
+            settings = {name: settings[name] for name in ("do_sample", "guidance_scale")}
+        own, self.generation_config = self.generation_config, GenerationConfig(**settings)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.generation_config = own
 
     @torch.no_grad()
     def generate(
@@ -118,7 +116,7 @@ class EditARGenerationMixin(GenerationMixin):
             image_guidance_scale (`float`, *optional*): Weight of the source image in two-knob guidance, for a third
                 branch; None and 1 are the one-knob form.
             negative_prompt_embeds (`torch.Tensor`, *optional*): Shaped like `prompt_embeds`, in place of the null text.
-            do_sample, temperature, top_k, top_p (*optional*): See `EditARGenerationConfig`.
+            do_sample, temperature, top_k, top_p (*optional*): See `DecodingSettings`.
             generator (`torch.Generator` or a list of them, *optional*): One for the batch, or one per image. Each
                 image draws one 63-bit seed, and its noise depends on that seed alone. Unused without sampling.
             edit_mask (`torch.BoolTensor` of shape `(batch, N)`, *optional*): True where a token may change; elsewhere
@@ -164,7 +162,7 @@ class EditARGenerationMixin(GenerationMixin):
             "top_k": top_k,
             "top_p": top_p,
         }
-        settings = resolve_generation_config(self.generation_config, generation_config, arguments)
+        settings = resolve_settings(self.generation_config, generation_config, arguments)
         image_scale = check_number("image_guidance_scale", 1 if image_guidance_scale is None else image_guidance_scale)
         check_listeners(logits_processor, stopping_criteria, streamer, return_dict_in_generate)
         grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
@@ -188,22 +186,30 @@ class EditARGenerationMixin(GenerationMixin):
         if source_cache is not None:
             check_weight_samples(source_cache, sample_weights(self.model), self.config)
 
+        shape = len(prompt_embeds), grid_height * grid_width
         noise_keys = None
         if settings.do_sample:
-            seeds = draw_seeds(generator, len(prompt_embeds)).to(prompt_embeds.device)
-            noise_keys = compute_noise_keys(seeds, grid_height * grid_width)
+            noise_keys = compute_noise_keys(draw_seeds(generator, shape[0]).to(device), shape[1])
         select_tokens = TokenSelector(settings, image_scale, logits_processor or [], noise_keys, edit_mask)
-        grid = {"grid_height": grid_height, "grid_width": grid_width}
-        num_draft_tokens = resolve_num_draft_tokens(decoding, num_draft_tokens, device)
-        num_images, num_tokens = len(prompt_embeds), grid_height * grid_width
-        plan = plan_target(source_image_tokens, edit_mask, (num_images, num_tokens), num_draft_tokens, device)
-        branches = select_branches(settings.guidance_scale, image_scale)
+        if num_draft_tokens is None:
+            num_draft_tokens = NUM_DRAFT_TOKENS_CPU if device.type == "cpu" else NUM_DRAFT_TOKENS
         run_pass = PassRunner(
-            self, source_image_tokens, source_cache, prompt_embeds, negative_prompt_embeds, branches, grid
+            self,
+            source_image_tokens,
+            source_cache,
+            prompt_embeds,
+            negative_prompt_embeds,
+            select_branches(settings.guidance_scale, image_scale),
+            {"grid_height": grid_height, "grid_width": grid_width},
         )
-        reporter = Reporter(streamer, list(stopping_criteria or []))
         try:
-            sequences, num_passes = decode_target_tokens(run_pass, select_tokens, plan, reporter)
+            sequences, num_passes = decode_target_tokens(
+                run_pass,
+                select_tokens,
+                Reporter(streamer, list(stopping_criteria or [])),
+                *propose_tokens(source_image_tokens, edit_mask, shape, device),
+                num_draft_tokens if decoding == "speculative" else 0,
+            )
         finally:
             run_pass.close()
         select_tokens.check_logits()
@@ -213,24 +219,29 @@ class EditARGenerationMixin(GenerationMixin):
             return sequences
         return EditARGenerateOutput(sequences=sequences, num_passes=max(num_passes - 1, 0))
 
-    def compile_passes(self, **options):
-        """Compile the passes of `generate` after the text, for all later calls; the first ones then take longer.
+    def compile_decoding(self, **options):
+        """Compile the decoding steps of `generate` for all later calls; the first calls then take longer.
 
-        A compilation serves all calls with equally many rows of the same grid, whatever their prompts, masks and
-        sources. The caches of such calls stay allocated: one for each shape and thread, until `free_compiled_caches`.
+        One compilation serves all calls with equally many rows and the same grid, whatever their prompts, masks and
+        sources. The cache of such calls stays allocated until `free_compiled_caches`, one for each shape.
 
         Args:
-            options: Of `torch.compile`, such as `backend`; on a GPU `mode` is "reduce-overhead" (CUDA graphs) if left
-                out.
+            options: Options of `torch.compile`, such as `backend`. On a GPU `mode` defaults to "reduce-overhead" (CUDA
+                graphs).
         """
         if self.device.type == "cuda":
             options = {"mode": "reduce-overhead", **options}
-        self.compiled_passes = CompiledPasses(self.forward, **options)
+        self.compiled_decoding = CompiledDecoding(self.forward, **options)
+
+    def compile_passes(self, **options):
+        """Call `compile_decoding`, the new name."""
+        warnings.warn("`compile_passes` is now called `compile_decoding`.", FutureWarning, stacklevel=2)
+        self.compile_decoding(**options)
 
     def free_compiled_caches(self):
-        """Free the caches that compiled passes keep between calls."""
-        if self.compiled_passes is not None:
-            self.compiled_passes.free_caches()
+        """Free the caches that compiled decoding keeps between calls."""
+        if self.compiled_decoding is not None:
+            self.compiled_decoding.free_caches()
 
     @torch.no_grad()
     def prepare_source_cache(
@@ -254,6 +265,7 @@ class EditARGenerationMixin(GenerationMixin):
         grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
         check_source_image_tokens(self.config, source_image_tokens, grid_height, grid_width)
         grid = {"grid_height": grid_height, "grid_width": grid_width}
-        is_null = torch.zeros(len(source_image_tokens), dtype=torch.bool, device=source_image_tokens.device)
-        states = compute_source_states(self, source_image_tokens, is_null, grid)
-        return SourceCache(source_image_tokens, *states, **grid, weight_samples=sample_weights(self.model))
+        drop_source = torch.zeros(len(source_image_tokens), dtype=torch.bool, device=source_image_tokens.device)
+        cache = compute_source_cache(self, source_image_tokens, drop_source, grid)
+        cache.weight_samples = sample_weights(self.model)
+        return cache

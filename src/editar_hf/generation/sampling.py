@@ -20,8 +20,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .configuration import EditARGenerationConfig
-
 
 LOW_32_BITS = 0xFFFFFFFF
 
@@ -30,8 +28,28 @@ LOW_32_BITS = 0xFFFFFFFF
 KEY_STARTS = (0x9E3779B9, 0x6A09E667)
 
 
+class DecodingSettings(NamedTuple):
+    """Settings of `generate`; the defaults are the published ones.
+
+    Attributes:
+        do_sample (`bool`): Sample, or take the likeliest token at every position.
+        temperature (`float`): Divides the logits; positive.
+        top_k (`int`): Sample among so many of the likeliest tokens; 0, or more than the vocabulary has, means all.
+        top_p (`float`): Sample among the likeliest tokens that together reach this probability, in (0, 1].
+        guidance_scale (`float`): Weight of the prompt; 1 decodes without guidance.
+
+    Source: the defaults of the published sampling script; the scale of EditAR (arXiv 2501.04699), section 4.
+    """
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 1000
+    top_p: float = 1.0
+    guidance_scale: float = 3.0
+
+
 class GuidanceBranch(NamedTuple):
-    """Which conditions one branch of guidance goes without."""
+    """The conditions that one branch of guidance drops."""
 
     drop_source: bool
     drop_prompt: bool
@@ -153,7 +171,7 @@ class TokenSelector:
     """Choose tokens: guidance, logits processors, warpers and noise (when sampling), arg-max.
 
     Args:
-        settings (`EditARGenerationConfig`): Guidance scale and sampling settings.
+        settings (`DecodingSettings`): Guidance scale and sampling settings.
         image_guidance_scale (`float`): Weight of the source image; 1 is the one-knob form.
         logits_processor (`list`): Called in order with the tokens so far and the guided logits.
         noise_keys (`torch.LongTensor` of shape `(2, batch, N)`, *optional*): From `compute_noise_keys`; None takes the
@@ -163,7 +181,7 @@ class TokenSelector:
 
     def __init__(
         self,
-        settings: EditARGenerationConfig,
+        settings: DecodingSettings,
         image_guidance_scale: float,
         logits_processor: list[LogitsProcessor],
         noise_keys: torch.LongTensor | None,

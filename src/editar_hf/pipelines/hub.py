@@ -35,7 +35,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
@@ -360,8 +360,8 @@ def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: list[
     # A damaged configuration makes networks raise errors of any kind.
     except Exception as error:
         raise ValueError(f"`{folder / CONFIG_NAME}` describes no {model_class.__name__}: {error}") from error
-    if (folder / GENERATION_CONFIG_NAME).is_file() and hasattr(model_class, "generation_config_class"):
-        load_small(folder, model_class.generation_config_class)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        load_small(folder, GenerationConfig)
     # Of tied weights, a file holds one, under either name.
     tied = model.all_tied_weights_keys
     expected = {tied.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}

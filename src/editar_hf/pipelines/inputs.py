@@ -13,13 +13,13 @@ from transformers.image_utils import ImageInput
 from ..checks import check_choice, check_flag, check_integer, check_number, check_texts
 from ..configuration_editar import EditARConfig
 from ..generation import SourceCache
-from ..generation.configuration import EditARGenerationConfig
 from ..generation.inputs import (
     check_decoding,
     check_prompt_embeds,
     check_source_cache,
     check_source_image_tokens,
 )
+from ..generation.sampling import DecodingSettings
 from ..image_processing_editar import OUTPUT_TYPES, list_images, prepare_rgb_image
 from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix, check_task
 
@@ -227,7 +227,7 @@ CALLER = 4
 
 
 def warn_of_no_effect(
-    settings: EditARGenerationConfig,
+    settings: DecodingSettings,
     arguments: dict,
     generator: torch.Generator | Sequence[torch.Generator] | None,
     num_images_per_prompt: int,
@@ -237,7 +237,7 @@ def warn_of_no_effect(
     """Warn of arguments of sampling that greedy decoding does not use.
 
     Args:
-        settings (`EditARGenerationConfig`): The settings of the call.
+        settings (`DecodingSettings`): The settings of the call.
         arguments (`dict`): Those that the call was given; None if left out.
         generator, num_images_per_prompt, prompt: Arguments of the call.
         num_images (`int`): Number of its source images.

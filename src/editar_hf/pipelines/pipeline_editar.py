@@ -18,8 +18,7 @@ from transformers.image_utils import ImageInput
 
 from ..checks import check_choice, check_integer, check_tensor, check_texts
 from ..generation import SourceCache
-from ..generation.configuration import resolve_generation_config
-from ..generation.inputs import check_generator
+from ..generation.inputs import check_generator, resolve_settings
 from ..image_processing_editar import OUTPUT_TYPES, RESIZE_MODES
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel
@@ -112,8 +111,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         self._interrupt = True
 
     def compile(self, **options):
-        """Compile decoding, for many edits of one size; see `EditARForConditionalGeneration.compile_passes`."""
-        self.transformer.compile_passes(**options)
+        """Compile decoding, for many edits of one size; see `EditARForConditionalGeneration.compile_decoding`."""
+        self.transformer.compile_decoding(**options)
 
     def free_compiled_caches(self):
         """Free the caches that compiled decoding keeps between calls."""
@@ -442,7 +441,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 same as `None`.
             negative_prompt (`str` or sequence of `str`, *optional*): What guidance leads away from, in place of the
                 learned null text. It has no effect without guidance.
-            do_sample, temperature, top_k, top_p (*optional*): Sampling; see `EditARGenerationConfig`.
+            do_sample, temperature, top_k, top_p (*optional*): Sampling; see `DecodingSettings`.
             num_images_per_prompt (`int`): Images of each pair; those of the first pair come first.
             generator (`torch.Generator` or a list of them, *optional*): One for all, or one per image returned. An
                 image depends on its own seed alone, not on its place in the batch.
@@ -480,7 +479,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         grid = self.compute_grid(*size)
         settings = {"guidance_scale": guidance_scale, "do_sample": do_sample}
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        resolved = resolve_generation_config(self.transformer.generation_config, None, settings)
+        resolved = resolve_settings(self.transformer.generation_config, None, settings)
         check_prompts(self.transformer.config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
         known = {"source_image_tokens": source_image_tokens, "source_cache": source_cache}
         source = {"image": image, "mask_image": mask_image, "crop_to_mask": crop_to_mask, **known}
