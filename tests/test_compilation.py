@@ -194,3 +194,10 @@ def test_pipeline_compiles_its_decoder(backend):
     assert backend.num_compilations == 1
     pipe.free_compiled_caches()
     assert not pipe.transformer.compiled_decoding.caches
+
+
+def test_the_old_name_of_compiling_still_works_with_a_warning(backend):
+    model = build_shallow_transformer()
+    with pytest.warns(FutureWarning, match="compile_decoding"):
+        model.compile_passes(backend=backend)
+    assert model.compiled_decoding is not None
