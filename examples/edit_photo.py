@@ -3,7 +3,8 @@
     python examples/edit_photo.py
     python examples/edit_photo.py --prompt "turn the red circle into a star" --seed 3
 
-`--image` takes another photograph. The sticker editor knows coloured stickers alone, and edits at 64×64 pixels.
+`--image` takes another photograph, and its largest centred square is edited. The sticker editor knows coloured stickers
+alone, and edits at 64×64 pixels.
 """
 
 import argparse
@@ -31,9 +32,10 @@ def parse_arguments(arguments=None):
 def main(arguments=None):
     args = parse_arguments(arguments)
     pipe = EditARPipeline.from_pretrained(args.model)
-    before = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+    photo = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+    before = ImageOps.fit(photo, (min(photo.size),) * 2)
     generator = torch.Generator().manual_seed(args.seed)
-    after = pipe(args.prompt, image=before, restore_size=True, generator=generator).images[0]
+    after = pipe(args.prompt, image=before, generator=generator).images[0]
 
     gap = before.width // 16
     joined = Image.new("RGB", (2 * before.width + gap, before.height), "white")

@@ -82,9 +82,11 @@ def test_edit_with_lora_copies_the_circle(run_example):
 def test_edit_photo_saves_before_and_after(run_example, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["edit_photo.py", "--output", "both.png"])
     both = run_example("edit_photo.py")
-    assert np.array_equal(both[:, : PHOTO.shape[1]], PHOTO)
-    after = both[:, -PHOTO.shape[1] :]
-    assert is_blue(at(after, CIRCLE))
+    side = PHOTO.shape[0]
+    left = (PHOTO.shape[1] - side) // 2
+    assert np.array_equal(both[:, :side], PHOTO[:, left : left + side])
+    x, y = CIRCLE
+    assert is_blue(at(both[:, -side:], (x - left, y)))
 
 
 def test_train_minimal_learns_pairs_and_saves_a_pipeline(tmp_path, capsys, monkeypatch):
