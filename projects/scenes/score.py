@@ -41,6 +41,7 @@ from train_judge import Judge, are_kin, cut_crop, load_judge, stack_crops
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
+from editar_hf.io import atomic_path
 
 
 CONTROLS = ("ceiling", "untouched source", "another instruction")
@@ -300,14 +301,12 @@ def write_part(path: Path, samples: list[dict], images: list[np.ndarray], scores
         Image.fromarray(image).save(buffer, "WEBP", quality=90)
         kinds = {kind: sample[kind] for kind in KINDS}
         rows.append({"index": sample["index"], "image": buffer.getvalue(), **kinds, **score})
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_rows(path, rows)
 
 
 def write_rows(path: Path, rows: list[dict]):
-    unfinished = path.with_name(path.name + ".unfinished")
-    pq.write_table(pa.Table.from_pylist(rows), unfinished)
-    unfinished.replace(path)
+    with atomic_path(path) as unfinished:
+        pq.write_table(pa.Table.from_pylist(rows), unfinished)
 
 
 def read_part(path: Path, with_images: bool = False) -> list[dict]:

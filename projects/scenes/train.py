@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from compose import Bank
 from features import compute_feature_distance, load_features
 from pair_stream import NUM_VALIDATION_CHUNKS, Chunk, PairStream
-from PIL import Image
 from torch import nn
 from transformers import AttentionInterface, AutoTokenizer, T5EncoderModel, set_seed
 
@@ -40,11 +39,12 @@ from editar_hf import (
     EditARVQConfig,
     EditARVQModel,
 )
+from editar_hf.io import atomic_path
 from editar_hf.training.batch import draw_conditioning_dropout, drop_target_tokens
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
 from editar_hf.training.step import TrainingStep
 from editar_hf.training.validation import build_contact_sheet
-from editar_hf.training.vq import DeadCodeReviver, compute_psnr, draw_codebook, start_from_codes
+from editar_hf.training.vq import DeadCodeReviver, compute_psnr, draw_codebook, prepare_pixel_values, start_from_codes
 
 
 # Parts of the packed pipeline, in bytes: small enough for places that take no large file.
@@ -231,11 +231,6 @@ def compute_vq_losses(args, model, features, pixel_values, is_edited):
     return loss, parts, output
 
 
-def to_pixel_values(pixels: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 pixels `(batch, height, width, 3)` into float32 in [-1, 1], `(batch, 3, height, width)`."""
-    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
-
-
 def load_chunk(chunk: Chunk, device) -> dict[str, torch.Tensor]:
     """Copy a chunk's arrays to the device."""
     names = ("sources", "targets", "edit_mask", "input_ids")
@@ -284,7 +279,8 @@ class PicturePool:
     def draw(self, num_pairs: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw pairs: their pixels in [-1, 1], sources before targets, and the tokens that may change."""
         rows = draw_rows(self.square, num_pairs, rng)
-        return to_pixel_values(torch.cat([rows["sources"], rows["targets"]])), rows["edit_mask"]
+        pixels = torch.cat([rows["sources"], rows["targets"]])
+        return prepare_pixel_values(pixels, pixels.device), rows["edit_mask"]
 
 
 def train_vq_model(args, pool: PicturePool, log: Log):
@@ -349,7 +345,7 @@ def train_vq_model(args, pool: PicturePool, log: Log):
 @torch.no_grad()
 def evaluate_vq_model(model: EditARVQModel, rows: dict[str, torch.Tensor], folder: Path, log: Log):
     """Measure the VQ model on held-out pairs, and save a sheet of their targets above the reconstructions."""
-    sources, targets = (to_pixel_values(rows[name]) for name in ("sources", "targets"))
+    sources, targets = (prepare_pixel_values(rows[name], model.device) for name in ("sources", "targets"))
     grid = [side // STRIDE for side in targets.shape[-2:]]
     image_tokens = model.encode(targets).image_tokens
     decoded = model.decode(image_tokens, *grid)
@@ -364,15 +360,9 @@ def evaluate_vq_model(model: EditARVQModel, rows: dict[str, torch.Tensor], folde
         codes_used=len(image_tokens.unique()) / model.config.num_embeddings,
         kept_tokens_equal=is_same[~rows["edit_mask"]].float().mean().item(),
     )
-    pictures = [[Image.fromarray(p) for p in to_pixels(batch[:32])] for batch in (targets, decoded)]
+    pictures = [EditARImageProcessor().postprocess(batch[:32]) for batch in (targets, decoded)]
     sheet = [row[start : start + 8] for start in range(0, len(pictures[0]), 8) for row in pictures]
     build_contact_sheet(sheet).save(folder / "vq_model.png")
-
-
-def to_pixels(pixel_values: torch.Tensor) -> np.ndarray:
-    """Turn pixels in [−1, 1] `(batch, 3, height, width)` to uint8 `(batch, height, width, 3)`."""
-    pixels = (pixel_values.float().clamp(-1, 1) + 1) * 127.5
-    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 # Stage 2: decoder and text encoder
@@ -422,7 +412,7 @@ class TokenPool:
         device = self.vq_model.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             source, target = (
-                self.vq_model.encode(to_pixel_values(rows[name])).image_tokens.short()
+                self.vq_model.encode(prepare_pixel_values(rows[name], device)).image_tokens.short()
                 for name in ("sources", "targets")
             )
         batch = {"source_image_tokens": source, "target_image_tokens": target}
@@ -484,7 +474,6 @@ def build_pipeline(args, vq_model: EditARVQModel, processor: EditARProcessor) ->
     )
     defaults = {"guidance_scale": args.guidance_scale, "do_sample": True, "temperature": 0.3}
     transformer.generation_config.update(**defaults)
-    pipeline.register_to_config(_name_or_path="scene-editor")
     return pipeline
 
 
@@ -581,9 +570,8 @@ def save_pipeline(shipped: EditARPipeline, average: AveragedWeights, folder: Pat
         archive.add(place, arcname="pipeline")
     content = packed.getvalue()
     for number, start in enumerate(range(0, len(content), PART_SIZE)):
-        temporary = folder / f"part-{number}"
-        temporary.write_bytes(content[start : start + PART_SIZE])
-        temporary.replace(folder / f"pipeline.tar.{number}")
+        with atomic_path(folder / f"pipeline.tar.{number}") as unfinished:
+            unfinished.write_bytes(content[start : start + PART_SIZE])
 
 
 @torch.no_grad()
@@ -601,7 +589,8 @@ def evaluate_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log):
     source, target = batch["source_image_tokens"], batch["target_image_tokens"]
     generators = [torch.Generator().manual_seed(place) for place in range(len(source))]
     edited = pipeline(prompt_embeds=states, source_image_tokens=source, generator=generators).images
-    shown = [[Image.fromarray(p) for p in to_pixels(pipeline.vq_model.decode(tokens))] for tokens in (source, target)]
+    postprocess = pipeline.processor.image_processor.postprocess
+    shown = [postprocess(pipeline.vq_model.decode(tokens)) for tokens in (source, target)]
     rows = []
     for start in range(0, len(prompts), 8):
         rows += [pictures[start : start + 8] for pictures in (shown[0], edited, shown[1])]

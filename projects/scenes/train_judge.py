@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser, set_seed
 
 from editar_hf import EditARVQModel
+from editar_hf.io import atomic_path
 
 
 # Side of a crop, in longer sides of the object's box; and the fewest pixels.
@@ -129,10 +130,9 @@ def save_judge(judge: Judge, accuracy: dict, path: Path):
         "crop_size": json.dumps(judge.crop_size),
         "accuracy": json.dumps(accuracy),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, unfinished, metadata)
-    unfinished.replace(path)
+    weights = {name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}
+    with atomic_path(path) as unfinished:
+        save_file(weights, unfinished, metadata)
 
 
 def are_kin(one: str, other: str) -> bool:

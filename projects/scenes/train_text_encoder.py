@@ -12,7 +12,6 @@ and the most frequent of the teacher.
 import json
 import random
 import re
-import shutil
 import tempfile
 import unicodedata
 import zipfile
@@ -41,6 +40,7 @@ from transformers import (
     set_seed,
 )
 
+from editar_hf.io import atomic_path
 from editar_hf.processing_editar import TASK_PREFIXES, apply_task_prefix
 from editar_hf.training.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
@@ -415,14 +415,11 @@ class Arguments:
 
 
 def save(folder: Path, encoder: T5EncoderModel, tokenizer, report: dict):
-    """Write the folder at once: under another name first."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    encoder.to(torch.bfloat16).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    (unfinished / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.replace(folder)
+    """Write the folder, whole or not at all."""
+    with atomic_path(folder) as unfinished:
+        encoder.to(torch.bfloat16).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        (unfinished / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def main():

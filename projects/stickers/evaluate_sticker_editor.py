@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 from editar_hf import EditARPipeline
 from editar_hf.data_files import load_files
 from editar_hf.evaluation.stickers import aggregate_scores, compute_outside_psnr, score_sample
+from editar_hf.io import atomic_path
 from editar_hf.training.dataset_specs import find_files
 
 
@@ -168,8 +169,8 @@ def main():
         results[setting] = summarise(scores)
         rates = {operation: round(100 * means["done"], 1) for operation, means in results[setting]["seen"].items()}
         print(setting, rates, flush=True)
-        output.with_suffix(".unfinished").write_text(json.dumps(results, indent=1))
-        output.with_suffix(".unfinished").rename(output)
+        with atomic_path(output) as unfinished:
+            unfinished.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -36,6 +35,7 @@ from skimage.color import rgb2lab
 from skimage.feature import canny
 
 from editar_hf.evaluation.stickers import BACKGROUNDS, COLOURS, MASK_MARGIN, SHAPES, TRANSLATIONS, draw_coverage
+from editar_hf.io import atomic_path
 
 
 # The photographs, all inside scikit-image's wheel; licences as stated in the docstrings of `skimage.data`.
@@ -489,10 +489,9 @@ def write_shard(path, seed, split, start, jobs, resolution, shares=SHARES):
         sample = make_sample(seed, split, index, resolution, job, shares)
         images = {name: encode_png(sample[name]) for name in ("source_image", "target_image", "mask")}
         rows.append(sample | images | {"details": json.dumps(sample["details"])})
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     table = pa.Table.from_pylist(rows, FEATURES.arrow_schema)
-    pq.write_table(table, unfinished, compression="none", row_group_size=500)
-    unfinished.rename(path)
+    with atomic_path(path) as unfinished:
+        pq.write_table(table, unfinished, compression="none", row_group_size=500)
     return len(rows)
 
 

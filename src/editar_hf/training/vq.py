@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-from ..image_processing_editar import compute_crop_geometry, prepare_rgb_image
+from ..image_processing_editar import EditARImageProcessor, compute_crop_geometry, prepare_rgb_image
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel, compute_nearest_codes
 from .dataset_specs import DatasetSpec, load_split
@@ -80,12 +80,12 @@ def prepare_image(value, name: str, resolution: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS))
 
 
-def prepare_pixel_values(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
+def prepare_pixel_values(pixels: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Turn uint8 pixels (batch_size, height, width, 3) into fp32 in [−1, 1], (batch_size, 3, height, width).
 
     The memory format is channels-last.
     """
-    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.as_tensor(pixels, device=device).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def draw_batches(num_samples: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[np.ndarray]:
@@ -229,6 +229,6 @@ def save_reconstructions(model: EditARVQModel, pixels: np.ndarray, path: str | P
     """Save a sheet of images, uint8 (images, height, width, 3), with their reconstructions below."""
     pixel_values = prepare_pixel_values(pixels, model.device)
     grid = [side // model.config.stride for side in pixel_values.shape[-2:]]
-    decoded = model.decode(model.encode(pixel_values).image_tokens, *grid).float().clamp(-1, 1)
-    decoded = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    build_contact_sheet([[Image.fromarray(image) for image in row] for row in (pixels, decoded)]).save(path)
+    decoded = model.decode(model.encode(pixel_values).image_tokens, *grid)
+    rows = [[Image.fromarray(image) for image in pixels], EditARImageProcessor().postprocess(decoded)]
+    build_contact_sheet(rows).save(path)
