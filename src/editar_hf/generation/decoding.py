@@ -311,7 +311,7 @@ def compile_apart(forward: Callable, **options) -> Callable:
     """Compile a function apart from its other compilations.
 
     torch counts compilations by code object and refuses the ninth, so each one gets a code object of its own.
-    `torch.compile(isolate_recompiles=True)` does the same from torch 2.12 on.
+    `torch.compile(isolate_recompiles=True)` does the same in torch 2.13, but 2.11 is still supported.
     """
 
     def run(**inputs):
