@@ -7,13 +7,14 @@ Those of ControlNet++ load too: pass a folder such as `reward_controlnet/checkpo
 """
 
 import argparse
+from functools import partial
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from editar_hf.commands.evaluate import add_benchmark_arguments, open_benchmark
 from editar_hf.evaluation.run import generate
-from editar_hf.evaluation.systems import System, fit, make_generators
+from editar_hf.evaluation.systems import System, edit_batch
 
 
 def main():
@@ -37,13 +38,7 @@ def main():
         pipe = StableDiffusionControlNetPipeline.from_pretrained(args.model, dtype=dtype, **options)
         pipe.set_progress_bar_config(disable=True)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-
-        def edit(samples, seeds):
-            prompts, sources = zip(*((sample.prompt, sample.source_image) for sample in samples), strict=True)
-            images = pipe(list(prompts), image=list(sources), generator=make_generators(seeds), **knobs).images
-            return [fit(image, source.size) for image, source in zip(images, sources, strict=True)]
-
-        return edit
+        return partial(edit_batch, pipe, **knobs)
 
     options = {"model": args.model, "controlnet": args.controlnet, "dtype": args.dtype, **knobs}
     generate(open_benchmark(args), System("controlnet", load, options, ("model", "controlnet")), args.output_dir)

@@ -4,13 +4,14 @@ python examples/baselines/instruct_pix2pix.py --benchmark pie-bench --source PIE
 """
 
 import argparse
+from functools import partial
 
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from editar_hf.commands.evaluate import add_benchmark_arguments, open_benchmark
 from editar_hf.evaluation.run import generate
-from editar_hf.evaluation.systems import System, fit, make_generators
+from editar_hf.evaluation.systems import System, edit_batch
 
 
 def main():
@@ -32,13 +33,7 @@ def main():
         pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(args.model, dtype=dtype, **options)
         pipe.set_progress_bar_config(disable=True)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-
-        def edit(samples, seeds):
-            prompts, sources = zip(*((sample.prompt, sample.source_image) for sample in samples), strict=True)
-            images = pipe(list(prompts), image=list(sources), generator=make_generators(seeds), **knobs).images
-            return [fit(image, source.size) for image, source in zip(images, sources, strict=True)]
-
-        return edit
+        return partial(edit_batch, pipe, **knobs)
 
     options = {"model": args.model, "dtype": args.dtype, **knobs}
     generate(open_benchmark(args), System("instruct-pix2pix", load, options, ("model",)), args.output_dir)

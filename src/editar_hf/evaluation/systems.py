@@ -80,6 +80,13 @@ def make_generators(seeds: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def edit_batch(pipe: Callable, samples: list[Sample], seeds: list[int], **options) -> list[Image.Image]:
+    """Edit a batch with a pipeline of diffusers, and bring each image to the size of its source."""
+    prompts, sources = zip(*((sample.prompt, sample.source_image) for sample in samples), strict=True)
+    images = pipe(list(prompts), image=list(sources), generator=make_generators(seeds), **options).images
+    return [fit(image, source.size) for image, source in zip(images, sources, strict=True)]
+
+
 def copy_source() -> System:
     """The floor of every editor: the source, untouched."""
     return System("copy-source", lambda: lambda samples, seeds: [sample.source_image for sample in samples])
