@@ -166,7 +166,7 @@ class CapturedDecoding:
         self.grid = dict.fromkeys(("grid_height", "grid_width"), model.config.grid_size)
         model.compiled_decoding = CompiledDecoding(model.forward)  # compiles nothing here: its caches stay in place
         branches = select_branches(GUIDANCE_SCALE, 1)
-        runner = PassRunner(model, source, None, prompt_embeds, None, branches, self.grid)
+        runner = PassRunner(model, source, prompt_embeds, None, branches, self.grid)
         logits = runner(self.tokens, None, [0])
         model.compiled_decoding, self.cache = None, runner.cache
         self.tokens[:, 0] = select_greedily(logits[:, :, 0].flatten(0, 1), GUIDANCE_SCALE)

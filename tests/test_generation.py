@@ -150,7 +150,7 @@ def test_a_grid_of_one_token_needs_no_pass(model, inputs):
     output = model.generate(
         source, inputs["prompt_embeds"], **GREEDY, grid_height=1, grid_width=1, return_dict_in_generate=True
     )
-    assert output.num_passes == 0
+    assert output.num_decode_steps == 0
     assert output.sequences.tolist() == decode_batch_naively(model, source, inputs["prompt_embeds"], height=1, width=1)
 
 
@@ -246,10 +246,10 @@ class ForwardRecorder:
 @pytest.mark.parametrize(
     ("arguments", "source_rows", "rows"),
     [
-        ({"guidance_scale": 1}, 2, 2),
-        ({}, 2, 4),
-        ({"image_guidance_scale": 1.6}, 3, 6),
-        ({"source_image_tokens": None}, 1, 4),
+        ({"guidance_scale": 1}, [2], 2),
+        ({}, [2], 4),
+        ({"image_guidance_scale": 1.6}, [2, 1], 6),
+        ({"source_image_tokens": None}, [1], 4),
     ],
     ids=str,
 )
@@ -257,11 +257,11 @@ def test_source_is_prefilled_once_per_image_and_each_step_is_one_forward(model, 
     recorder = ForwardRecorder(model)
     output = model.generate(**{**inputs, **GREEDY, **arguments}, return_dict_in_generate=True)
     recorder.handle.remove()
-    source, prompt, *steps = recorder.calls
-    assert source == {"source_image_tokens": (source_rows, NUM_IMAGE_TOKENS)}
+    sources, (prompt, *steps) = recorder.calls[: len(source_rows)], recorder.calls[len(source_rows) :]
+    assert sources == [{"source_image_tokens": (rows, NUM_IMAGE_TOKENS)} for rows in source_rows]
     assert prompt == {"prompt_embeds": (rows, NUM_TEXT_TOKENS)}
     assert steps == [{"target_image_tokens": (rows, 1)}] * (NUM_IMAGE_TOKENS - 1)
-    assert output.num_passes == len(steps)
+    assert output.num_decode_steps == len(steps)
 
 
 # Processors, criteria, streamer.
@@ -316,7 +316,7 @@ def test_decoding_ends_with_the_tokens_so_far_when_all_rows_are_to_stop(model, i
         **inputs, **GREEDY, stopping_criteria=StoppingCriteriaList([StopAfter(2, 4)]), return_dict_in_generate=True
     )
     assert torch.equal(output.sequences, whole[:, :4])
-    assert output.num_passes == 3
+    assert output.num_decode_steps == 3
 
 
 def test_criteria_are_asked_after_every_token(model, inputs):
@@ -423,6 +423,12 @@ def test_the_old_name_of_the_configuration_still_works_with_a_warning(model, inp
         from editar_hf.generation import EditARGenerationConfig
     settings = EditARGenerationConfig(do_sample=False)
     assert torch.equal(model.generate(**inputs, generation_config=settings), model.generate(**inputs, **GREEDY))
+
+
+def test_the_old_name_of_the_number_of_decode_steps_still_works_with_a_warning(model, inputs):
+    output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    with pytest.warns(FutureWarning, match="num_decode_steps"):
+        assert output.num_passes == output.num_decode_steps
 
 
 def test_generate_takes_no_argument_it_does_not_know(model, inputs):

@@ -53,23 +53,8 @@ class SourceCache:
     def __len__(self) -> int:
         return len(self.source_image_tokens)
 
-    def select(self, sources: slice) -> "SourceCache":
-        """Select some of the sources; the tensors are views."""
-        return replace(
-            self,
-            source_image_tokens=self.source_image_tokens[sources],
-            keys=[keys[sources] for keys in self.keys],
-            values=[values[sources] for values in self.values],
-        )
-
-    def expand_tokens(
-        self, source_image_tokens: torch.LongTensor | None, prompt_embeds: torch.Tensor
-    ) -> torch.LongTensor:
-        """Repeat the tokens of each source for its images.
-
-        Raises:
-            ValueError: If the batch does not divide among the sources, or `source_image_tokens` are given and differ.
-        """
+    def expand_tokens(self, source_image_tokens: torch.LongTensor | None, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Repeat the tokens of each source for its images; refuse prompts and tokens that do not fit them."""
         if len(prompt_embeds) % len(self):
             raise ValueError(
                 f"`source_cache` holds {len(self)} images and `prompt_embeds` {len(prompt_embeds)}; pass equally many "
@@ -85,7 +70,7 @@ class SourceCache:
 
 
 def compute_source_cache(
-    model, source_image_tokens: torch.LongTensor, drop_source: torch.BoolTensor, grid: dict[str, int]
+    model, source_image_tokens: torch.Tensor, grid: dict[str, int], drop_source: torch.Tensor | None = None
 ) -> SourceCache:
     """Run source images through the decoder; `drop_source` marks those that are the null image."""
     outputs = model(source_image_tokens=source_image_tokens, drop_source=drop_source, use_cache=True, **grid)
@@ -100,7 +85,8 @@ def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
     The samples are the same on every device and in every process. A weight that is not in memory, as under sequential
     offload, gives no numbers.
     """
-    samples, active = {}, set()
+    samples: dict[str, list[float]] = {}
+    active: set[str] = set()
     for path, module in decoder.named_modules():
         if hasattr(module, "adapter_layer_names") and not (module.disable_adapters or getattr(module, "merged", False)):
             active.update(module.active_adapters)
@@ -116,12 +102,9 @@ def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
 
 
 class SharedSource(NamedTuple):
-    """The sources that a block of rows reads.
+    """The sources that a block of rows reads: all images of a guidance branch, then all images of the next branch.
 
-    Attributes:
-        cache (`SourceCache`): Their keys and values.
-        num_rows (`int`): Rows of the block: all images of a guidance branch, then all images of the next branch.
-        num_images (`int`): Images of a branch. Each source has equally many of them, one after the other.
+    Each source has equally many of the images of a branch, one after the other.
     """
 
     cache: SourceCache
@@ -137,14 +120,10 @@ class DecodingCache(Cache):
     """Hold the keys and values of one call of `generate`: slots of text, then slots of target tokens, for each row.
 
     All buffers are static. A pass writes to the slots that `start_pass` names. The next pass may write over them, so
-    drafts that fail need no clean-up.
+    drafts that fail need no clean-up. The first rows read the first of the sources, and so on.
 
-    Args:
-        config (`EditARConfig`): Sizes of the decoder.
-        sources (`list[SharedSource]`): What the rows read; the first rows read the first entry, and so on.
-        num_target_slots (`int`): The most target tokens that are fed.
-        is_static (`bool`): Let every pass attend to all slots under a mask, and copy the sources to buffers of its own.
-            The shapes of a pass then depend on nothing but its length, so that passes can be compiled or captured.
+    With `is_static` every pass attends to all slots under a mask, and the sources are copied to buffers of the cache.
+    The shapes of a pass then depend on nothing but its length, so that passes can be compiled or captured.
     """
 
     def __init__(
@@ -213,16 +192,7 @@ def attend_to_sources(
 ) -> tuple[torch.Tensor, None]:
     """Attend from each query to the source of its row and to the row's own keys, as transformers' attention functions.
 
-    Args:
-        module (`torch.nn.Module`): The attention layer.
-        query (`torch.Tensor` of shape `(rows, heads, queries, head_dim)`): The queries.
-        key, value (`torch.Tensor` of shape `(rows, heads, slots, head_dim)`): Own keys and values of each row.
-        attention_mask (`torch.Tensor` of shape `(1, 1, queries, slots)`): float32, added to the scores of own keys.
-        scaling (`float`): Factor of all scores.
-        sources (`list[SharedSource]`): What the rows read.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, queries, heads, head_dim)`, and None for the weights.
+    `sources` says what the rows read, and `attention_mask`, `(1, 1, queries, slots)`, is added to scores of own keys.
     """
     outputs, rows = [], [source.num_rows for source in sources]
     blocks = zip(sources, *(states.split(rows) for states in (query * scaling, key, value)), strict=True)
@@ -231,8 +201,8 @@ def attend_to_sources(
         attended = [
             attend_in_one_softmax(chunk, source, module.layer_idx, keys, values, bias) for chunk, bias in chunks
         ]
-        outputs.append(join(attended, dim=2))
-    return join(outputs, dim=0).transpose(1, 2), None
+        outputs.append(torch.cat(attended, dim=2))
+    return torch.cat(outputs).transpose(1, 2), None
 
 
 def attend_in_one_softmax(query, source: SharedSource, layer_idx: int, key, value, bias) -> torch.Tensor:
@@ -246,11 +216,6 @@ def attend_in_one_softmax(query, source: SharedSource, layer_idx: int, key, valu
         "bsghqn,shnd->bsghqd", source.split_rows(source_weights), source.cache.values[layer_idx]
     )
     return source_output.flatten(0, 2) + own_weights @ value
-
-
-def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Concatenate parts; a single one, the usual case, is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 AttentionInterface.register(SHARED_SOURCE_ATTENTION, attend_to_sources)

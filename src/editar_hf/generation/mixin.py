@@ -16,23 +16,21 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from ..checks import check_number
 from .cache import SourceCache, compute_source_cache, sample_weights
-from .decoding import CompiledDecoding, PassRunner, Reporter, decode_target_tokens, propose_tokens
+from .decoding import CompiledDecoding, PassRunner, decode_target_tokens
 from .inputs import (
     check_decoding,
-    check_edit_mask,
-    check_generate_inputs,
-    check_listeners,
-    check_own_states,
+    check_generator,
     check_source_cache,
     check_source_image_tokens,
-    check_weight_samples,
+    check_tensors,
+    check_weights,
     resolve_settings,
 )
 from .sampling import TokenSelector, compute_noise_keys, draw_seeds, select_branches
@@ -51,11 +49,16 @@ class EditARGenerateOutput(ModelOutput):
     Args:
         sequences (`torch.LongTensor` of shape `(batch, N)`): Target tokens; `(batch, T)` with T < N if a stopping
             criterion ended decoding early.
-        num_passes (`int`): Decoder forwards after the prefill of source image and text.
+        num_decode_steps (`int`): Decoder forwards after the prefill of source image and text.
     """
 
     sequences: torch.LongTensor | None = None
-    num_passes: int | None = None
+    num_decode_steps: int | None = None
+
+    @property
+    def num_passes(self) -> int | None:
+        warnings.warn("`num_passes` is now called `num_decode_steps`.", FutureWarning, stacklevel=2)
+        return self.num_decode_steps
 
 
 class EditARGenerationMixin(GenerationMixin):
@@ -155,61 +158,44 @@ class EditARGenerationMixin(GenerationMixin):
 
         Source: EditAR (arXiv 2501.04699), section 3.
         """
-        arguments = {
-            "guidance_scale": guidance_scale,
-            "do_sample": do_sample,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
+        arguments = {"guidance_scale": guidance_scale, "do_sample": do_sample}
+        arguments |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         settings = resolve_settings(self.generation_config, generation_config, arguments)
-        image_scale = check_number("image_guidance_scale", 1 if image_guidance_scale is None else image_guidance_scale)
-        check_listeners(logits_processor, stopping_criteria, streamer, return_dict_in_generate)
-        grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
-        check_own_states(self, prompt_embeds)
-        device = prompt_embeds.device
-        check_source_cache(source_cache, self.dtype, device, grid_height, grid_width)
+        grid = self.resolve_grid(grid_height, grid_width)
+        if prompt_embeds is None:
+            raise ValueError("`prompt_embeds` is None; pass the text encoder's states of the prompt.")
+        batch_size, device = len(prompt_embeds), prompt_embeds.device
         if source_cache is not None:
+            check_source_cache(source_cache, self.dtype, device, **grid)
+            check_weights(source_cache, self.model)
             source_image_tokens = source_cache.expand_tokens(source_image_tokens, prompt_embeds)
-        check_generate_inputs(
-            self.config,
-            source_image_tokens,
-            prompt_embeds,
-            negative_prompt_embeds,
-            image_scale,
-            generator,
-            grid_height,
-            grid_width,
-        )
-        check_edit_mask(edit_mask, source_image_tokens)
-        check_decoding(decoding, num_draft_tokens, logits_processor or [], source_image_tokens is not None)
-        if source_cache is not None:
-            check_weight_samples(source_cache, sample_weights(self.model), self.config)
+        check_tensors(self, grid, source_image_tokens, prompt_embeds, negative_prompt_embeds, edit_mask)
+        check_generator(generator, batch_size)
+        has_source = source_image_tokens is not None
+        image_scale = 1 if image_guidance_scale is None else image_guidance_scale
+        check_decoding(decoding, num_draft_tokens, image_scale, has_source)
 
-        shape = len(prompt_embeds), grid_height * grid_width
+        num_tokens = grid["grid_height"] * grid["grid_width"]
+        # Tokens outside the edit mask are forced. Those inside it are the first drafts.
+        tokens = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
+        tokens = source_image_tokens.clone() if has_source else tokens
+        free_positions = range(num_tokens) if edit_mask is None else edit_mask.any(dim=0).nonzero()[:, 0].tolist()
+        num_drafts = 0
+        if decoding == "speculative":
+            num_drafts = num_draft_tokens or (NUM_DRAFT_TOKENS_CPU if device.type == "cpu" else NUM_DRAFT_TOKENS)
         noise_keys = None
         if settings.do_sample:
-            noise_keys = compute_noise_keys(draw_seeds(generator, shape[0]).to(device), shape[1])
+            noise_keys = compute_noise_keys(draw_seeds(generator, batch_size).to(device), num_tokens)
         select_tokens = TokenSelector(settings, image_scale, logits_processor or [], noise_keys, edit_mask)
-        if num_draft_tokens is None:
-            num_draft_tokens = NUM_DRAFT_TOKENS_CPU if device.type == "cpu" else NUM_DRAFT_TOKENS
-        run_pass = PassRunner(
-            self,
-            source_image_tokens,
-            source_cache,
-            prompt_embeds,
-            negative_prompt_embeds,
-            select_branches(settings.guidance_scale, image_scale),
-            {"grid_height": grid_height, "grid_width": grid_width},
-        )
+        branches = select_branches(settings.guidance_scale, image_scale, has_source)
+        source = source_image_tokens if source_cache is None else source_cache
+        run_pass = PassRunner(self, source, prompt_embeds, negative_prompt_embeds, branches, grid)
         try:
-            sequences, num_passes = decode_target_tokens(
-                run_pass,
-                select_tokens,
-                Reporter(streamer, list(stopping_criteria or [])),
-                *propose_tokens(source_image_tokens, edit_mask, shape, device),
-                num_draft_tokens if decoding == "speculative" else 0,
-            )
+            for sequences in decode_target_tokens(run_pass, select_tokens, tokens, free_positions, num_drafts):
+                if streamer is not None:
+                    streamer.put(sequences[:, -1:].cpu())
+                if ask_to_stop(stopping_criteria or [], sequences):
+                    break
         finally:
             run_pass.close()
         select_tokens.check_logits()
@@ -217,7 +203,11 @@ class EditARGenerationMixin(GenerationMixin):
             streamer.end()
         if not return_dict_in_generate:
             return sequences
-        return EditARGenerateOutput(sequences=sequences, num_passes=max(num_passes - 1, 0))
+        return EditARGenerateOutput(sequences=sequences, num_decode_steps=max(run_pass.num_passes - 1, 0))
+
+    def resolve_grid(self, grid_height: int | None, grid_width: int | None) -> dict[str, int]:
+        """Fill in and check the grid, as arguments of `forward`."""
+        return dict(zip(("grid_height", "grid_width"), self.model.resolve_grid(grid_height, grid_width), strict=True))
 
     def compile_decoding(self, **options):
         """Compile the decoding steps of `generate` for all later calls; the first calls then take longer.
@@ -241,14 +231,11 @@ class EditARGenerationMixin(GenerationMixin):
     def free_compiled_caches(self):
         """Free the caches that compiled decoding keeps between calls."""
         if self.compiled_decoding is not None:
-            self.compiled_decoding.free_caches()
+            self.compiled_decoding.caches.clear()
 
     @torch.no_grad()
     def prepare_source_cache(
-        self,
-        source_image_tokens: torch.LongTensor,
-        grid_height: int | None = None,
-        grid_width: int | None = None,
+        self, source_image_tokens: torch.LongTensor, grid_height: int | None = None, grid_width: int | None = None
     ) -> SourceCache:
         """Compute what the decoder knows of source images before any instruction, for any number of `generate` calls.
 
@@ -262,10 +249,17 @@ class EditARGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If the tokens do not fit the grid or the vocabulary.
         """
-        grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
-        check_source_image_tokens(self.config, source_image_tokens, grid_height, grid_width)
-        grid = {"grid_height": grid_height, "grid_width": grid_width}
-        drop_source = torch.zeros(len(source_image_tokens), dtype=torch.bool, device=source_image_tokens.device)
-        cache = compute_source_cache(self, source_image_tokens, drop_source, grid)
+        grid = self.resolve_grid(grid_height, grid_width)
+        check_source_image_tokens(self.config, source_image_tokens, **grid)
+        cache = compute_source_cache(self, source_image_tokens, grid)
         cache.weight_samples = sample_weights(self.model)
         return cache
+
+
+def ask_to_stop(stopping_criteria: Sequence[StoppingCriteria], tokens: torch.Tensor) -> bool:
+    """Call all criteria; return True if each row is stopped by one of them.
+
+    `StoppingCriteriaList` is not used: it waits for the device after every token, even where no criterion does.
+    """
+    answers = [torch.as_tensor(criterion(tokens, None)).cpu().expand(len(tokens)) for criterion in stopping_criteria]
+    return bool(answers) and bool(torch.stack(answers).any(dim=0).all())

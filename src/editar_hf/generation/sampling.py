@@ -9,6 +9,7 @@ counters in place of a generator's state, Salmon et al., "Parallel random number
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -55,20 +56,20 @@ class GuidanceBranch(NamedTuple):
     drop_prompt: bool
 
 
-def select_branches(guidance_scale: float, image_guidance_scale: float) -> list[GuidanceBranch]:
-    """List the branches that `apply_guidance` combines, the fully conditioned one first."""
-    conditional, image_only, unconditional = (
-        GuidanceBranch(False, False),
-        GuidanceBranch(False, True),
-        GuidanceBranch(True, True),
-    )
+def select_branches(
+    guidance_scale: float, image_guidance_scale: float, has_source: bool = True
+) -> list[GuidanceBranch]:
+    """List the branches that `apply_guidance` combines. Those without the source come last."""
+    branches = [GuidanceBranch(not has_source, False)]
+    if guidance_scale != 1 or image_guidance_scale != 1:
+        branches.append(GuidanceBranch(not has_source, True))
     if image_guidance_scale != 1:
-        return [conditional, image_only, unconditional]
-    return [conditional] if guidance_scale == 1 else [conditional, image_only]
+        branches.append(GuidanceBranch(True, True))
+    return branches
 
 
 def apply_guidance(
-    branch_logits: Sequence[torch.Tensor], guidance_scale: float, image_guidance_scale: float
+    branch_logits: Sequence[torch.Tensor] | torch.Tensor, guidance_scale: float, image_guidance_scale: float
 ) -> torch.Tensor:
     """Combine the logits of one to three branches, in the order of `select_branches`, into guided logits.
 
@@ -76,45 +77,32 @@ def apply_guidance(
     """
     if len(branch_logits) == 1:
         return branch_logits[0]
+    conditional, image_only = branch_logits[0], branch_logits[1]
+    prompt_part = guidance_scale * (conditional - image_only)
     if len(branch_logits) == 2:
-        conditional, image_only = branch_logits
-        return image_only + guidance_scale * (conditional - image_only)
-    conditional, image_only, unconditional = branch_logits
-    return (
-        unconditional
-        + image_guidance_scale * (image_only - unconditional)
-        + guidance_scale * (conditional - image_only)
-    )
+        return image_only + prompt_part
+    unconditional = branch_logits[2]
+    return unconditional + image_guidance_scale * (image_only - unconditional) + prompt_part
 
 
-def build_logits_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+def build_logits_warpers(settings: DecodingSettings) -> list[LogitsProcessor]:
     """Build temperature, top-k and top-p, in this order, leaving out those that change nothing."""
-    warpers = LogitsProcessorList()
-    if temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k > 0:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
+    warpers: list[LogitsProcessor] = []
+    if settings.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+    if settings.top_k > 0:
+        warpers.append(TopKLogitsWarper(int(settings.top_k)))
+    if settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(float(settings.top_p)))
     return warpers
 
 
 def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> torch.LongTensor:
-    """Draw one 63-bit seed per image, shape `(batch,)`, on the CPU.
-
-    Args:
-        generator (`torch.Generator` or a list of them, *optional*): One for all images, which draw from it in their
-            order; or one per image; or `None` for torch's default generator. Each draws on its own device.
-    """
+    """Draw one 63-bit seed per image, shape `(batch,)`, on the CPU; without a generator, from torch's own."""
     generators = generator if isinstance(generator, Sequence) else [generator] * batch_size
     # One draw per image: a generator then gives an image the same seed whatever comes after it in the batch.
-    return torch.tensor(
-        [
-            torch.randint(2**63 - 1, (), generator=one, device="cpu" if one is None else one.device).item()
-            for one in generators
-        ],
-        dtype=torch.long,
-    )
+    seeds = [torch.randint(2**63 - 1, (), generator=one, device=one.device if one else "cpu") for one in generators]
+    return torch.tensor([seed.item() for seed in seeds])
 
 
 def mix_bits(words: torch.Tensor) -> torch.Tensor:
@@ -167,66 +155,58 @@ def as_index(positions: Sequence[int]) -> slice | list[int]:
     return slice(positions[0], positions[-1] + 1) if is_run else list(positions)
 
 
+@dataclass
 class TokenSelector:
     """Choose tokens: guidance, logits processors, warpers and noise (when sampling), arg-max.
 
-    Args:
-        settings (`DecodingSettings`): Guidance scale and sampling settings.
-        image_guidance_scale (`float`): Weight of the source image; 1 is the one-knob form.
-        logits_processor (`list`): Called in order with the tokens so far and the guided logits.
-        noise_keys (`torch.LongTensor` of shape `(2, batch, N)`, *optional*): From `compute_noise_keys`; None takes the
-            likeliest tokens.
-        edit_mask (`torch.BoolTensor` of shape `(batch, N)`, *optional*): False where a token stands as it is.
+    `noise_keys` are from `compute_noise_keys`; None takes the likeliest tokens. A token stands as it is where
+    `edit_mask`, `(batch, N)`, is False.
     """
 
-    def __init__(
-        self,
-        settings: DecodingSettings,
-        image_guidance_scale: float,
-        logits_processor: list[LogitsProcessor],
-        noise_keys: torch.LongTensor | None,
-        edit_mask: torch.BoolTensor | None = None,
-    ):
-        self.guidance_scale = settings.guidance_scale
-        self.image_guidance_scale = image_guidance_scale
-        self.noise_keys = noise_keys
-        self.edit_mask = edit_mask
+    settings: DecodingSettings
+    image_guidance_scale: float
+    logits_processor: Sequence[LogitsProcessor]
+    noise_keys: torch.Tensor | None
+    edit_mask: torch.Tensor | None = None
+
+    def __post_init__(self):
+        warpers = [] if self.noise_keys is None else build_logits_warpers(self.settings)
+        self.processors = LogitsProcessorList([*self.logits_processor, *warpers])
         # Stays finite as long as all guided logits are; read once, at the end, so that no token waits for the device.
-        self.sum_of_highest = 0.0
-        self.processors = LogitsProcessorList(logits_processor)
-        self.warpers = LogitsProcessorList()
-        if noise_keys is not None:
-            self.warpers = build_logits_warpers(settings.temperature, settings.top_k, settings.top_p)
+        self.sum_of_highest: torch.Tensor | float = 0.0
 
     def __call__(
         self, branch_logits: torch.Tensor, tokens: torch.LongTensor, positions: Sequence[int]
     ) -> torch.LongTensor:
         """Choose tokens for ascending positions, each as if the tokens before it held.
 
-        Logits processors are called in the order of the positions, and only while every row's tokens before a position
-        do hold: they see what they would see one token at a time.
-
-        Args:
-            branch_logits (`torch.Tensor` of shape `(branches, batch, positions, vocab_size)`): float32.
-            tokens (`torch.LongTensor` of shape `(batch, N)`): Tokens so far, and what is proposed after them.
-            positions (sequence of `int`): What the logits are for.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch, chosen)`: of all positions, or with processors of those up to the first
-            at which a row's choice is not what was proposed.
+        The float32 logits are `(branches, batch, positions, vocab_size)`. `tokens`, `(batch, N)`, holds the tokens so
+        far, and what is proposed after them. Logits processors see what they would see one token at a time: with them,
+        the choices end at the first position where a row's choice is not what was proposed.
         """
-        logits = apply_guidance(branch_logits, self.guidance_scale, self.image_guidance_scale)
+        logits = apply_guidance(branch_logits, self.settings.guidance_scale, self.image_guidance_scale)
         self.sum_of_highest = self.sum_of_highest + logits.amax(dim=-1).sum()
-        if not self.processors:
+        if not self.logits_processor:
+            logits = self.processors(tokens, logits.flatten(0, 1)).view_as(logits)
             return self.choose(logits, tokens, positions)
-        chosen = []
+        chosen: list[torch.Tensor] = []
         for index, position in enumerate(positions):
+            # An earlier choice that differs from what was proposed ends the pass. Exact decoding compares nothing.
+            if chosen and not torch.equal(chosen[-1][:, 0], tokens[:, positions[index - 1]]):
+                break
             processed = self.processors(tokens[:, :position], logits[:, index])
             chosen.append(self.choose(processed[:, None], tokens, [position]))
-            is_last = index == len(positions) - 1
-            if not is_last and not torch.equal(chosen[-1][:, 0], tokens[:, position]):
-                break
         return torch.cat(chosen, dim=1)
+
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """Choose from processed logits `(batch, positions, vocab_size)`; tokens outside the edit mask stay."""
+        index = as_index(positions)
+        if self.noise_keys is not None:
+            logits = logits + compute_gumbel_noise(self.noise_keys[:, :, index], logits.shape[-1])
+        chosen = logits.argmax(dim=-1)
+        if self.edit_mask is None:
+            return chosen
+        return torch.where(self.edit_mask[:, index], chosen, tokens[:, index])
 
     def check_logits(self):
         """Raise a `RuntimeError` if the guided logits of any pass so far were NaN or infinite."""
@@ -236,15 +216,3 @@ class TokenSelector:
                 "overflow in float16: load the pipeline with `dtype=torch.bfloat16` or `torch.float32`. In float32, "
                 "look for damaged weights or adapters, and for a very large `guidance_scale`."
             )
-
-    def choose(self, logits: torch.Tensor, tokens: torch.LongTensor, positions: Sequence[int]) -> torch.LongTensor:
-        """Choose from processed logits `(batch, positions, vocab_size)`; tokens outside the edit mask stay."""
-        index = as_index(positions)
-        if self.warpers:
-            logits = self.warpers(tokens, logits.flatten(0, 1)).view_as(logits)
-        if self.noise_keys is not None:
-            logits = logits + compute_gumbel_noise(self.noise_keys[:, :, index], logits.shape[-1])
-        chosen = logits.argmax(dim=-1)
-        if self.edit_mask is None:
-            return chosen
-        return torch.where(self.edit_mask[:, index], chosen, tokens[:, index])

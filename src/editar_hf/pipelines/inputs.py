@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers.image_utils import ImageInput
 
-from ..checks import check_choice, check_flag, check_integer, check_number, check_texts
+from ..checks import check_choice, check_flag, check_integer, check_texts
 from ..configuration_editar import EditARConfig
 from ..generation import SourceCache
 from ..generation.inputs import (
@@ -164,10 +164,6 @@ def check_source(
         raise ValueError("`restore_size` is True without an `image`; pass the image whose size is to be restored.")
     if has_source and TEXT_TO_IMAGE in list_texts(task):
         raise ValueError(f"`task` is {TEXT_TO_IMAGE!r} beside a source image; leave out one of them.")
-    if image_guidance_scale is not None:
-        check_number("image_guidance_scale", image_guidance_scale)
-    if not has_source and image_guidance_scale not in (None, 1):
-        raise ValueError(f"`image_guidance_scale` is {image_guidance_scale} without an `image`; leave it out.")
     if not has_source and mask_image is not None:
         raise ValueError("`mask_image` is given without an `image`, of which it keeps a part; pass the image too.")
     if crop_to_mask and (image is None or mask_image is None or has_known):
@@ -180,7 +176,7 @@ def check_source(
             f"`resize_mode` is {resize_mode!r} beside `crop_to_mask`, whose window has the model's proportions; leave "
             "it out."
         )
-    check_decoding(decoding, None, (), has_source)
+    check_decoding(decoding, None, 1 if image_guidance_scale is None else image_guidance_scale, has_source)
 
 
 def check_cached_images(source_cache: SourceCache | None, pixel_values: torch.Tensor | None):

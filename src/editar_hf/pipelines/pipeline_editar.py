@@ -340,7 +340,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 grey = self.encode_pixel_values(torch.zeros(1, 3, grid[0] * stride, grid[1] * stride))
                 source_image_tokens = grey.expand(len(image_tokens), -1)
             image_tokens = torch.cat([image_tokens, source_image_tokens[:, num_tokens:]], dim=1)
-        return image_tokens, output.num_passes
+        return image_tokens, output.num_decode_steps
 
     def compose_images(
         self,
