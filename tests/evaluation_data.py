@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value
@@ -10,10 +11,13 @@ from PIL import Image as PILImage
 from tiny import draw_image
 
 from editar_hf.commands import main
+from editar_hf.evaluation.benchmarks import BENCHMARKS
+from editar_hf.evaluation.table import METRICS
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "stickers"))
 
+import evaluate_stickers as sticker_evaluation
 import make_sticker_edits as stickers
 
 
@@ -23,6 +27,12 @@ PROMPT = "make the red circle blue"
 def evaluate(*words):
     """Run `editar-hf evaluate` and return its exit status."""
     return main(["evaluate", *map(str, words)])
+
+
+def evaluate_stickers(*words):
+    """Run `python projects/stickers/evaluate_stickers.py` in this process and return its exit status."""
+    with patch.dict(BENCHMARKS), patch.dict(METRICS):
+        return sticker_evaluation.run(list(map(str, words)))
 
 
 def make_sticker_data(folder, num_samples=8, resolution=32):

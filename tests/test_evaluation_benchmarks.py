@@ -16,7 +16,6 @@ from evaluation_data import (
     make_magicbrush_folder,
     make_picture_folder,
     make_pie_folder,
-    make_sticker_data,
     make_translation_data,
 )
 from kornia.filters import canny
@@ -331,7 +330,7 @@ def test_json_that_cannot_be_read_is_named_with_file_and_line(name, make_source,
         read(name, folder)
 
 
-# Folders and stickers
+# Folders
 
 
 def test_a_folder_may_leave_out_all_but_source_and_prompt(tmp_path):
@@ -439,14 +438,6 @@ def test_a_mask_may_be_empty(tmp_path):
     assert not to_array(read("folder", folder)[1].mask).any()
 
 
-def test_stickers_have_their_operations_as_categories(tmp_path):
-    samples = read("sticker-edits", make_sticker_data(tmp_path / "stickers"))
-    assert list_values(samples, "category") == [
-        *("recolour", "reshape", "remove", "add", "move", "canny", "depth", "segmentation")
-    ]
-    assert all("operation" in sample.details for sample in samples)
-
-
 # What every benchmark must be
 
 
@@ -529,5 +520,5 @@ def test_the_evaluation_page_names_every_benchmark_and_system_and_uses_every_ste
     assert not [name for name in (*BENCHMARKS, *SYSTEMS, *PROTOCOLS) if f"`{name}`" not in page]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     calls = list_calls("docs/evaluate.md", tmp_path)
-    steps = {words[2] for words in calls if words[:2] == ["editar-hf", "evaluate"]}
+    steps = {words[2] for words in calls if words[1] in ("evaluate", "projects/stickers/evaluate_stickers.py")}
     assert steps == {"generate", "score", "report", "run"}

@@ -11,8 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "stickers"))
 
 import train_patch_teacher as teacher
+from stickers import COLOURS, SHAPES
 
-from editar_hf.evaluation.stickers import COLOURS, SHAPES
 from editar_hf.training.distillation import DistillationTeacher
 
 

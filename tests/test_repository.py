@@ -2,9 +2,11 @@
 
 import ast
 import configparser
+import io
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -252,6 +254,10 @@ def list_flags(script: Path) -> set[str]:
     flags, code = set(), script.read_text()
     if "TrainingArguments" in code:
         code += (PACKAGE / "training" / "arguments.py").read_text()
+    if "editar_hf.commands import main" in code:  # the other words are those of `editar-hf evaluate`
+        with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
+            commands.main(["evaluate", "run", "--help"])
+        flags |= set(re.findall(r"--[a-z][\w-]*", text.getvalue()))
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments"):
             fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]

@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import load_dataset
+from evaluation_data import evaluate_stickers, make_sticker_data
 from PIL import Image, ImageFilter
+from tiny import build_pipeline
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "stickers"))
 
 import make_copy_edits as copying
 import make_sticker_edits as stickers
-
-from editar_hf.evaluation import stickers as scoring
+import stickers as scoring
 
 
 RESOLUTION, TOKEN_SIZE = 64, 8
@@ -339,6 +340,45 @@ def test_scores_are_averaged_per_group_and_serialise():
     assert set(rates) == set(ALL_TASKS)
     assert all(rate["n"] == 2 and rate["done"] == 0.5 for rate in rates.values())
     assert scoring.aggregate_scores(scores, by=("part", "operation"))["seen", "move"]["n"] == 2
+
+
+# The benchmark
+
+
+def test_the_benchmark_scores_predictions_with_the_functions_themselves(tmp_path, capsys):
+    source = make_sticker_data(tmp_path / "stickers")
+    build_pipeline(grid_size=8).save_pretrained(tmp_path / "editor")
+    words = ["--benchmark", "sticker-edits", "--source", source, "--output-dir", tmp_path / "run"]
+    assert evaluate_stickers("run", *words, "--system", "vq-reconstruction", "--model", tmp_path / "editor") == 0
+    capsys.readouterr()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    names = ("done", "inside", "outside")
+    pipeline, kinds = build_pipeline(grid_size=8), {}
+    for row, line in zip(load_dataset("parquet", data_dir=str(source))["test"], lines, strict=True):
+        through = pipeline.decode_image_tokens(pipeline.encode_image(row["target_image"]))[0]
+        picture = Image.open(tmp_path / "run" / "images" / f"{line['id']}.png")
+        images = [np.asarray(row[name]) for name in ("source_image", "target_image", "mask")]
+        details = json.loads(row["details"])
+        ceiling = scoring.compute_outside_psnr(np.asarray(through), *images[1:], pipeline.vq_model.config.stride)
+        expected = scoring.score_sample(np.asarray(picture), ceiling, *images, details, pipeline.vq_model.config.stride)
+        assert {name: line["values"][name] for name in names} == {name: expected.get(name) for name in names}
+        kinds[details["operation"]] = expected
+    categories = json.loads((tmp_path / "run" / "metrics.json").read_text())["categories"]
+    assert list(categories) == list(kinds) == list(ALL_TASKS)
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "| edits done % ↑ |" in page
+    assert "| recolour |" in page
+
+
+def test_the_benchmark_needs_a_vq_model_of_its_images_size(tmp_path, capsys):
+    build_pipeline(grid_size=8).save_pretrained(tmp_path / "editor")
+    words = ["--benchmark", "sticker-edits", "--source", make_sticker_data(tmp_path / "stickers", resolution=48)]
+    words += ["--output-dir", tmp_path / "run"]
+    assert evaluate_stickers("generate", *words, "--system", "copy-source") == 0
+    assert evaluate_stickers("score", *words) == 2
+    assert "`vq_model` is missing" in capsys.readouterr().err
+    assert evaluate_stickers("score", *words, "--vq-model", tmp_path / "editor") == 2
+    assert "`vq_model` works at 32×32 pixels" in capsys.readouterr().err
 
 
 # The operation that an adapter learns

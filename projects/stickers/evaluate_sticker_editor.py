@@ -5,7 +5,7 @@
 
 A setting is a way to choose tokens, a guidance scale and, where tokens are sampled at another temperature than 1, that
 temperature. Beside them stand the true target passed through the tokenizer (the ceiling), the untouched source, and the
-model given another sample's instruction. What counts as done is said in `src/editar_hf/evaluation/stickers.py`.
+model given another sample's instruction. What counts as done is said in `projects/stickers/stickers.py`.
 """
 
 import json
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from stickers import aggregate_scores, compute_outside_psnr, score_sample
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
 from editar_hf.data_files import load_files
-from editar_hf.evaluation.stickers import aggregate_scores, compute_outside_psnr, score_sample
 from editar_hf.io import atomic_path
 from editar_hf.training.dataset_specs import find_files
 

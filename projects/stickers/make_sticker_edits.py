@@ -33,8 +33,8 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 from skimage.color import rgb2lab
 from skimage.feature import canny
+from stickers import BACKGROUNDS, COLOURS, MASK_MARGIN, SHAPES, TRANSLATIONS, draw_coverage
 
-from editar_hf.evaluation.stickers import BACKGROUNDS, COLOURS, MASK_MARGIN, SHAPES, TRANSLATIONS, draw_coverage
 from editar_hf.io import atomic_path
 
 

@@ -26,14 +26,14 @@ data() {
 }
 
 evaluate() {  # NAME MODEL SCALE
-    editar-hf evaluate run --benchmark sticker-edits --source "$RUNS/stickers" --model "$2" --vq-model "$MODEL" \
-        --guidance-scale "$3" --no-do-sample --batch-size 64 --output-dir "$RUNS/$1"
+    python projects/stickers/evaluate_stickers.py run --benchmark sticker-edits --source "$RUNS/stickers" \
+        --model "$2" --vq-model "$MODEL" --guidance-scale "$3" --no-do-sample --batch-size 64 --output-dir "$RUNS/$1"
 }
 
 # Table and plots, without the contact sheets; how they were made stands under the table.
 publish() {  # STUDY RUN...
     study=$1; shift
-    editar-hf evaluate report "$@" --output-dir "$RUNS/$study-report"
+    python projects/stickers/evaluate_stickers.py report "$@" --output-dir "$RUNS/$study-report"
     mkdir -p "$RESULTS/$study"
     cp "$RUNS/$study-report"/{report.md,categories.png} "$RESULTS/$study/"
     [ "$study" = distillation ] || cp "$RUNS/$study-report/guidance.png" "$RESULTS/$study/"

@@ -62,7 +62,7 @@ hardware: {hardware}.
 ## Figures
 
 Share of edits done on test samples, in per cent, decoded at the setting {setting};
-`src/editar_hf/evaluation/stickers.py` says what counts as done.
+`projects/stickers/stickers.py` says what counts as done.
 
 | | samples | ceiling | without the adapter | with it | |
 |---|---|---|---|---|---|

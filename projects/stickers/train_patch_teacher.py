@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from make_sticker_edits import make_sample
+from stickers import COLOURS, SHAPES, draw_template
 from torch import nn
 from tqdm import tqdm
 from transformers import Dinov2Config, Dinov2Model, HfArgumentParser, set_seed
 
-from editar_hf.evaluation.stickers import COLOURS, SHAPES, draw_template
 from editar_hf.training.distillation import CROPPED_SIDE, RESIZED_SIDE, prepare_teacher_pixels
 
 

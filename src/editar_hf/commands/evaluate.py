@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 
-BENCHMARK_HELP = "pie-bench, depth, canny, segmentation, magicbrush, magicbrush-multi-turn, folder or sticker-edits"
+BENCHMARK_HELP = "pie-bench, depth, canny, segmentation, magicbrush, magicbrush-multi-turn or folder"
 # Options of systems, by the name of their parameter in `evaluation/systems.py`.
 SYSTEM_OPTIONS = {
     "model": {"metavar": "M", "help": "editar, vq-reconstruction: the pipeline, a folder or Hub id"},
@@ -37,13 +37,11 @@ MODELS = {
     "segmentation": "segmentation",
     "lpips": "the folder that holds squeezenet1_1-b8a52dc0.pth and squeeze.pth",
     "inception": "FID's pt_inception-2015-12-05-6726825d.pth",
-    "vq": "sticker-edits: pipeline whose VQ model sets the standard outside the mask; default: --model",
 }
 METRIC_HELP = (
     "structure_distance, psnr_unedited, lpips_unedited, mse_unedited, ssim_unedited, clip_whole, clip_edited, "
-    "depth_rmse, edge_f1, edge_ms_ssim, edge_psnr, l1, l2, psnr, ssim, lpips, clip_i, clip_t, dino, fid, mean_iou, "
-    "outside_psnr, done, inside, outside, colour, shape, gone, stickers, placed or background; default: those of the "
-    "benchmark's table"
+    "depth_rmse, edge_f1, edge_ms_ssim, edge_psnr, l1, l2, psnr, ssim, lpips, clip_i, clip_t, dino, fid or mean_iou; "
+    "default: those of the benchmark's table"
 )
 
 
@@ -80,8 +78,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", metavar="P", default="editar", help=protocols)
     parser.add_argument("--metrics", metavar="M", nargs="+", help=METRIC_HELP)
     for name, text in MODELS.items():
-        flags = [f"--{name}-model"] + ["--tokenizer"] * (name == "vq")
-        parser.add_argument(*flags, metavar="M", help=text)
+        parser.add_argument(f"--{name}-model", metavar="M", help=text)
 
 
 def add_images_argument(parser: argparse.ArgumentParser) -> None:
@@ -112,8 +109,6 @@ def build_system(args: argparse.Namespace):
 def get_models(args: argparse.Namespace) -> dict[str, str]:
     """Return the networks that were named."""
     models = {name: getattr(args, f"{name}_model") for name in MODELS}
-    if args.benchmark == "sticker-edits" and models["vq"] is None:
-        models["vq"] = getattr(args, "model", None)
     return {name: model for name, model in models.items() if model is not None}
 
 

@@ -354,7 +354,7 @@ def read_magicbrush(source: str, wanted: Wanted = None, is_multi_turn: bool = Fa
         )
 
 
-# Any folder, and the demo's stickers
+# Any folder
 
 
 def read_folder(source: str, wanted: Wanted = None) -> Iterator[Sample]:
@@ -379,27 +379,6 @@ def read_folder(source: str, wanted: Wanted = None) -> Iterator[Sample]:
         if mask is not None:
             images["mask"] = open_mask(mask, images["source_image"].size, where)
         yield Sample(**{name: entry[name] for name in words if name in entry}, **images)
-
-
-def read_stickers(source: str, wanted: Wanted = None) -> Iterator[Sample]:
-    """Read the test split that `make_sticker_edits.py` wrote."""
-    columns = dict.fromkeys(("source_image", "target_image", "mask"), Image.Image)
-    columns |= dict.fromkeys(("prompt", "task", "details"), str)
-    for sample_id, row in read_rows(source, "test", columns, wanted):
-        where = f"`details` of row {int(sample_id)}"
-        details = parse_json(row["details"], where)
-        check_entry(details, {"operation": str, "part": str}, where)
-        part = "" if details["part"] == "seen" else f" ({details['part'].replace('_', ' ')})"
-        yield Sample(
-            sample_id,
-            row["prompt"],
-            row["source_image"],
-            row["task"],
-            details["operation"] + part,
-            row["target_image"],
-            row["mask"].convert("L"),
-            details=details,
-        )
 
 
 @dataclass(frozen=True)
@@ -475,12 +454,6 @@ BENCHMARKS = {
         read_folder,
         ("l1", "l2", "psnr", "ssim", "psnr_unedited", "ssim_unedited"),
         ("psnr_unedited", "l1"),
-    ),
-    "sticker-edits": Kind(
-        "the demo's test set; a folder that make_sticker_edits.py wrote",
-        read_stickers,
-        ("done", "inside", "outside", "psnr_unedited", "ssim_unedited", "psnr"),
-        ("outside", "inside"),
     ),
 }
 

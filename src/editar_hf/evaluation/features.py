@@ -46,12 +46,10 @@ DEFAULT_MODELS = {
     "segmentation": "facebook/maskformer-resnet101-coco-stuff",
     "lpips": None,
     "inception": None,
-    "vq": None,
 }
 MISSING = {
     "lpips": "the folder that holds squeezenet1_1-b8a52dc0.pth and squeeze.pth",
     "inception": "the file pt_inception-2015-12-05-6726825d.pth",
-    "vq": "the pipeline whose VQ model tells how close to the truth an edit must stay outside the mask",
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Source: the code of DINO (arXiv 2104.14294), whose layer norms have 1e-6; copies of its weights on the Hub say 1e-12.
@@ -64,8 +62,7 @@ class Network:
 
     Args:
         model (`torch.nn.Module`): The network.
-        processor (*optional*): Its image processor, which CLIP, depth and segmentation need; for a VQ model, its
-            pipeline.
+        processor (*optional*): Its image processor, which CLIP, depth and segmentation need.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): CLIP's.
 
     Raises:
@@ -104,10 +101,7 @@ def load_network(name: str, source: str | Path | None = None, device: str | torc
         raise ValueError(f"`{name}_model` is missing; pass {MISSING[name]}.")
     check_folder_or_hub_id(source, f"{name}_model")
     processor = tokenizer = None
-    if name == "vq":
-        processor = load_vq(source)
-        model = processor.vq_model
-    elif name in ("lpips", "inception"):
+    if name in ("lpips", "inception"):
         try:
             model = {"lpips": LPIPS, "inception": FIDInception}[name].from_weights(read_weights(source))
         except RuntimeError as error:
@@ -126,16 +120,6 @@ def load_network(name: str, source: str | Path | None = None, device: str | torc
             model_class = AutoModelForSemanticSegmentation if is_semantic else AutoModelForUniversalSegmentation
         model = model_class.from_pretrained(source, dtype=torch.float32)
     return Network(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, tokenizer)
-
-
-def load_vq(source: str | Path):
-    """Load a pipeline without its text encoder."""
-    from ..pipelines.pipeline_editar import EditARPipeline
-
-    try:
-        return EditARPipeline.from_pretrained(source, dtype=torch.float32, text_encoder=None)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`vq_model` {str(source)!r} does not load as a pipeline: {error}") from error
 
 
 def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
@@ -337,15 +321,3 @@ def encode_inception(network: Network, images: torch.Tensor) -> torch.Tensor:
 
     pixels = torch.stack([resize(image) for image in make_images(images)])
     return network.model((pixels.to(network.device) - 128) / 128).cpu()
-
-
-def reconstruct(network: Network, image: Image.Image) -> Image.Image:
-    """Encode and decode an image by a VQ model.
-
-    Raises:
-        ValueError: If the image does not have the size that the pipeline works at.
-    """
-    size = network.processor.processor.image_processor.size
-    if image.size != (size.width, size.height):
-        raise ValueError(f"`vq_model` works at {size.width}×{size.height} pixels; the images have {image.size}.")
-    return network.processor.decode_image_tokens(network.processor.encode_image(image))[0]

@@ -42,7 +42,7 @@ class EditMetric(evaluate.Metric):
             predictions (`list[str]`): Paths of images.
             references (`list[str]`): What the metric compares them with: paths of sources, true results, condition maps
                 or label maps, or prompts for CLIP.
-            metric (`str`): A key of `table.METRICS`; the sticker scores need more than a reference.
+            metric (`str`): A key of `table.METRICS`.
             masks (`list[str]`, *optional*): Paths of masks, white where edited; metrics of the unedited part need them.
             protocol (`str`, *optional*, defaults to `"editar"`): A key of `table.PROTOCOLS`.
             model (`str` or `Network`, *optional*): The metric's network, if not the published one.

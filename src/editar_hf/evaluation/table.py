@@ -70,7 +70,6 @@ class Pair:
 
     def __init__(self, prediction: Image.Image, sample, protocol: dict):
         self.sample, self.protocol, self.target_prompt = sample, protocol, sample.target_prompt
-        self.sticker_scores = None
         self.image, self.prediction = prediction, make_pixels(prediction)
         resized = prediction
         if prediction.size != sample.size:
@@ -99,21 +98,6 @@ class Pair:
     def edges(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Edges (1, 1, height, width) of the prediction, and those asked for."""
         return metrics.apply_canny(self.pixels), (self.source[:, :1] > 0.5).float()
-
-    def score_stickers(self, networks: dict) -> dict:
-        """Return all sticker scores; outside the mask, an edit is compared with the truth and its VQ reconstruction."""
-        from .stickers import TRANSLATIONS, compute_outside_psnr, score_sample
-
-        if self.sticker_scores is None:
-            images = (self.image, self.sample.source_image, self.sample.target_image, self.sample.mask)
-            image, source, target, mask = map(np.asarray, images)
-            details, ceiling = self.sample.details, None
-            stride = networks["vq"].model.config.stride
-            if details["operation"] not in TRANSLATIONS:
-                reconstructed = features.reconstruct(networks["vq"], self.sample.target_image)
-                ceiling = compute_outside_psnr(np.asarray(reconstructed), target, mask, stride)
-            self.sticker_scores = score_sample(image, ceiling, source, target, mask, details, stride)
-        return self.sticker_scores
 
 
 @dataclass(frozen=True)
@@ -221,11 +205,6 @@ def reduce_classes(collected: list) -> float:
     return metrics.compute_mean_iou(sum(matrix.to_dense() for (matrix,) in collected))
 
 
-def pick_sticker_score(name: str) -> Callable:
-    """Pick one of the sticker scores, NaN where it does not apply."""
-    return lambda pair, networks: pair.score_stickers(networks).get(name, math.nan)
-
-
 EDIT, TRUTH, CAPTION = ("mask",), ("target",), ("target_prompt",)
 LOWER = {"higher_is_better": False}
 METRICS = {
@@ -294,21 +273,6 @@ METRICS = {
     "dino": Metric("DINO", compare_embeddings(features.encode_class_tokens, "dino"), 1, True, "dino", TRUTH, 4),
     "fid": Metric("FID", collect_inception, 1, False, "inception", TRUTH, reduce=reduce_inception),
     "mean_iou": Metric("mIoU", count_classes, 1e2, True, "segmentation", ("labels",), 2, True, reduce_classes),
-    "outside_psnr": Metric("PSNR outside", pick_sticker_score("outside_psnr"), model="vq"),
-    **{
-        name: Metric(title, pick_sticker_score(name), 1e2, model="vq", is_share=True)
-        for name, title in {
-            "done": "edits done",
-            "inside": "right inside",
-            "outside": "kept outside",
-            "colour": "right colour",
-            "shape": "right shape",
-            "gone": "gone",
-            "stickers": "stickers right",
-            "placed": "colours placed",
-            "background": "right background",
-        }.items()
-    },
 }
 
 

@@ -1,0 +1,114 @@
+"""Score editors on the test set of make_sticker_edits.py: `editar-hf evaluate` with the benchmark `sticker-edits`.
+
+    python projects/stickers/evaluate_stickers.py run --benchmark sticker-edits --source stickers \
+        --model examples/sticker-editor --output-dir runs/stickers
+
+The steps and options are those of `editar-hf evaluate`. One more option, `--vq-model`, names the pipeline whose VQ
+model decides how close the part outside the mask must stay to the target. It defaults to `--model`. `stickers.py` says
+when an edit is done.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from stickers import TRANSLATIONS, compute_outside_psnr, score_sample
+
+from editar_hf import EditARPipeline
+from editar_hf.commands import main
+from editar_hf.evaluation.benchmarks import BENCHMARKS, Kind, Sample, read_rows
+from editar_hf.evaluation.processes import get_process
+from editar_hf.evaluation.table import METRICS, Metric, Pair
+
+
+TITLES = {
+    "done": "edits done",
+    "inside": "right inside",
+    "outside": "kept outside",
+    "colour": "right colour",
+    "shape": "right shape",
+    "gone": "gone",
+    "stickers": "stickers right",
+    "placed": "colours placed",
+    "background": "right background",
+}
+
+
+def read_stickers(source: str, wanted=None) -> Iterator[Sample]:
+    """Read the test split that `make_sticker_edits.py` wrote."""
+    columns = dict.fromkeys(("source_image", "target_image", "mask"), Image.Image)
+    columns |= dict.fromkeys(("prompt", "task", "details"), str)
+    for sample_id, row in read_rows(source, "test", columns, wanted):
+        details = json.loads(row["details"])
+        part = "" if details["part"] == "seen" else f" ({details['part'].replace('_', ' ')})"
+        yield Sample(
+            sample_id,
+            row["prompt"],
+            row["source_image"],
+            row["task"],
+            details["operation"] + part,
+            row["target_image"],
+            row["mask"].convert("L"),
+            details=details,
+        )
+
+
+def make_metrics(vq_model: str | None) -> dict[str, Metric]:
+    """Make the metrics; `vq_model` is loaded when the first edit is scored."""
+
+    @cache
+    def load_pipeline() -> EditARPipeline:
+        if vq_model is None:
+            raise ValueError("`vq_model` is missing; pass the pipeline whose VQ model sets the standard.")
+        pipeline = EditARPipeline.from_pretrained(vq_model, dtype=torch.float32, text_encoder=None)
+        return pipeline.to(get_process().device)
+
+    @lru_cache(maxsize=1)
+    def score(pair: Pair) -> dict:
+        """Score a prediction, once for all metrics."""
+        sample, pipeline, ceiling = pair.sample, load_pipeline(), None
+        images = (pair.image, sample.source_image, sample.target_image, sample.mask)
+        image, source, target, mask = map(np.asarray, images)
+        token_size = pipeline.vq_model.config.stride
+        if sample.details["operation"] not in TRANSLATIONS:
+            size = pipeline.processor.image_processor.size
+            if sample.size != (size.width, size.height):
+                raise ValueError(
+                    f"`vq_model` works at {size.width}×{size.height} pixels; the images have {sample.size}."
+                )
+            (through,) = pipeline.decode_image_tokens(pipeline.encode_image(sample.target_image))
+            ceiling = compute_outside_psnr(np.asarray(through), target, mask, token_size)
+        return score_sample(image, ceiling, source, target, mask, sample.details, token_size)
+
+    def pick(name: str):
+        """Pick a score; it is NaN where it does not apply."""
+        return lambda pair, networks: score(pair).get(name, math.nan)
+
+    shares = {name: Metric(title, pick(name), 1e2, is_share=True) for name, title in TITLES.items()}
+    return shares | {"outside_psnr": Metric("PSNR outside", pick("outside_psnr"))}
+
+
+def run(words: Sequence[str]) -> int:
+    """Run a step of `editar-hf evaluate` and return its exit status."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    parser.add_argument("--vq-model", "--tokenizer")
+    args, words = parser.parse_known_args(words)
+    BENCHMARKS["sticker-edits"] = Kind(
+        "stickers on photographs; a folder that projects/stickers/make_sticker_edits.py wrote",
+        read_stickers,
+        ("done", "inside", "outside", "psnr_unedited", "ssim_unedited", "psnr"),
+        ("outside", "inside"),
+    )
+    METRICS.update(make_metrics(args.vq_model or args.model))
+    return main(["evaluate", *words, *(["--model", args.model] if args.model else [])])
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
