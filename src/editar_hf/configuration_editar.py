@@ -19,6 +19,13 @@ PRESETS = {
 }
 
 
+def check_sizes(config: PreTrainedConfig, names: str) -> None:
+    """Refuse sizes that are not positive; `names` are separated by spaces."""
+    for name in names.split():
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be at least 1.")
+
+
 def compute_intermediate_size(hidden_size: int) -> int:
     """Compute the SwiGLU width of the published decoders: two thirds of 4·hidden, rounded up to a multiple of 256."""
     return -(-int(2 * 4 * hidden_size / 3) // 256) * 256
@@ -90,7 +97,16 @@ class EditARConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = compute_intermediate_size(self.hidden_size)
         super().__post_init__(**kwargs)
-        self.check_sizes()
+        check_sizes(self, "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads grid_size")
+        check_sizes(self, "num_text_tokens text_hidden_size")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) over `num_attention_heads` ({self.num_attention_heads}) must be a "
+                "multiple of 4: half of a head's rotation pairs turn with the row, half with the column."
+            )
+        for name in ("text_dropout", "residual_dropout", "mlp_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a probability in [0, 1).")
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "EditARConfig":
@@ -111,30 +127,6 @@ class EditARConfig(PreTrainedConfig):
     def num_image_tokens(self) -> int:
         """Tokens of the largest picture, `grid_size` squared."""
         return self.grid_size**2
-
-    def check_sizes(self) -> None:
-        """Check that the sizes fit together."""
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "grid_size",
-            "num_text_tokens",
-            "text_hidden_size",
-        )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) over `num_attention_heads` ({self.num_attention_heads}) must be a "
-                "multiple of 4: half of a head's rotation pairs turn with the row, half with the column."
-            )
-        for name in ("text_dropout", "residual_dropout", "mlp_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a probability in [0, 1).")
 
 
 @strict
@@ -181,23 +173,15 @@ class EditARVQConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.check_sizes()
-
-    @property
-    def stride(self) -> int:
-        """Pixels per token and side."""
-        return 2 ** (len(self.channel_multipliers) - 1)
-
-    def check_sizes(self) -> None:
-        """Check that the sizes fit together."""
-        sizes = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels")
-        sizes += ("num_res_blocks", "norm_num_groups")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        check_sizes(self, "num_embeddings embedding_dim latent_channels base_channels num_res_blocks norm_num_groups")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(f"`channel_multipliers` is {self.channel_multipliers}; give one positive number a level.")
         if self.base_channels % self.norm_num_groups:
             raise ValueError(
                 f"`norm_num_groups` ({self.norm_num_groups}) must divide `base_channels` ({self.base_channels})."
             )
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token and side."""
+        return 2 ** (len(self.channel_multipliers) - 1)

@@ -297,9 +297,13 @@ class EditARModel(EditARPreTrainedModel):
     ) -> EditARModelOutput:
         """Compute the final-norm hidden states of the given segments; arguments as of the model with a head."""
         grid_height, grid_width = self.resolve_grid(grid_height, grid_width)
-        segments = self.embed_segments(
-            source_image_tokens, prompt_embeds, target_image_tokens, drop_source, drop_prompt, grid_height, grid_width
-        )
+        segments = []
+        if source_image_tokens is not None:
+            segments.append(self.embed_source(source_image_tokens, drop_source, grid_height, grid_width))
+        if prompt_embeds is not None:
+            segments.append(self.embed_prompt(prompt_embeds, drop_prompt))
+        if target_image_tokens is not None:
+            segments.append(self.embed_tokens(target_image_tokens))
         hidden_states = torch.cat(segments, dim=1)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -329,21 +333,6 @@ class EditARModel(EditARPreTrainedModel):
                 "tokens a side."
             )
         return int(grid_height), int(grid_width)
-
-    def embed_segments(
-        self, source_image_tokens, prompt_embeds, target_image_tokens, drop_source, drop_prompt, grid_height, grid_width
-    ) -> list[torch.Tensor]:
-        """Embed the segments that are given, in the order of the sequence."""
-        segments = []
-        if source_image_tokens is not None:
-            segments.append(self.embed_source(source_image_tokens, drop_source, grid_height, grid_width))
-        if prompt_embeds is not None:
-            segments.append(self.embed_prompt(prompt_embeds, drop_prompt))
-        if target_image_tokens is not None:
-            segments.append(self.embed_tokens(target_image_tokens))
-        if not segments:
-            raise ValueError("Give at least one of `source_image_tokens`, `prompt_embeds` and `target_image_tokens`.")
-        return segments
 
     def embed_source(self, source_image_tokens, drop_source, grid_height, grid_width) -> torch.Tensor:
         """Embed source tokens; samples in `drop_source` get the null image instead."""
@@ -476,37 +465,30 @@ class EditARForConditionalGeneration(EditARGenerationMixin, EditARPreTrainedMode
             grid_width,
             **kwargs,
         )
-        predicting_states = self.select_predicting_states(outputs.last_hidden_state, prompt_embeds, target_image_tokens)
+        # The last text position predicts target token 0, and each target position the next token.
+        num_predicting = 0 if prompt_embeds is None else 1
+        num_predicting += 0 if target_image_tokens is None else target_image_tokens.shape[1]
+        predicting_states = outputs.last_hidden_state[:, outputs.last_hidden_state.shape[1] - num_predicting :]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(predicting_states[:, kept]) if predicting_states.shape[1] else None
+        logits = self.lm_head(predicting_states[:, kept]) if num_predicting else None
+        loss = features = None
+        if labels is not None:
+            if labels.shape[1] != num_predicting:
+                raise ValueError(
+                    f"`labels` holds {labels.shape[1]} tokens for {num_predicting} predictions; give one label per "
+                    "token of the grid, together with `source_image_tokens` and `prompt_embeds`."
+                )
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        if output_distillation_features:
+            features = self.compute_distillation_features(predicting_states, grid_height, grid_width)
         return EditAROutput(
-            loss=None if labels is None else self.compute_loss(logits, labels),
+            loss=loss,
             logits=logits,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            distillation_features=(
-                self.compute_distillation_features(predicting_states, grid_height, grid_width)
-                if output_distillation_features
-                else None
-            ),
+            distillation_features=features,
         )
-
-    def select_predicting_states(self, hidden_states, prompt_embeds, target_image_tokens) -> torch.Tensor:
-        """Select the last text position, which predicts target token 0, and the target positions."""
-        num_predicting = 0 if prompt_embeds is None else 1
-        if target_image_tokens is not None:
-            num_predicting += target_image_tokens.shape[1]
-        return hidden_states[:, hidden_states.shape[1] - num_predicting :]
-
-    def compute_loss(self, logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        """Compute the mean cross-entropy in nats over target positions."""
-        if logits is None or labels.shape[1] != logits.shape[1]:
-            raise ValueError(
-                f"`labels` holds {labels.shape[1]} tokens for {0 if logits is None else logits.shape[1]} predictions; "
-                "give one label per token of the grid, together with `source_image_tokens` and `prompt_embeds`."
-            )
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
     def compute_distillation_features(self, states: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
         """Lay the states that predict target tokens out on the grid and convolve them to (batch, cells, width).

@@ -20,7 +20,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
 
-from .checks import check_integer, check_tensor
+from .checks import check_tensor
 from .configuration_editar import EditARVQConfig
 
 
@@ -327,7 +327,6 @@ class EditARVQModel(PreTrainedModel):
         Raises:
             ValueError: If the shape is another, or the stride does not divide height and width.
         """
-        self._check_pixel_values(pixel_values)
         image_tokens, latents = self._encode(pixel_values)
         return EditARVQEncoderOutput(image_tokens=image_tokens, latents=latents)
 
@@ -361,7 +360,6 @@ class EditARVQModel(PreTrainedModel):
 
         Source: VQ-VAE (arXiv 1711.00937), equation 3, on unit vectors as in LlamaGen (arXiv 2406.06525), section 2.1.
         """
-        self._check_pixel_values(pixel_values)
         image_tokens, latents = self._encode(pixel_values)
         codes = self.quantize.decode(image_tokens)
         codebook_loss = F.mse_loss(codes, latents.detach())
@@ -382,6 +380,15 @@ class EditARVQModel(PreTrainedModel):
         )
 
     def _encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        check_tensor("pixel_values", pixel_values)
+        shape, stride = tuple(pixel_values.shape), self.config.stride
+        if len(shape) != 4 or shape[1] != 3:
+            raise ValueError(f"`pixel_values` has shape {shape}; give (batch_size, 3, height, width).")
+        if not shape[2] or not shape[3] or shape[2] % stride or shape[3] % stride:
+            raise ValueError(
+                f"`pixel_values` is {shape[2]} pixels high and {shape[3]} wide; the tokenizer needs multiples of its "
+                f"stride, {stride}: resize or crop the picture."
+            )
         latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
         # Unit length and the choice of codes are fp32 whatever the network computes in: near-ties are common.
         latents = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)
@@ -390,18 +397,6 @@ class EditARVQModel(PreTrainedModel):
     def _decode(self, codes: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
         latents = codes.to(self.dtype).transpose(1, 2).unflatten(2, (grid_height, grid_width))
         return self.decoder(self.post_quant_conv(latents))
-
-    def _check_pixel_values(self, pixel_values: torch.Tensor):
-        check_tensor("pixel_values", pixel_values)
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != 3:
-            raise ValueError(f"`pixel_values` has shape {shape}; give (batch_size, 3, height, width).")
-        stride = self.config.stride
-        if not shape[2] or not shape[3] or shape[2] % stride or shape[3] % stride:
-            raise ValueError(
-                f"`pixel_values` is {shape[2]} pixels high and {shape[3]} wide; the tokenizer needs multiples of its "
-                f"stride, {stride}: resize or crop the picture."
-            )
 
     def _resolve_grid(
         self, image_tokens: torch.Tensor, grid_height: int | None, grid_width: int | None
@@ -412,16 +407,11 @@ class EditARVQModel(PreTrainedModel):
                 f"`image_tokens` is {image_tokens.dtype} of shape {tuple(image_tokens.shape)}; give torch.long of "
                 "shape (batch_size, tokens)."
             )
-        for name, side in (("grid_height", grid_height), ("grid_width", grid_width)):
-            if side is not None:
-                check_integer(name, side, minimum=0)
         num_image_tokens = image_tokens.shape[1]
-        if grid_height is None:
-            if grid_width is None:
-                grid_width = math.isqrt(num_image_tokens)
-                grid_height = grid_width
-            else:
-                grid_height = num_image_tokens // max(grid_width, 1)
+        if grid_height is None and grid_width is None:
+            grid_height = grid_width = math.isqrt(num_image_tokens)
+        elif grid_height is None:
+            grid_height = num_image_tokens // max(grid_width, 1)
         elif grid_width is None:
             grid_width = num_image_tokens // max(grid_height, 1)
         if not num_image_tokens or grid_height * grid_width != num_image_tokens:
