@@ -1,7 +1,7 @@
 """LPIPS and FID's Inception once more, as functions of published weights: what the package's own are compared with.
 
 Written from the papers and the layout of the published files, not from the package. Weights are kept in a dictionary
-under their published names; a name that is not there yet is drawn, so that one pass makes a whole file.
+under their published names. A name that is not there yet is drawn, so one pass makes a whole file.
 """
 
 import torch
@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 
 class Weights(dict):
-    """Published names and tensors, drawn where they are asked for first."""
+    """Published names and tensors, drawn where they are asked for first; `divisor` makes the networks narrow."""
 
-    def __init__(self, seed=0):
+    def __init__(self, divisor=1, seed=0):
         super().__init__()
+        self.divisor = divisor
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, name, shape, scale=1.0, offset=0.0):
@@ -26,6 +27,7 @@ class Weights(dict):
 
 
 def convolve(weights, x, name, channels, kernel=1, **kwargs):
+    channels //= weights.divisor
     shape = (channels, x.shape[1], kernel, kernel)
     weight = weights.draw(f"{name}.weight", shape, (2 / (x.shape[1] * kernel**2)) ** 0.5)
     return F.relu(F.conv2d(x, weight, weights.draw(f"{name}.bias", (channels,), 0.1), **kwargs))
@@ -53,8 +55,8 @@ def compute_squeezenet_features(weights, x):
     return [first, second, third, fourth, fifth, sixth, fire(weights, sixth, 12, 64, 256)]
 
 
-def compute_lpips(weights, heads, first, second):
-    """LPIPS 0.1 of two pictures in [−1, 1]: (batch,)."""
+def compute_lpips(weights, first, second):
+    """LPIPS 0.1 of two images in [−1, 1]: (batch,)."""
     # The mean and deviation of ImageNet in [0, 1], moved to [−1, 1], as the authors rounded them.
     mean = torch.tensor([-0.030, -0.088, -0.188]).reshape(3, 1, 1)
     deviation = torch.tensor([0.458, 0.448, 0.450]).reshape(3, 1, 1)
@@ -62,7 +64,8 @@ def compute_lpips(weights, heads, first, second):
     total = torch.zeros(len(first))
     for index, (a, b) in enumerate(zip(*maps, strict=True)):
         a, b = (x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10) for x in (a, b))
-        head = heads.draw(f"lin{index}.model.1.weight", (1, a.shape[1], 1, 1), 0.1, 0.5)
+        # No published head is negative.
+        head = weights.draw(f"lin{index}.model.1.weight", (1, a.shape[1], 1, 1), 0.1, 0.5)
         total += torch.einsum("c,nchw->nhw", head.flatten(), (a - b) ** 2).mean((1, 2))
     return total
 
@@ -72,6 +75,7 @@ def compute_lpips(weights, heads, first, second):
 
 def unit(weights, x, name, channels, height, width, stride=1, padding=(0, 0)):
     """A convolution, batch normalisation with ε = 0.001, and a rectifier."""
+    channels //= weights.divisor
     scale = (2 / (x.shape[1] * height * width)) ** 0.5
     weight = weights.draw(f"{name}.conv.weight", (channels, x.shape[1], height, width), scale)
     x = F.conv2d(x, weight, stride=stride, padding=padding)
@@ -98,33 +102,33 @@ def average(x):
 
 
 def compute_inception_features(weights, x):
-    """The Inception of FID up to its last mean: (batch, 2048) of pictures (batch, 3, 299, 299)."""
+    """The Inception of FID up to its last mean: (batch, 2048) of images (batch, 3, 299, 299)."""
     x = unit(weights, x, "Conv2d_1a_3x3", 32, 3, 3, stride=2)
     x = unit(weights, unit(weights, x, "Conv2d_2a_3x3", 32, 3, 3), "Conv2d_2b_3x3", 64, 3, 3, padding=(1, 1))
     x = unit(weights, F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1", 80, 1, 1)
     x = F.max_pool2d(unit(weights, x, "Conv2d_4a_3x3", 192, 3, 3), 3, 2)
+    double = [("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 3)]
     for block, pooled in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-        double = (("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 3), ("branch3x3dbl_3", 96, 3, 3))
         branches = [
             chain(weights, x, block, ("branch1x1", 64, 1, 1)),
             chain(weights, x, block, ("branch5x5_1", 48, 1, 1), ("branch5x5_2", 64, 5, 5)),
-            chain(weights, x, block, *double),
+            chain(weights, x, block, *double, ("branch3x3dbl_3", 96, 3, 3)),
             chain(weights, average(x), block, ("branch_pool", pooled, 1, 1)),
         ]
         x = torch.cat(branches, 1)
-    double = (("branch3x3dbl_1", 64, 1, 1), ("branch3x3dbl_2", 96, 3, 3), ("branch3x3dbl_3", 96, 3, 3, 2))
-    branches = [chain(weights, x, "Mixed_6a", ("branch3x3", 384, 3, 3, 2)), chain(weights, x, "Mixed_6a", *double)]
-    x = torch.cat([*branches, F.max_pool2d(x, 3, 2)], 1)
+    single = chain(weights, x, "Mixed_6a", ("branch3x3", 384, 3, 3, 2))
+    double = chain(weights, x, "Mixed_6a", *double, ("branch3x3dbl_3", 96, 3, 3, 2))
+    x = torch.cat([single, double, F.max_pool2d(x, 3, 2)], 1)
     for block, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-        once = (("branch7x7_1", inner, 1, 1), ("branch7x7_2", inner, 1, 7), ("branch7x7_3", 192, 7, 1))
+        once = [("branch7x7_1", inner, 1, 1), ("branch7x7_2", inner, 1, 7), ("branch7x7_3", 192, 7, 1)]
         twice = [("branch7x7dbl_1", inner, 1, 1), ("branch7x7dbl_2", inner, 7, 1), ("branch7x7dbl_3", inner, 1, 7)]
         twice += [("branch7x7dbl_4", inner, 7, 1), ("branch7x7dbl_5", 192, 1, 7)]
         branches = [chain(weights, x, block, *steps) for steps in ([("branch1x1", 192, 1, 1)], once, twice)]
         x = torch.cat([*branches, chain(weights, average(x), block, ("branch_pool", 192, 1, 1))], 1)
     seven = [("branch7x7x3_1", 192, 1, 1), ("branch7x7x3_2", 192, 1, 7)]
     seven += [("branch7x7x3_3", 192, 7, 1), ("branch7x7x3_4", 192, 3, 3, 2)]
-    branches = [chain(weights, x, "Mixed_7a", ("branch3x3_1", 192, 1, 1), ("branch3x3_2", 320, 3, 3, 2))]
-    x = torch.cat([*branches, chain(weights, x, "Mixed_7a", *seven), F.max_pool2d(x, 3, 2)], 1)
+    single = chain(weights, x, "Mixed_7a", ("branch3x3_1", 192, 1, 1), ("branch3x3_2", 320, 3, 3, 2))
+    x = torch.cat([single, chain(weights, x, "Mixed_7a", *seven), F.max_pool2d(x, 3, 2)], 1)
     for block in ("Mixed_7b", "Mixed_7c"):
         once = chain(weights, x, block, ("branch3x3_1", 384, 1, 1))
         twice = chain(weights, x, block, ("branch3x3dbl_1", 448, 1, 1), ("branch3x3dbl_2", 384, 3, 3))

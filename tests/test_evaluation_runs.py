@@ -397,7 +397,7 @@ def test_a_pie_bench_folder_runs_from_the_source_to_the_report(models, tmp_path,
     assert "structure distance ×10³ ↓" in page
     assert "a part of the benchmark; not comparable" in page
     # The models are tiny, so what they say is compared with nothing published.
-    assert "| EditAR (quoted: EditAR, arXiv 2501.04699) | – | 21.32 | – | – | – | – | – |" in page
+    assert "| EditAR (quoted: EditAR, arXiv 2501.04699) | – | 21.32 | 117.15 | – | – | – | – |" in page
     assert "PnPInversion" not in page
 
 

@@ -27,7 +27,6 @@ from tiny_metrics import (
 from editar_hf.evaluation import features, metrics, report
 from editar_hf.evaluation.benchmarks import Benchmark, Sample
 from editar_hf.evaluation.features import Network, load_network
-from editar_hf.evaluation.inception import FIDInception
 from editar_hf.evaluation.run import generate, list_reasons, resolve_scoring, score
 from editar_hf.evaluation.systems import build_system
 from editar_hf.evaluation.table import METRICS, PROTOCOLS, Pair, check_scoring, make_pixels
@@ -74,10 +73,6 @@ def test_figures_by_other_models_are_not_comparable_and_the_others_are(pie, mode
             "metrics": ["structure_distance"],
         },
         {
-            "reason": f"LPIPS unedited by {models['lpips']}, not the network at its full width",
-            "metrics": ["lpips_unedited"],
-        },
-        {
             "reason": f"CLIP whole, CLIP edited by {models['clip']}, not openai/clip-vit-large-patch14",
             "metrics": ["clip_whole", "clip_edited"],
         },
@@ -85,8 +80,8 @@ def test_figures_by_other_models_are_not_comparable_and_the_others_are(pie, mode
     page = report.write_report([tmp_path], tmp_path).read_text()
     for entry in summary["not_comparable"]:
         assert f"**{entry['reason']}; not comparable with published figures**" in page
-    # Structure, PSNR, LPIPS, MSE, SSIM, CLIP, CLIP: what single pixels tell is quoted still.
-    assert "| EditAR (quoted: EditAR, arXiv 2501.04699) | – | 21.32 | – | – | – | – | – |" in page
+    # Structure, PSNR, LPIPS, MSE, SSIM, CLIP, CLIP: LPIPS has no default, so a folder may hold the published one.
+    assert "| EditAR (quoted: EditAR, arXiv 2501.04699) | – | 21.32 | 117.15 | – | – | – | – |" in page
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +102,7 @@ def test_figures_at_another_resolution_are_not_comparable(segmentation_run):
 def test_mean_iou_is_not_comparable_by_any_model_and_keeps_no_quoted_fid_away(segmentation, segmentation_run):
     (benchmark, _), names = segmentation, ["mean_iou", "fid"]
     published = {"segmentation": "facebook/maskformer-resnet101-coco-stuff", "inception": "inception.pth"}
-    networks = {"segmentation": None, "inception": Network(FIDInception())}
-    reasons = list_reasons(benchmark, "editar", names, published, networks)
+    reasons = list_reasons(benchmark, "editar", names, published)
     # But for the size, these are the published models as far as there are any.
     assert [entry["metrics"] for entry in reasons] == [names, ["mean_iou"]]
     assert reasons[1]["reason"] == f"mIoU by {published['segmentation']}, not mmsegmentation's DeepLabV3-R101"
@@ -127,7 +121,7 @@ def test_the_models_of_published_figures_are_comparable_in_every_protocol_but_th
         "clip": "openai/clip-vit-large-patch14",
         "depth": "Intel/dpt-large",
     }
-    reasons = list_reasons(pie[0], protocol, names, published, dict.fromkeys(published))
+    reasons = list_reasons(pie[0], protocol, names, published)
     expected = [{"reason": "protocol corrected", "metrics": names}] if protocol == "corrected" else []
     assert reasons == expected
 
@@ -300,9 +294,9 @@ def test_models_of_published_figures_are_the_defaults(pie, tmp_path):
         benchmark = Benchmark(name, folder, allow_partial=True)
         names, resolved = resolve_scoring(benchmark)
         assert resolved == {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vits16"}
-        assert not list_reasons(benchmark, "editar", names, resolved, dict.fromkeys(resolved))
+        assert not list_reasons(benchmark, "editar", names, resolved)
         other = resolved | {"clip": "openai/clip-vit-large-patch14"}
-        (reason,) = list_reasons(benchmark, "editar", names, other, dict.fromkeys(resolved))
+        (reason,) = list_reasons(benchmark, "editar", names, other)
         assert reason["reason"].endswith("not openai/clip-vit-base-patch32")
 
 

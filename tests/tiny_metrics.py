@@ -1,5 +1,6 @@
 """Tiny networks with random weights for the metrics that ask one, and their processors."""
 
+import plain_metric_models as plain
 import torch
 from tiny import build_pipeline, redraw_weights
 from transformers import (
@@ -77,35 +78,33 @@ def build_segmentation_model():
     return model, SegformerImageProcessorPil(size={"height": 64, "width": 64})
 
 
+def draw_lpips_weights():
+    """Draw what the published files of LPIPS hold, for a narrow network."""
+    weights = plain.Weights(divisor=16)
+    plain.compute_lpips(weights, *torch.zeros(2, 1, 3, 64, 64))
+    return weights
+
+
+def draw_inception_weights():
+    """Draw what the published file of FID's Inception holds, for a narrow network of 128 features."""
+    weights = plain.Weights(divisor=16)
+    plain.compute_inception_features(weights, torch.zeros(1, 3, 80, 80))
+    return weights
+
+
 def build_lpips():
-    """Build LPIPS on a narrow SqueezeNet; as in the published one, no head is negative."""
-    torch.manual_seed(0)
-    model = LPIPS(width_divisor=16).eval()
-    for head in model.heads:
-        head.weight.data.abs_()
-    return model
+    return LPIPS({name.replace(".", "/"): tensor for name, tensor in draw_lpips_weights().items()})
 
 
 def build_inception():
-    """Build FID's Inception, narrow: 128 features. Fresh weights would lose the picture on the way."""
-    model, generator = FIDInception(width_divisor=16), torch.Generator().manual_seed(0)
-    for name, tensor in model.state_dict().items():
-        draw = torch.randn(tensor.shape, generator=generator)
-        if tensor.ndim == 4:
-            tensor.copy_((2 / tensor[0].numel()) ** 0.5 * draw)
-        elif name.endswith(("weight", "running_var")):
-            tensor.copy_((1 + 0.2 * draw).abs())
-        elif tensor.ndim == 1:
-            tensor.copy_(0.2 * draw)
-    return model.eval()
+    return FIDInception({name.replace(".", "/"): tensor for name, tensor in draw_inception_weights().items()})
 
 
-def save_lpips(model, folder):
+def save_lpips(weights, folder):
     """Save LPIPS as its authors do: the backbone in one file, the heads in another."""
     folder.mkdir()
-    weights = model.state_dict()
-    heads = {f"lin{k}.model.1.weight": weights.pop(f"heads.{k}.weight") for k in range(len(model.heads))}
-    torch.save(weights, folder / "squeezenet1_1-b8a52dc0.pth")
+    heads = {name: tensor for name, tensor in weights.items() if name.startswith("lin")}
+    torch.save({name: tensor for name, tensor in weights.items() if name not in heads}, folder / "squeezenet1_1.pth")
     torch.save(heads, folder / "squeeze.pth")
 
 
@@ -113,8 +112,8 @@ def save_models(folder):
     """Save a tiny editor and tiny models that score, each in a folder by its name."""
     build_pipeline(grid_size=8).save_pretrained(folder / "editar")
     build_dino().save_pretrained(folder / "structure")
-    save_lpips(build_lpips(), folder / "lpips")
-    torch.save(build_inception().state_dict(), folder / "inception")
+    save_lpips(draw_lpips_weights(), folder / "lpips")
+    torch.save(dict(draw_inception_weights()), folder / "inception")
     builders = {"clip": build_clip, "depth": build_depth_model, "segmentation": build_segmentation_model}
     for name, build in builders.items():
         for part in build():

@@ -9,20 +9,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForDepthEstimation,
-    AutoModelForSemanticSegmentation,
-    AutoModelForUniversalSegmentation,
     AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -31,6 +29,7 @@ from transformers import (
 )
 
 from ..conversion import is_weights, open_checkpoint
+from ..image_processing_editar import prepare_rgb_image
 from ..pipelines.hub import check_folder_or_hub_id
 from .inception import FIDInception
 from .lpips import LPIPS
@@ -51,32 +50,30 @@ MISSING = {
     "lpips": "the folder that holds squeezenet1_1-b8a52dc0.pth and squeeze.pth",
     "inception": "the file pt_inception-2015-12-05-6726825d.pth",
 }
+# Source of the option: the code of DINO (arXiv 2104.14294); copies of its weights on the Hub say 1e-12.
+DINO = (ViTModel, {"add_pooling_layer": False, "layer_norm_eps": 1e-6})
+# Classes and options from transformers. Networks of other names are of the class that their configuration names.
+MODEL_CLASSES = {"structure": DINO, "dino": DINO, "clip": (CLIPModel, {})}
+# The networks that read public files, and how many images they take.
+PUBLIC_NETWORKS = {"lpips": (LPIPS, 2), "inception": (FIDInception, 1)}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Source: the code of DINO (arXiv 2104.14294), whose layer norms have 1e-6; copies of its weights on the Hub say 1e-12.
-DINO_OPTIONS = {"add_pooling_layer": False, "layer_norm_eps": 1e-6}
 
 
 @dataclass
 class Network:
-    """A network that metrics ask, in float32 and in evaluation mode.
+    """A network that metrics ask, in float32; it is put into evaluation mode.
 
     Args:
         model (`torch.nn.Module`): The network.
         processor (*optional*): Its image processor, which CLIP, depth and segmentation need.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): CLIP's.
-
-    Raises:
-        ValueError: If the weights are not float32.
     """
 
-    model: nn.Module
-    processor: object = None
+    model: Any  # a `torch.nn.Module` with the methods of its kind
+    processor: Any = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def __post_init__(self):
-        parameter = next(self.model.parameters())
-        if parameter.dtype != torch.float32:
-            raise ValueError(f"`model` is in {parameter.dtype}; metrics need float32: pass `model.float()`.")
         self.model.eval()
 
     @property
@@ -101,43 +98,40 @@ def load_network(name: str, source: str | Path | None = None, device: str | torc
         raise ValueError(f"`{name}_model` is missing; pass {MISSING[name]}.")
     check_folder_or_hub_id(source, f"{name}_model")
     processor = tokenizer = None
-    if name in ("lpips", "inception"):
+    if name in PUBLIC_NETWORKS:
+        network_class, num_images = PUBLIC_NETWORKS[name]
         try:
-            model = {"lpips": LPIPS, "inception": FIDInception}[name].from_weights(read_weights(source))
-        except RuntimeError as error:
+            model = network_class(read_weights(source))
+            model(*torch.zeros(num_images, 1, 3, 96, 96))  # fails if a tensor is missing or has another shape
+        except (AttributeError, RuntimeError) as error:
             raise ValueError(f"`{name}_model` is {str(source)!r}, which holds other weights: {error}") from error
-    elif name == "clip":
-        processor = CLIPImageProcessorPil.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = CLIPModel.from_pretrained(source, dtype=torch.float32)
-    elif name in ("structure", "dino"):
-        model = ViTModel.from_pretrained(source, dtype=torch.float32, **DINO_OPTIONS)
     else:
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-        model_class = AutoModelForDepthEstimation
-        if name == "segmentation":
-            is_semantic = type(AutoConfig.from_pretrained(source)) in AutoModelForSemanticSegmentation._model_mapping
-            model_class = AutoModelForSemanticSegmentation if is_semantic else AutoModelForUniversalSegmentation
-        model = model_class.from_pretrained(source, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(source)
+        model_class, options = MODEL_CLASSES.get(name) or (getattr(transformers, config.architectures[0]), {})
+        model = model_class.from_pretrained(source, dtype=torch.float32, **options)
+        if name not in ("structure", "dino"):
+            processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        if name == "clip":
+            tokenizer = AutoTokenizer.from_pretrained(source)
     return Network(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor, tokenizer)
 
 
 def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
     """Read named tensors from a weight file, or from all weight files of a folder or Hub id, without running code.
 
+    Returns:
+        The tensors in float32. `/` takes the place of the dots in their names, which PyTorch forbids in a module.
+
     Raises:
         ValueError: If a file does not open safely or holds anything else.
     """
-    source = Path(source) if Path(source).exists() else Path(snapshot_download(str(source)))
-    files = [source]
-    if source.is_dir():
-        files = [path for path in sorted(source.iterdir()) if path.suffix in (".pth", ".safetensors")]
+    path = Path(source) if Path(source).exists() else Path(snapshot_download(str(source)))
     weights = {}
-    for path in files:
-        found = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else open_checkpoint(path)
+    for file in [path] if path.is_file() else sorted(path.glob("*.pth")) + sorted(path.glob("*.safetensors")):
+        found = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else open_checkpoint(file)
         if not is_weights(found):
-            raise ValueError(f"`{path}` holds something else than named tensors; pass the published weights.")
-        weights |= found
+            raise ValueError(f"`{file}` holds something else than named tensors; pass the published weights.")
+        weights |= {name.replace(".", "/"): tensor.float() for name, tensor in found.items()}
     return weights
 
 
@@ -165,16 +159,11 @@ def find_revision(model: str | Path) -> str:
 # What they see
 
 
-def make_images(images: torch.Tensor) -> list[Image.Image]:
-    """Turn pixels (batch, 3, height, width) in [0, 1] into 8-bit images."""
-    steps = (images.cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-    return [Image.fromarray(image) for image in steps.numpy()]
-
-
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Normalise pixels (batch, 3, height, width) with ImageNet's mean and deviation."""
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
+def prepare_inputs(network: Network, images: torch.Tensor, processor: Any = None, **options) -> Any:
+    """Prepare images, rounded to 8 bits, by an image processor; defaults to the network's own."""
+    processor = processor or network.processor
+    images_8bit = [prepare_rgb_image(image) for image in images]
+    return processor(images_8bit, return_tensors="pt", **options).to(network.device)
 
 
 def compute_size(height: int, width: int, side: int, longest_side: int | None = None) -> tuple[int, int]:
@@ -218,11 +207,12 @@ def encode_keys(network: Network, images: torch.Tensor, pixel_scale: int = 255, 
     size = compute_size(*images.shape[2:], 224, 480)
     pixels = images.to(network.device).float() * pixel_scale
     pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=antialias)
-    outputs = []
+    outputs: list[torch.Tensor] = []
     last_projection = network.model.layers[-1].attention.k_proj
     handle = last_projection.register_forward_hook(lambda module, args, output: outputs.append(output))
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     try:
-        network.model(normalise(pixels), interpolate_pos_encoding=True)
+        network.model((pixels - mean) / std, interpolate_pos_encoding=True)
     finally:
         handle.remove()
     return outputs[0]
@@ -234,20 +224,15 @@ def encode_class_tokens(network: Network, images: torch.Tensor) -> torch.Tensor:
 
     Source: the evaluation of MagicBrush (arXiv 2306.10012): a shorter side of 256, then the central 224×224.
     """
-    height, width = compute_size(*images.shape[2:], 256)
-    left, top = round((width - 224) / 2), round((height - 224) / 2)
-    box = (left, top, left + 224, top + 224)
-    crops = [image.resize((width, height), Image.Resampling.BICUBIC).crop(box) for image in make_images(images)]
-    pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2) / 255
-    outputs = network.model(normalise(pixels.to(network.device)), interpolate_pos_encoding=True)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 256}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+    outputs = network.model(**prepare_inputs(network, images, processor), interpolate_pos_encoding=True)
     return outputs.last_hidden_state[:, 0]
 
 
 @torch.no_grad()
 def encode_images(network: Network, images: torch.Tensor) -> torch.Tensor:
     """Encode images as CLIP embeddings (batch, dim)."""
-    inputs = network.processor(make_images(images), return_tensors="pt").to(network.device)
-    return network.model.get_image_features(**inputs).pooler_output
+    return network.model.get_image_features(**prepare_inputs(network, images)).pooler_output
 
 
 @torch.no_grad()
@@ -294,16 +279,15 @@ def estimate_depth(network: Network, images: torch.Tensor, keep_size: bool = Fal
     """
     height, width = images.shape[2:]
     options = {"size": {"height": height, "width": width}} if keep_size else {}
-    inputs = network.processor(make_images(images), return_tensors="pt", **options).to(network.device)
-    return network.model(**inputs).predicted_depth
+    return network.model(**prepare_inputs(network, images, **options)).predicted_depth
 
 
 @torch.no_grad()
 def segment(network: Network, images: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Find the class of every pixel: (batch, height, width), at the size of the images if no other is given."""
-    inputs = network.processor(make_images(images), return_tensors="pt").to(network.device)
+    outputs = network.model(**prepare_inputs(network, images))
     sizes = [tuple(size or images.shape[2:])] * len(images)
-    maps = network.processor.post_process_semantic_segmentation(network.model(**inputs), target_sizes=sizes)
+    maps = network.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
     return torch.stack(list(maps)).cpu()
 
 
@@ -319,5 +303,5 @@ def encode_inception(network: Network, images: torch.Tensor) -> torch.Tensor:
         channels = [channel.convert("F").resize((299, 299), Image.Resampling.BICUBIC) for channel in image.split()]
         return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 255)
 
-    pixels = torch.stack([resize(image) for image in make_images(images)])
+    pixels = torch.stack([resize(prepare_rgb_image(image)) for image in images])
     return network.model((pixels.to(network.device) - 128) / 128).cpu()

@@ -281,7 +281,7 @@ def score(
     summary = {
         **benchmark.info,
         "protocol": protocol,
-        "not_comparable": list_reasons(benchmark, protocol, names, models, networks),
+        "not_comparable": list_reasons(benchmark, protocol, names, models),
         "num_expected": len(counted),
         **summarise(benchmark, [rows[sample_id] for sample_id in counted if sample_id in rows], names),
         "formats": dict(sorted(Counter(path.suffix for path in predictions.values()).items())),
@@ -331,9 +331,7 @@ def resolve_scoring(
     return names, resolved
 
 
-def list_reasons(
-    benchmark: Benchmark, protocol: str, names: Sequence[str], models: Mapping[str, str], networks: Mapping
-) -> list[dict]:
+def list_reasons(benchmark: Benchmark, protocol: str, names: Sequence[str], models: Mapping[str, str]) -> list[dict]:
     """List why figures are not comparable with published ones: each reason, and its metrics."""
     reasons, published = [], f"{RESOLUTION}×{RESOLUTION}"
     if protocol == "corrected":
@@ -342,13 +340,12 @@ def list_reasons(
         reasons.append({"reason": f"images of {', '.join(others)}, not {published}", "metrics": list(names)})
     defaults = DEFAULT_MODELS | benchmark.kind.models
     for name, model in models.items():
-        default, divisor = defaults[name], getattr(getattr(networks[name], "model", None), "width_divisor", 1)
         # Published mIoU is by a network that transformers does not have.
-        default = "mmsegmentation's DeepLabV3-R101" if name == "segmentation" else default
-        if divisor != 1 or default not in (None, model):
+        default = "mmsegmentation's DeepLabV3-R101" if name == "segmentation" else defaults[name]
+        if default not in (None, model):
             columns = [column for column in names if METRICS[column].model == name]
             titles = ", ".join(METRICS[column].title for column in columns)
-            reason = f"{titles} by {model}, not {default or 'the network at its full width'}"
+            reason = f"{titles} by {model}, not {default}"
             reasons.append({"reason": reason, "metrics": columns})
     return reasons
 
