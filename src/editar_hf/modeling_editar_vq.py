@@ -408,10 +408,9 @@ class EditARVQModel(PreTrainedModel):
                 "shape (batch_size, tokens)."
             )
         num_image_tokens = image_tokens.shape[1]
-        if grid_height is None and grid_width is None:
-            grid_height = grid_width = math.isqrt(num_image_tokens)
-        elif grid_height is None:
-            grid_height = num_image_tokens // max(grid_width, 1)
+        if grid_height is None:
+            grid_height = math.isqrt(num_image_tokens) if grid_width is None else num_image_tokens // max(grid_width, 1)
+            grid_width = grid_height if grid_width is None else grid_width
         elif grid_width is None:
             grid_width = num_image_tokens // max(grid_height, 1)
         if not num_image_tokens or grid_height * grid_width != num_image_tokens:
