@@ -25,4 +25,4 @@ import torch  # noqa: E402
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # After the environment is set: fixtures of several files.
-pytest_plugins = ["scripts"]
+pytest_plugins = ["scripts", "scenes_bank"]

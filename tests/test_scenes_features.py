@@ -1,18 +1,11 @@
 """The feature network of the scenes: EfficientNet-Lite0 and the distance of its maps."""
 
-import sys
-from pathlib import Path
-
+import features
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny import needs_compiler
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "scenes"))
-
-import features
 
 
 def draw_pixels(batch=2, height=64, width=96, seed=0):
@@ -53,22 +46,14 @@ def test_the_features_are_those_of_the_package(tmp_path):
 
 def test_maps_have_their_strides_and_channels():
     network = features.load_features(None, strides=(2, 4, 8, 16, 32))
-    assert network.channels == (16, 24, 40, 112, 320)
     for stride, channels, feature_map in zip(network.strides, network.channels, network(draw_pixels()), strict=True):
         assert feature_map.shape == (2, channels, 64 // stride, 96 // stride)
     shallow = features.load_features(None, strides=(4,))
-    assert len(shallow.stages) == 2
     assert [tuple(feature_map.shape) for feature_map in shallow(draw_pixels())] == [(2, 24, 16, 24)]
 
 
-@pytest.mark.parametrize("strides", [(), (4, 2), (3,)])
-def test_strides_that_do_not_exist_are_named(strides):
-    with pytest.raises(ValueError, match="`strides` is"):
-        features.FeatureNetwork(strides)
-
-
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         features.load_features(tmp_path / "nothing.safetensors")
 
 
@@ -107,17 +92,6 @@ def test_a_mask_limits_the_distance_to_its_positions():
     assert torch.allclose(features.compute_feature_distance(first, second), torch.tensor([2.0, 2.0]))
     assert torch.allclose(features.compute_feature_distance(first, second, mask), torch.tensor([0.0, 4.0]))
     assert not features.compute_feature_distance(first, second, torch.zeros(2, 1, 16, 16)).any()
-
-
-@torch.no_grad()
-def test_bfloat16_and_channels_last_give_the_same_distance():
-    pixels, other = draw_pixels(seed=0), draw_pixels(seed=1)
-    network = features.load_features(None)
-    expected = features.compute_feature_distance(network(pixels), network(other))
-    half = features.load_features(None).to(torch.bfloat16, memory_format=torch.channels_last)
-    maps = [half(images.to(memory_format=torch.channels_last)) for images in (pixels, other)]
-    assert maps[0][0].dtype == torch.bfloat16
-    torch.testing.assert_close(features.compute_feature_distance(*maps), expected, rtol=0.1, atol=0.01)
 
 
 @needs_compiler

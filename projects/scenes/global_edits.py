@@ -1,4 +1,4 @@
-"""Edits of a whole picture: night, sunset, snow, rain, fog, sepia, black and white, blur, pencil sketch.
+"""Edits of a whole image: night, sunset, snow, rain, fog, sepia, black and white, blur, pencil sketch.
 
 Each takes and returns uint8 pixels (height, width, 3). Lengths are fractions of the shorter side.
 """
@@ -43,7 +43,7 @@ def make_sunset(pixels, ground, rng):
     sky = compute_sky_weight(height, ground, 0.15)
     tint = sky * np.array([1.05, 0.66, 0.58], np.float32) + (1 - sky) * np.array([0.86, 0.58, 0.46], np.float32)
     rows = ((np.arange(height, dtype=np.float32) + 0.5) / height - ground)[:, None, None]
-    # The glow lies on the horizon, in the middle of the picture.
+    # The glow lies on the horizon, in the middle of the image.
     columns = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5)[None, :, None]
     glow = np.exp(-((rows / 0.3) ** 2)) * (0.3 + 0.35 * np.exp(-((columns / 0.35) ** 2)))
     top = np.clip(-rows - 0.25, 0, 0.4)

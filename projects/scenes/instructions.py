@@ -13,218 +13,97 @@ TO_PLACE = {"left": "to the left", "middle": "to the middle", "right": "to the r
 
 # {object}: "the dog"; {new}: "a red chair"; {color}: "green"; {at}: "on the left"; {to}: "to the left";
 # {other}: "the car".
+# Phrases of each kind are separated by "|".
 PHRASES = {
     "add": (
-        "add {new}",
-        "put {new} here",
-        "place {new} here",
-        "insert {new}",
-        "draw {new}",
-        "add {new} to the picture",
-        "put {new} into the photo",
-        "place {new} in the scene",
-        "there should be {new}",
-        "i want to see {new}",
+        "add {new} | put {new} here | place {new} here | insert {new} | draw {new} | add {new} to the picture | "
+        "put {new} into the photo | place {new} in the scene | there should be {new} | i want to see {new}"
     ),
     "add at": (
-        "add {new} {at}",
-        "put {new} {at}",
-        "place {new} {at}",
-        "insert {new} {at}",
-        "draw {new} {at}",
-        "{at} add {new}",
-        "there should be {new} {at}",
-        "add {new} {at} of the picture",
-        "put {new} {at} of the photo",
+        "add {new} {at} | put {new} {at} | place {new} {at} | insert {new} {at} | draw {new} {at} | "
+        "{at} add {new} | there should be {new} {at} | add {new} {at} of the picture | "
+        "put {new} {at} of the photo"
     ),
     "add next to": (
-        "add {new} next to {other}",
-        "put {new} next to {other}",
-        "place {new} next to {other}",
-        "add {new} beside {other}",
-        "put {new} beside {other}",
-        "place {new} near {other}",
-        "insert {new} next to {other}",
-        "there should be {new} next to {other}",
+        "add {new} next to {other} | put {new} next to {other} | place {new} next to {other} | "
+        "add {new} beside {other} | put {new} beside {other} | place {new} near {other} | "
+        "insert {new} next to {other} | there should be {new} next to {other}"
     ),
     "remove": (
-        "remove {object}",
-        "delete {object}",
-        "erase {object}",
-        "take {object} away",
-        "take away {object}",
-        "get rid of {object}",
-        "remove {object} from the picture",
-        "take {object} out of the photo",
-        "the picture without {object}",
-        "make {object} disappear",
-        "{object} should go away",
+        "remove {object} | delete {object} | erase {object} | take {object} away | take away {object} | "
+        "get rid of {object} | remove {object} from the picture | take {object} out of the photo | "
+        "the picture without {object} | make {object} disappear | {object} should go away"
     ),
     "replace": (
-        "replace {object} with {new}",
-        "replace {object} by {new}",
-        "turn {object} into {new}",
-        "change {object} into {new}",
-        "change {object} to {new}",
-        "swap {object} for {new}",
-        "put {new} in place of {object}",
-        "make {object} {new}",
-        "use {new} instead of {object}",
-        "{object} should become {new}",
+        "replace {object} with {new} | replace {object} by {new} | turn {object} into {new} | "
+        "change {object} into {new} | change {object} to {new} | swap {object} for {new} | "
+        "put {new} in place of {object} | make {object} {new} | use {new} instead of {object} | "
+        "{object} should become {new}"
     ),
     "recolor": (
-        "make {object} {color}",
-        "paint {object} {color}",
-        "color {object} {color}",
-        "turn {object} {color}",
-        "change the color of {object} to {color}",
-        "change {object} to {color}",
-        "make the color of {object} {color}",
-        "recolor {object} to {color}",
-        "give {object} a {color} color",
-        "{object} should be {color}",
+        "make {object} {color} | paint {object} {color} | color {object} {color} | turn {object} {color} | "
+        "change the color of {object} to {color} | change {object} to {color} | "
+        "make the color of {object} {color} | recolor {object} to {color} | give {object} a {color} color | "
+        "{object} should be {color}"
     ),
     "move": (
-        "move {object} {to}",
-        "shift {object} {to}",
-        "put {object} {at}",
-        "place {object} {at}",
-        "bring {object} {to}",
-        "move {object} {to} of the picture",
-        "push {object} {to}",
-        "{object} should be {at}",
-        "drag {object} {to}",
+        "move {object} {to} | shift {object} {to} | put {object} {at} | place {object} {at} | "
+        "bring {object} {to} | move {object} {to} of the picture | push {object} {to} | "
+        "{object} should be {at} | drag {object} {to}"
     ),
     "night": (
-        "turn it into night",
-        "make it night",
-        "change day to night",
-        "make it dark outside",
-        "show this at night",
-        "the same place at night",
-        "turn day into night",
-        "night time",
-        "make it look like night",
+        "turn it into night | make it night | change day to night | make it dark outside | show this at night | "
+        "the same place at night | turn day into night | night time | make it look like night"
     ),
     "sunset": (
-        "make it sunset",
-        "turn it into a sunset",
-        "show this at sunset",
-        "the same place at sunset",
-        "add the light of a sunset",
-        "make the sun go down",
-        "change the light to sunset",
-        "evening light at sunset",
-        "make it look like sunset",
+        "make it sunset | turn it into a sunset | show this at sunset | the same place at sunset | "
+        "add the light of a sunset | make the sun go down | change the light to sunset | "
+        "evening light at sunset | make it look like sunset"
     ),
     "snow": (
-        "make it snow",
-        "let it snow",
-        "add snow",
-        "turn it into winter",
-        "cover the ground with snow",
-        "make it winter with snow",
-        "show this in the snow",
-        "a snowy day",
-        "add falling snow",
+        "make it snow | let it snow | add snow | turn it into winter | cover the ground with snow | "
+        "make it winter with snow | show this in the snow | a snowy day | add falling snow"
     ),
     "rain": (
-        "make it rain",
-        "let it rain",
-        "add rain",
-        "turn it into a rainy day",
-        "show this in the rain",
-        "a rainy day",
-        "make the weather rainy",
-        "add falling rain",
-        "make it look like rain",
+        "make it rain | let it rain | add rain | turn it into a rainy day | show this in the rain | "
+        "a rainy day | make the weather rainy | add falling rain | make it look like rain"
     ),
     "fog": (
-        "make it foggy",
-        "add fog",
-        "put fog into the picture",
-        "show this in the fog",
-        "a foggy day",
-        "cover it with fog",
-        "make the weather foggy",
-        "add thick fog",
-        "turn it into a foggy morning",
+        "make it foggy | add fog | put fog into the picture | show this in the fog | a foggy day | "
+        "cover it with fog | make the weather foggy | add thick fog | turn it into a foggy morning"
     ),
     "sepia": (
-        "make it sepia",
-        "turn it into sepia",
-        "make it look like an old photo",
-        "sepia",
-        "apply a sepia tone",
-        "give it a sepia tone",
-        "change it to sepia colors",
-        "make it an old brown photograph",
-        "use a sepia filter",
+        "make it sepia | turn it into sepia | make it look like an old photo | sepia | apply a sepia tone | "
+        "give it a sepia tone | change it to sepia colors | make it an old brown photograph | use a sepia filter"
     ),
     "black and white": (
-        "make it black and white",
-        "turn it into black and white",
-        "black and white",
-        "remove all colors",
-        "take the color out of the picture",
-        "change it to black and white",
-        "make it gray",
-        "use a black and white filter",
-        "convert the photo to black and white",
+        "make it black and white | turn it into black and white | black and white | remove all colors | "
+        "take the color out of the picture | change it to black and white | make it gray | "
+        "use a black and white filter | convert the photo to black and white"
     ),
     "blur": (
-        "blur it",
-        "blur the picture",
-        "make it blurry",
-        "make the photo blurry",
-        "blur everything",
-        "make it out of focus",
-        "apply a blur",
-        "turn it into a blurry picture",
-        "use a blur filter",
+        "blur it | blur the picture | make it blurry | make the photo blurry | blur everything | "
+        "make it out of focus | apply a blur | turn it into a blurry picture | use a blur filter"
     ),
     "pencil sketch": (
-        "turn it into a pencil sketch",
-        "make it a pencil drawing",
-        "draw it with a pencil",
-        "make it look like a sketch",
-        "pencil sketch",
-        "change it into a pencil drawing",
-        "sketch it",
-        "convert the photo to a sketch",
-        "make a drawing of it",
+        "turn it into a pencil sketch | make it a pencil drawing | draw it with a pencil | "
+        "make it look like a sketch | pencil sketch | change it into a pencil drawing | sketch it | "
+        "convert the photo to a sketch | make a drawing of it"
     ),
     "caption": (
-        "{objects}",
-        "a picture of {objects}",
-        "a photo of {objects}",
-        "a photograph of {objects}",
-        "{objects} outside",
-        "{objects} in a landscape",
-        "a scene with {objects}",
-        "a picture with {objects}",
+        "{objects} | a picture of {objects} | a photo of {objects} | a photograph of {objects} | "
+        "{objects} outside | {objects} in a landscape | a scene with {objects} | a picture with {objects}"
     ),
     "landscape": (
-        "a landscape",
-        "a photograph of a landscape",
-        "a picture of a place",
-        "a photo of a place",
-        "a place outside",
-        "a scene outside",
-        "a view",
-        "a photograph of a place",
+        "a landscape | a photograph of a landscape | a picture of a place | a photo of a place | "
+        "a place outside | a scene outside | a view | a photograph of a place"
     ),
     "photograph": (
-        "a photograph",
-        "a photo",
-        "a picture",
-        "a color photo",
-        "a photograph in color",
-        "an image",
-        "a photo of something",
-        "a nice picture",
+        "a photograph | a photo | a picture | a color photo | a photograph in color | an image | "
+        "a photo of something | a nice picture"
     ),
 }
+PHRASES = {kind: tuple(phrases.split(" | ")) for kind, phrases in PHRASES.items()}
 # Of all phrases, so many begin with "please", leave out "the", or are written with a capital and a final stop.
 PLEASE, TERSE, SENTENCE = 0.02, 0.04, 0.04
 # Names of the bank that take no "a".

@@ -70,7 +70,7 @@ class PairStream:
         self.bank, self.processor, self.shapes, self.shares = bank, processor, list(shapes), list(shares)
         self.stride, self.chunk_size, self.seed = stride, chunk_size, seed
         most_pixels = max(height * width for height, width in self.shapes)
-        self.pictures = self._share((num_slots, 2, chunk_size * most_pixels * 3), np.uint8)
+        self.images = self._share((num_slots, 2, chunk_size * most_pixels * 3), np.uint8)
         self.masks = self._share((num_slots, chunk_size * most_pixels // stride**2), np.bool_)
         self.prompts = self._share((num_slots, chunk_size, processor.num_text_tokens), np.int64)
         context = multiprocessing.get_context("fork")
@@ -127,7 +127,7 @@ class PairStream:
     def _open(self, slot: int, number: int) -> Chunk:
         height, width = self.get_shape(number)
         shape, num_tokens = (self.chunk_size, height, width, 3), height * width // self.stride**2
-        sources, targets = (half[: np.prod(shape)].reshape(shape) for half in self.pictures[slot])
+        sources, targets = (half[: np.prod(shape)].reshape(shape) for half in self.images[slot])
         masks = self.masks[slot, : self.chunk_size * num_tokens].reshape(self.chunk_size, num_tokens)
         return Chunk(number, slot, sources, targets, masks, self.prompts[slot])
 

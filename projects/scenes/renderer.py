@@ -145,8 +145,6 @@ def render(
         RGBA image, uint8 (size, size, 4), and depth, float64 (size, size): the nearest distance along the viewing
         axis in units of the mesh, infinite where the mesh is not.
     """
-    if size < 1 or supersample < 1:
-        raise ValueError(f"`size` and `supersample` must be at least 1, got {size} and {supersample}.")
     points = mesh.positions.reshape(-1, 3)
     low, high = points.min(0), points.max(0)
     turn = np.array([[math.cos(yaw), 0, math.sin(yaw)], [0, 1, 0], [-math.sin(yaw), 0, math.cos(yaw)]])

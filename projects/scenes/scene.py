@@ -10,7 +10,7 @@ from PIL import Image
 from recoloring import COLORS, recolor
 
 
-# Lengths as fractions: of the longer side of the picture, of the side itself, of the side itself.
+# Lengths as fractions: of the longer side of the image, of the side itself, of the side itself.
 SMALLEST_OBJECT, LARGEST_OBJECT, MARGIN = 22 / 128, 0.8, 0.01
 # What is wider than this stands nearly at the same columns on the left, in the middle and on the right.
 WIDEST_AT_PLACE = 0.42
@@ -112,10 +112,10 @@ def apply_gains(sprite: Image.Image, gains: tuple[float, float, float]) -> Image
 
 @dataclass
 class Scene:
-    """A photograph, cropped to the picture's size, and things on it.
+    """A photograph, cropped to the image's size, and things on it.
 
     `ground` is in pixels from the top. `crowding` makes objects smaller where there are several; `widest` limits their
-    width, as a fraction of the picture's.
+    width, as a fraction of the image's.
     """
 
     bank: Bank
@@ -199,7 +199,7 @@ class Scene:
         return thing
 
     def draw_left(self, width: int, place: str = "") -> int:
-        """Draw the left edge of an object whose center shall lie in a third of the picture; "" is anywhere."""
+        """Draw the left edge of an object whose center shall lie in a third of the image; "" is anywhere."""
         margin = round(MARGIN * self.width)
         highest = self.width - margin - width
         if not place:
@@ -249,16 +249,16 @@ class Scene:
 
     def draw(self, things: list[Thing]) -> Image.Image:
         """Draw things on the photograph: all shadows first, then what stands farther back before what is near."""
-        picture = self.background.copy()
+        image = self.background.copy()
         for thing in things:
             thing.draw()
-            picture.paste(SHADOW_COLOR, thing.shadow_box, thing.shadow)
+            image.paste(SHADOW_COLOR, thing.shadow_box, thing.shadow)
         for thing in sort_by_depth(things):
-            picture.paste(thing.sprite, (thing.left, thing.top), thing.sprite)
-        return picture
+            image.paste(thing.sprite, (thing.left, thing.top), thing.sprite)
+        return image
 
     def draw_mask(self, changed: list[Thing], others: list[Thing], has_shadows: bool = True) -> np.ndarray:
-        """Draw where pictures may differ that have the same others, and the changed things in one of them only."""
+        """Draw where images may differ that have the same others, and the changed things in one of them only."""
         mask = Image.new("L", self.background.size)
         for thing in changed if has_shadows else ():
             mask.paste(255, thing.shadow_box, thing.shadow.point(IS_ABOVE_ZERO))
@@ -317,7 +317,7 @@ def make_scene(bank: Bank, rng: random.Random, split: str, height: int, width: i
     scale *= rng.uniform(min(max(SMALLEST_CROP, SMALLEST_SCALE / scale), 1), 1)
     crop_width, crop_height = scale * width, scale * height
     left = rng.uniform(0, full_width - crop_width)
-    # The ground line stays in the picture's upper part where the photograph has enough ground.
+    # The ground line stays in the image's upper part where the photograph has enough ground.
     lowest_top = full_height - crop_height
     highest_top = min(max(photograph.ground * full_height - LOWEST_GROUND * crop_height, 0), lowest_top)
     top = rng.uniform(highest_top if kind == "place" else 0, lowest_top)

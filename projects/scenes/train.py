@@ -1,15 +1,14 @@
 """Train the scene editor: first its VQ model, then decoder and text encoder, each for a number of minutes.
 
-    python projects/scenes/train.py --bank bank --text_encoder text-encoder --features features.safetensors \
-        --output_dir scenes --vq_minutes 2.5 --editor_minutes 5
+    python projects/scenes/train.py --bank bank --text-encoder text-encoder --features features.safetensors \
+        --output-dir scenes --vq-minutes 2.5 --editor-minutes 5
 
-Pairs are composed by processes beside the training, tokenized once, and kept as tokens in the device's memory. Learning
-rates follow the clock: every stage ends when its minutes are over. `output_dir` receives, as each stage ends,
-`vq_model/` (the VQ model), `pipeline.tar.0`, `.1` … (the pipeline folder, in parts; join them with `cat`), sheets of
-pictures and `metrics.jsonl`. `--vq_model` and `--editor` go on from what an earlier run brought home.
+Processes beside the training compose pairs. Each pair is encoded once and kept as tokens in the device's memory. The
+learning rates follow the clock: a stage ends when its minutes are over. `output_dir` receives, as each stage ends,
+`vq_model/`, the pipeline folder in parts (`pipeline.tar.0`, `.1` …; join them with `cat`), sheets of images and
+`metrics.jsonl`. `--vq-model` and `--editor` go on from what an earlier run brought home.
 """
 
-import argparse
 import copy
 import io
 import json
@@ -19,6 +18,7 @@ import tarfile
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from compose import Bank
 from features import compute_feature_distance, load_features
 from pair_stream import NUM_VALIDATION_CHUNKS, Chunk, PairStream
 from torch import nn
-from transformers import AttentionInterface, AutoTokenizer, T5EncoderModel, set_seed
+from transformers import AttentionInterface, AutoTokenizer, HfArgumentParser, T5EncoderModel, set_seed
 
 from editar_hf import (
     EditARConfig,
@@ -64,55 +64,55 @@ TARGET_TOKEN_DROPOUT = 0.3
 NUM_SHOWN = 32
 
 
-def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bank", type=Path, required=True, help="folder that build_bank.py wrote")
-    parser.add_argument("--text_encoder", type=Path, required=True, help="folder that train_text_encoder.py wrote")
-    parser.add_argument("--features", type=Path, required=True, help="file that features.py wrote")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--vq_minutes", type=float, default=2.5)
-    parser.add_argument("--editor_minutes", type=float, default=5.0)
-    parser.add_argument("--vq_model", type=Path, help="VQ model to go on from; with 0 minutes it is used as it is")
-    parser.add_argument("--editor", type=Path, help="pipeline folder to go on from, its VQ model included")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--slots", type=int, default=100, help="chunks of pairs that wait for the device at most")
-    parser.add_argument("--vq_chunks", type=int, default=600, help="chunks of pairs that train the VQ model")
-    parser.add_argument("--chunk_size", type=int, default=256, help="pairs of a chunk")
-    parser.add_argument("--batch_size", type=int, default=512, help="pairs of a step of the decoder")
-    parser.add_argument("--most_pairs", type=int, default=800_000, help="pairs that are composed for the decoder")
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--muon_learning_rate", type=float, default=3e-3)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--edit_region_weight", type=float, default=6.0)
-    parser.add_argument("--feature_weight", type=float, default=1.0, help="of the VQ model's feature loss")
-    parser.add_argument("--squared_error_weight", type=float, default=5.0, help="of the VQ model's squared error")
-    parser.add_argument(
-        "--vq_edit_region_weight", type=float, default=4.0, help="of edited pixels in the VQ model's loss"
+@dataclass
+class Arguments:
+    bank: Path = field(metadata={"help": "folder that build_bank.py wrote"})
+    text_encoder: Path = field(metadata={"help": "folder that train_text_encoder.py wrote"})
+    features: Path = field(metadata={"help": "file that features.py wrote"})
+    output_dir: Path
+    vq_minutes: float = 2.5
+    editor_minutes: float = 5.0
+    vq_model: Path | None = field(
+        default=None, metadata={"help": "VQ model to go on from; with 0 minutes it is used as it is"}
     )
-    parser.add_argument("--agreement_weight", type=float, default=1.0, help="of equal latents where nothing changes")
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="written into the pipeline")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--compile",
-        nargs="*",
-        choices=("vq_model", "editor"),
-        default=[],
-        help="what to compile; it takes more than a minute of a stage's time",
+    editor: Path | None = field(default=None, metadata={"help": "pipeline folder to go on from, its VQ model included"})
+    workers: int = field(default=max(1, (os.cpu_count() or 2) - 1), metadata={"help": "processes that compose pairs"})
+    slots: int = field(default=100, metadata={"help": "chunks of pairs that wait for the device at most"})
+    vq_chunks: int = field(default=600, metadata={"help": "chunks of pairs that train the VQ model"})
+    chunk_size: int = field(default=256, metadata={"help": "pairs of a chunk"})
+    batch_size: int = field(default=512, metadata={"help": "pairs of a step of the decoder"})
+    most_pairs: int = field(default=800_000, metadata={"help": "pairs that are composed for the decoder"})
+    hidden_size: int = 256
+    layers: int = 8
+    muon_learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
+    edit_region_weight: float = 6.0
+    feature_weight: float = field(default=1.0, metadata={"help": "of the VQ model's feature loss"})
+    squared_error_weight: float = field(default=5.0, metadata={"help": "of the VQ model's squared error"})
+    vq_edit_region_weight: float = field(default=4.0, metadata={"help": "of edited pixels in the VQ model's loss"})
+    agreement_weight: float = field(default=1.0, metadata={"help": "of equal latents where nothing changes"})
+    guidance_scale: float = field(default=1.5, metadata={"help": "written into the pipeline"})
+    seed: int = 0
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    compile: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "what to compile; it takes more than a minute of a stage's time",
+            "choices": ("vq_model", "editor"),
+        },
     )
-    parser.add_argument("--log_steps", type=int, default=50, help="steps between lines of figures")
-    parser.add_argument("--rehearse", action="store_true", help="64 × 64 pixels, small networks, small batches")
-    args = parser.parse_args(arguments)
-    if args.editor and args.vq_minutes:
-        parser.error("`--editor` holds for the VQ model that it was trained with; give `--vq_minutes 0`.")
-    if not (args.vq_minutes or args.vq_model or args.editor):
-        parser.error("`--vq_minutes` is 0; give `--vq_model` or `--editor`, whose VQ model is used.")
-    args.shapes = REHEARSED_SHAPES if args.rehearse else SHAPES
-    if args.rehearse:
-        args.slots, args.chunk_size, args.batch_size, args.vq_chunks = 8, 32, 32, 64
-        args.hidden_size, args.layers, args.log_steps = 128, 4, 10
-    return args
+    log_steps: int = field(default=50, metadata={"help": "steps between lines of figures"})
+    rehearse: bool = field(default=False, metadata={"help": "64 × 64 pixels, small networks, small batches"})
+
+    def __post_init__(self):
+        if self.editor and self.vq_minutes:
+            raise ValueError("`editor` holds for the VQ model that it was trained with; give `--vq-minutes 0`.")
+        if not (self.vq_minutes or self.vq_model or self.editor):
+            raise ValueError("`vq_minutes` is 0; give `--vq-model` or `--editor`, whose VQ model is used.")
+        self.shapes = REHEARSED_SHAPES if self.rehearse else SHAPES
+        if self.rehearse:
+            self.slots, self.chunk_size, self.batch_size, self.vq_chunks = 8, 32, 32, 64
+            self.hidden_size, self.layers, self.log_steps = 128, 4, 10
 
 
 class Clock:
@@ -199,12 +199,12 @@ def compute_pixel_weights(is_edited: torch.BoolTensor, height: int, width: int, 
 
 
 def compute_vq_losses(args, model, features, pixel_values, is_edited):
-    """Compute the loss of a batch of pictures, sources before targets, its parts, and the model's output.
+    """Compute the loss of a batch of images, sources before targets, its parts, and the model's output.
 
-    Objects are a small part of a picture, and what an edit is judged by: where a pair differs, errors count more.
+    Errors count more where a pair differs: objects are a small part of an image, and an edit is judged by them.
 
     Tokens that an edit leaves alone should be the same before and after, so that the editor can copy them. The encoder
-    sees the whole picture, so this has to be asked for: the last part compares their latents.
+    sees the whole image, so a part of the loss must ask for this: `agreement` compares the latents of these tokens.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(2 * pairs, 3, height, width)`): Pixels in [-1, 1].
@@ -252,7 +252,7 @@ def draw_rows(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class PicturePool:
+class ImagePool:
     """The pairs that the VQ model is trained on, on the device: square ones, and those held out."""
 
     def __init__(self, stream: PairStream, device, most_chunks: int):
@@ -283,7 +283,7 @@ class PicturePool:
         return prepare_pixel_values(pixels, pixels.device), rows["edit_mask"]
 
 
-def train_vq_model(args, pool: PicturePool, log: Log):
+def train_vq_model(args, pool: ImagePool, log: Log):
     """Train the VQ model for `args.vq_minutes`; save its averaged weights to `vq_model/`."""
     device, rng = torch.device(args.device), np.random.default_rng(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -360,8 +360,8 @@ def evaluate_vq_model(model: EditARVQModel, rows: dict[str, torch.Tensor], folde
         codes_used=len(image_tokens.unique()) / model.config.num_embeddings,
         kept_tokens_equal=is_same[~rows["edit_mask"]].float().mean().item(),
     )
-    pictures = [EditARImageProcessor().postprocess(batch[:32]) for batch in (targets, decoded)]
-    sheet = [row[start : start + 8] for start in range(0, len(pictures[0]), 8) for row in pictures]
+    images = [EditARImageProcessor().postprocess(batch[:32]) for batch in (targets, decoded)]
+    sheet = [row[start : start + 8] for start in range(0, len(images[0]), 8) for row in images]
     build_contact_sheet(sheet).save(folder / "vq_model.png")
 
 
@@ -371,7 +371,7 @@ def evaluate_vq_model(model: EditARVQModel, rows: dict[str, torch.Tensor], folde
 class TokenPool:
     """The tokens of all chunks so far, on the device, by shape in pixels.
 
-    A thread tokenizes chunks as they are ready, on a CUDA stream of its own, so that training does not wait for them.
+    A thread encodes chunks as they are ready, on a CUDA stream of its own, so that training does not wait for them.
     """
 
     def __init__(self, vq_model: EditARVQModel, stream: PairStream, most_pairs: int):
@@ -400,7 +400,7 @@ class TokenPool:
 
     def check(self):
         if self.error is not None:
-            raise RuntimeError("Tokenizing pairs failed.") from self.error
+            raise RuntimeError("Encoding pairs failed.") from self.error
 
     def close(self):
         self.is_closed = True
@@ -408,7 +408,7 @@ class TokenPool:
 
     @torch.no_grad()
     def add(self, rows: dict[str, torch.Tensor], is_validation: bool):
-        """Tokenize the pictures of a chunk and keep the rest of it."""
+        """Encode the images of a chunk and keep the rest of it."""
         device = self.vq_model.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             source, target = (
@@ -593,13 +593,13 @@ def evaluate_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log):
     shown = [postprocess(pipeline.vq_model.decode(tokens)) for tokens in (source, target)]
     rows = []
     for start in range(0, len(prompts), 8):
-        rows += [pictures[start : start + 8] for pictures in (shown[0], edited, shown[1])]
+        rows += [images[start : start + 8] for images in (shown[0], edited, shown[1])]
     build_contact_sheet(rows).save(args.output_dir / "editor.png")
     (args.output_dir / "editor.txt").write_text("\n".join(prompts), encoding="utf-8")
 
 
 def main(arguments=None):
-    args = parse_arguments(arguments)
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     set_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -626,7 +626,7 @@ def main(arguments=None):
     )
     tokens = None
     try:
-        pool = PicturePool(stream, torch.device(args.device), args.vq_chunks)
+        pool = ImagePool(stream, torch.device(args.device), args.vq_chunks)
         vq_folder = args.editor / "vq_model" if args.editor else args.vq_model
         if args.vq_minutes:
             train_vq_model(args, pool, log)

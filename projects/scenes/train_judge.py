@@ -1,15 +1,15 @@
-"""Train the judge of the scenes: a network that names the object in a crop of a picture, and its color.
+"""Train the judge of the scenes: a network that names the object in a crop of an image, and its color.
 
     python projects/scenes/train_judge.py --bank bank --features features.safetensors --output judge.safetensors
 
-It is EfficientNet-Lite0 (see `features.py`) with its last stages fine-tuned on crops of composed pairs, which are
-degraded: blurred, compressed, noisy. With `--vq_model`, half of the crops are of pictures that the VQ model of
-the editor has encoded and decoded: such are to be judged. Crops of places from which an object was removed, or where
-one will be added, show "nothing".
+The judge is EfficientNet-Lite0 (see `features.py`). Its last stages are fine-tuned on crops of composed pairs that are
+blurred, compressed or noisy. With `--vq-model`, half of the crops are of images that the VQ model has encoded and
+decoded, because the judge will see such images. Crops of places from which an object was removed, or where one will be
+added, show "nothing".
 
 The judge knows every model of the bank and every color on every noun, also those that no editor is shown. Of each
-model, one view in eight is held out; its accuracy is measured on those, on photographs that are held out as well, and
-written into the file.
+model, one view in eight is held out. The accuracy is measured on these views, on held-out photographs, and written into
+the file.
 """
 
 import io
@@ -45,27 +45,12 @@ NOTHING = ""
 OPERATIONS = ("add", "remove", "replace", "recolor", "move")
 # Nouns of the bank that a person may use for the same thing, seen small: the judge need not tell them apart.
 KIN = (
-    {"ambulance", "van"},
-    {"armchair", "chair"},
-    {"armchair", "sofa"},
-    {"bouquet", "potted plant"},
-    {"box", "briefcase"},
-    {"box", "crate"},
-    {"briefcase", "suitcase"},
-    {"bus", "van"},
-    {"cake", "cupcake"},
-    {"car", "police car", "taxi"},
-    {"computer", "laptop"},
-    {"computer", "television"},
-    {"dollhouse", "house"},
-    {"fire engine", "truck"},
-    {"hat", "top hat"},
-    {"kettle", "teapot"},
-    {"motorcycle", "scooter"},
-    {"palm tree", "tree"},
-    {"parasol", "umbrella"},
-    {"toy train", "train"},
+    "ambulance, van | armchair, chair | armchair, sofa | bouquet, potted plant | box, briefcase | box, crate | "
+    "briefcase, suitcase | bus, van | cake, cupcake | car, police car, taxi | computer, laptop | "
+    "computer, television | dollhouse, house | fire engine, truck | hat, top hat | kettle, teapot | "
+    "motorcycle, scooter | palm tree, tree | parasol, umbrella | toy train, train"
 )
+KIN = [set(names.split(", ")) for names in KIN.split(" | ")]
 # Stages before this one keep the weights of ImageNet.
 FIRST_TRAINED_STAGE = 3
 # Not the seed of the samples that are scored.
@@ -113,8 +98,6 @@ class Judge(nn.Module):
 
 def load_judge(path: str | Path) -> Judge:
     """Load a judge that this script wrote, in eval mode, in float32."""
-    if not Path(path).is_file():
-        raise ValueError(f"`path` {str(path)!r} is no file; write it with projects/scenes/train_judge.py.")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         judge = Judge(*(json.loads(metadata[name]) for name in ("nouns", "colors", "crop_size")))
@@ -144,9 +127,9 @@ def are_kin(one: str, other: str) -> bool:
 
 
 def cut_crop(pixels: np.ndarray, box: Sequence[float], size: int) -> Image.Image:
-    """Cut a square around a box out of a picture and bring it to `size` pixels.
+    """Cut a square around a box out of an image and bring it to `size` pixels.
 
-    The square is shifted inside the picture, and is at most as large as its shorter side.
+    The square is shifted inside the image, and is at most as large as its shorter side.
 
     Args:
         pixels (`np.ndarray` of shape `(height, width, 3)`): uint8.
@@ -162,6 +145,10 @@ def cut_crop(pixels: np.ndarray, box: Sequence[float], size: int) -> Image.Image
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, square)
 
 
+def decode_image(encoded: bytes, mode: str = "RGB") -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert(mode))
+
+
 def stack_crops(crops: Sequence[Image.Image]) -> torch.Tensor:
     """Stack crops as `(batch, 3, size, size)`, float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops]))
@@ -169,7 +156,7 @@ def stack_crops(crops: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def degrade(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Blur, compress or add noise to a picture, as strongly as a VQ model may; a fifth of all stay as they are."""
+    """Blur, compress or add noise to an image, as strongly as a VQ model may; a fifth of all stay as they are."""
     if rng.random() < 0.2:
         return pixels
     image = Image.fromarray(pixels)
@@ -187,7 +174,7 @@ def degrade(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
 
 @dataclass
 class Example:
-    """A picture, a box in it, and what stands there: a noun or `""`, and the color it was painted in, if any."""
+    """An image, a box in it, and what stands there: a noun or `""`, and the color it was painted in, if any."""
 
     pixels: np.ndarray
     box: tuple[float, float, float, float]
@@ -199,11 +186,10 @@ class Example:
         reach = 0.08 * max(self.box[2] - self.box[0], self.box[3] - self.box[1])
         return replace(self, box=tuple(side + rng.uniform(-reach, reach) for side in self.box))
 
-    def cut(self, size: int, rng: random.Random | None = None) -> Image.Image:
-        """Cut the crop; with `rng`, degraded and slightly shifted."""
-        if rng is None:
-            return cut_crop(self.pixels, self.box, size)
-        return cut_crop(degrade(self.pixels, rng), self.shift(rng).box, size)
+    def degrade(self, rng: random.Random) -> "Example":
+        """Degrade the image and shift the box a little."""
+        pixels = degrade(self.pixels, rng)
+        return replace(self.shift(rng), pixels=pixels)
 
 
 def list_examples(pair: Pair) -> list[Example]:
@@ -225,15 +211,15 @@ class Examples(Dataset):
         judge (`Judge`): Numbers nouns and colors, and says how large crops are.
         bank (`Bank`): Objects and photographs.
         split (`str`), seed (`int`), number (`int`): Which pairs.
-        is_degraded (`bool`): Whether crops are degraded and slightly shifted.
+        is_varied (`bool`): Whether images are degraded and boxes slightly shifted.
     """
 
-    def __init__(self, judge: Judge, bank: Bank, split: str, seed: int, number: int, is_degraded: bool):
+    def __init__(self, judge: Judge, bank: Bank, split: str, seed: int, number: int, is_varied: bool):
         self.noun_labels = {noun: label for label, noun in enumerate(judge.nouns)}
         # A color that is not known is −1: no loss looks at it.
         self.color_labels = {color: label for label, color in enumerate(judge.colors)} | {"": -1}
         self.crop_size = judge.crop_size
-        self.bank, self.split, self.seed, self.number, self.is_degraded = bank, split, seed, number, is_degraded
+        self.bank, self.split, self.seed, self.number, self.is_varied = bank, split, seed, number, is_varied
 
     def __len__(self) -> int:
         return self.number
@@ -242,15 +228,17 @@ class Examples(Dataset):
         operation = OPERATIONS[index % len(OPERATIONS)]
         return list_examples(compose_pair(self.bank, self.seed, index, self.split, operation=operation))
 
-    def stack(self, examples: list[Example], rng: random.Random | None) -> dict[str, torch.Tensor]:
+    def vary(self, index: int) -> list[Example]:
+        rng = random.Random(f"{self.seed} {index}")
+        return [example.degrade(rng) if self.is_varied else example for example in self.compose(index)]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        examples = self.vary(index)
         return {
-            "crops": stack_crops([example.cut(self.crop_size, rng) for example in examples]),
+            "crops": stack_crops([cut_crop(example.pixels, example.box, self.crop_size) for example in examples]),
             "nouns": torch.tensor([self.noun_labels[example.noun] for example in examples]),
             "colors": torch.tensor([self.color_labels[example.color] for example in examples]),
         }
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.stack(self.compose(index), random.Random(f"{self.seed} {index}") if self.is_degraded else None)
 
     def load(self, batch_size: int, num_workers: int = 0, shuffle: bool = False) -> DataLoader:
         """Load batches of what `batch_size` pairs show."""
@@ -258,14 +246,11 @@ class Examples(Dataset):
 
 
 class PassedExamples(Examples):
-    """The same, once passed through the VQ model and kept: crops of what the VQ model makes of the pictures.
-
-    Crops are slightly shifted, differently each time, unless `is_degraded` is False.
-    """
+    """The same with images that have passed through a VQ model once; boxes are shifted differently each time."""
 
     @torch.no_grad()
-    def pass_pictures(self, vq_model: EditARVQModel, batch_size: int) -> "PassedExamples":
-        """Compose all pairs and pass their pictures through the VQ model."""
+    def pass_images(self, vq_model: EditARVQModel, batch_size: int) -> "PassedExamples":
+        """Compose all pairs and pass their images through the VQ model."""
         self.kept = []
         for start in range(0, self.number, batch_size):
             composed = [self.compose(index) for index in range(start, min(start + batch_size, self.number))]
@@ -273,14 +258,13 @@ class PassedExamples(Examples):
             with torch.autocast(vq_model.device.type, torch.bfloat16):
                 passed = vq_model(pixels.to(vq_model.device)).reconstruction
             passed = ((passed.float().permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
-            pictures = iter(passed.numpy())
-            self.kept += [[replace(example, pixels=next(pictures)) for example in examples] for examples in composed]
+            images = iter(passed.numpy())
+            self.kept += [[replace(example, pixels=next(images)) for example in examples] for examples in composed]
         return self
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng = random.Random(int(torch.randint(2**31, ()))) if self.is_degraded else None
-        examples = self.kept[index]
-        return self.stack([example.shift(rng) for example in examples] if rng else examples, None)
+    def vary(self, index: int) -> list[Example]:
+        rng = random.Random(int(torch.randint(2**31, ())))
+        return [example.shift(rng) if self.is_varied else example for example in self.kept[index]]
 
 
 def join_items(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -313,10 +297,10 @@ def choose_trained(judge: Judge) -> list[nn.Parameter]:
 
 def alternate(composed: DataLoader, passed: DataLoader | None) -> Iterator[dict[str, torch.Tensor]]:
     """Yield all batches of `composed`; behind each of them one of `passed`, which begins anew when it ends."""
-    again = itertools.chain.from_iterable(itertools.repeat(passed)) if passed is not None else None
+    again = itertools.chain.from_iterable(itertools.repeat(passed or []))
     for batch in composed:
         yield batch
-        if again is not None:
+        if passed is not None:
             yield next(again)
 
 
@@ -374,29 +358,15 @@ def measure_accuracy(judge: Judge, batches: DataLoader) -> dict:
     return accuracy | {"confused": dict(confused.most_common(20))}
 
 
-@torch.no_grad()
-def start_from_judge(judge: Judge, other: Judge):
-    """Start from a judge that was trained on another bank: from its network, and its heads where names agree."""
-    judge.network.load_state_dict(other.network.state_dict())
-    for head, names, other_head, other_names in (
-        (judge.noun_head, judge.nouns, other.noun_head, other.nouns),
-        (judge.color_head, judge.colors, other.color_head, other.colors),
-    ):
-        for label, name in enumerate(names):
-            if name in other_names:
-                head.weight[label] = other_head.weight[other_names.index(name)]
-                head.bias[label] = other_head.bias[other_names.index(name)]
-
-
 @dataclass
 class Arguments:
     bank: str = field(metadata={"help": "folder that build_bank.py made"})
     features: str = field(metadata={"help": "file that features.py made"})
     output: str = field(metadata={"help": "safetensors file to write"})
-    start: str | None = field(default=None, metadata={"help": "judge of an earlier bank to go on from"})
+    start: str | None = field(default=None, metadata={"help": "judge of the same bank to go on from"})
     crop_size: int = field(default=96, metadata={"help": "pixels a side; 64 is faster and worse"})
     num_pairs: int = field(default=40_000, metadata={"help": "pairs to train on"})
-    vq_model: str | None = field(default=None, metadata={"help": "VQ model whose pictures are learnt as well"})
+    vq_model: str | None = field(default=None, metadata={"help": "VQ model whose images are learnt as well"})
     num_passed: int = field(default=5000, metadata={"help": "pairs that are passed through the VQ model"})
     num_test: int = field(default=1000, metadata={"help": "pairs of the test split to measure on"})
     batch_size: int = field(default=40, metadata={"help": "pairs; each shows one or two examples"})
@@ -413,24 +383,24 @@ def main():
     judge = Judge(sorted(bank.nouns), bank.colors, args.crop_size)
     judge.network.load_state_dict(load_features(args.features, judge.network.strides).state_dict())
     if args.start is not None:
-        start_from_judge(judge, load_judge(args.start))
+        judge.load_state_dict(load_judge(args.start).state_dict())
     judge.to(args.device, memory_format=torch.channels_last)
     train_split = (judge, bank, "train", args.seed)
     passed = vq_model = None
     if args.vq_model is not None:
         vq_model = EditARVQModel.from_pretrained(args.vq_model, dtype=torch.float32).to(args.device)
-        examples = PassedExamples(*train_split, args.num_passed, is_degraded=True)
-        passed = examples.pass_pictures(vq_model, args.batch_size).load(args.batch_size, shuffle=True)
-    composed = Examples(*train_split, args.num_pairs, is_degraded=True).load(args.batch_size, args.num_workers)
+        examples = PassedExamples(*train_split, args.num_passed, is_varied=True)
+        passed = examples.pass_images(vq_model, args.batch_size).load(args.batch_size, shuffle=True)
+    composed = Examples(*train_split, args.num_pairs, is_varied=True).load(args.batch_size, args.num_workers)
     train(judge, composed, passed, args.learning_rate)
     judge.eval()
     test_split = (judge, bank, "test", TEST_SEED, args.num_test)
     accuracy = {}
-    for name, is_degraded in (("plain", False), ("degraded", True)):
-        batches = Examples(*test_split, is_degraded).load(args.batch_size, args.num_workers)
+    for name, is_varied in (("plain", False), ("degraded", True)):
+        batches = Examples(*test_split, is_varied).load(args.batch_size, args.num_workers)
         accuracy[name] = measure_accuracy(judge, batches)
     if vq_model is not None:
-        examples = PassedExamples(*test_split, is_degraded=False).pass_pictures(vq_model, args.batch_size)
+        examples = PassedExamples(*test_split, is_varied=False).pass_images(vq_model, args.batch_size)
         accuracy["passed"] = measure_accuracy(judge, examples.load(args.batch_size))
     save_judge(judge, accuracy, Path(args.output))
     print(json.dumps(accuracy, indent=1))

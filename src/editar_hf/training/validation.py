@@ -3,7 +3,7 @@
 from typing import cast
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ..pipelines.pipeline_editar import EditARPipeline
 
@@ -16,6 +16,17 @@ def build_contact_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Im
         for column_index, image in enumerate(row):
             sheet.paste(image, (gap + column_index * (width + gap), gap + row_index * (height + gap)))
     return sheet
+
+
+def add_caption(image: Image.Image, text: str) -> Image.Image:
+    """Put a line of text above an image, shortened to the width of the image."""
+    font, line_height = ImageFont.load_default(size=12), 18
+    while font.getlength(text) > image.width:
+        text = f"{text.rstrip(' …')[:-1]} …"
+    captioned = Image.new("RGB", (image.width, image.height + line_height), "white")
+    ImageDraw.Draw(captioned).text((0, 0), text, "black", font)
+    captioned.paste(image, (0, line_height))
+    return captioned
 
 
 @torch.no_grad()
