@@ -5,7 +5,8 @@ Images are (batch, 3, height, width) in [0, 1]. `images` are scored and `referen
 image, computed on the CPU so that the device does not change it. A value that is not defined is NaN.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ import torch.nn.functional as F
 from kornia.filters import canny
 from kornia.metrics import ssim
 from PIL import Image
-from torchmetrics.functional.classification import binary_f1_score, multiclass_confusion_matrix
+from torchmetrics.functional.classification import binary_f1_score
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+from ..checks import check_choice
 
-DepthVariant = Literal["editar", "controlnet++", "controlar"]
+
 SSIM_WINDOW = 11
 # The side at which the window still fits into the last of five scales.
 MS_SSIM_SMALLEST_SIDE = SSIM_WINDOW * 2**4
@@ -27,33 +29,38 @@ MS_SSIM_SMALLEST_SIDE = SSIM_WINDOW * 2**4
 
 
 def check_pair(images: torch.Tensor, references: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-    """Check that images, references and masks have matching shapes, and that masks hold only 0 and 1."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"`images` has shape {tuple(images.shape)}; pass images (batch, 3, height, width).")
-    if references.shape != images.shape:
+    """Check that images, references and mask have matching shapes, and that the mask holds only 0 and 1."""
+    if images.ndim != 4 or references.shape != images.shape:
         raise ValueError(
-            f"`references` has shape {tuple(references.shape)}, `images` {tuple(images.shape)}; resize one of them."
+            f"`images` has shape {tuple(images.shape)} and `references` {tuple(references.shape)}; pass two tensors "
+            "(batch, 3, height, width) of the same shape."
         )
     expected = (len(images), 1, *images.shape[2:])
-    if mask is not None and tuple(mask.shape) != expected:
-        raise ValueError(f"`mask` has shape {tuple(mask.shape)}; one channel for these images is {expected}.")
-    if mask is not None and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("`mask` holds other values than 0 and 1; compare it with a threshold first.")
+    if mask is not None and not (mask.shape == expected and ((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"`mask` has shape {tuple(mask.shape)} and values in [{mask.min()}, {mask.max()}]; for these images it "
+            f"needs shape {expected} and holds only 0 and 1."
+        )
 
 
-def blacken_edited(images: torch.Tensor, references: torch.Tensor, mask: torch.Tensor | None = None):
-    """Check a pair and set its edited pixels to 0; return both in float64, and a map that is 1 at unedited pixels."""
+def average_map(
+    compute_map: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    references: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    masked_mean: bool = False,
+    border: int = 0,
+) -> torch.Tensor:
+    """Set edited pixels to 0 in both images, compute a map of the two, and average it; NaN if no pixel is unedited."""
     check_pair(images, references, mask)
-    images, references = images.cpu().double(), references.cpu().double()
-    unedited = torch.ones_like(images[:, :1]) if mask is None else 1 - mask.cpu().double()
-    return images * unedited, references * unedited, unedited
-
-
-def compute_mean(values: torch.Tensor, unedited: torch.Tensor, masked_mean: bool) -> torch.Tensor:
-    """Average maps over all pixels, or with `masked_mean` over the unedited ones; NaN if no pixel is unedited."""
-    weights = unedited.expand_as(values) if masked_mean else torch.ones_like(values)
-    mean = (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
-    return mean.where(unedited.flatten(1).any(1), torch.nan)
+    unedited = torch.ones_like(images[:, :1]) if mask is None else 1 - mask.float()
+    unedited = unedited.cpu().double().expand_as(images)
+    values = compute_map(images.cpu().double() * unedited, references.cpu().double() * unedited)
+    inside = (..., slice(border, -border or None), slice(border, -border or None))
+    values, unedited = values[inside].flatten(1), unedited[inside].flatten(1)
+    weights = unedited if masked_mean else torch.ones_like(unedited)
+    mean = (values * weights).sum(1) / weights.sum(1)
+    return mean.where(unedited.any(1), torch.nan)
 
 
 def compute_l1(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -61,8 +68,7 @@ def compute_l1(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 
     Source: MagicBrush (arXiv 2306.10012), section 4.1; the L2 of that benchmark is `compute_mse`.
     """
-    images, references, _ = blacken_edited(images, references)
-    return (images - references).abs().flatten(1).mean(1)
+    return average_map(partial(F.l1_loss, reduction="none"), images, references)
 
 
 def compute_mse(
@@ -79,8 +85,7 @@ def compute_mse(
 
     Source: PnPInversion (arXiv 2310.01506), section 5.1.
     """
-    images, references, unedited = blacken_edited(images, references, mask)
-    return compute_mean((images - references).square(), unedited, masked_mean)
+    return average_map(partial(F.mse_loss, reduction="none"), images, references, mask, masked_mean)
 
 
 def compute_psnr(
@@ -100,34 +105,22 @@ def compute_ssim(
     """Compute the structural similarity, at most 1, over three channels, with a Gaussian window of 11 pixels.
 
     Args:
-        images, references, mask, masked_mean: As for `compute_mse`.
+        images, references, mask, masked_mean: As for `compute_mse`; no side may be smaller than the window.
         border (`int`, *optional*, defaults to 0): Pixels to leave out at each side of the map. Older versions of the
             reference's library leave out 5.
 
-    Raises:
-        ValueError: If an image is smaller than the window and its border.
-
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", equation 13.
     """
-    images, references, unedited = blacken_edited(images, references, mask)
-    if min(images.shape[2:]) < SSIM_WINDOW + 2 * border:
-        raise ValueError(
-            f"`images` are {images.shape[3]}×{images.shape[2]} pixels; a side needs at least "
-            f"{SSIM_WINDOW + 2 * border}."
-        )
-    inside = (..., slice(border, -border or None), slice(border, -border or None))
-    return compute_mean(ssim(images, references, SSIM_WINDOW, eps=0.0)[inside], unedited[inside], masked_mean)
+    compute_map = partial(ssim, window_size=SSIM_WINDOW, eps=0.0)
+    return average_map(compute_map, images, references, mask, masked_mean, border)
 
 
 def compute_ms_ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Compute the multi-scale structural similarity, in [0, 1].
-
-    Raises:
-        ValueError: If a side has fewer than 176 pixels.
+    """Compute the multi-scale structural similarity, in [0, 1]; a side has at least 176 pixels.
 
     Source: Wang et al., "Multi-scale structural similarity for image quality assessment", equation 7.
     """
-    images, references, _ = blacken_edited(images, references)
+    images, references = images.cpu().double(), references.cpu().double()
     values = multiscale_structural_similarity_index_measure(images, references, data_range=1.0, reduction="none")
     return values.double().reshape(len(images))
 
@@ -173,15 +166,10 @@ def compute_frechet_distance(features: torch.Tensor, reference_features: torch.T
     A covariance is Σ = AᵀA with A the centred features over √(n − 1). The trace of (Σ₁Σ₂)^½ is the sum of the singular
     values of A₁A₂ᵀ, so no matrix root is taken, and sets with fewer images than dimensions stay exact.
 
-    Raises:
-        ValueError: If a set has fewer than two images, or the dimensions differ.
-
     Source: Heusel et al. (arXiv 1706.08500), equation 6, with unbiased covariances.
     """
-    dim = features.shape[-1]
-    for name, found in (("features", features), ("reference_features", reference_features)):
-        if found.ndim != 2 or len(found) < 2 or found.shape[1] != dim:
-            raise ValueError(f"`{name}` has shape {tuple(found.shape)}; pass two images or more: (n, {dim}).")
+    if min(len(features), len(reference_features)) < 2:
+        raise ValueError("`features` or `reference_features` has fewer than two images; a covariance needs two.")
 
     def compute_moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = features.cpu().double()
@@ -208,86 +196,63 @@ def apply_canny(images: torch.Tensor) -> torch.Tensor:
 def compute_edge_f1(edges: torch.Tensor, reference_edges: torch.Tensor) -> torch.Tensor:
     """Compute the F1 score, in [0, 1], of binary maps (batch, 1, height, width); 0 if both are empty.
 
-    Raises:
-        ValueError: If the shapes differ or a map holds other values than 0 and 1.
-
     Source: ControlNet++ (arXiv 2404.07987), section 4.
     """
-    if edges.shape != reference_edges.shape:
-        raise ValueError(f"`edges` has shape {tuple(edges.shape)}, `reference_edges` {tuple(reference_edges.shape)}.")
-    for name, maps in (("edges", edges), ("reference_edges", reference_edges)):
-        if not ((maps == 0) | (maps == 1)).all():
-            raise ValueError(f"`{name}` holds other values than 0 and 1.")
-    return binary_f1_score(edges.cpu(), reference_edges.cpu().long(), multidim_average="samplewise").double()
+    return binary_f1_score(edges.cpu().long(), reference_edges.cpu().long(), multidim_average="samplewise").double()
+
+
+# Depth has no unit, so estimates are scaled first: spread over 0 to 1, or only divided by their maximum. The first two
+# variants spread the labels too, and truncate both to steps of 1/255.
+# Variant → whether it spreads the estimate, whether it spreads the label and truncates.
+DEPTH_VARIANTS = {"editar": (True, True), "controlnet++": (False, True), "controlar": (False, False)}
 
 
 def compute_depth_rmse(
     depth: torch.Tensor,
     labels: torch.Tensor,
-    variant: DepthVariant = "editar",
+    variant: str = "editar",
     size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Compute the root mean squared difference, in [0, 255], between estimated depth and the condition map.
 
-    Depth has no unit, so both are scaled first. The published variants differ in how:
-
-    * `"editar"`: estimate and label are each spread over 0 to 255 and truncated to whole steps;
-    * `"controlnet++"`: the label likewise; the estimate is divided by its maximum, times 255, truncated;
-    * `"controlar"`: the label stays as it is; the estimate is divided by its maximum, times 255, not truncated.
-
-    The first two resize the estimate to the image bilinearly and the label by nearest neighbour. The last one estimates
-    depth at the size of the image.
+    The first two variants resize the estimate to the image bilinearly and the label by nearest neighbour. The last one
+    estimates depth at the size of the image.
 
     Args:
         depth (`torch.Tensor` of shape `(batch, depth_height, depth_width)`): The estimate, 0 or more.
         labels (`torch.Tensor` of shape `(batch, 1, label_height, label_width)`): The condition maps, in [0, 1].
-        variant (`str`, *optional*, defaults to `"editar"`): One of the three.
+        variant (`str`, *optional*, defaults to `"editar"`): A key of `DEPTH_VARIANTS`.
         size (`tuple[int, int]`, *optional*): Height and width of the image; defaults to those of the labels.
 
     Returns:
         (batch,), NaN where a map has no range to scale.
 
-    Raises:
-        ValueError: If `variant` is none of these, or the shapes do not belong together.
-
     Source: the evaluations of EditAR (arXiv 2501.04699), ControlNet++ (arXiv 2404.07987) and ControlAR
     (arXiv 2410.02705).
     """
-    if variant not in get_args(DepthVariant):
-        raise ValueError(f"`variant` is {variant!r}; choose one of {', '.join(get_args(DepthVariant))}.")
-    if depth.ndim != 3 or labels.ndim != 4 or labels.shape[1] != 1 or len(labels) != len(depth):
-        raise ValueError(
-            f"`depth` has shape {tuple(depth.shape)} and `labels` {tuple(labels.shape)}; pass (batch, height, width) "
-            "and (batch, 1, height, width)."
-        )
-    depth, labels = depth.cpu().float(), 255 * labels.cpu().double()[:, 0]
-    size = tuple(size or labels.shape[1:])
-    least, greatest = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
-    if variant == "editar":
-        estimates = (depth - least) / (greatest - least)
-    else:
-        estimates = (depth / greatest).where(greatest > 0, torch.nan)
-    if variant == "controlar":
-        if not depth.shape[1:] == labels.shape[1:] == size:
-            raise ValueError(
-                f"`depth` is {tuple(depth.shape[1:])} and `labels` {tuple(labels.shape[1:])} in size; with "
-                f'`variant="controlar"` both need the size of the image, {size}.'
-            )
-        return (255 * estimates.double() - labels).square().flatten(1).mean(1).sqrt()
-    # Labels are whole steps. Rounding removes float errors that truncation would turn into a step less.
-    labels = labels.round()
-    least, greatest = labels.amin((1, 2), keepdim=True), labels.amax((1, 2), keepdim=True)
-    targets = (labels - least) / (greatest - least)
-    is_defined = (estimates.flatten(1).sum(1) + targets.flatten(1).sum(1)).isfinite()
-    estimates = resize_steps((255 * estimates.nan_to_num()).floor(), size, Image.Resampling.BILINEAR)
-    targets = resize_steps((255 * targets.nan_to_num()).floor(), size, Image.Resampling.NEAREST)
-    return (estimates - targets).square().flatten(1).mean(1).sqrt().where(is_defined, torch.nan)
+    check_choice("variant", variant, DEPTH_VARIANTS)
+    is_spread, is_truncated = DEPTH_VARIANTS[variant]
+    depth, labels = depth.cpu().float(), labels.cpu().double()[:, 0]
+    estimates = spread(depth) if is_spread else depth / depth.amax((1, 2), keepdim=True)
+    if is_truncated:
+        size = tuple(size or labels.shape[1:])
+        estimates = resize_steps(estimates, size, Image.Resampling.BILINEAR)
+        # Labels are whole steps. Rounding removes float errors that truncation would turn into a step less.
+        labels = resize_steps(spread((255 * labels).round()), size, Image.Resampling.NEAREST)
+    return 255 * (estimates - labels).square().flatten(1).mean(1).sqrt()
+
+
+def spread(maps: torch.Tensor) -> torch.Tensor:
+    """Spread each map (batch, height, width) over 0 to 1; a map of one value becomes NaN."""
+    least, greatest = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - least) / (greatest - least)
 
 
 def resize_steps(maps: torch.Tensor, size: tuple[int, int], resample: Image.Resampling) -> torch.Tensor:
-    """Resize maps (batch, height, width) of whole steps, 0 to 255, as Pillow resizes images of 8 bits."""
-    images = [Image.fromarray(steps.byte().numpy()).resize(size[::-1], resample) for steps in maps]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).double()
+    """Truncate maps (batch, height, width) to steps of 1/255 and resize them as images of 8 bits; NaN stays NaN."""
+    images = [Image.fromarray((255 * one.nan_to_num()).byte().numpy()).resize(size[::-1], resample) for one in maps]
+    steps = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return steps.double() / 255 + 0 * maps.amax((1, 2), keepdim=True)
 
 
 def compute_confusion_matrix(
@@ -301,24 +266,16 @@ def compute_confusion_matrix(
         ignore_label (`int`, *optional*, defaults to 255): Marks pixels of `labels` to leave out.
 
     Raises:
-        ValueError: If the shapes differ or a class is not below `num_labels`.
+        ValueError: If a class is not below `num_labels`.
     """
-    if predicted_labels.shape != labels.shape:
+    is_counted = labels.cpu() != ignore_label
+    pairs = torch.stack([labels.cpu()[is_counted], predicted_labels.cpu()[is_counted]])
+    if not ((pairs >= 0) & (pairs < num_labels)).all():
         raise ValueError(
-            f"`predicted_labels` has shape {tuple(predicted_labels.shape)}, `labels` {tuple(labels.shape)}."
+            f"`labels` and `predicted_labels` go from {pairs.min()} to {pairs.max()}; with {num_labels} classes they "
+            f"go from 0 to {num_labels - 1}, and {ignore_label} in `labels` is left out."
         )
-    is_counted = labels != ignore_label
-    for name, maps in (("predicted_labels", predicted_labels), ("labels", labels)):
-        classes = maps[is_counted]
-        if len(classes) and not 0 <= classes.min() <= classes.max() < num_labels:
-            raise ValueError(
-                f"`{name}` go from {classes.min()} to {classes.max()}; with {num_labels} classes they go from 0 to "
-                f"{num_labels - 1}, and {ignore_label} in `labels` is left out."
-            )
-    counts = multiclass_confusion_matrix(
-        predicted_labels.cpu()[is_counted], labels.cpu()[is_counted], num_labels, validate_args=False
-    )
-    return counts.long()
+    return torch.bincount(num_labels * pairs[0] + pairs[1], minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 def compute_class_iou(confusion_matrix: torch.Tensor) -> torch.Tensor:
