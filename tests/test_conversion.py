@@ -358,7 +358,7 @@ BAD_DECODERS = {
     "two missing": ({"norm__weight": None, "alignment__bias": None}, "2 missing (alignment.bias, norm.weight)"),
     "unexpected": ({"layers__0__extra": torch.ones(1)}, "1 unexpected (layers.0.extra)"),
     "wrong shape": ({"output__weight": torch.ones(60, 32)}, "1 wrongly shaped (output.weight (60, 32) instead of (64"),
-    "missing sizes": ({"tok_embeddings__weight": None}, "1 missing (tok_embeddings.weight)"),
+    "missing sizes": ({"tok_embeddings__weight": None}, "tok_embeddings.weight missing"),
     "text-to-image": (TEXT_TO_IMAGE, "LlamaGen text-to-image decoder, which cannot edit. To start"),
     "no square": ({"img_uncond_embedding": torch.ones(15, 32)}, "`img_uncond_embedding` has 15 rows"),
 }
@@ -374,7 +374,7 @@ def test_decoder_keys_at_fault_are_listed(published, tmp_path, capsys, case):
 
 BAD_TOKENIZERS = {
     "missing": ({"decoder__norm_out__weight": None}, "1 missing (decoder.norm_out.weight)"),
-    "missing size": ({"quant_conv__weight": None}, "1 missing (quant_conv.weight)"),
+    "missing size": ({"quant_conv__weight": None}, "quant_conv.weight missing"),
     "unexpected": ({"loss__weight": torch.ones(1)}, "1 unexpected (loss.weight)"),
     "wrong shape": ({"post_quant_conv__bias": torch.ones(3)}, "post_quant_conv.bias (3,) instead of (24,)"),
     "other codes": ({"quantize__embedding__weight": torch.ones(50, 8)}, "`vq_model` has 50 codes"),

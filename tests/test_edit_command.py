@@ -270,7 +270,7 @@ def test_a_line_that_cannot_be_done_is_refused_before_any_work(values, message, 
         (["--output", "pictures/a.png/edited.png"], "no file can be written to pictures/a.png"),
         (["--crop-to-mask"], "`--crop-to-mask` needs a mask"),
         (["--image", "pictures", "--output", "out", "--mask", "pictures"], "`--mask` is pictures, which is not a file"),
-        (["--model", "pictures/missing"], "`--model` is 'pictures/missing': there is no such folder"),
+        (["--model", "./missing"], "`--model` is './missing': there is no such folder"),
         (["--lora", "./missing"], "`--lora` is './missing': there is no such folder"),
     ],
 )

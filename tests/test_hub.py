@@ -168,7 +168,8 @@ def test_repository_without_a_pipeline_or_variant_is_refused(story):
 
 
 def test_private_repository_needs_the_token(story):
-    assert story["loaded"]["no token"][0] == "RepositoryNotFoundError"
+    assert story["loaded"]["no token"][0] == "OSError"
+    assert "`tester/private-editor` is no folder here" in story["loaded"]["no token"][1]
 
 
 def test_card_names_the_repository_and_its_snippet_runs_as_pasted(story):

@@ -25,7 +25,7 @@ from .image_processing_editar import EditARImageProcessor
 from .io import atomic_path
 from .modeling_editar import EditARForConditionalGeneration
 from .modeling_editar_vq import EditARVQModel
-from .pipelines.hub import check_folder_or_hub_id, describe_key_problems, list_keys, make_card
+from .pipelines.hub import check_folder_or_hub_id, describe_key_problems, make_card
 from .pipelines.pipeline_editar import EditARPipeline
 from .processing_editar import EditARProcessor
 
@@ -340,7 +340,7 @@ def check_size_keys(weights: dict[str, torch.Tensor], keys: Iterable[str], kind:
     missing = [key for key in keys if key not in weights]
     if missing:
         raise ValueError(
-            f"This is not {kind}: {list_keys('missing', missing)}. The file holds {len(weights)} tensors, the first of "
+            f"This is not {kind}: {', '.join(missing)} missing. The file holds {len(weights)} tensors, the first of "
             f"them {', '.join(list(weights)[:3]) or 'absent'}."
         )
 
@@ -373,7 +373,7 @@ def convert_text_encoder(source: str | Path, dtype: torch.dtype | None = None) -
     """
     model, report = T5EncoderModel.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True)
     if report["missing_keys"]:
-        raise ValueError(f"`{source}` is not a T5 encoder: {list_keys('missing', report['missing_keys'])}.")
+        raise ValueError(f"`{source}` is not a T5 encoder: it lacks {', '.join(report['missing_keys'])}.")
     return model.eval(), T5Tokenizer.from_pretrained(source)
 
 

@@ -221,7 +221,7 @@ def read_rows(
     source: str, split: str, columns: Mapping[str, type], wanted: Wanted = None
 ) -> Iterator[tuple[str, dict]]:
     """Read a split of a folder of parquet files or of a data set on the Hub: (id, row)."""
-    check_folder_or_hub_id(source, "source", repo_type="dataset")
+    check_folder_or_hub_id(source, "source")
     folder = Path(source)
     if not folder.exists():
         folder = Path(snapshot_download(source, repo_type="dataset", allow_patterns=f"*{split}*.parquet"))

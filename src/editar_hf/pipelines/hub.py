@@ -4,12 +4,10 @@ diffusers downloads no component whose class is neither its own nor transformers
 weights with random ones. This module does both checks before any weight is read, from file names and tensor headers.
 """
 
-import json
 import os
-import re
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -21,25 +19,21 @@ from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblin
 from huggingface_hub import (
     ModelCard,
     ModelCardData,
-    constants,
     create_repo,
     file_exists,
     get_cached_repo_tree,
     hf_hub_download,
-    repo_exists,
     repo_info,
     snapshot_download,
 )
 from huggingface_hub import upload_folder as upload_to_hub
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from ..checks import check_integer, check_path, check_texts
+from ..checks import check_path
 
 
 logger = logging.get_logger(__name__)
@@ -50,8 +44,6 @@ INDEX_FILE = "model_index.json"
 # Files that a component has beside its weights: configurations, tokenizers, chat templates.
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 WEIGHTS_SUFFIX = ".safetensors"
-# A configuration with more layers is damaged: building its network would not end.
-MAX_NUM_LAYERS = 1000
 # The CPU instructions, as `torch.cpu.get_capabilities()` names them, that compute in a dtype. Without them, torch
 # computes in a slow loop (pytorch#146508).
 CPU_INSTRUCTIONS = {
@@ -85,19 +77,12 @@ def make_card(
         license (`str`, *optional*): Identifier of the licence.
         sections: Texts and numbers for the template.
     """
-
-    def keep_hub_id(value: str | None) -> str | None:
-        if value is None or Path(value).exists() or any(sign in value for sign in "*?[") or value.count("/") > 1:
-            return None
-        return value
-
-    dataset_id = keep_hub_id(dataset)
     data = ModelCardData(
         library_name="editar-hf",
         pipeline_tag="image-to-image",
         tags=["editar", *CARD_TAGS.get(template, ["image-editing"])],
-        datasets=dataset_id and [dataset_id],
-        base_model=keep_hub_id(base_model),
+        datasets=[dataset] if dataset is not None and is_hub_id(dataset) else None,
+        base_model=base_model if base_model is not None and is_hub_id(base_model) else None,
         license=license,
     )
     path = str(files("editar_hf") / "model_cards" / f"{template}.md")
@@ -109,46 +94,33 @@ def make_card(
 # Names of folders and repositories
 
 
-def check_folder_or_hub_id(value: str | os.PathLike, argument: str, repo_type: str = "model"):
-    """Refuse the name of a missing folder or file, before the Hub is asked for it.
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name can be that of a repository on the Hub, and is no folder or file here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)
 
-    A name such as `examples/my-model` could be a folder or a Hub id. It counts as a Hub id unless there is a folder
-    `examples` here, and neither the local cache nor the Hub knows the id.
+
+def check_folder_or_hub_id(value: str | os.PathLike, argument: str):
+    """Refuse what is neither a folder or file nor a Hub id, before the Hub is asked for it.
 
     Args:
         value (`str` or `os.PathLike`): The name.
         argument (`str`): The name of the user's argument, for the message.
-        repo_type (`str`): `"model"` or `"dataset"`.
 
     Raises:
         TypeError: If it is neither a string nor a path.
         ValueError: If there is no such folder or file, and it is no Hub id either.
     """
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"`{argument}` is {value!r:.80}; pass a folder or a Hub id, as a string or a path.")
+    check_path(argument, value)
     name = os.fspath(value)
-    if os.path.exists(name) or (isinstance(value, str) and is_hub_id(name, repo_type)):
-        return
-    raise ValueError(
-        f"`{argument}` is {name!r}: there is no such folder or file, and it is not a Hub id (`owner/name`). Check the "
-        f"path; relative ones start in {os.getcwd()}."
-    )
-
-
-def is_hub_id(name: str, repo_type: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    owner, slash, _ = name.partition("/")
-    if not (slash and os.path.isdir(owner)):
-        return True
-    if Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type)).is_dir():
-        return True
-    try:
-        return repo_exists(name, repo_type=repo_type)
-    except Exception:  # whatever keeps the Hub out of reach
-        return False
+    if not (os.path.exists(name) or is_hub_id(name)):
+        raise ValueError(
+            f"`{argument}` is {name!r}: there is no such folder or file, and it is not a Hub id (`owner/name`). Check "
+            f"the path; relative ones start in {os.getcwd()}."
+        )
 
 
 # Uploads
@@ -251,21 +223,6 @@ def choose_dtype(stored: Iterable[torch.dtype]) -> tuple[torch.dtype | None, str
     return torch.float32, f"this CPU has no instructions for {names}, in which the weights are stored"
 
 
-def read_json_object(path: Path) -> dict:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: If it holds something else, or no JSON; the message names the file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{path}` is no JSON: {error}. Save or download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` holds a {type(content).__name__}, not an object. Save or download it again.")
-    return content
-
-
 def select_weight_files(filenames: Iterable[str], variant: str | None) -> set[str]:
     """Select the safetensors files to load; a component without files of `variant` gives its plain ones.
 
@@ -276,15 +233,9 @@ def select_weight_files(filenames: Iterable[str], variant: str | None) -> set[st
     return set(variant_compatible_siblings(filenames, variant)[0])
 
 
-def check_variant(variant: str | None):
-    """Refuse what cannot be part of a file name."""
-    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w.-]{1,80}", variant)):
-        raise ValueError(f"`variant` is {variant!r:.80}; pass a part of files' names, such as 'fp16'.")
-
-
 def check_pipeline_folder(
     folder: Path, components: dict[str, type], variant: str | None
-) -> tuple[set[torch.dtype], dict[str, object]]:
+) -> tuple[set[torch.dtype], dict[str, Any]]:
     """Refuse a folder that is no pipeline, or whose weights do not fit the networks it describes.
 
     Args:
@@ -296,8 +247,8 @@ def check_pipeline_folder(
         The dtypes of the weights, and the components without weights, loaded.
 
     Raises:
-        ValueError: If `model_index.json` is absent or lacks a component, a JSON file holds no object, or keys of a
-            component's weights are missing, unexpected or wrongly shaped; the message lists them.
+        ValueError: If `model_index.json` is absent or lacks a component, a component's files are damaged, or keys of
+            its weights are missing, unexpected or wrongly shaped; the message lists them.
     """
     if folder.is_file():
         raise ValueError(
@@ -305,116 +256,71 @@ def check_pipeline_folder(
         )
     if not (folder / INDEX_FILE).is_file():
         raise ValueError(f"`{folder}` has no `{INDEX_FILE}`; give a folder that `save_pretrained` of a pipeline wrote.")
-    index = read_json_object(folder / INDEX_FILE)
-    if not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"`{folder / INDEX_FILE}` names no pipeline under `_class_name`. Save or download it again.")
+    index = DiffusionPipeline.load_config(folder) or {}
     if absent := [name for name in components if name not in index]:
         raise ValueError(f"`{folder}` is no EditAR pipeline: its `{INDEX_FILE}` lacks {', '.join(absent)}.")
     weight_files = select_weight_files((path.relative_to(folder).as_posix() for path in folder.glob("*/*")), variant)
     dtypes, loaded = set(), {}
     for name, component_class in components.items():
-        library, entry = component_class.__module__.partition(".")[0], index[name]
-        is_pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-        is_right = is_pair and entry[0].partition(".")[0] == library and entry[1] == component_class.__name__
-        if not is_right and entry != [None, None]:
+        if index[name] == [None, None]:
+            continue  # The pipeline was saved without it.
+        try:
+            if issubclass(component_class, PreTrainedModel):
+                paths = [folder / file for file in sorted(weight_files) if file.startswith(f"{name}/")]
+                dtypes |= check_weights(folder / name, component_class, paths)
+            else:
+                # To take a name from the package registers our classes with the Auto classes, which load a processor's
+                # parts.
+                loaded_class = getattr(import_module("editar_hf"), component_class.__name__)
+                loaded[name] = loaded_class.from_pretrained(folder / name)
+        except Exception as error:  # Damaged files make libraries raise errors of any kind.
             raise ValueError(
-                f"`{folder / INDEX_FILE}` says {entry!r} for {name}; an EditAR pipeline has a "
-                f"{component_class.__name__}."
-            )
-        for path in sorted((folder / name).glob("*.json")):
-            read_json_object(path)
-        if is_right and issubclass(component_class, PreTrainedModel):
-            paths = [folder / file for file in sorted(weight_files) if file.startswith(f"{name}/")]
-            dtypes |= check_weights(folder / name, component_class, paths)
-        elif is_right:
-            # To take a name from the package registers our classes with the Auto classes, which load a processor's
-            # parts.
-            loaded[name] = load_small(folder / name, getattr(import_module("editar_hf"), component_class.__name__))
+                f"`{folder / name}` holds no {component_class.__name__} that loads: {error}. Save or download it again."
+            ) from error
     return dtypes, loaded
 
 
-def load_small(folder: Path, loaded_class: Any) -> Any:
-    """Load a part without weights, and raise a `ValueError` for whatever error its library raises."""
-    try:
-        return loaded_class.from_pretrained(folder)
-    except Exception as error:
-        raise ValueError(f"`{folder}` holds no {loaded_class.__name__} that loads: {error}") from error
-
-
-def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: list[Path]) -> set[torch.dtype]:
-    """Refuse weight files whose keys and shapes are not those of the network that the folder's configuration describes.
+def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: Sequence[Path]) -> set[torch.dtype]:
+    """Refuse weights whose keys and shapes are not those of the network that a configuration describes.
 
     Returns:
         The dtypes of the weights.
-
-    Raises:
-        ValueError: With a list of the wrong keys.
     """
-    try:
-        config = model_class.config_class.from_pretrained(folder)
-        if "quantization_config" in config.to_dict():
-            return set()  # Quantised weights have other names and shapes, which their library checks.
-        check_config(config)
-        with torch.device("meta"):
-            model = model_class(config)
-    # A damaged configuration makes networks raise errors of any kind.
-    except Exception as error:
-        raise ValueError(f"`{folder / CONFIG_NAME}` describes no {model_class.__name__}: {error}") from error
+    config = model_class.config_class.from_pretrained(folder)
+    if "quantization_config" in config.to_dict():
+        return set()  # Quantised weights have other names and shapes, which their library checks.
+    with torch.device("meta"):
+        model = model_class(config)
     if (folder / GENERATION_CONFIG_NAME).is_file():
-        load_small(folder, GenerationConfig)
+        GenerationConfig.from_pretrained(folder)  # transformers would replace a damaged one by its own defaults.
+    shapes, dtypes = {}, set()
+    for path in paths:
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                tensor = weights.get_slice(name)
+                shapes[name] = tuple(tensor.get_shape())
+                dtypes.add(str_to_torch_dtype[tensor.get_dtype()])
     # Of tied weights, a file holds one, under either name.
     tied = model.all_tied_weights_keys
-    expected = {tied.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored = {name: entry for path in paths for name, entry in read_header(path).items()}
-    found = {tied.get(name, name): shape for name, (shape, _) in stored.items()}
+    expected = {tied.get(name, name): tensor.shape for name, tensor in model.state_dict().items()}
+    found = {tied.get(name, name): shape for name, shape in shapes.items()}
     if problems := describe_key_problems(found, expected):
-        raise ValueError(
-            f"The weights in `{folder}` do not fit its configuration: {problems}. Save or download it again."
-        )
-    return {dtype for _, dtype in stored.values() if dtype.is_floating_point}
+        raise ValueError(f"its weights have the wrong keys: {problems}")
+    return {dtype for dtype in dtypes if dtype.is_floating_point}
 
 
-def check_config(config: PreTrainedConfig):
-    """Refuse a configuration whose network would take forever to build."""
-    for name, kind in (("dtype", torch.dtype | None), ("model_type", str)):
-        if not isinstance(value := getattr(config, name), kind):
-            raise ValueError(f"`{name}` is {value!r}")
-    for name, value in config.to_dict().items():
-        if name.endswith(("layers", "blocks")) and isinstance(value, int) and value > MAX_NUM_LAYERS:
-            raise ValueError(f"`{name}` is {value}, more than {MAX_NUM_LAYERS}")
-
-
-def describe_key_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+def describe_key_problems(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> str:
     """List what is missing, unexpected and wrongly shaped among named shapes; return "" if nothing is."""
-    wrong_shapes = [
-        f"{name} {tuple(found[name])} instead of {tuple(expected[name])}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
-    problems = (
-        list_keys("missing", expected.keys() - found.keys()),
-        list_keys("unexpected", found.keys() - expected.keys()),
-        list_keys("wrongly shaped", wrong_shapes),
-    )
-    return "; ".join(filter(None, problems))
-
-
-def list_keys(kind: str, keys: Iterable[str]) -> str:
-    """List keys after what is wrong with them, such as "2 missing (a, b)"; return "" if there are none."""
-    keys = sorted(keys)
-    return f"{len(keys)} {kind} ({', '.join(keys)})" if keys else ""
-
-
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Read names, shapes and dtypes of the tensors in a safetensors file, without the tensors."""
-    try:
-        with safe_open(path, framework="pt") as weights:
-            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-            return {
-                name: (tuple(part.get_shape()), str_to_torch_dtype[part.get_dtype()]) for name, part in slices.items()
-            }
-    except (SafetensorError, OSError, KeyError) as error:  # A dtype that transformers does not know is a `KeyError`.
-        raise ValueError(f"`{path}` is not a safetensors checkpoint: {error}. Save or download it again.") from error
+    problems = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "wrongly shaped": {
+            f"{name} {tuple(found[name])} instead of {tuple(expected[name])}"
+            for name in expected.keys() & found.keys()
+            if tuple(found[name]) != tuple(expected[name])
+        },
+    }
+    return "; ".join(f"{len(keys)} {kind} ({', '.join(sorted(keys))})" for kind, keys in problems.items() if keys)
 
 
 # The pipeline's own methods
@@ -453,22 +359,19 @@ class EditARHubMixin(DiffusionPipeline):
         name = str(pretrained_model_name_or_path)
         check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        if not (dtype is None or isinstance(dtype, torch.dtype | dict) or (isinstance(dtype, str) and dtype == "auto")):
+        if not isinstance(dtype, torch.dtype | dict | None) and str(dtype) != "auto":
             raise ValueError(f"`dtype` is {dtype!r}; pass a dtype such as `torch.bfloat16`, a dict of them, or 'auto'.")
-        attn_implementation, variant = kwargs.pop("attn_implementation", None), kwargs.get("variant")
-        if attn_implementation is not None:
-            check_texts("attn_implementation", [attn_implementation])
-        check_variant(variant)
+        attn_implementation = kwargs.pop("attn_implementation", None)
         folder = Path(pretrained_model_name_or_path)
         if not folder.exists():
             try:
                 folder = Path(cls.download(name, **kwargs))
-            except LocalEntryNotFoundError as error:  # whose message does not name the pipeline
-                raise FileNotFoundError(
+            except OSError as error:
+                raise OSError(
                     f"`{name}` is no folder here, and neither the cache nor the Hub gives it: {error}"
                 ) from error
         components = {part: kind for part, (kind,) in cls._get_signature_types().items() if part not in kwargs}
-        stored, loaded = check_pipeline_folder(folder, components, variant)
+        stored, loaded = check_pipeline_folder(folder, components, kwargs.get("variant"))
         kwargs |= loaded
         if dtype is None and "quantization_config" not in kwargs:
             dtype, reason = choose_dtype(stored)
@@ -540,11 +443,6 @@ class EditARHubMixin(DiffusionPipeline):
                 "pipeline, call `unload_lora_weights` first, and before it `fuse_lora` to keep what they have learnt."
             )
         check_path("save_directory", save_directory)
-        check_variant(variant)
-        if not isinstance(max_shard_size, str | None):
-            max_shard_size = check_integer("max_shard_size", max_shard_size)
-        elif max_shard_size is not None and not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
-            raise ValueError(f"`max_shard_size` is {max_shard_size!r:.80}; pass a number of bytes, or one as in '5GB'.")
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         card = Path(save_directory) / CARD_FILE
         if not card.exists():

@@ -5,9 +5,8 @@ replaces as a whole (PEFT's `modules_to_save`), and one rule. PEFT takes a fused
 the adapter has then, so no adapter may change while any is fused.
 """
 
-import copy
 import itertools
-import math
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,11 +19,11 @@ from transformers import PreTrainedModel
 
 from ..checks import check_number, check_path
 from ..io import atomic_path
-from .hub import check_folder_or_hub_id, describe_key_problems, read_header, read_json_object
+from .hub import check_folder_or_hub_id, describe_key_problems
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import LoraConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # PEFT's files name weights as its wrapper around a model does.
@@ -37,71 +36,23 @@ PLAIN_SETTINGS = {
 }
 
 
-def find_adapter_folder(name: str | Path, **kwargs) -> Path:
-    """Find an adapter's files, in a folder or on the Hub."""
-    check_folder_or_hub_id(name, "pretrained_model_name_or_path")
-    folder = Path(name)
-    if not folder.exists():
-        try:
-            folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **kwargs))
-        except OSError as error:
-            raise ValueError(
-                f"`pretrained_model_name_or_path` is {name!r}; there is no such folder, and the Hub gave no adapter: "
-                f"{error}"
-            ) from error
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise ValueError(f"`{name}` has no `{file}`; give a folder or Hub id with an adapter in PEFT's format.")
-    return folder
+def read_config(file: Path) -> "LoraConfig":
+    """Read the configuration of an adapter, and refuse all but plain LoRA."""
+    from peft import LoraConfig
 
-
-def read_config(file: Path) -> "PeftConfig":
-    """Read the `PeftConfig` of an adapter, and refuse a damaged file and all but plain LoRA."""
-    from peft import LoraConfig, PeftConfig
-
-    settings = read_json_object(file)
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"`{file}` describes no LoRA adapter; in one that does, `peft_type` is LORA.")
-    if type(rank := settings.get("r")) is not int or rank < 1:
-        raise ValueError(f"`{file}` has the rank `r` {rank!r}; it is a positive whole number in an adapter.")
+    settings, defaults = json.loads(file.read_text(encoding="utf-8")), LoraConfig().to_dict()
+    if (peft_type := settings.get("peft_type")) != "LORA":
+        raise ValueError(f"Its `peft_type` is {peft_type!r}, not 'LORA'.")
     if settings.get("init_lora_weights") in (False, "gaussian"):
         settings["init_lora_weights"] = True  # The weights are read from the file in any case.
-    defaults = LoraConfig().to_dict()
     others = settings.keys() & (defaults.keys() - PLAIN_SETTINGS)
     if others := sorted(name for name in others if settings[name] not in (None, defaults[name])):
-        raise ValueError(f"`{file}` sets {', '.join(others)}; the pipeline loads plain LoRA. Train one without.")
-    try:
-        return PeftConfig.from_peft_type(**settings)
-    except Exception as error:  # PEFT does not check types, so wrong ones raise errors of any kind.
-        raise ValueError(f"`{file}` is no configuration of a LoRA adapter: {error}") from error
+        raise ValueError(f"The adapter sets {', '.join(others)}; the pipeline loads plain LoRA. Train one without.")
+    return LoraConfig.from_peft_type(**settings)
 
 
-def check_adapter(folder: Path, config: "PeftConfig", adapter_name: str, transformer: PreTrainedModel) -> None:
-    """Refuse an adapter that does not fit a decoder and its other adapters.
-
-    The check attaches it to an empty copy of the decoder, without memory, and compares with the header of the file.
-    """
-    with torch.device("meta"):
-        skeleton = type(transformer)(transformer.config)
-        try:
-            for name, other in {**getattr(transformer, "peft_config", {}), adapter_name: config}.items():
-                attach_adapter(skeleton, copy.deepcopy(other), name)
-        except Exception as error:  # As above.
-            raise ValueError(f"`{folder / CONFIG_FILE}` does not fit this decoder and its adapters: {error}") from error
-    layers = dict(list_layers(skeleton))
-    if inner := [path for path in layers if any(path.startswith(f"{other}.") for other in layers)]:
-        raise ValueError(f"`{folder / CONFIG_FILE}` adapts a part of what an adapter replaces as a whole: {inner[0]}.")
-    scales = [scale for layer in layers.values() if not is_replaced(layer) for scale in layer.scaling.values()]
-    if not all(map(math.isfinite, scales)):
-        raise ValueError(f"`{folder / CONFIG_FILE}` has the `lora_alpha` {config.lora_alpha}; it must be finite.")
-    found = {name.removeprefix(KEY_PREFIX): shape for name, (shape, _) in read_header(folder / WEIGHTS_FILE).items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in get_adapter_weights(skeleton, adapter_name).items()}
-    if problems := describe_key_problems(found, expected):
-        raise ValueError(f"`{folder / WEIGHTS_FILE}` is no adapter of this decoder: {problems}.")
-
-
-def attach_adapter(transformer: PreTrainedModel, config: "PeftConfig", adapter_name: str) -> None:
-    """Give a decoder the adapter that a `PeftConfig` describes, beside those it has."""
+def attach_adapter(transformer: PreTrainedModel, config: "LoraConfig", adapter_name: str) -> None:
+    """Give a decoder the adapter that a `LoraConfig` describes, beside those it has."""
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings():
@@ -190,10 +141,7 @@ class EditARLoraMixin(LoraBaseMixin):
         self,
         pretrained_model_name_or_path: str | Path,
         adapter_name: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
+        **kwargs,
     ) -> None:
         """Load an adapter in addition to those already there, and make it the only active one.
 
@@ -201,42 +149,52 @@ class EditARLoraMixin(LoraBaseMixin):
             pretrained_model_name_or_path (`str` or `Path`): A folder in PEFT's format, or a Hub id.
             adapter_name (`str`, *optional*): Its name, without dots; *defaults to* the first free one of `"default_0"`,
                 `"default_1"`, ….
-            revision, cache_dir, token, local_files_only (*optional*): See huggingface_hub's `snapshot_download`.
+            kwargs: Arguments of huggingface_hub's `snapshot_download`: `revision`, `cache_dir`, `token`,
+                `local_files_only`.
 
         Raises:
-            TypeError: If the folder or the name is no string.
-            ValueError: If there is no adapter; its files are damaged, are not plain LoRA or do not fit this decoder;
-                the name is taken; adapters are fused; or the decoder's weights are offloaded.
+            ValueError: If there is no adapter, or it is not plain LoRA for this decoder and its other adapters; the
+                name is taken or cannot be used; adapters are fused; or the decoder's weights are offloaded.
         """
         names = self.list_adapters()
         if adapter_name is None:
             adapter_name = next(name for i in itertools.count() if (name := f"default_{i}") not in names)
-        if not isinstance(adapter_name, str):
-            raise TypeError(f"`adapter_name` is {adapter_name!r}; give a string.")
-        if adapter_name in names:
-            raise ValueError(f"`adapter_name` is {adapter_name!r}, which is taken; there are {', '.join(names)}.")
         # Adapters become entries of a `ModuleDict`, whose attributes are no names for entries.
-        if not adapter_name or "." in adapter_name or hasattr(torch.nn.ModuleDict, adapter_name):
-            raise ValueError(f"`adapter_name` is {adapter_name!r}, which PyTorch cannot use; choose another name.")
+        is_usable = isinstance(adapter_name, str) and adapter_name and "." not in adapter_name
+        if not is_usable or adapter_name in names or hasattr(torch.nn.ModuleDict, adapter_name):
+            raise ValueError(f"`adapter_name` is {adapter_name!r}; pass a name without dots, other than {names}.")
         self._check_not_fused()
         self._check_not_offloaded()
-        where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        folder = find_adapter_folder(pretrained_model_name_or_path, **where)
-        config = read_config(folder / CONFIG_FILE)
-        check_adapter(folder, config, adapter_name, self.transformer)
-        weights = load_file(folder / WEIGHTS_FILE)
-        weights = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in weights.items()}
-        for name, tensor in weights.items():
-            if not (tensor.is_floating_point() and tensor.to(self.transformer.dtype).isfinite().all()):
-                raise ValueError(f"`{folder / WEIGHTS_FILE}` has values that are not finite numbers, in {name}.")
+        check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        folder, active = Path(pretrained_model_name_or_path), self.get_active_adapters()
         is_disabled = any(layer.disable_adapters for _, layer in list_layers(self.transformer))
-        attach_adapter(self.transformer, config, adapter_name)
-        for name, tensor in get_adapter_weights(self.transformer, adapter_name).items():
-            tensor.copy_(weights[name])
+        try:
+            if not folder.exists():
+                folder = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **kwargs))
+            self._attach_weights(read_config(folder / CONFIG_FILE), load_file(folder / WEIGHTS_FILE), adapter_name)
+        except Exception as error:  # Files that are damaged or do not fit make libraries raise errors of any kind.
+            self._remove([adapter_name], active)
+            raise ValueError(
+                f"`{pretrained_model_name_or_path}` holds no LoRA adapter of this decoder: {error}"
+            ) from error
         # New layers start in training mode, with dropout.
         self.transformer.train(self.transformer.training)
         self._enable(not is_disabled)
         self.set_adapters(adapter_name)
+
+    def _attach_weights(self, config: "LoraConfig", weights: dict[str, torch.Tensor], adapter_name: str) -> None:
+        """Attach an adapter and copy its weights; an error leaves it attached in part."""
+        attach_adapter(self.transformer, config, adapter_name)
+        paths = [path for path, _ in list_layers(self.transformer)]
+        if inner := [path for path in paths if any(path.startswith(f"{other}.") for other in paths)]:
+            raise ValueError(f"One adapter adapts a part of what another replaces as a whole, {inner[0]}.")
+        stored = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in weights.items()}
+        own = get_adapter_weights(self.transformer, adapter_name)
+        found, expected = ({name: tensor.shape for name, tensor in each.items()} for each in (stored, own))
+        if problems := describe_key_problems(found, expected):
+            raise ValueError(f"{problems}.")
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
 
     def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
         """Write an adapter in PEFT's format, as it was trained, whatever its weight is.
@@ -309,19 +267,7 @@ class EditARLoraMixin(LoraBaseMixin):
         """
         names = self._check_names(adapter_names)
         self._check_not_fused()
-        layers = list_layers(self.transformer)
-        # Without this, PEFT would activate another adapter, and not the same one in every layer.
-        self._activate([name for name in self.get_active_adapters() if name not in names])
-        for name in names:
-            self.transformer.peft_config.pop(name)
-            for _, layer in layers:
-                vars(layer).get("blends", {}).pop(name, None)
-                layer.delete_adapter(*([name, layer.active_adapters] if is_replaced(layer) else [name]))
-        for path, layer in layers:
-            if not any(getattr(layer, part) for part in layer.adapter_layer_names):
-                self.transformer.set_submodule(path, get_original(layer))
-        if not self.list_adapters():
-            self.unload_lora_weights()
+        self._remove(names, [name for name in self.get_active_adapters() if name not in names])
 
     @torch.no_grad()
     def fuse_lora(
@@ -354,7 +300,9 @@ class EditARLoraMixin(LoraBaseMixin):
             if not layer.weight.is_floating_point():
                 raise ValueError(f"`{path}` is quantised, and cannot be had back after fusing; fuse before quantising.")
             if not (layer.weight + lora_scale * update).isfinite().all():
-                raise ValueError(f"`{path}` would get infinite weights or NaN; choose a smaller `lora_scale`.")
+                raise ValueError(
+                    f"`{path}` would get infinite weights or NaN: the adapter is damaged, or `lora_scale` is too large."
+                )
         self.transformer.active_before_fusing = self.get_active_adapters()
         self._activate(names, lora_scale)
         for _, layer in layers:
@@ -389,6 +337,22 @@ class EditARLoraMixin(LoraBaseMixin):
         for name in ("peft_config", "adapter_weights", "active_before_fusing"):
             self.transformer.__dict__.pop(name, None)
         self.transformer._hf_peft_config_loaded = False
+
+    def _remove(self, names: list[str], active: list[str]) -> None:
+        """Remove adapters, or what is attached of them; `active` are the active ones among the others."""
+        layers = list_layers(self.transformer)
+        # Without this, PEFT would activate another adapter, and not the same one in every layer.
+        self._activate(active)
+        for name in names:
+            vars(self.transformer).get("peft_config", {}).pop(name, None)
+            for _, layer in layers:
+                vars(layer).get("blends", {}).pop(name, None)
+                layer.delete_adapter(*([name, layer.active_adapters] if is_replaced(layer) else [name]))
+        for path, layer in reversed(layers):  # Inner layers first.
+            if not any(getattr(layer, part) for part in layer.adapter_layer_names):
+                self.transformer.set_submodule(path, get_original(layer))
+        if not self.list_adapters():
+            self.unload_lora_weights()
 
     def _activate(self, names: list[str], scale: float = 1.0):
         """Make adapters the active ones, each with `scale` times its own weight."""

@@ -185,7 +185,7 @@ def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset
     path, split, streaming = spec.dataset, spec.split, spec.streaming
     files = list_files(spec)
     if not files:
-        check_folder_or_hub_id(path, "dataset", repo_type="dataset")
+        check_folder_or_hub_id(path, "dataset")
     check_lines(files)
     try:
         if not files:
