@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import torch
+from tiny import NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE
 
 
 def hash_noise(seed, position, code):
@@ -69,12 +70,12 @@ def decode_naively(
     temperature=1.0,
     top_k=1000,
     top_p=1.0,
-    height=None,
-    width=None,
+    grid_height=None,
+    grid_width=None,
     edit_mask=None,
 ):
     """Decode one image; sampling if there is a seed. Outside the edit mask the source's token is taken as it is."""
-    height, width = height or model.config.grid_size, width or model.config.grid_size
+    height, width = grid_height or model.config.grid_size, grid_width or model.config.grid_size
     tokens = []
     for position in range(height * width):
         if edit_mask is not None and not edit_mask[position]:
@@ -96,19 +97,77 @@ def decode_naively(
     return tokens
 
 
-def decode_batch_naively(
-    model, source_image_tokens, prompt_embeds, seeds=None, negative=None, edit_mask=None, **kwargs
+def decode_plainly(
+    model,
+    source_image_tokens,
+    prompt_embeds,
+    do_sample=True,
+    seeds=(1, 2),
+    negative_prompt_embeds=None,
+    edit_mask=None,
+    **settings,
 ):
-    """Decode image after image."""
-    return [
-        decode_naively(
-            model,
-            None if source_image_tokens is None else source_image_tokens[row],
-            prompt_embeds[row],
-            seed=None if seeds is None else seeds[row],
-            negative=None if negative is None else negative[row],
-            edit_mask=None if edit_mask is None else edit_mask[row],
-            **kwargs,
-        )
-        for row in range(len(prompt_embeds))
-    ]
+    """Decode image after image, with the arguments of `generate` and the seeds of a generator for each image."""
+
+    def select(tensor, row):
+        return None if tensor is None else tensor[row]
+
+    rows = []
+    for row, (prompt, generator) in enumerate(zip(prompt_embeds, seed_generators(*seeds), strict=False)):
+        seed = torch.randint(2**63 - 1, (), generator=generator).item() if do_sample else None
+        source, negative, mask = (select(of, row) for of in (source_image_tokens, negative_prompt_embeds, edit_mask))
+        rows.append(decode_naively(model, source, prompt, seed, negative=negative, edit_mask=mask, **settings))
+    return torch.tensor(rows)
+
+
+# What is decoded in the tests of decoding
+
+
+GREEDY = {"do_sample": False}
+
+
+def seed_generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_inputs(batch_size=2, num_tokens=16, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "source_image_tokens": torch.randint(NUM_CODES, (batch_size, num_tokens), generator=generator),
+        "prompt_embeds": torch.randn(batch_size, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, generator=generator),
+    }
+
+
+def draw_mask(*seeds, part=0.4):
+    """Draw a mask of 16 tokens for each seed."""
+    return torch.stack([torch.rand(16, generator=generator) < part for generator in seed_generators(*seeds)])
+
+
+def select_row(inputs, row):
+    return {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+
+
+class PassRecorder:
+    """Note what forwards bring of each segment, the cache of the last one, and how many logits they compute."""
+
+    def __init__(self, model):
+        self.passes, self.num_logits, self.cache = [], [], None
+        self.handles = [
+            model.register_forward_pre_hook(self.record_inputs, with_kwargs=True),
+            model.lm_head.register_forward_hook(self.record_logits),
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+    def record_inputs(self, module, args, kwargs):
+        segments = ("source_image_tokens", "prompt_embeds", "target_image_tokens")
+        self.passes.append({name: tuple(kwargs[name].shape[:2]) for name in segments if name in kwargs})
+        self.cache = kwargs.get("past_key_values")
+
+    def record_logits(self, module, args, logits):
+        self.num_logits.append(logits.shape[1])

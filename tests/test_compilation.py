@@ -5,15 +5,8 @@ import threading
 
 import pytest
 import torch
-from tiny import (
-    NUM_CODES,
-    NUM_TEXT_TOKENS,
-    TEXT_HIDDEN_SIZE,
-    build_pipeline,
-    build_transformer,
-    draw_image,
-    needs_compiler,
-)
+from plain_decoding import draw_inputs
+from tiny import build_pipeline, build_transformer, draw_image, needs_compiler
 
 
 GRID_SIZE, NUM_TOKENS = 5, 25
@@ -43,13 +36,8 @@ def build_shallow_transformer():
     return model
 
 
-def draw_inputs(seed, batch_size=1):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "source_image_tokens": torch.randint(NUM_CODES, (batch_size, NUM_TOKENS), generator=generator),
-        "prompt_embeds": torch.randn(batch_size, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, generator=generator),
-        "generator": torch.Generator().manual_seed(seed),
-    }
+def draw_call(seed, batch_size=1, num_tokens=NUM_TOKENS):
+    return {**draw_inputs(batch_size, num_tokens, seed), "generator": torch.Generator().manual_seed(seed)}
 
 
 def draw_edit_mask(seed):
@@ -59,21 +47,17 @@ def draw_edit_mask(seed):
 def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
     model, compiled = (build_transformer(GRID_SIZE, text_rotary="zero") for _ in range(2))
     compiled.compile_decoding(backend=backend)
-    ways = [{}, {"edit_mask": draw_edit_mask(1)}, {"decoding": "speculative", "num_draft_tokens": 16}]
-    for way in ways:
-        assert torch.equal(compiled.generate(**draw_inputs(0), **way), model.generate(**draw_inputs(0), **way))
-    assert backend.num_compilations == 2, "a pass of one token, and one of several"
-    cache = compiled.prepare_source_cache(draw_inputs(4)["source_image_tokens"])
     ways = [
+        {"edit_mask": draw_edit_mask(1)},
+        {"decoding": "speculative", "num_draft_tokens": 16},
         {},
-        {"edit_mask": draw_edit_mask(2)},
         {"edit_mask": draw_edit_mask(3), "do_sample": False},
         {"decoding": "speculative", "num_draft_tokens": 7, "top_k": 5},
-        {"source_cache": cache},
+        {"source_cache": compiled.prepare_source_cache(draw_call(5)["source_image_tokens"])},
     ]
     for seed, way in enumerate(ways):
-        assert torch.equal(compiled.generate(**draw_inputs(seed), **way), model.generate(**draw_inputs(seed), **way))
-    assert backend.num_compilations == 2, "other prompts, sources, masks and settings of one size need no other"
+        assert torch.equal(compiled.generate(**draw_call(seed), **way), model.generate(**draw_call(seed), **way))
+    assert backend.num_compilations == 2, "a pass of one token, and one of several"
 
 
 @needs_compiler
@@ -82,11 +66,9 @@ def test_torchs_own_compiler_gives_the_same_tokens():
     model, compiled = (build_shallow_transformer() for _ in range(2))
     compiled.compile_decoding()
     for seed in range(2):
-        inputs = draw_inputs(seed)
-        inputs["source_image_tokens"] = inputs["source_image_tokens"][:, :16]  # 16 tokens: passes of one token only
-        tokens, expected = (
-            one.generate(**inputs, do_sample=False, grid_height=4, grid_width=4) for one in (compiled, model)
-        )
+        # 16 tokens: passes of one token only
+        how = {"do_sample": False, "grid_height": 4, "grid_width": 4}
+        tokens, expected = (one.generate(**draw_call(seed, num_tokens=16), **how) for one in (compiled, model))
         assert torch.equal(tokens, expected)
     assert len(compiled.compiled_decoding.compiled) == 1
 
@@ -99,74 +81,61 @@ def test_any_number_of_shapes_is_compiled(backend):
     shapes += [(1, *grid, {"guidance_scale": 1}) for grid in ((2, 2), (1, 4), (4, 1))]
     shapes += [(1, 2, 3, {"image_guidance_scale": 1.6}), (1, 4, 5, {"edit_mask": torch.arange(20)[None] % 7 < 2})]
     for batch_size, height, width, how in shapes:
-        inputs = draw_inputs(0, batch_size)
-        inputs["source_image_tokens"] = inputs["source_image_tokens"][:, : height * width]
-        tokens, expected = (
-            one.generate(**inputs, **how, do_sample=False, grid_height=height, grid_width=width)
-            for one in (compiled, model)
-        )
-        assert torch.equal(tokens, expected)
+        inputs = draw_call(0, batch_size, height * width)
+        how |= {"do_sample": False, "grid_height": height, "grid_width": width}
+        assert torch.equal(compiled.generate(**inputs, **how), model.generate(**inputs, **how))
     assert backend.num_compilations == len(shapes) + 1, "one each, and two for the mask"
 
 
 def test_a_copy_of_a_compiled_model_decodes_without_compiled_passes(backend):
-    model = build_transformer(GRID_SIZE)
+    model = build_shallow_transformer()
+    expected = model.generate(**draw_call(0))
     model.compile_decoding(backend=backend)
-    expected = model.generate(**draw_inputs(0))
-    num_compilations = backend.num_compilations
     copied = copy.deepcopy(model)
     assert copied.compiled_decoding is None
-    assert torch.equal(copied.generate(**draw_inputs(0)), expected)
-    assert torch.equal(model.generate(**draw_inputs(0)), expected)
-    assert backend.num_compilations == num_compilations
+    assert torch.equal(copied.generate(**draw_call(0)), expected)
+    assert backend.num_compilations == 0
 
 
-def test_compiled_caches_stay_between_calls_until_they_are_freed(backend):
-    model = build_transformer(GRID_SIZE)
+def test_compiled_caches_stay_between_calls_even_after_an_error_until_they_are_freed(backend):
+    model = build_shallow_transformer()
+    expected = model.generate(**draw_call(0))
     model.compile_decoding(backend=backend)
 
     def list_caches():
         return [cache.layers[0].keys.data_ptr() for cache in model.compiled_decoding.caches.values()]
 
-    model.generate(**draw_inputs(0))
+    def fail(input_ids, scores):
+        raise RuntimeError("the user's own")
+
+    model.generate(**draw_call(0))
     first = list_caches()
-    model.generate(**draw_inputs(1))
+    with pytest.raises(RuntimeError, match="the user's own"):
+        model.generate(**draw_call(1), stopping_criteria=[fail])
     assert list_caches() == first
-    model.generate(**draw_inputs(0, batch_size=2))
+    model.generate(**draw_call(0, batch_size=2))
     assert len(list_caches()) == 2, "one for each shape"
     model.free_compiled_caches()
     assert list_caches() == []
-    assert torch.equal(model.generate(**draw_inputs(0)), build_transformer(GRID_SIZE).generate(**draw_inputs(0)))
+    assert torch.equal(model.generate(**draw_call(0)), expected)
 
 
 def test_no_two_layers_of_a_compiled_cache_share_memory(backend):
     """Where compiled code writes to a view it writes the whole tensor back: 12 layers in one took 7 times as long."""
     model = build_transformer(GRID_SIZE)
     model.compile_decoding(backend=backend)
-    model.generate(**draw_inputs(0))
+    model.generate(**draw_call(0))
     (cache,) = model.compiled_decoding.caches.values()
     states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     assert len({tensor.untyped_storage().data_ptr() for tensor in states}) == 2 * model.config.num_hidden_layers
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in states)
 
 
-def test_a_call_that_fails_gives_its_cache_back(backend):
-    model = build_transformer(GRID_SIZE)
-    model.compile_decoding(backend=backend)
-
-    def fail(input_ids, scores):
-        raise RuntimeError("the user's own")
-
-    with pytest.raises(RuntimeError, match="the user's own"):
-        model.generate(**draw_inputs(0), stopping_criteria=[fail])
-    assert len(model.compiled_decoding.caches) == 1
-
-
 def test_two_threads_decode_at_once_with_compiled_passes(backend):
-    model = build_transformer(GRID_SIZE)
-    expected = [model.generate(**draw_inputs(seed)) for seed in range(2)]
+    model = build_shallow_transformer()
+    expected = [model.generate(**draw_call(seed)) for seed in range(2)]
     model.compile_decoding(backend=backend)
-    model.generate(**draw_inputs(0))
+    model.generate(**draw_call(0))
     barrier, results = threading.Barrier(2), [None, None]
 
     def wait(input_ids, scores):
@@ -174,7 +143,7 @@ def test_two_threads_decode_at_once_with_compiled_passes(backend):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
     def decode(index):
-        results[index] = model.generate(**draw_inputs(index), stopping_criteria=[wait])
+        results[index] = model.generate(**draw_call(index), stopping_criteria=[wait])
 
     threads = [threading.Thread(target=decode, args=(index,)) for index in range(2)]
     for thread in threads:
@@ -186,11 +155,15 @@ def test_two_threads_decode_at_once_with_compiled_passes(backend):
 
 def test_pipeline_compiles_its_decoder(backend):
     pipe = build_pipeline()
-    expected = pipe("make the red circle blue", image=draw_image(0), generator=torch.Generator().manual_seed(0))
+
+    def edit():
+        generator = torch.Generator().manual_seed(0)
+        return pipe("make the red circle blue", image=draw_image(0), generator=generator).image_tokens
+
+    expected = edit()
     pipe.compile(backend=backend)
-    for _ in range(2):
-        output = pipe("make the red circle blue", image=draw_image(0), generator=torch.Generator().manual_seed(0))
-        assert torch.equal(output.image_tokens, expected.image_tokens)
+    assert torch.equal(edit(), expected)
+    assert torch.equal(edit(), expected)
     assert backend.num_compilations == 1
     pipe.free_compiled_caches()
     assert not pipe.transformer.compiled_decoding.caches

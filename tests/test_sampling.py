@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from plain_decoding import filter_naively, hash_noise
 
+from editar_hf.generation import sampling
 from editar_hf.generation.sampling import (
     DecodingSettings,
     TokenSelector,
@@ -23,22 +25,6 @@ NUM_POSITIONS, VOCAB_SIZE = 32, 1024
 # Two-sided bound on |z| for a statistic that should be standard normal: p ≈ 6e-5. All inputs are fixed, so a pass is
 # a pass for ever.
 MAX_Z = 4.0
-
-
-def mix_word(x):
-    x ^= x >> 16
-    x = x * 0x21F0AAAD % 2**32
-    x ^= x >> 15
-    x = x * 0xD35A2D97 % 2**32
-    return x ^ x >> 15
-
-
-def hash_to_23_bits(seed, position, code):
-    """The documented hash in Python's unbounded integers."""
-    low, high = seed % 2**32, seed // 2**32
-    first = mix_word(mix_word(mix_word(0x9E3779B9 ^ low) ^ high) ^ position)
-    second = mix_word(mix_word(mix_word(0x6A09E667 ^ high) ^ low) ^ position)
-    return mix_word(mix_word(code ^ first) ^ second) // 2**9
 
 
 def compute_noise(seeds, num_positions, vocab_size):
@@ -64,10 +50,8 @@ def compute_chi_square_z(counts, expected):
 
 def test_noise_is_the_documented_hash():
     for seed in (0, 1, 2**32 - 1, 2**32, 0x123456789ABCDEF0, 2**63 - 1):
-        noise = compute_noise([seed], 3, 40)
-        bits = [[hash_to_23_bits(seed, position, code) for code in range(40)] for position in range(3)]
-        expected = -np.log(-np.log((np.array(bits, dtype=np.float64) + 0.5) * 2.0**-23))
-        np.testing.assert_allclose(noise[0].numpy(), expected, rtol=2e-5, atol=2e-6)
+        expected = [[hash_noise(seed, position, code) for code in range(40)] for position in range(3)]
+        np.testing.assert_allclose(compute_noise([seed], 3, 40)[0].numpy(), expected, rtol=2e-5, atol=2e-6)
 
 
 def test_hash_keeps_its_golden_values():
@@ -90,21 +74,12 @@ def test_mixing_is_a_bijection_that_stays_in_32_bits():
     assert len(words.unique()) == 2**16
 
 
-def unmix_word(x):
-    x ^= x >> 15 ^ x >> 30
-    x = x * pow(0xD35A2D97, -1, 2**32) % 2**32
-    x ^= x >> 15 ^ x >> 30
-    x = x * pow(0x21F0AAAD, -1, 2**32) % 2**32
-    return x ^ x >> 16
-
-
-@pytest.mark.parametrize("bits", [0, 1, 2**23 - 1])
-def test_extreme_bits_give_the_exact_finite_noise(bits):
-    """The ends of the range, reached by running the hash backwards to a key for code 0."""
-    second_word = mix_word(12345) ^ unmix_word(bits << 9)
-    noise = compute_gumbel_noise(torch.tensor([12345, second_word]), 1)
-    expected = -math.log(-math.log((bits + 0.5) * 2.0**-23))
-    assert noise.item() == pytest.approx(expected, rel=1e-5)
+def test_extreme_bits_give_finite_noise(monkeypatch):
+    """The ends of the range: a hash of all zeros, and one of all ones."""
+    monkeypatch.setattr(sampling, "mix_bits", lambda words: words)
+    noise = compute_gumbel_noise(torch.tensor([[0, 2**32 - 1], [0, 0]]), 1)[:, 0].tolist()
+    expected = [-math.log(-math.log((bits + 0.5) * 2.0**-23)) for bits in (0, 2**23 - 1)]
+    assert noise == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_bit_is_fair_for_every_seed_position_and_code(uniform):
@@ -160,52 +135,22 @@ def test_high_halves_of_seeds_matter():
 def test_sampled_frequencies_are_the_probabilities(temperature, top_k, top_p):
     num_samples = 20_000
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
-    probabilities = compute_warped_probabilities(logits.double().numpy(), temperature, top_k, top_p)
+    weights = np.exp(filter_naively(logits.double().numpy(), temperature, top_k, top_p))
+    probabilities = torch.as_tensor(weights / weights.sum())
     settings = DecodingSettings(guidance_scale=1.0, temperature=temperature, top_k=top_k, top_p=top_p)
     selector = TokenSelector(settings, 1, [], compute_noise_keys(torch.arange(num_samples), 1))
     tokens = selector(logits.expand(1, num_samples, 1, -1), torch.empty(num_samples, 0, dtype=torch.long), [0])[:, 0]
     counts = torch.bincount(tokens, minlength=12).double()
-    possible = torch.as_tensor(probabilities > 0)
+    possible = probabilities > 0
     assert counts[~possible].sum() == 0
-    z = compute_chi_square_z(counts[possible], num_samples * torch.as_tensor(probabilities)[possible])
+    z = compute_chi_square_z(counts[possible], num_samples * probabilities[possible])
     assert abs(z) < MAX_Z
-
-
-def compute_warped_probabilities(logits, temperature, top_k, top_p):
-    """Temperature, top-k and top-p by their definitions, on one row."""
-    order = np.argsort(-logits)
-    kept = order[: top_k or len(order)]
-    weights = np.exp((logits[kept] - logits.max()) / temperature)
-    weights /= weights.sum()
-    # The smallest set of likeliest tokens that reaches top_p.
-    kept = kept[: 1 + int((np.cumsum(weights) < top_p - 1e-9).sum())]
-    probabilities = np.zeros(len(logits))
-    probabilities[kept] = np.exp((logits[kept] - logits.max()) / temperature)
-    return probabilities / probabilities.sum()
-
-
-def test_seeds_come_one_per_image_from_the_generators():
-    one = torch.Generator().manual_seed(3)
-    together = draw_seeds(one, 3)
-    again = torch.Generator().manual_seed(3)
-    assert together.tolist() == [draw_seeds(again, 1).item() for _ in range(3)]
-    listed = draw_seeds([torch.Generator().manual_seed(3), torch.Generator().manual_seed(4)], 2)
-    assert listed[0] == together[0]
-    assert listed[1] == draw_seeds(torch.Generator().manual_seed(4), 1)[0]
-    assert len(together.unique()) == 3
-    assert together.min() >= 0
 
 
 def test_seeds_fill_63_bits():
     seeds = draw_seeds(torch.Generator().manual_seed(0), 2000)
     set_share = (seeds[:, None] >> torch.arange(63) & 1).double().mean(0)
     assert (set_share - 0.5).abs().max() < 5 * 0.5 / math.sqrt(2000)
-
-
-def test_no_generator_draws_from_torchs_own():
-    torch.manual_seed(5)
-    seeds = draw_seeds(None, 2)
-    assert seeds.tolist() == draw_seeds(torch.Generator().manual_seed(5), 2).tolist()
 
 
 def test_three_branches_follow_equation_3_of_instruct_pix2pix():
