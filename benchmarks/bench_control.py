@@ -83,7 +83,7 @@ def benchmark_masks(model, source, prompt_embeds, num_rounds: int) -> str:
     for name, output in outputs.items():
         free = masks[name].sum().item() if name in masks else source.shape[1]
         label = f"{free} ({free / source.shape[1]:.0%})" if name in masks else name
-        rows.append([label, str(output.num_passes), *describe(seconds, name, "no mask")])
+        rows.append([label, str(output.num_decode_steps), *describe(seconds, name, "no mask")])
     return format_table(["tokens that may change", "passes", "s", "of an edit without mask"], rows)
 
 
@@ -175,7 +175,7 @@ def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
                     edit = partial(edit_sample, pipe, tokens, embeds, **settings, **how)
                     spent, output = time_call(edit, tokens.device.type)
                     seconds[window].append(spent)
-                    passes[window].append(output.num_passes)
+                    passes[window].append(output.num_decode_steps)
                     exact = output.sequences if window == 0 else exact
                     num_different += (output.sequences != exact).any().item()
                 kept.append((exact == tokens).float().mean().item())

@@ -16,7 +16,7 @@ from editar_hf.commands import build_parser, edit, main
 from editar_hf.commands.edit import RECORD_FILE
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture")
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of an image")
 PROMPT = "make the red circle blue"
 
 
@@ -334,10 +334,10 @@ def test_a_window_around_a_mask_is_edited(model, pictures, tmp_path):
 
 
 def test_a_refusal_of_the_pipeline_is_one_line(model, pictures, tmp_path, capsys):
-    words = ["--mask", pictures / "a.png", "--crop-to-mask", "--resize-mode", "crop"]
+    words = ["--mask", pictures / "b.png"]
     assert run_edit(model, pictures / "a.png", PROMPT, tmp_path / "edited.png", *words) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
-    assert line.startswith("editar-hf: error: `resize_mode` is 'crop' beside `crop_to_mask`")
+    assert line.startswith("editar-hf: error: `mask_image` is 40×24 pixels and its image 16×16")
 
 
 def test_an_overflow_is_one_line(model, pictures, tmp_path, capsys):

@@ -88,7 +88,7 @@ MISTAKES = {
     "temperature": (-1, NAN, "1"),
     "top_k": (-1, 1.5, "5"),
     "top_p": (0, 1.5, NAN),
-    "num_images_per_prompt": (0, -1, HUGE),
+    "num_images_per_prompt": (0, -1),
     "generator": (0, [torch.Generator()] * 5),
     "prompt_embeds": (STATES[..., :3], STATES[:, :3], STATES / 0),
     "negative_prompt_embeds": (STATES[..., :3], STATES[:, :3], STATES / 0),

@@ -14,7 +14,7 @@ from editar_hf.pipelines.edit_region import compute_edit_mask
 
 PROMPT = "make the red circle blue"
 SIDE, NUM_TOKENS = 16, 16
-pytestmark = pytest.mark.filterwarnings("ignore:More than 2% of a picture", "ignore:A prompt is longer")
+pytestmark = pytest.mark.filterwarnings("ignore:More than 2% of an image", "ignore:`image` is missing")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_tokens_outside_the_mask_are_the_sources_and_a_pass_is_run_for_each_insi
     output = edit(pipe, mask_image=MASK)
     source = pipe.encode_image(draw_image(0))
     assert torch.equal(output.image_tokens[:, list_other_tokens()], source[:, list_other_tokens()])
-    assert output.num_passes == len(FREE) - 1
+    assert output.num_decode_steps == len(FREE) - 1
     edit_mask = torch.zeros(1, NUM_TOKENS, dtype=torch.bool)
     edit_mask[:, FREE] = True
     with torch.no_grad():
@@ -119,70 +119,37 @@ def test_without_blending_the_tokenizers_own_picture_comes_out(pipe):
 
 @pytest.mark.parametrize("mask_blend", [True, False])
 @pytest.mark.parametrize("restore_size", [True, False])
-def test_a_mask_without_white_returns_the_source_with_a_warning(pipe, mask_blend, restore_size):
+def test_a_mask_without_white_returns_the_source_with_a_warning_at_the_call(pipe, mask_blend, restore_size):
     image = draw_image(0, 40, 40) if restore_size else draw_image(0)
     empty = draw_mask(size=image.size)
-    with pytest.warns(UserWarning, match="`mask_image` is white nowhere"):
+    with pytest.warns(UserWarning, match="`mask_image` is white nowhere") as record:
         output = edit(pipe, image, mask_image=empty, mask_blend=mask_blend, restore_size=restore_size)
+    assert record[0].filename == __file__
     assert np.array_equal(np.asarray(output.images[0]), np.asarray(image))
     assert torch.equal(output.image_tokens, pipe.encode_image(image))
-    assert output.num_passes == 0
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [(draw_mask(size=(48, 16)), "white nowhere"), (draw_mask((0, 0, 5, 5), size=(48, 16)), "100% lies in what")],
-    ids=["empty", "cut away"],
-)
-def test_warning_of_a_mask_without_effect_points_at_the_call_and_names_the_cause(pipe, mask, message):
-    image = draw_image(0, 48, 16)
-    with pytest.warns(UserWarning, match=message) as record:
-        output = edit(pipe, image, mask_image=mask, restore_size=True)
-    (warning,) = (one for one in record if message in str(one.message))
-    assert warning.filename == __file__
-    assert np.array_equal(np.asarray(output.images[0]), np.asarray(image))
+    assert output.num_decode_steps == 0
 
 
 def test_an_empty_mask_leaves_the_other_images_of_a_batch_alone(pipe):
     with pytest.warns(UserWarning, match="white nowhere"):
         output = edit(pipe, mask_image=[draw_mask(), MASK], generator=[seeded(1), seeded(0)], mask_blend=False)
     assert np.array_equal(np.asarray(output.images[0]), np.asarray(draw_image(0)))
-    alone = edit(pipe, mask_image=MASK, mask_blend=False)
-    assert are_near(output.images[1], alone.images[0])
+    assert are_near(output.images[1], edit(pipe, mask_image=MASK, mask_blend=False).images[0])
 
 
 def test_masks_pair_up_with_images_and_prompts(pipe):
-    masks, images = [MASK, draw_mask((0, 0, 16, 3))], [draw_image(0), draw_image(1)]
+    prompts, masks, images = [PROMPT, "remove it"], [MASK, draw_mask((0, 0, 16, 3))], [draw_image(0), draw_image(1)]
     generators = [seeded(seed) for seed in range(4)]
-    output = pipe([PROMPT, "remove it"], image=images, mask_image=masks, num_images_per_prompt=2, generator=generators)
+    output = pipe(prompts, image=images, mask_image=masks, num_images_per_prompt=2, generator=generators)
     for index in range(4):
-        alone = pipe(
-            [PROMPT, "remove it"][index // 2],
-            image=images[index // 2],
-            mask_image=masks[index // 2],
-            generator=seeded(index),
-        )
+        pair = index // 2
+        alone = pipe(prompts[pair], image=images[pair], mask_image=masks[pair], generator=seeded(index))
         assert torch.equal(alone.image_tokens[0], output.image_tokens[index])
         assert are_near(alone.images[0], output.images[index])
     many_images = pipe(PROMPT, image=images, mask_image=MASK, generator=[seeded(0), seeded(0)])
     many_masks = pipe(PROMPT, image=images[0], mask_image=masks, generator=[seeded(0), seeded(0)])
     assert torch.equal(many_images.image_tokens[0], many_masks.image_tokens[0])
     assert torch.equal(many_masks.image_tokens[1], edit(pipe, mask_image=masks[1]).image_tokens[0])
-
-
-def test_untouched_tokens_are_the_first_images_after_ten_masked_edits(pipe):
-    first = pipe.encode_image(draw_image(0))
-    tokens, touched = first, set()
-    for turn in range(10):
-        token = (3 * turn) % 8
-        row, column = divmod(token, 4)
-        box = (column * STRIDE, row * STRIDE, column * STRIDE + 1, row * STRIDE + 1)
-        output = pipe(PROMPT, source_image_tokens=tokens, mask_image=draw_mask(box), generator=seeded(turn))
-        tokens, touched = output.image_tokens, {*touched, token}
-    untouched = list_other_tokens(touched)
-    assert len(untouched) == 8
-    assert torch.equal(tokens[:, untouched], first[:, untouched])
-    assert not torch.equal(tokens, first)
 
 
 def test_a_masked_turn_of_a_session_is_laid_over_what_its_source_tokens_draw(pipe):
@@ -193,9 +160,10 @@ def test_a_masked_turn_of_a_session_is_laid_over_what_its_source_tokens_draw(pip
     assert np.array_equal(np.asarray(output.images[0])[distance >= STRIDE], before[distance >= STRIDE])
 
 
-def test_ten_masked_turns_at_full_size_keep_every_earlier_turn_and_the_untouched_pixels(pipe):
+def test_ten_masked_turns_keep_every_earlier_turn_and_what_no_mask_touched(pipe):
     photo = draw_image(0, 48, 48)
-    picture, tokens, touched = photo, pipe.encode_image(photo), np.zeros((48, 48), bool)
+    first = tokens = pipe.encode_image(photo)
+    picture, touched = photo, np.zeros((48, 48), bool)
     for turn in range(10):
         # One token of 12 pixels; the feather ends one further.
         row, column = divmod((3 * turn) % 8, 4)
@@ -211,6 +179,7 @@ def test_ten_masked_turns_at_full_size_keep_every_earlier_turn_and_the_untouched
         inside = compute_distance(photo.size, [(token[0] + 2, token[1] + 2, token[2] - 2, token[3] - 2)]) == 0
         assert np.array_equal(after[inside], np.asarray(drawn)[inside])
         picture, tokens, touched = output.images[0], output.image_tokens, touched | (distance <= 12)
+    assert torch.equal(tokens[:, 8:], first[:, 8:]), "the masks lie in the first two rows of tokens"
     assert 0.2 < touched.mean() < 0.9
     assert np.array_equal(np.asarray(picture)[~touched], np.asarray(photo)[~touched])
     assert (np.asarray(picture) != np.asarray(photo)).any(axis=2)[12:24, :36].mean() > 0.9
@@ -219,26 +188,19 @@ def test_ten_masked_turns_at_full_size_keep_every_earlier_turn_and_the_untouched
 # Windows
 
 
-def test_a_window_around_the_mask_is_edited_by_itself_and_put_back(pipe):
-    image, mask = draw_image(2, 100, 60), draw_mask((70, 10, 82, 16), size=(100, 60))
-    output = edit(pipe, image, mask_image=mask, crop_to_mask=True)
-    window = (67, 4, 85, 22)  # half as large again as 12 pixels, around the middle of the white
-    inside = edit(
-        pipe, image.crop(window), mask_image=mask.crop(window), resize_mode="stretch", restore_size=True
-    ).images[0]
-    expected = image.copy()
-    expected.paste(inside, window[:2])
-    assert np.array_equal(np.asarray(output.images[0]), np.asarray(expected))
-    assert not np.array_equal(np.asarray(output.images[0]), np.asarray(image))
-
-
-def test_each_mask_of_an_image_has_its_window(pipe):
+def test_a_window_around_each_mask_is_edited_by_itself_and_put_back(pipe):
     image = draw_image(2, 100, 60)
     masks = [draw_mask((70, 10, 82, 16), size=image.size), draw_mask((5, 40, 10, 45), size=image.size)]
-    output = edit(pipe, image, mask_image=masks, crop_to_mask=True, generator=[seeded(0), seeded(0)])
-    for mask, result in zip(masks, output.images, strict=True):
-        alone = edit(pipe, image, mask_image=mask, crop_to_mask=True).images[0]
-        assert are_near(alone, result)
+    how = {"crop_to_mask": True, "generator": [seeded(0), seeded(0)]}
+    output = edit(pipe, image, mask_image=masks, **how)
+    # Half as large again as the white, and at least as large as the model, around the middle of the white.
+    for mask, window, result in zip(masks, [(67, 4, 85, 22), (0, 34, 16, 50)], output.images, strict=True):
+        how = {"resize_mode": "stretch", "restore_size": True}
+        inside = edit(pipe, image.crop(window), mask_image=mask.crop(window), **how).images[0]
+        expected = image.copy()
+        expected.paste(inside, window[:2])
+        assert are_near(result, expected)
+        assert not are_near(result, image)
 
 
 # Kept sources
@@ -281,41 +243,34 @@ def test_a_source_cache_gives_the_same_images_without_the_sources_work(pipe, arg
     assert (recorder.num_encoded, recorder.num_source_tokens) == (0, 0)
 
 
-def test_one_source_cache_serves_many_prompts_and_seeds(pipe):
-    prompts = [PROMPT, "remove the green square"]
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_a_source_cache_serves_many_prompts_and_seeds_and_returns_into_its_images(pipe, num_images):
+    images, prompts = [draw_image(0, 31, 20), draw_image(1, 17, 40)][:num_images], [PROMPT, "remove the green square"]
+    how = {"image": images, "resize_mode": "stretch", "restore_size": True, "num_images_per_prompt": 2}
     generators = [[seeded(seed) for seed in range(4)] for _ in range(2)]
-    cache = pipe.prepare_source_cache(draw_image(0))
-    output = pipe(prompts, source_cache=cache, num_images_per_prompt=2, generator=generators[0])
-    expected = pipe(prompts, image=draw_image(0), num_images_per_prompt=2, generator=generators[1])
-    assert torch.equal(output.image_tokens, expected.image_tokens)
-
-
-def test_a_cache_of_several_images_pairs_up_with_prompts_and_returns_into_the_images(pipe):
-    images, prompts = [draw_image(0, 20, 31), draw_image(1, 40, 17)], [PROMPT, "remove it"]
-    how = {"resize_mode": "stretch", "restore_size": True}
     cache = pipe.prepare_source_cache(images, resize_mode="stretch")
-    output = pipe(prompts, image=images, source_cache=cache, generator=[seeded(0), seeded(1)], **how)
-    expected = pipe(prompts, image=images, generator=[seeded(0), seeded(1)], **how)
+    output = pipe(prompts, source_cache=cache, generator=generators[0], **how)
+    expected = pipe(prompts, generator=generators[1], **how)
+    assert torch.equal(output.image_tokens, expected.image_tokens)
     for one, other in zip(output.images, expected.images, strict=True):
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_a_cache_of_one_picture_serves_each_of_a_list_of_it(pipe):
+def test_a_cache_of_one_image_serves_each_of_a_list_of_it(pipe):
     cache, generators = pipe.prepare_source_cache(draw_image(0)), [[seeded(0), seeded(1)] for _ in range(2)]
     images = [draw_image(0), draw_image(0)]
     output = pipe(PROMPT, image=images, source_cache=cache, restore_size=True, generator=generators[0])
     assert torch.equal(output.image_tokens, pipe(PROMPT, image=images, generator=generators[1]).image_tokens)
-    with pytest.raises(ValueError, match="`source_cache` is of another image than `image`"):
-        pipe(PROMPT, image=[draw_image(0), draw_image(1)], source_cache=cache, restore_size=True)
 
 
-def test_a_cache_of_another_picture_or_a_changed_decoder_is_refused():
+def test_a_cache_of_another_image_or_a_changed_decoder_is_refused():
     pipe = build_pipeline()
     cache = pipe.prepare_source_cache(draw_image(0))
-    with pytest.raises(ValueError, match="`source_cache` is of another image than `image`"):
-        edit(pipe, draw_image(1), source_cache=cache, mask_image=MASK)
+    for image in (draw_image(1), [draw_image(0), draw_image(1)]):
+        with pytest.raises(ValueError, match="`source_cache` is of another image than `image`"):
+            edit(pipe, image, source_cache=cache, mask_image=MASK)
     with pytest.raises(ValueError, match="`source_cache` is of a grid of 4 × 4"):
-        pipe(PROMPT, source_cache=cache, height=8)
+        edit(pipe, source_cache=cache, restore_size=True, height=8)
     coarse = copy.deepcopy(pipe)
     coarse.transformer.bfloat16()
     with pytest.raises(ValueError, match=r"`source_cache` is torch.float32 on cpu and the decoder torch.bfloat16"):
@@ -331,10 +286,52 @@ def test_speculative_decoding_gives_the_same_image_in_fewer_passes(pipe):
     how = {"do_sample": False, "guidance_scale": 1}
     exact, speculative = (edit(pipe, decoding=decoding, **how) for decoding in ("exact", "speculative"))
     assert torch.equal(exact.image_tokens, speculative.image_tokens)
-    assert speculative.num_passes < exact.num_passes == NUM_TOKENS - 1
+    assert speculative.num_decode_steps < exact.num_decode_steps == NUM_TOKENS - 1
 
 
-# Previews
+# Steps and previews
+
+
+def test_callback_gets_the_tensors_it_asks_for_and_cannot_change_the_result(pipe):
+    source, seen = pipe.encode_image(draw_image(0)), []
+
+    def erase(caller, step, timestep, tensors):
+        assert caller is pipe
+        assert step == timestep
+        assert list(tensors) == ["image_tokens", "source_image_tokens"]
+        assert torch.equal(tensors["source_image_tokens"], source)
+        seen.append(tensors["image_tokens"].clone())
+        tensors["image_tokens"].zero_()
+
+    names = ["image_tokens", "source_image_tokens"]
+    tokens = edit(pipe, callback_on_step_end=erase, callback_on_step_end_tensor_inputs=names).image_tokens
+    assert torch.equal(tokens, edit(pipe).image_tokens)
+    assert len(seen) == NUM_TOKENS
+    assert all(torch.equal(one, tokens[:, : step + 1]) for step, one in enumerate(seen))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"image": None}, {"mask_image": MASK}, {"decoding": "speculative"}],
+    ids=["image", "no image", "masked", "speculative"],
+)
+def test_an_interrupt_ends_a_call_within_a_pass_and_still_gives_an_image(pipe, arguments):
+    """Whatever a pass brought, nothing more is run; what is missing is the source's, or that of a grey image."""
+    steps = []
+
+    def interrupt(pipe, step, timestep, tensors):
+        steps.append(step)
+        if step == 3:
+            pipe.interrupt()
+
+    arguments = {"prompt": PROMPT, "image": draw_image(0), **arguments}
+    output = pipe(generator=seeded(), callback_on_step_end=interrupt, **arguments)
+    assert steps == [0, 1, 2, 3]
+    complete = pipe(generator=seeded(), **arguments)
+    fill = pipe.encode_image(arguments["image"] or np.full((SIDE, SIDE, 3), 0.5))
+    assert torch.equal(output.image_tokens, torch.cat([complete.image_tokens[:, :4], fill[:, 4:]], dim=1))
+    assert output.images[0].size == (SIDE, SIDE)
+    assert output.num_decode_steps <= 3
 
 
 def collect_previews(pipe, **arguments):
@@ -373,12 +370,6 @@ def test_new_rows_of_a_preview_fade_into_the_row_above(pipe):
     assert np.abs(previews[7][0][:8] - expected).max() < 0.51
 
 
-def test_the_last_preview_comes_with_the_last_row_and_is_the_result(pipe):
-    output, previews = collect_previews(pipe, preview_every=3, image=draw_image(2, 40, 30))
-    assert list(previews) == [11, 15]
-    assert np.array_equal(previews[15][0], np.asarray(output.images[0]))
-
-
 def test_the_result_is_drawn_once_where_the_last_preview_shows_it(pipe):
     calls = []
     handle = pipe.vq_model.decoder.register_forward_hook(lambda *arguments: calls.append(arguments))
@@ -387,56 +378,36 @@ def test_the_result_is_drawn_once_where_the_last_preview_shows_it(pipe):
     assert len(calls) == 4  # a call for each row of tokens
 
 
-def test_previews_change_no_pixel_that_the_result_cannot_change(pipe):
-    _, previews = collect_previews(pipe, preview_every=1, mask_image=MASK)
-    distance = compute_distance((SIDE, SIDE), [(4, 4, 8, 8), (8, 8, 12, 12)])
-    source = np.asarray(draw_image(0))
-    for (preview,) in previews.values():
-        assert np.array_equal(preview[distance >= STRIDE], source[distance >= STRIDE])
-    assert not np.array_equal(previews[15][0][distance == 0], source[distance == 0])
-
-
-@pytest.mark.parametrize("arguments", [{"restore_size": True}, {"crop_to_mask": True}], ids=["restored", "window"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"restore_size": False}, {"restore_size": True}, {"crop_to_mask": True}],
+    ids=["model's size", "restored", "window"],
+)
 def test_previews_have_the_size_of_the_result_and_its_untouched_pixels(pipe, arguments):
-    image, mask = draw_image(2, 100, 60), draw_mask((50, 10, 62, 16), size=(100, 60))
-    output, previews = collect_previews(pipe, image=image, mask_image=mask, preview_every=4, **arguments)
-    (preview,) = previews[15]
+    size = (100, 60) if arguments.get("restore_size", True) else (SIDE, SIDE)
+    image, mask = draw_image(2, *size), draw_mask((size[0] // 2, 4, size[0] // 2 + 3, 6), size=size)
+    output, previews = collect_previews(pipe, image=image, mask_image=mask, preview_every=3, **arguments)
+    assert list(previews) == [11, 15], "the last comes with the last row"
+    assert np.array_equal(previews[15][0], np.asarray(output.images[0]))
     untouched = (np.asarray(output.images[0]) == np.asarray(image)).all(axis=2)
-    assert preview.shape == (60, 100, 3)
-    assert untouched.mean() > 0.5
+    assert untouched.mean() > 0.3
     # A pixel in the feather may be the same by chance in the result.
-    assert (preview[untouched] == np.asarray(image)[untouched]).all(axis=1).mean() > 0.99
-    assert (preview != np.asarray(image)).any()
+    same = (previews[11][0] == np.asarray(image)).all(axis=2)
+    assert same[untouched].mean() > 0.99
+    assert not same.all()
 
 
 def test_previews_without_a_source_begin_with_grey(pipe):
     seen = []
     pipe(
         PROMPT,
+        task="text-to-image",
         generator=seeded(),
         preview_every=1,
         callback_on_step_end=lambda pipe, step, timestep, tensors: seen.extend(tensors.get("preview", [])),
     )
     assert len(seen) == 4
     assert (np.asarray(seen[0])[4:] == 128).all()
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"mask_image": MASK}, {"decoding": "speculative"}], ids=["masked", "speculative"]
-)
-def test_an_interrupt_ends_a_call_within_a_pass(pipe, arguments):
-    """Whatever a pass brought, nothing more is run; what is missing is the source's."""
-    complete = edit(pipe, **arguments).image_tokens
-    steps = []
-
-    def interrupt(pipe, step, timestep, tensors):
-        steps.append(step)
-        pipe._interrupt = step == 3
-
-    output = edit(pipe, callback_on_step_end=interrupt, **arguments)
-    assert steps == [0, 1, 2, 3]
-    source = pipe.encode_image(draw_image(0))
-    assert torch.equal(output.image_tokens, torch.cat([complete[:, :4], source[:, 4:]], dim=1))
 
 
 # The edit map
@@ -457,64 +428,3 @@ def test_edit_map_is_how_much_the_instruction_lowers_the_likelihood_of_each_sour
                 likelihoods.append(torch.from_numpy(logits).log_softmax(0)[source[position]])
             expected = likelihoods[1] - likelihoods[0]
             assert edit_map[index].flatten()[position] == pytest.approx(expected.item(), abs=1e-4)
-
-
-# Bad input
-
-
-TOKENS = torch.zeros(1, NUM_TOKENS, dtype=torch.long)
-BAD_INPUT = {
-    "mask of other proportions": ({"mask_image": draw_mask(size=(16, 20))}, "`mask_image` is 16×20 pixels and its"),
-    "mask that is no picture": ({"mask_image": 5}, "`mask_image` holds a int"),
-    "mask without image": ({"image": None, "mask_image": MASK}, "`mask_image` is given without an `image`"),
-    "masks that do not pair up": ({"image": [draw_image(0)] * 2, "mask_image": [MASK] * 3}, "`mask_image` has 3"),
-    "window without mask": ({"crop_to_mask": True}, "`crop_to_mask` is True; it needs `image` and `mask_image`"),
-    "window of known tokens": (
-        {"crop_to_mask": True, "mask_image": MASK, "source_image_tokens": TOKENS},
-        "neither `source_image_tokens` nor",
-    ),
-    "window as an array": (
-        {"crop_to_mask": True, "mask_image": MASK, "output_type": "np"},
-        "`output_type` is 'np' with `crop_to_mask`",
-    ),
-    "window with a way to resize": (
-        {"crop_to_mask": True, "mask_image": MASK, "resize_mode": "crop"},
-        "`resize_mode` is 'crop' beside `crop_to_mask`",
-    ),
-    "unknown decoding": ({"decoding": "fast"}, "`decoding` is 'fast'"),
-    "drafts without a source": (
-        {"image": None, "decoding": "speculative"},
-        "`decoding` is 'speculative', which drafts",
-    ),
-    "previews for nobody": ({"preview_every": 2}, "`preview_every` is 2 without `callback_on_step_end`"),
-    "previews every no row": ({"preview_every": 0, "callback_on_step_end": print}, "`preview_every` is 0"),
-}
-
-
-@pytest.fixture
-def pipe_at_rest(pipe):
-    """The pipeline, in which running any network is a failure."""
-
-    def fail(*arguments):
-        pytest.fail("a network ran before the input was refused")
-
-    networks = (pipe.transformer, pipe.vq_model, pipe.text_encoder)
-    handles = [module.register_forward_pre_hook(fail) for network in networks for module in network.modules()]
-    yield pipe
-    for handle in handles:
-        handle.remove()
-
-
-@pytest.mark.parametrize("prompt", [None, 5, [], ["remove it", 5]], ids=str)
-def test_what_is_no_prompt_is_refused_before_a_network_runs(pipe_at_rest, prompt):
-    with pytest.raises(ValueError, match=r"`prompt` is .*; pass a string or a list of strings"):
-        pipe_at_rest.compute_edit_map(draw_image(0), prompt)
-    with pytest.raises(ValueError, match=r"`prompt` is .*; pass a string or a list of strings"):
-        pipe_at_rest.encode_prompt(prompt)
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_refused_before_a_network_runs(pipe_at_rest, case):
-    arguments, message = BAD_INPUT[case]
-    with pytest.raises(ValueError, match=message):
-        pipe_at_rest(**{"prompt": PROMPT, "image": draw_image(0), **arguments})

@@ -163,23 +163,8 @@ def test_the_same_picture_gives_the_same_pixels_as_pil_array_tensor_batch_and_li
     expected = image_processor(picture).pixel_values
     for image in (array, array / 255, array.astype(np.float32) / 255, tensor, tensor / 255, array[None], tensor[None]):
         assert torch.equal(image_processor(image).pixel_values, expected)
-    mixed = [picture, array, tensor[None], [tensor / 255]]
+    mixed = [picture, array, tensor[None], tensor / 255]
     assert torch.equal(image_processor(mixed).pixel_values, expected.expand(4, -1, -1, -1))
-
-
-def test_image_is_the_same_alone_and_in_a_batch():
-    pictures = [draw_picture(40, 40, seed=1), draw_picture(80, 81, seed=2)]
-    image_processor = EditARImageProcessor(size=32)
-    together = image_processor(pictures).pixel_values
-    for index, picture in enumerate(pictures):
-        assert torch.equal(together[index], image_processor(picture).pixel_values[0])
-
-
-def test_preparation_leaves_the_callers_picture_alone():
-    picture = draw_picture(20, 20)
-    before = np.array(picture)
-    EditARImageProcessor(size=32).restore(Image.new("RGB", (32, 32)), picture, 32, 32, "crop")
-    np.testing.assert_array_equal(np.asarray(picture), before)
 
 
 def test_a_large_cut_warns_once_and_a_small_one_not_at_all():
@@ -239,7 +224,7 @@ def test_output_types_have_their_layout_and_range():
 @pytest.mark.parametrize(("height", "width"), [(120, 200), (201, 119), (40, 61), (64, 64)])
 def test_restore_puts_the_square_back_and_leaves_the_rest_bit_identical(height, width):
     source = draw_picture(height, width)
-    restored = EditARImageProcessor(size=64).restore(Image.new("RGB", (64, 64), "red"), source, 64, 64, "crop")
+    restored = EditARImageProcessor(size=64).restore(Image.new("RGB", (64, 64), "red"), source)
     left, top, right, bottom = compute_crop_geometry(height, width, 64, 64).box
     assert restored.size == source.size
     inside = np.zeros((height, width), bool)
@@ -269,17 +254,8 @@ def test_restoring_an_unedited_picture_gives_the_source_in_place(resize_mode):
     source = Image.fromarray(np.round(source).astype(np.uint8))
     image_processor = EditARImageProcessor(size=128, resize_mode=resize_mode)
     unedited = image_processor.postprocess(image_processor(source).pixel_values)[0]
-    restored = image_processor.restore(unedited, source, 128, 128, resize_mode)
+    restored = image_processor.restore(unedited, source)
     assert np.abs(np.asarray(restored).astype(int) - np.asarray(source)).max() <= 2
-
-
-def test_an_edit_enlarged_since_lands_in_the_same_place():
-    source, edited = draw_picture(100, 150), draw_picture(32, 32, seed=3)
-    image_processor = EditARImageProcessor(size=32)
-    enlarged = edited.resize((64, 64), Image.Resampling.NEAREST)
-    restored = np.asarray(image_processor.restore(enlarged, source, 32, 32, "crop")).astype(int)
-    expected = np.asarray(image_processor.restore(edited, source, 32, 32, "crop"))
-    assert np.abs(restored - expected).mean() < 4
 
 
 def test_restore_turns_the_source_upright_and_its_transparency_white():
@@ -287,7 +263,7 @@ def test_restore_turns_the_source_upright_and_its_transparency_white():
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     Image.new("RGBA", (60, 40), (255, 0, 0, 0)).save(file, "PNG", exif=exif)
-    restored = EditARImageProcessor(size=32).restore(Image.new("RGB", (32, 32)), Image.open(file), 32, 32, "crop")
+    restored = EditARImageProcessor(size=32).restore(Image.new("RGB", (32, 32)), Image.open(file))
     assert restored.size == (40, 60)
     assert restored.getpixel((0, 0)) == (255, 255, 255)
     assert restored.getpixel((20, 30)) == (0, 0, 0)
@@ -304,10 +280,10 @@ def test_task_prefixes_are_the_published_ones():
     assert apply_task_prefix("a lake", "segmentation") == "Given the segmentation mask" + description
 
 
-def test_each_text_gets_the_prefix_of_its_task():
+def test_texts_and_tasks_pair_up():
     assert apply_task_prefix(["x", "y"], "edit") == ["x", "y"]
-    prompts = apply_task_prefix(("x", "y"), ["edit", "depth"])
-    assert prompts == ["x", apply_task_prefix("y", "depth")]
+    assert apply_task_prefix(("x", "y"), ["edit", "depth"]) == ["x", apply_task_prefix("y", "depth")]
+    assert apply_task_prefix("x", ["edit", "depth"]) == ["x", apply_task_prefix("x", "depth")]
 
 
 def test_prompts_are_padded_on_the_right_and_end_with_the_end_token(processor, tokenizer):
@@ -315,14 +291,6 @@ def test_prompts_are_padded_on_the_right_and_end_with_the_end_token(processor, t
     words = tokenizer.convert_tokens_to_ids(["▁make", "▁the", "▁red", "▁circle", "▁blue"])
     assert inputs.input_ids.tolist() == [[*words, 1] + [0] * 6, [1] + [0] * 11]
     assert inputs.attention_mask.tolist() == [[1] * 6 + [0] * 6, [1] + [0] * 11]
-
-
-def test_the_task_prefix_is_part_of_the_tokens(tokenizer):
-    processor = EditARProcessor(EditARImageProcessor(), tokenizer, num_text_tokens=120)
-    prefixed = processor(text="a lake", task="depth")
-    spelled = processor(text="Given the depth image, generate an image following the description: a lake")
-    assert torch.equal(prefixed.input_ids, spelled.input_ids)
-    assert not torch.equal(prefixed.input_ids, processor(text="a lake").input_ids)
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_says_what_was_lost(processor, tokenizer):
@@ -385,41 +353,7 @@ def test_processor_survives_saving_and_loading(tmp_path, tokenizer):
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is EditARImageProcessor
 
 
-def test_postprocess_of_the_processor_is_the_image_processors(processor):
-    pixel_values = torch.zeros(1, 3, 2, 2)
-    assert processor.postprocess(pixel_values)[0].size == (2, 2)
-    assert processor.postprocess(pixel_values, "np").shape == (1, 2, 2, 3)
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        ("no-such-scene.png", "'no-such-scene.png', from which no image opens"),
-        (5, "holds a int; pass PIL images"),
-        (None, "holds a NoneType"),
-        ([], "`images` is empty"),
-        (np.zeros((8, 8, 2), np.uint8), r"shape \(8, 8, 2\)"),
-        (torch.zeros(8, 8, 3), r"shape \(8, 3, 8\).*channels, height, width"),
-        (np.zeros((0, 8, 3), np.uint8), "at least one pixel"),
-        (Image.new("RGB", (0, 4)), "0×4 pixels"),
-        (np.zeros((8, 8, 3), np.int64), "int64"),
-        (np.full((8, 8, 3), 255.0), r"scale them to \[0, 1\]"),
-        (torch.full((3, 8, 8), -1.0), r"scale them to \[0, 1\]"),
-        (np.full((8, 8, 3), np.nan), r"scale them to \[0, 1\]"),
-    ],
-)
-def test_what_is_not_a_picture_is_refused(image, message):
-    with pytest.raises(ValueError, match="`images`") as error:
-        EditARImageProcessor(size=32)(image)
-    assert error.match(message)
-
-
-def test_a_picture_too_thin_to_be_cropped_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r'1×1000 pixels.*resize_mode="stretch"'):
-        EditARImageProcessor(size=32)(Image.new("RGB", (1, 1000)))
+# Files
 
 
 def test_paths_and_urls_are_opened(tmp_path):
@@ -450,14 +384,12 @@ def test_pixels_are_taken_as_they_lie_where_the_exif_block_is_damaged(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
 def test_a_result_carries_the_colour_profile_of_an_rgb_source_and_no_other(mode):
-    rgb_profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    space = {"L": b"GRAY", "CMYK": b"CMYK"}.get(mode, b"RGB ")
     source = draw_picture(32, 32).convert(mode)
-    source.info["icc_profile"] = rgb_profile
-    if mode in ("L", "CMYK"):
-        source.info["icc_profile"] = rgb_profile[:16] + {"L": b"GRAY", "CMYK": b"CMYK"}[mode] + rgb_profile[20:]
-    processor = EditARImageProcessor(size=32)
-    restored = processor.restore(Image.new("RGB", (32, 32)), source, 32, 32, "stretch")
-    assert restored.info.get("icc_profile") == (rgb_profile if mode in ("RGB", "RGBA", "P") else None)
+    source.info["icc_profile"] = profile[:16] + space + profile[20:]
+    restored = EditARImageProcessor(size=32).restore(Image.new("RGB", (32, 32)), source, "stretch")
+    assert restored.info.get("icc_profile") == (profile if space == b"RGB " else None)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
@@ -469,20 +401,41 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, file_format):
         EditARImageProcessor(size=32)(picture)
 
 
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("no-such-scene.png", "'no-such-scene.png', from which no image opens"),
+        (5, "holds a int; pass PIL images"),
+        ([], "`images` is an empty list"),
+        (torch.zeros(8, 8, 3), r"shape \(8, 3, 8\).*channels, height, width"),
+        (np.zeros((0, 8, 3), np.uint8), "at least one pixel"),
+        (Image.new("RGB", (0, 4)), "0×4 pixels"),
+        (np.zeros((8, 8, 3), np.int64), "int64"),
+        (np.full((8, 8, 3), 255.0), r"scale them to \[0, 1\]"),
+        (torch.full((3, 8, 8), -1.0), r"scale them to \[0, 1\]"),
+        (np.full((8, 8, 3), np.nan), r"scale them to \[0, 1\]"),
+        (Image.new("RGB", (1, 1000)), r'1×1000 pixels.*resize_mode="stretch"'),
+    ],
+)
+def test_what_is_not_a_picture_is_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        EditARImageProcessor(size=32)(image)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"height": 30}, "`height` is 30.*16"),
         ({"width": 0}, "`width` is 0"),
-        ({"width": 32.0}, "`width` is 32.0"),
         ({"resize_mode": "pad"}, "`resize_mode` is 'pad'.*'crop', 'stretch'"),
         ({"task": "sketch"}, "`task` is 'sketch'.*'edit', 'canny', 'depth', 'segmentation'"),
-        ({"task": ["edit", "edit"]}, "`task` has 2 entries for 1 texts"),
-        ({"text": ["x", 3]}, "`text` holds 3"),
-        ({"text": []}, "`text` is empty"),
-        ({"target_images": 5}, "holds a int"),
-        ({"task": None}, "`task` is None"),
-        ({"task": [[]]}, r"`task` is \[\]"),
+        ({"text": ["x", "y"], "task": ["edit"] * 3}, "`task` has 3 entries for 2 texts"),
+        ({"text": ["x", 3]}, "`text` is"),
+        ({"text": []}, "`text` is"),
+        ({"images": None, "text": None}, "`images`, `text` and `target_images`"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(processor, arguments, message):
@@ -490,14 +443,11 @@ def test_arguments_that_do_not_fit_are_refused(processor, arguments, message):
         processor(**{"images": draw_picture(32, 32), "text": "x", **arguments})
 
 
-def test_a_call_with_nothing_is_refused(processor):
-    with pytest.raises(ValueError, match="`images`, `text` and `target_images`"):
-        processor()
-
-
-def test_an_unknown_output_type_is_refused(processor):
-    with pytest.raises(ValueError, match=r"`output_type` is 'tokens'.*'pil', 'np', 'pt'"):
+def test_pixels_that_overflowed_and_an_unknown_output_type_are_refused(processor):
+    with pytest.raises(ValueError, match="`output_type` is 'tokens'"):
         processor.postprocess(torch.zeros(1, 3, 2, 2), "tokens")
+    with pytest.raises(RuntimeError, match=r"`pixel_values` holds NaN.*float16"):
+        processor.postprocess(torch.full((1, 3, 2, 2), torch.nan))
 
 
 @pytest.mark.parametrize(
@@ -505,7 +455,7 @@ def test_an_unknown_output_type_is_refused(processor):
     [
         ({"size": 100}, "`height` is 100"),
         ({"size": {"shortest_edge": 32}}, "`height` is None"),
-        ({"size": 32, "stride": 64}, "positive multiple of 64"),
+        ({"size": 32, "stride": 64}, "`height` is 32; pass a multiple of 64"),
         ({"resize_mode": "fit"}, "`resize_mode` is 'fit'"),
     ],
 )
@@ -517,11 +467,3 @@ def test_an_image_processor_that_cannot_work_is_not_built(arguments, message):
 def test_a_processor_without_text_tokens_is_not_built(tokenizer):
     with pytest.raises(ValueError, match="`num_text_tokens` is 0"):
         EditARProcessor(EditARImageProcessor(), tokenizer, num_text_tokens=0)
-
-
-def test_restore_refuses_a_size_or_mode_that_does_not_fit():
-    image_processor, picture = EditARImageProcessor(size=32), Image.new("RGB", (32, 32))
-    with pytest.raises(ValueError, match="`height` is 33"):
-        image_processor.restore(picture, picture, 33, 32, "crop")
-    with pytest.raises(ValueError, match="`resize_mode` is 'fit'"):
-        image_processor.restore(picture, picture, 32, 32, "fit")

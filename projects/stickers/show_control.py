@@ -44,8 +44,8 @@ def show_mask(pipe: EditARPipeline, seed: int) -> list[tuple[str, Image.Image]]:
     return [
         (sample["prompt"], sample["source_image"]),
         ("mask", sample["mask"].convert("RGB")),
-        (f"with the mask, {masked.num_passes} passes", masked.images[0]),
-        (f"without it, {free.num_passes} passes", free.images[0]),
+        (f"with the mask, {masked.num_decode_steps} passes", masked.images[0]),
+        (f"without it, {free.num_decode_steps} passes", free.images[0]),
     ]
 
 

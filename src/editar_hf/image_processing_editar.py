@@ -4,7 +4,6 @@
 images to the size the model works at, as pixels in [−1, 1], and back.
 """
 
-import numbers
 import warnings
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict, overload
@@ -17,13 +16,11 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ImageInput, SizeDict
 
-from .checks import check_choice, check_has_values, check_integer, check_tensor
+from .checks import check_choice, check_integer
 
 
 RESIZE_MODES = ("crop", "stretch")
 OUTPUT_TYPES = ("pil", "np", "pt")
-# A larger side is a mistake: its pixels fit no memory.
-MAX_SIDE = 2**16
 # The centre crop warns if it cuts away more than this fraction of an image.
 MAX_SILENT_CUT = 0.02
 
@@ -31,13 +28,12 @@ MAX_SILENT_CUT = 0.02
 # Upright RGB
 
 
-def list_images(images: ImageInput, depth: int = 3) -> list:
-    """List the single images of an image, a batch, or a list of either; a list may even hold itself."""
-    if isinstance(images, list | tuple) and depth:
-        return [image for one in images for image in list_images(one, depth - 1)]
-    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
-        return list(images)
-    return [images]
+def list_images(images: ImageInput) -> list:
+    """List the single images of an image, a batch, or a list of either."""
+    listed: list = []
+    for one in images if isinstance(images, list | tuple) else [images]:
+        listed.extend(one if isinstance(one, np.ndarray | torch.Tensor) and one.ndim == 4 else [one])
+    return listed
 
 
 def open_image(source: str | Path, name: str = "images") -> Image.Image:
@@ -65,16 +61,15 @@ def make_image(array: np.ndarray, name: str = "images") -> Image.Image:
     Raises:
         ValueError: If the shape, the type or the range does not fit.
     """
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+    array = array[:, :, 0] if array.shape[2:] == (1,) else array
+    if 0 in array.shape or not (array.ndim == 2 or array.shape[2:] in ((3,), (4,))):
         raise ValueError(
             f"`{name}` holds an image of shape {array.shape}, read as (height, width, channels). Pass arrays of that "
             "layout, or tensors of (channels, height, width), with 1, 3 or 4 channels and at least one pixel."
         )
     if array.dtype == np.uint8:
         return Image.fromarray(array)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
+    if array.dtype == np.uint16:
         return Image.fromarray(((array.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if array.dtype.kind != "f":
         raise ValueError(f"`{name}` holds pixels of type {array.dtype}; pass uint8, uint16, or floats in [0, 1].")
@@ -108,9 +103,9 @@ def prepare_rgb_image(
     """Make an upright 8-bit RGB image without transparency; the result shares no memory with the input.
 
     Args:
-        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): A PIL image of any mode ("I" is read
-            as 16 bits, "F" as [0, 1]), an array (height, width, channels), a tensor (channels, height, width), a path
-            or a URL. Arrays and tensors hold uint8, uint16, or floats in [0, 1].
+        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): A PIL image ("I" is read as 16 bits,
+            "F" as [0, 1]), an array (height, width, channels), a tensor (channels, height, width), a path or a URL.
+            Arrays and tensors hold uint8, uint16, or floats in [0, 1].
         background (`str`): The colour behind transparent pixels; *defaults to* white.
         name (`str`): The argument that brought the image, for messages.
 
@@ -119,39 +114,42 @@ def prepare_rgb_image(
     """
     if isinstance(image, str | Path):
         image = open_image(image, name)
-    if isinstance(image, torch.Tensor):
-        check_has_values(name, image)
+    if isinstance(image, Image.Image):
+        image = turn_upright(image, name)
+        if image.mode.startswith("I"):
+            image = np.asarray(image).clip(0, 65535).astype(np.uint16)
+        elif image.mode == "F":
+            image = np.asarray(image)
+    elif isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image
-        image = make_image((image.movedim(0, -1) if image.ndim == 3 else image).numpy(), name)
-    elif isinstance(image, np.ndarray):
+        image = (image.movedim(0, -1) if image.ndim == 3 else image).numpy()
+    if isinstance(image, np.ndarray):
         image = make_image(image, name)
-    elif isinstance(image, Image.Image):
-        image = turn_upright(image, name)
-    else:
+    if not isinstance(image, Image.Image):
         raise ValueError(
             f"`{name}` holds a {type(image).__name__}; pass PIL images, numpy arrays, torch tensors, paths, URLs, or a "
             "list of them."
         )
-    if image.mode.startswith("I"):
-        image = make_image(np.asarray(image).clip(0, 65535).astype(np.uint16), name)
-    elif image.mode == "F":
-        image = make_image(np.asarray(image), name)
     if 0 in image.size:
         raise ValueError(f"`{name}` holds an image of {image.width}×{image.height} pixels; it needs at least one.")
-    if image.mode == "La":
-        image = image.convert("LA")  # PIL converts "La" to no other mode.
-    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P", "PA") else None
+    profile = image.info.get("icc_profile") or b""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image = image.convert("RGB")
     # Keep a colour profile only if it describes RGB, not grey or CMYK. Bytes 16 to 19 name its colour space
     # (ICC.1:2022, section 7.2).
-    image.info.pop("icc_profile", None)
-    if profile is not None and profile[16:20] == b"RGB ":
-        image.info["icc_profile"] = profile
+    image.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}
     return image
+
+
+def prepare_rgb_images(images: ImageInput, name: str = "images") -> list[Image.Image]:
+    """Make upright RGB images of an image, a batch (4-D array or tensor), or a list of either."""
+    prepared = [prepare_rgb_image(image, name=name) for image in list_images(images)]
+    if not prepared:
+        raise ValueError(f"`{name}` is an empty list; pass at least one image.")
+    return prepared
 
 
 # The centre crop
@@ -205,12 +203,6 @@ def compute_crop_geometry(source_height: int, source_width: int, height: int, wi
 # The processor
 
 
-def check_return_tensors(return_tensors: str | None) -> None:
-    """Refuse array types that the processors do not make; None leaves tensors as they are."""
-    if return_tensors is not None:
-        check_choice("return_tensors", return_tensors, ("pt", "np"))
-
-
 class EditARImageProcessorKwargs(TypedDict, total=False):
     """The settings of an `EditARImageProcessor`."""
 
@@ -259,23 +251,13 @@ class EditARImageProcessor(PilBackend):
         super().__init__(**kwargs)
         self._check_arguments(self.size, self.resize_mode)
 
-    def _standardize_kwargs(self, size: int | dict[str, int] | SizeDict | None = None, **kwargs) -> dict:
-        try:
-            return super()._standardize_kwargs(size=size, default_to_square=True, **kwargs)  # a number is both sides
-        except (IndexError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"`size` is {size!r}; pass a number of pixels, or a dict of `height` and `width`."
-            ) from error
+    def _standardize_kwargs(self, **kwargs) -> dict:
+        return super()._standardize_kwargs(**{"default_to_square": True, **kwargs})  # a number is both sides
 
     def _check_arguments(self, size: SizeDict, resize_mode: str):
         check_integer("stride", self.stride)
-        for name, value in (("height", size and size.height), ("width", size and size.width)):
-            is_integer = isinstance(value, numbers.Integral)
-            if not is_integer or not 1 <= value <= MAX_SIDE or value % self.stride:
-                raise ValueError(
-                    f"`{name}` is {value!r}; pass a positive multiple of {self.stride}, the pixels per token of the VQ "
-                    f"model, and at most {MAX_SIDE}."
-                )
+        for name in ("height", "width"):
+            check_integer(name, getattr(size, name), minimum=self.stride, step=self.stride)
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
 
     def preprocess(
@@ -299,11 +281,7 @@ class EditARImageProcessor(PilBackend):
         size = self.size if size is None else self._standardize_kwargs(size=size)["size"]
         resize_mode = self.resize_mode if resize_mode is None else resize_mode
         self._check_arguments(size, resize_mode)
-        check_return_tensors(return_tensors)
-        images = [prepare_rgb_image(image) for image in list_images(images)]
-        if not images:
-            raise ValueError("`images` is empty; pass at least one image.")
-        pixel_values = self.compute_pixel_values(images, size.height, size.width, resize_mode)
+        pixel_values = self.compute_pixel_values(prepare_rgb_images(images), size.height, size.width, resize_mode)
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def compute_pixel_values(
@@ -348,9 +326,6 @@ class EditARImageProcessor(PilBackend):
             ValueError: If `output_type` is none of these.
             RuntimeError: If the pixels hold NaN.
         """
-        check_tensor("pixel_values", pixel_values)
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; pass (batch, 3, height, width).")
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if pixel_values.isnan().any():
             raise RuntimeError(
@@ -368,9 +343,7 @@ class EditARImageProcessor(PilBackend):
         self,
         edited_image: Image.Image,
         source_image: Image.Image | np.ndarray | torch.Tensor,
-        height: int,
-        width: int,
-        resize_mode: str,
+        resize_mode: str | None = None,
         weights: np.ndarray | None = None,
     ) -> Image.Image:
         """Bring an edited image back to the size of its source.
@@ -379,43 +352,36 @@ class EditARImageProcessor(PilBackend):
         RGB, transparency over white). A stretch is undone by the inverse resize.
 
         Args:
-            edited_image (`PIL.Image.Image`): The edited image. It may have been enlarged since the model made it.
+            edited_image (`PIL.Image.Image`): The edited image, of the size the model worked at.
             source_image: The image that was edited; see `prepare_rgb_image`.
-            height, width (`int`): Pixels the model worked at.
-            resize_mode (`str`): How the source was brought to that size.
+            resize_mode (`str`, *optional*): How the source was brought to that size; *defaults to* the processor's.
             weights (`np.ndarray` of shape `(height, width)`, *optional*): Share of the edited image in each pixel, in
                 [0, 1]; where it is 0, the source's pixels stay exactly. *Defaults to* 1 everywhere.
 
         Raises:
-            ValueError: If the size or the mode does not fit, or `source_image` is not an image.
+            ValueError: If the mode is unknown, or `source_image` is not an image.
         """
-        self._check_arguments(SizeDict(height=height, width=width), resize_mode)
+        resize_mode = self.resize_mode if resize_mode is None else resize_mode
+        check_choice("resize_mode", resize_mode, RESIZE_MODES)
         restored = prepare_rgb_image(source_image)
-
-        def undo_resize(image: Image.Image, resample: Image.Resampling) -> tuple[Image.Image, tuple[int, int]]:
-            """Return the image at the source's scale, and the place of its upper left corner in the source."""
-            if resize_mode == "stretch":
-                return image.resize(restored.size, resample), (0, 0)
-            crop = compute_crop_geometry(restored.height, restored.width, height, width)
-            left, top, right, bottom = crop.box
-            # The same box in the image, to a fraction of a pixel, so that what was edited returns to its place.
-            columns = [(x * crop.resized_width - crop.left * restored.width) / restored.width for x in (left, right)]
-            rows = [(y * crop.resized_height - crop.top * restored.height) / restored.height for y in (top, bottom)]
-            columns = [x * image.width / width for x in columns]
-            rows = [y * image.height / height for y in rows]
+        width, height = restored.size
+        place, box = (0, 0, width, height), None
+        if resize_mode == "crop":
+            crop = compute_crop_geometry(height, width, edited_image.height, edited_image.width)
+            place = left, top, right, bottom = crop.box
+            # The same box in the edited image, to a fraction of a pixel, so that what was edited returns to its place.
+            columns = [(x * crop.resized_width - crop.left * width) / width for x in (left, right)]
+            rows = [(y * crop.resized_height - crop.top * height) / height for y in (top, bottom)]
             box = (columns[0], rows[0], columns[1], rows[1])
-            return image.resize((right - left, bottom - top), resample, box=box), (left, top)
-
-        edited, corner = undo_resize(edited_image, Image.Resampling.LANCZOS)
-        if weights is None:
-            restored.paste(edited, corner)
-            return restored
-        # Neither filter reaches further than one pixel of the larger image, so weights of 0 stay 0.
-        is_smaller = edited.width < width or edited.height < height
-        resample = Image.Resampling.BOX if is_smaller else Image.Resampling.BILINEAR
-        weights = np.asarray(undo_resize(Image.fromarray(weights.astype(np.float32)), resample)[0])
-        box = (*corner, corner[0] + edited.width, corner[1] + edited.height)
-        below, above = (np.asarray(image, np.float32) for image in (restored.crop(box), edited))
-        blended = below + weights[:, :, None] * (above - below)
-        restored.paste(Image.fromarray(np.round(blended).astype(np.uint8)), corner)
+        size = place[2] - place[0], place[3] - place[1]
+        edited = edited_image.resize(size, Image.Resampling.LANCZOS, box)
+        if weights is not None:
+            # Neither filter reaches further than one pixel of the larger image, so weights of 0 stay 0.
+            is_smaller = size[0] < edited_image.width or size[1] < edited_image.height
+            resample = Image.Resampling.BOX if is_smaller else Image.Resampling.BILINEAR
+            shares = np.asarray(Image.fromarray(weights.astype(np.float32)).resize(size, resample, box))
+            below, above = (np.asarray(image, np.float32) for image in (restored.crop(place), edited))
+            blended = below + shares[:, :, None] * (above - below)
+            edited = Image.fromarray(np.round(blended).astype(np.uint8))
+        restored.paste(edited, place[:2])
         return restored

@@ -15,7 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .checks import check_choice, check_integer, check_texts
-from .image_processing_editar import EditARImageProcessor, check_return_tensors
+from .image_processing_editar import EditARImageProcessor
 
 
 # The task of a prompt without a source image.
@@ -28,45 +28,31 @@ TASK_PREFIXES = {
     "segmentation": "Given the segmentation mask, generate an image following the description: ",
     TEXT_TO_IMAGE: "",
 }
-# A longer prompt is a mistake: its states fit no memory.
-MAX_TEXT_TOKENS = 2**16
-
-
-def check_task(task: str | Sequence[str]) -> None:
-    """Refuse what is neither a task nor a list of tasks."""
-    if not isinstance(task, str | list | tuple) or not task:
-        raise ValueError(f"`task` is {task!r}; choose one of {', '.join(map(repr, TASK_PREFIXES))}, or a list of them.")
-    for one_task in [task] if isinstance(task, str) else task:
-        check_choice("task", one_task, TASK_PREFIXES)
 
 
 def apply_task_prefix(text: str | Sequence[str], task: str | Sequence[str] = "edit") -> str | list[str]:
-    """Put the published prefix of each task before its text.
+    """Put the published prefix of each task before its text; one text serves many tasks, and one task many texts.
 
     Args:
         text (`str` or sequence of `str`): The prompts.
-        task (`str` or sequence of `str`): `"edit"` (no prefix), `"canny"`, `"depth"` or `"segmentation"`; one for all
-            texts, or one per text; also `"text-to-image"` (no prefix).
+        task (`str` or sequence of `str`): `"edit"` (no prefix), `"canny"`, `"depth"`, `"segmentation"` or
+            `"text-to-image"` (no prefix).
 
     Returns:
-        A string for a string, a list for a sequence.
+        A string for a text and a task, otherwise a list.
 
     Raises:
         ValueError: If a text is not a string, a task is unknown, or the numbers of tasks and texts differ.
     """
-    if not isinstance(text, str | list | tuple):
-        raise ValueError(f"`text` is {text!r}; pass a string or a list of strings.")
-    check_task(task)
-    texts = [text] if isinstance(text, str) else list(text)
-    tasks = [task] * len(texts) if isinstance(task, str) else list(task)
-    for one_text in texts:
-        if not isinstance(one_text, str):
-            raise ValueError(f"`text` holds {one_text!r}; pass a string or a list of strings.")
-        check_texts("text", one_text)
-    if len(tasks) != len(texts):
+    check_texts("text", text)
+    texts, tasks = ([entry] if isinstance(entry, str) else list(entry) for entry in (text, task))
+    for one_task in tasks:
+        check_choice("task", one_task, TASK_PREFIXES)
+    count = max(len(texts), len(tasks))
+    if any(len(entries) not in (1, count) for entries in (texts, tasks)):
         raise ValueError(f"`task` has {len(tasks)} entries for {len(texts)} texts; pass one task, or one per text.")
-    prompts = [TASK_PREFIXES[one_task] + one_text for one_task, one_text in zip(tasks, texts, strict=True)]
-    return prompts[0] if isinstance(text, str) else prompts
+    prompts = [TASK_PREFIXES[tasks[i % len(tasks)]] + texts[i % len(texts)] for i in range(count)]
+    return prompts[0] if isinstance(text, str) and isinstance(task, str) else prompts
 
 
 class EditARProcessor(ProcessorMixin):
@@ -102,7 +88,7 @@ class EditARProcessor(ProcessorMixin):
     def __init__(
         self, image_processor: EditARImageProcessor, tokenizer: PreTrainedTokenizerBase, num_text_tokens: int = 120
     ):
-        num_text_tokens = check_integer("num_text_tokens", num_text_tokens, maximum=MAX_TEXT_TOKENS)
+        num_text_tokens = check_integer("num_text_tokens", num_text_tokens)
         super().__init__(image_processor, tokenizer)
         self.num_text_tokens = num_text_tokens
 
@@ -138,7 +124,6 @@ class EditARProcessor(ProcessorMixin):
         """
         if images is None and text is None and target_images is None:
             raise ValueError("`images`, `text` and `target_images` are all None; pass at least one of them.")
-        check_return_tensors(return_tensors)
         features = {} if text is None else self._tokenize(apply_task_prefix(text, task))
         default = self.image_processor.size
         size = {
@@ -152,8 +137,6 @@ class EditARProcessor(ProcessorMixin):
 
     def _tokenize(self, prompts: str | list[str]) -> dict[str, torch.Tensor]:
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not prompts:
-            raise ValueError("`text` is empty; pass at least one prompt.")
         tokens = self.tokenizer(
             prompts,
             padding="max_length",

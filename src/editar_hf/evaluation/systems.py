@@ -181,11 +181,8 @@ def restore_images(pipeline, pixels: torch.Tensor, sources: list[Image.Image], q
     steps = pixels.float().cpu().clamp(0, 1) * 255
     steps = (steps.round() if quantize == "round" else steps.floor()).to(torch.uint8)
     images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in steps]
-    image_processor, (height, width) = pipeline.processor.image_processor, pixels.shape[2:]
-    return [
-        image_processor.restore(image, source, height, width, image_processor.resize_mode)
-        for image, source in zip(images, sources, strict=True)
-    ]
+    restore = pipeline.processor.image_processor.restore
+    return [restore(image, source) for image, source in zip(images, sources, strict=True)]
 
 
 def command(command: str) -> System:

@@ -73,8 +73,8 @@ class StepReporter(StoppingCriteria):
         pipeline (`EditARPipeline`): The pipeline that is called.
         progress_bar (`tqdm`): Counts tokens.
         callback (`Callable`, *optional*): The user's callback.
-        tensors (`dict[str, torch.Tensor]`): What the callback may ask for, beside the tokens so far.
-        names (sequence of `str`): What it asks for.
+        names (sequence of `str`): The tensors that the callback asks for.
+        tensors (`dict[str, torch.Tensor | None]`): What it may ask for, beside the tokens so far.
         preview (`RowPreview`, *optional*): Draws previews for it.
     """
 
@@ -83,8 +83,8 @@ class StepReporter(StoppingCriteria):
         pipeline,
         progress_bar,
         callback: Callable | None,
-        tensors: dict[str, torch.Tensor],
         names: Sequence[str],
+        tensors: dict[str, torch.Tensor | None],
         preview: RowPreview | None,
     ):
         self.pipeline = pipeline

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image
 from transformers.image_utils import ImageInput
 
 from ..image_processing_editar import (
@@ -29,10 +29,6 @@ from .inputs import compute_batch_size
 
 # A pixel of a mask is white from this grey on, of 0 to 255.
 WHITE = 128
-# A clean mask is black and white within this many greys, and colourless within this difference between channels, but
-# for this fraction of its opaque pixels.
-CLEAN_TOLERANCE = 32
-MAX_UNCLEAN_FRACTION = 0.01
 # How much larger than the white area a window is, per side: the model needs to see the surroundings.
 WINDOW_MARGIN = 1.5
 
@@ -48,14 +44,14 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
 
     Raises:
         ValueError: If it is no image, has other proportions than the source, or has transparent pixels beside opaque
-            ones that are not a white mask.
+            ones that are not white.
     """
     if isinstance(mask_image, np.ndarray | torch.Tensor) and mask_image.dtype in (bool, torch.bool):
         mask_image = mask_image * np.uint8(255) if isinstance(mask_image, np.ndarray) else mask_image.byte() * 255
     if isinstance(mask_image, str | Path):
         mask_image = open_image(mask_image, "mask_image")  # Once, for the two calls below.
-    on_black = prepare_rgb_image(mask_image, background="black", name="mask_image")
-    check_transparency(on_black, prepare_rgb_image(mask_image, background="white", name="mask_image"))
+    on_black, on_white = (prepare_rgb_image(mask_image, colour, "mask_image") for colour in ("black", "white"))
+    check_transparency(np.asarray(on_black), np.asarray(on_white))
     mask = on_black.convert("L")
     is_white = np.asarray(mask) >= WHITE
     if mask.size == source_size:
@@ -74,31 +70,20 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
     return compute_coverage(is_white, source_size) > 0
 
 
-def check_transparency(on_black: Image.Image, on_white: Image.Image):
-    """Refuse a mask with transparent pixels whose opaque pixels are not a white mask.
+def check_transparency(on_black: np.ndarray, on_white: np.ndarray) -> None:
+    """Refuse a mask with transparent pixels, unless its opaque pixels are white strokes.
 
-    Other software (OpenAI) passes the source image, transparent where it may change. The opaque pixels tell the two
-    apart: white strokes are black and white, with grey edges of at most two pixels.
+    Other software (OpenAI) passes the source image, transparent where it may change.
 
     Args:
-        on_black, on_white (`Image.Image`): The mask over a black and over a white background.
+        on_black, on_white (`np.ndarray`): The mask over a black and over a white background, uint8 (height, width, 3).
     """
     # The difference is 255 minus the alpha channel.
-    is_opaque = np.asarray(ImageChops.difference(on_white, on_black).convert("L")) < 256 - WHITE
-    if is_opaque.all() or not is_opaque.any():
-        return
-    on_black, on_white = np.asarray(on_black), np.asarray(on_white)
-    highest, lowest = on_black.max(axis=2), on_white.min(axis=2)
-    is_unclean = is_opaque & (highest > CLEAN_TOLERANCE) & (lowest < 255 - CLEAN_TOLERANCE)
-    most = MAX_UNCLEAN_FRACTION * is_opaque.sum()
-    if is_unclean.sum() > most:  # The filter is slow.
-        is_near_clean = np.asarray(Image.fromarray(~is_unclean).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
-        is_coloured = np.ptp(on_black, axis=2) > CLEAN_TOLERANCE
-        is_unclean &= is_coloured | ~is_near_clean
-    if is_unclean.sum() > most or not (is_opaque & (highest >= WHITE)).any():
+    is_opaque = (on_white - on_black).max(axis=2) < 256 - WHITE
+    if not is_opaque.all() and (on_white[is_opaque] < 224).any(axis=1).sum() > 0.01 * is_opaque.sum():
         raise ValueError(
-            "`mask_image` has transparency, and what is opaque is no white mask. Pass a mask that is white where the "
-            "image may change. If its transparent part is what may change, pass "
+            "`mask_image` has transparency, and what is opaque is not white. Pass a mask that is white where the image "
+            "may change. If its transparent part is what may change, pass "
             '`ImageChops.invert(mask.getchannel("A"))`, with `mask` in mode "RGBA".'
         )
 
@@ -131,13 +116,9 @@ def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int
 def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mode: str) -> str | None:
     """Say why less may change than a mask seems to ask for; return `None` if all of it may.
 
-    Args:
-        is_white (`np.ndarray`): Bool (height, width) at the size of the source.
-        height, width (`int`): Pixels the model works at.
-        resize_mode (`str`): How the source is brought there.
+    The arguments are those of `compute_edit_mask`.
     """
-    num_white = is_white.sum()
-    if not num_white:
+    if not is_white.any():
         return (
             f"`mask_image` is white nowhere in an image, whose source is returned; white is {WHITE} to 255, so pass a "
             "mask of 0 and 1 as bool."
@@ -145,7 +126,7 @@ def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mo
     if resize_mode == "stretch":
         return None
     left, top, right, bottom = compute_crop_geometry(is_white.shape[0], is_white.shape[1], height, width).box
-    part = 1 - is_white[top:bottom, left:right].sum() / num_white
+    part = 1 - is_white[top:bottom, left:right].sum() / is_white.sum()
     if part <= MAX_SILENT_CUT:
         return None
     return (
@@ -226,12 +207,13 @@ class EditRegion:
     Args:
         edit_mask (`torch.BoolTensor` of shape `(batch, N)`): True for tokens that may change.
         weights (`torch.Tensor` of shape `(batch, 1, height, width)`): Share of the result in each pixel, in [0, 1].
-        windows (`list[Window]`, *optional*): The parts of the images that are edited, if not the whole images.
+        windows (`torch.LongTensor` of shape `(batch, 4)`): The parts of the images that are edited: left, top, right
+            and bottom, in pixels as PIL counts them.
     """
 
     edit_mask: torch.Tensor
     weights: torch.Tensor
-    windows: list[Window] | None = None
+    windows: torch.Tensor
 
     @classmethod
     def from_masks(
@@ -256,9 +238,10 @@ class EditRegion:
                 for masks without white.
             crop_to_mask (`bool`): Edit a window around the white.
         """
-        masks, windows = list_images(mask_image), None
+        masks = list_images(mask_image)
         count = compute_batch_size(image=images, mask_image=masks)
         masks = [prepare_mask(masks[i % len(masks)], images[i % len(images)].size) for i in range(count)]
+        windows = [Window(0, 0, mask.shape[1], mask.shape[0]) for mask in masks]
         if crop_to_mask:
             windows = [compute_window(mask, *size) for mask in masks]
             masks = [mask[w.top : w.bottom, w.left : w.right] for mask, w in zip(masks, windows, strict=True)]
@@ -269,14 +252,13 @@ class EditRegion:
             weights = compute_feather(edit_mask, stride)
         else:
             weights = edit_mask.flatten(1).any(dim=1).float()[:, None, None, None].expand(-1, 1, *size)
-        return cls(edit_mask.flatten(1), weights, windows)
+        return cls(edit_mask.flatten(1), weights, torch.tensor(windows))
 
     def crop(self, images: Sequence[Image.Image]) -> list[Image.Image]:
         """Cut the windows out of the images."""
-        return [images[i % len(images)].crop(window) for i, window in enumerate(self.windows or ())]
+        return [images[i % len(images)].crop(window) for i, window in enumerate(self.windows.tolist())]
 
     def repeat_rows(self, num_rows: int, device: torch.device) -> Self:
         """Give every image of a batch its row, on the device of the batch."""
-        edit_mask, weights = (repeat_rows(rows, num_rows).to(device) for rows in (self.edit_mask, self.weights))
-        windows = self.windows and [self.windows[i * len(self.windows) // num_rows] for i in range(num_rows)]
-        return type(self)(edit_mask, weights, windows)
+        fields = (self.edit_mask, self.weights, self.windows)
+        return type(self)(*(repeat_rows(rows, num_rows).to(device) for rows in fields))

@@ -4,6 +4,7 @@
 itself is in `modeling_editar.py` and `generation/`.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,31 +17,25 @@ from PIL import Image
 from transformers import StoppingCriteriaList, T5EncoderModel
 from transformers.image_utils import ImageInput
 
-from ..checks import check_choice, check_integer, check_tensor, check_texts
+from ..checks import check_choice, check_integer
 from ..generation import SourceCache
-from ..generation.inputs import check_generator, resolve_settings
-from ..image_processing_editar import OUTPUT_TYPES, RESIZE_MODES
+from ..generation.inputs import check_decoding, check_generator, check_source_cache, resolve_settings
+from ..image_processing_editar import OUTPUT_TYPES, RESIZE_MODES, prepare_rgb_images
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel
-from ..processing_editar import EditARProcessor, check_task
+from ..processing_editar import EditARProcessor
 from .callbacks import RowPreview, StepReporter
 from .edit_region import EditRegion, repeat_rows
 from .hub import EditARHubMixin
 from .inputs import (
-    MAX_NUM_IMAGES,
     add_task_prefixes,
     check_cached_images,
-    check_callback,
-    check_known_arguments,
     check_output,
     check_prompts,
     check_source,
-    check_tokenizer,
     compute_batch_size,
     list_texts,
-    prepare_images,
-    warn_of_no_effect,
-    warn_of_no_source,
+    warn_of_greedy_decoding,
 )
 from .lora import EditARLoraMixin
 
@@ -54,12 +49,18 @@ class EditARPipelineOutput(BaseOutput):
             `"tokens"`, the tokens.
         image_tokens (`torch.LongTensor` of shape `(batch, N)`): Their tokens, in raster order. They can be the next
             call's `source_image_tokens`.
-        num_passes (`int`): Decoder passes after the prefill of source image and text.
+        num_decode_steps (`int`): Decoder passes after the prefill of source image and text.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     image_tokens: torch.LongTensor
-    num_passes: int
+    num_decode_steps: int
+
+    @property
+    def num_passes(self) -> int:
+        """The former name of `num_decode_steps`."""
+        warnings.warn("`num_passes` is now called `num_decode_steps`.", FutureWarning, stacklevel=2)
+        return self.num_decode_steps
 
 
 class EditARPipeline(EditARLoraMixin, EditARHubMixin):
@@ -100,7 +101,13 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         processor: EditARProcessor,
     ):
         super().__init__()
-        check_tokenizer(transformer, text_encoder, processor)
+        if processor and processor.tokenizer.pad_token is None:
+            raise ValueError("`processor` has a tokenizer without a padding token; save or download its files again.")
+        if text_encoder and processor and len(processor.tokenizer) > text_encoder.config.vocab_size:
+            raise ValueError(
+                f"`processor` has a tokenizer of {len(processor.tokenizer)} entries and `text_encoder` reads "
+                f"{text_encoder.config.vocab_size}; pass the tokenizer that it was trained with."
+            )
         self.register_modules(
             transformer=transformer, vq_model=vq_model, text_encoder=text_encoder, processor=processor
         )
@@ -135,7 +142,6 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         """
         if self.text_encoder is None:
             raise ValueError(f"`prompt` is {prompt!r}, and the pipeline has no text encoder; pass `prompt_embeds`.")
-        check_texts("prompt", prompt)
         inputs = self.processor(text=prompt, task=task).to(self._execution_device)
         # Parity: the text encoder masks padding, but the decoder attends to the padding's states.
         states = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
@@ -204,7 +210,6 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         Raises:
             ValueError: If the tokens do not fill the size or are out of range, or `output_type` is unknown.
         """
-        check_tensor("image_tokens", image_tokens)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         grid = self.compute_grid(*self.resolve_size(height, width))
         return self.processor.postprocess(self.decode_pixel_values(image_tokens, grid), output_type)
@@ -237,8 +242,6 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         Raises:
             ValueError: If the inputs do not fit the model or each other.
         """
-        check_texts("prompt", prompt)
-        check_task(task)
         pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
         grid = self.compute_grid(*pixel_values.shape[-2:])
         prompts = add_task_prefixes(prompt, task)
@@ -285,7 +288,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     ) -> torch.Tensor:
         """Bring images to pixels `(batch, 3, height, width)` in [−1, 1]."""
         size, resize_mode = self.resolve_size(height, width), self.resolve_resize_mode(resize_mode)
-        return self.processor.image_processor.compute_pixel_values(prepare_images(image), *size, resize_mode)
+        return self.processor.image_processor.compute_pixel_values(
+            prepare_rgb_images(image, "image"), *size, resize_mode
+        )
 
     def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Encode pixels `(batch, 3, height, width)` in [−1, 1] to tokens `(batch, N)`."""
@@ -309,38 +314,17 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             return self.decode_pixel_values(source_image_tokens, self.compute_grid(*size))
         return torch.zeros(num_rows, 3, *size, device=self._execution_device)
 
-    def generate_image_tokens(
-        self,
-        rows: dict[str, torch.Tensor | None],
-        settings: dict,
-        grid: tuple[int, int],
-        callback: Callable | None,
-        callback_tensor_inputs: Sequence[str],
-        preview: RowPreview | None,
-    ) -> tuple[torch.LongTensor, int]:
-        """Generate the tokens of all images, and count the passes.
-
-        Tokens that an interrupted call did not reach are the source's, or those of a grey image if there is no source.
-        """
-        with self.progress_bar(total=grid[0] * grid[1]) as progress_bar:
-            reporter = StepReporter(self, progress_bar, callback, rows, callback_tensor_inputs, preview)
-            output = self.transformer.generate(
-                **rows,
-                **settings,
-                grid_height=grid[0],
-                grid_width=grid[1],
-                stopping_criteria=StoppingCriteriaList([reporter]),
-                return_dict_in_generate=True,
-            )
-        image_tokens, source_image_tokens = output.sequences, rows["source_image_tokens"]
+    def complete_tokens(
+        self, image_tokens: torch.LongTensor, source_image_tokens: torch.LongTensor | None, size: tuple[int, int]
+    ) -> torch.LongTensor:
+        """Add the tokens that an interrupted call did not reach: the source's, or those of a grey image."""
         num_tokens = image_tokens.shape[1]
-        if num_tokens < grid[0] * grid[1]:
-            if source_image_tokens is None:
-                stride = self.vq_model.config.stride
-                grey = self.encode_pixel_values(torch.zeros(1, 3, grid[0] * stride, grid[1] * stride))
-                source_image_tokens = grey.expand(len(image_tokens), -1)
-            image_tokens = torch.cat([image_tokens, source_image_tokens[:, num_tokens:]], dim=1)
-        return image_tokens, output.num_decode_steps
+        height, width = self.compute_grid(*size)
+        if num_tokens == height * width:
+            return image_tokens
+        if source_image_tokens is None:
+            source_image_tokens = self.encode_pixel_values(torch.zeros(1, 3, *size)).expand(len(image_tokens), -1)
+        return torch.cat([image_tokens, source_image_tokens[:, num_tokens:]], dim=1)
 
     def compose_images(
         self,
@@ -351,26 +335,23 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         source_pixel_values: torch.Tensor | None,
         region: EditRegion | None,
         resize_mode: str,
-        restore_size: bool,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Make images of pixels: keep the source outside the region, and restore the source's size if asked for."""
-        windows = None if region is None else region.windows
-        if not restore_size and windows is None:
+        """Make images of pixels: keep the source outside the region, and return results into `images`, if given."""
+        if images is None:
             if region is not None:
                 # Where a weight is 0 or 1, the pixels of one of the two stay exactly.
                 pixel_values = torch.lerp(source_pixel_values, pixel_values, region.weights)
             return self.processor.postprocess(pixel_values, output_type)
-        size, num_rows, restored = pixel_values.shape[-2:], len(pixel_values), []
-        weights = [None] * num_rows if region is None else region.weights[:, 0].cpu().numpy()
+        composed = []
         for index, result in enumerate(self.processor.postprocess(pixel_values)):
-            image = images[index * len(images) // num_rows]
-            source = image if windows is None else image.crop(windows[index])
-            result = self.processor.image_processor.restore(result, source, *size, resize_mode, weights[index])
-            if windows is not None:
-                window, result = result, image.copy()
-                result.paste(window, windows[index][:2])
-            restored.append(result)
-        return restored
+            image = images[index * len(images) // len(pixel_values)].copy()
+            window, weights = (0, 0, *image.size), None
+            if region is not None:
+                window, weights = region.windows[index].tolist(), region.weights[index, 0].cpu().numpy()
+            result = self.processor.image_processor.restore(result, image.crop(window), resize_mode, weights)
+            image.paste(result, window[:2])
+            composed.append(image)
+        return composed
 
     @torch.no_grad()
     def __call__(
@@ -404,7 +385,6 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         preview_every: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        **unknown,
     ) -> EditARPipelineOutput | tuple:
         """Edit images by instruction.
 
@@ -433,8 +413,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             mask_blend (`bool`): Blend the result into the source's own pixels. The feather ends at most one token
                 beyond the tokens that may change; outside it, no pixel differs from the source.
             crop_to_mask (`bool`): Edit a window around the mask, of the proportions of `height` × `width`, at the
-                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`,
-                and no `resize_mode`.
+                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`;
+                `resize_mode` has no effect.
             guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance. This and the four
                 settings of sampling *default to* those in `transformer/generation_config.json`.
             image_guidance_scale (`float`, *optional*): Weight of the source image, beside that of the prompt; 1 is the
@@ -468,38 +448,33 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             return_dict (`bool`): Return an `EditARPipelineOutput`, or its values as a tuple.
 
         Raises:
-            ValueError: If an argument is out of range, or inputs do not fit the model or each other; before any network
-                runs.
-            TypeError: If an argument is unknown; for `seed`, `strength` and others, the message says what to use.
+            ValueError: If an argument is out of range, or inputs do not fit the model or each other.
             RuntimeError: If text states or logits are NaN or infinite, as after an overflow in float16.
         """
-        # 1. Check inputs, and resolve sizes and settings
-        check_known_arguments(unknown)
-        size, device = self.resolve_size(height, width), self._execution_device
-        grid = self.compute_grid(*size)
-        settings = {"guidance_scale": guidance_scale, "do_sample": do_sample}
-        settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        resolved = resolve_settings(self.transformer.generation_config, None, settings)
-        check_prompts(self.transformer.config, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
-        known = {"source_image_tokens": source_image_tokens, "source_cache": source_cache}
-        source = {"image": image, "mask_image": mask_image, "crop_to_mask": crop_to_mask, **known}
-        source |= {"resize_mode": resize_mode, "restore_size": restore_size, "task": task}
-        source |= {"image_guidance_scale": image_guidance_scale, "decoding": decoding}
-        check_source(self.transformer, device, grid, **source)
-        # A window of `crop_to_mask` has the model's proportions.
-        resize_mode = "stretch" if crop_to_mask else self.resolve_resize_mode(resize_mode)
+        # 1. Check the inputs, and fill in the defaults
+        check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
+        check_source(image, source_image_tokens, source_cache, mask_image, crop_to_mask, restore_size, task)
+        has_source = any(source is not None for source in (image, source_image_tokens, source_cache))
+        check_decoding(decoding, None, 1 if image_guidance_scale is None else image_guidance_scale, has_source)
+        size = self.resolve_size(height, width)
+        resize_mode = self.resolve_resize_mode(resize_mode)
+        if crop_to_mask:
+            resize_mode = "stretch"  # The window has the model's proportions.
         if restore_size is None:
             is_default = image is not None and height is width is source_image_tokens is source_cache is None
             restore_size = is_default and set(list_texts(task)) == {"edit"} and output_type == "pil"
-        check_output(output_type, restore_size, crop_to_mask, mask_blend, return_dict)
-        num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, maximum=MAX_NUM_IMAGES)
         observers = callback_on_step_end, callback_on_step_end_tensor_inputs
-        check_callback(*observers, self._callback_tensor_inputs, preview_every)
+        check_output(output_type, restore_size, crop_to_mask, *observers, self._callback_tensor_inputs, preview_every)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given = {"guidance_scale": guidance_scale, "do_sample": do_sample, **sampling}
+        settings = resolve_settings(self.transformer.generation_config, None, given)
+        num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt)
+        warn_of_greedy_decoding(settings, num_images_per_prompt, **sampling)
         self._interrupt = False
 
         # 2. Prepare prompts, images and masks, and pair them up
         prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
-        images = sources = None if image is None else prepare_images(image)
+        images = sources = None if image is None else prepare_rgb_images(image, "image")
         region = pixel_values = None
         if mask_image is not None:
             masked = images or [Image.new("RGB", size[::-1])]
@@ -508,55 +483,76 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             sources = region.crop(images) if crop_to_mask else images
         if sources is not None:
             pixel_values = self.processor.image_processor.compute_pixel_values(sources, *size, resize_mode)
-        check_cached_images(source_cache, pixel_values)
-        texts = {"prompt": prompts or prompt_embeds, "negative_prompt": negative_prompts or negative_prompt_embeds}
-        masks = None if region is None else region.edit_mask
-        batch_size = compute_batch_size(**texts, image=sources, mask_image=masks, **known)
-        num_rows = batch_size * num_images_per_prompt
+        num_rows = num_images_per_prompt * compute_batch_size(
+            prompt=prompts or prompt_embeds,
+            negative_prompt=negative_prompts or negative_prompt_embeds,
+            image=sources,
+            mask_image=None if region is None else region.edit_mask,
+            source_image_tokens=source_image_tokens,
+            source_cache=source_cache,
+        )
         check_generator(generator, num_rows)
-        warn_of_no_effect(resolved, settings, generator, num_images_per_prompt, prompt, len(images or ()))
-        warn_of_no_source(image is source_image_tokens is source_cache is None, task)
 
         # 3. Encode them, and give every result its row
+        device, grid = self._execution_device, self.compute_grid(*size)
         if source_cache is not None:
+            check_source_cache(source_cache, self.transformer.dtype, device, *grid)
+            check_cached_images(source_cache, pixel_values)
             source_image_tokens = source_cache.source_image_tokens
+            pixel_values = source_cache.pixel_values if pixel_values is None else pixel_values
         elif source_image_tokens is None and pixel_values is not None:
             source_image_tokens = self.encode_pixel_values(pixel_values)
-        if negative_prompts:
-            negative_prompt_embeds = self.encode_prompt(negative_prompts)
-        if prompts:
-            prompt_embeds = self.encode_prompt(prompts)
-        rows = {"source_image_tokens": source_image_tokens, "prompt_embeds": prompt_embeds}
-        rows |= {"negative_prompt_embeds": negative_prompt_embeds}
+        rows = {
+            "source_image_tokens": source_image_tokens,
+            "prompt_embeds": self.encode_prompt(prompts) if prompts else prompt_embeds,
+            "negative_prompt_embeds": self.encode_prompt(negative_prompts)
+            if negative_prompts
+            else negative_prompt_embeds,
+        }
         for name, entries in rows.items():
             if entries is not None:
                 dtype = self.transformer.dtype if entries.is_floating_point() else entries.dtype
                 rows[name] = repeat_rows(entries.to(device, dtype), num_rows)
+        region = None if region is None else region.repeat_rows(num_rows, device)
         source_pixel_values = None
         if region is not None or preview_every is not None:
-            if pixel_values is None and source_cache is not None:
-                pixel_values = source_cache.pixel_values
             source_pixel_values = self.compute_source_pixels(pixel_values, rows["source_image_tokens"], num_rows, size)
-        region = None if region is None else region.repeat_rows(num_rows, device)
 
         # 4. Decode the tokens of the edited images
-        how = {"images": images, "source_pixel_values": source_pixel_values, "region": region}
-        how |= {"resize_mode": resize_mode, "restore_size": restore_size}
+        compose_images = partial(
+            self.compose_images,
+            images=images if restore_size or crop_to_mask else None,
+            source_pixel_values=source_pixel_values,
+            region=region,
+            resize_mode=resize_mode,
+        )
         preview = None
         if preview_every is not None:
-            compose = partial(self.compose_images, **how)
-            preview = RowPreview(self.vq_model, source_pixel_values, grid, preview_every, compose)
-        settings |= {"image_guidance_scale": image_guidance_scale, "generator": generator, "decoding": decoding}
-        settings |= {"source_cache": source_cache, "edit_mask": None if region is None else region.edit_mask}
-        image_tokens, num_passes = self.generate_image_tokens(rows, settings, grid, *observers, preview)
+            preview = RowPreview(self.vq_model, source_pixel_values, grid, preview_every, compose_images)
+        with self.progress_bar(total=grid[0] * grid[1]) as progress_bar:
+            reporter = StepReporter(self, progress_bar, *observers, rows, preview)
+            output = self.transformer.generate(
+                **rows,
+                **settings._asdict(),
+                image_guidance_scale=image_guidance_scale,
+                generator=generator,
+                source_cache=source_cache,
+                edit_mask=None if region is None else region.edit_mask,
+                decoding=decoding,
+                grid_height=grid[0],
+                grid_width=grid[1],
+                stopping_criteria=StoppingCriteriaList([reporter]),
+                return_dict_in_generate=True,
+            )
+        image_tokens = self.complete_tokens(output.sequences, rows["source_image_tokens"], size)
 
         # 5. Draw the images
         if output_type == "tokens":
             results = image_tokens
         elif preview is not None and preview.is_complete:
-            results = self.compose_images(preview.canvas, output_type, **how)
+            results = compose_images(preview.canvas, output_type)
         else:
-            results = self.compose_images(self.decode_pixel_values(image_tokens, grid), output_type, **how)
+            results = compose_images(self.decode_pixel_values(image_tokens, grid), output_type)
         self.maybe_free_model_hooks()
-        output = EditARPipelineOutput(images=results, image_tokens=image_tokens, num_passes=num_passes)
+        output = EditARPipelineOutput(results, image_tokens, output.num_decode_steps)
         return output if return_dict else output.to_tuple()
