@@ -73,17 +73,17 @@ def compute_lpips(weights, first, second):
 # Inception
 
 
+NORM = {"weight": (0.2, 1.0), "bias": (0.2,), "running_mean": (0.2,), "running_var": (0.15, 1.0)}
+
+
 def unit(weights, x, name, channels, height, width, stride=1, padding=(0, 0)):
     """A convolution, batch normalisation with ε = 0.001, and a rectifier."""
     channels //= weights.divisor
     scale = (2 / (x.shape[1] * height * width)) ** 0.5
     weight = weights.draw(f"{name}.conv.weight", (channels, x.shape[1], height, width), scale)
     x = F.conv2d(x, weight, stride=stride, padding=padding)
-    gain = weights.draw(f"{name}.bn.weight", (channels,), 0.2, 1.0)
-    bias = weights.draw(f"{name}.bn.bias", (channels,), 0.2)
-    mean = weights.draw(f"{name}.bn.running_mean", (channels,), 0.2)
-    variance = weights.draw(f"{name}.bn.running_var", (channels,), 0.15, 1.0)
-    gain, bias, mean, variance = (value.reshape(-1, 1, 1) for value in (gain, bias, mean, variance))
+    drawn = (weights.draw(f"{name}.bn.{part}", (channels,), *scale) for part, scale in NORM.items())
+    gain, bias, mean, variance = (value.reshape(-1, 1, 1) for value in drawn)
     return F.relu((x - mean) / (variance + 0.001).sqrt() * gain + bias)
 
 

@@ -6,41 +6,24 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage import data
-from skimage.metrics import structural_similarity
+from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 from tiny_metrics import build_inception
 from torch import nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from editar_hf.condition_maps import make_canny_map
+from editar_hf.evaluation import metrics
 from editar_hf.evaluation.features import Network, encode_inception
-from editar_hf.evaluation.metrics import (
-    DEPTH_VARIANTS,
-    apply_canny,
-    compute_class_iou,
-    compute_clip_similarity,
-    compute_confusion_matrix,
-    compute_cosine_similarity,
-    compute_depth_rmse,
-    compute_edge_f1,
-    compute_frechet_distance,
-    compute_l1,
-    compute_mean_iou,
-    compute_ms_ssim,
-    compute_mse,
-    compute_psnr,
-    compute_ssim,
-    compute_structure_distance,
-)
 from editar_hf.evaluation.table import METRICS
 
 
-MASKED_METRICS = [compute_mse, compute_psnr, compute_ssim]
+MASKED_METRICS = [metrics.compute_mse, metrics.compute_psnr, metrics.compute_ssim]
 
 
 def draw(*shape, seed=0):
@@ -75,34 +58,27 @@ def mask():
 # Pixels
 
 
-def compute_skimage_ssim(image, reference):
-    arrays = (one.permute(1, 2, 0).numpy() for one in (image, reference))
-    options = {"channel_axis": 2, "data_range": 1.0, "gaussian_weights": True, "use_sample_covariance": False}
-    return structural_similarity(*arrays, **options)
+def compute_torchmetrics_ssim(*arrays):
+    return structural_similarity_index_measure(*(torch.tensor(array)[None] for array in arrays), data_range=1.0)
 
 
-def compute_torchmetrics_ssim(image, reference):
-    return structural_similarity_index_measure(image[None], reference[None], data_range=1.0).item()
+GAUSSIAN = {"channel_axis": 0, "gaussian_weights": True, "use_sample_covariance": False}
 
 
 @pytest.mark.parametrize(
     ("metric", "oracle"),
     [
-        (compute_mse, lambda image, reference: (image - reference).square().mean().item()),
-        (compute_psnr, lambda image, reference: peak_signal_noise_ratio(image, reference, data_range=1.0).item()),
-        (compute_ssim, compute_torchmetrics_ssim),
-        (partial(compute_ssim, border=5), compute_skimage_ssim),
+        (metrics.compute_mse, mean_squared_error),
+        (metrics.compute_psnr, partial(peak_signal_noise_ratio, data_range=1.0)),
+        (metrics.compute_ssim, compute_torchmetrics_ssim),
+        (partial(metrics.compute_ssim, border=5), partial(structural_similarity, data_range=1.0, **GAUSSIAN)),
     ],
 )
-def test_each_image_has_the_value_that_another_library_gives_it_with_edited_pixels_black(
-    metric, oracle, images, references, mask
-):
-    for unedited, values in (
-        (torch.ones_like(mask), metric(images, references)),
-        (1 - mask, metric(images, references, mask)),
-    ):
-        pairs = zip((images * unedited).double(), (references * unedited).double(), strict=True)
-        assert values.tolist() == pytest.approx([oracle(*pair) for pair in pairs], rel=1e-7)
+def test_each_image_has_the_value_of_another_library_with_edited_pixels_black(metric, oracle, images, references, mask):
+    whole = metric(images, references), torch.ones_like(mask)
+    for values, unedited in (whole, (metric(images, references, mask), 1 - mask)):
+        pairs = zip(*((pixels * unedited).double().numpy() for pixels in (images, references)), strict=True)
+        assert values.tolist() == pytest.approx([float(oracle(*pair)) for pair in pairs], rel=1e-7)
         assert values.dtype == torch.float64
 
 
@@ -122,7 +98,7 @@ def test_edited_pixels_do_not_count_and_an_image_edited_everywhere_has_no_value(
 def test_masked_mean_counts_unedited_pixels_alone(images, references, mask):
     squares = (images - references).double().square()
     expected = torch.stack([square[:, one[0] == 0].mean() for square, one in zip(squares, mask, strict=True)])
-    torch.testing.assert_close(compute_mse(images, references, mask, masked_mean=True), expected)
+    torch.testing.assert_close(metrics.compute_mse(images, references, mask, masked_mean=True), expected)
 
 
 def test_masked_mean_of_ssim_forgives_nothing_that_was_spared():
@@ -130,8 +106,8 @@ def test_masked_mean_of_ssim_forgives_nothing_that_was_spared():
     images[..., :10] = 0.8
     mask = torch.zeros(1, 1, 40, 40)
     mask[..., 15:] = 1
-    everywhere = compute_ssim(images, references, mask).item()
-    spared = compute_ssim(images, references, mask, masked_mean=True).item()
+    everywhere = metrics.compute_ssim(images, references, mask).item()
+    spared = metrics.compute_ssim(images, references, mask, masked_mean=True).item()
     # Similarity is 1 at the 25 of 40 columns that are edited, but for the five that see a spared one.
     assert 0 < spared < 0.35 < 0.62 < everywhere < 0.76
 
@@ -139,10 +115,10 @@ def test_masked_mean_of_ssim_forgives_nothing_that_was_spared():
 def test_l1_mse_and_psnr_of_an_image_one_can_reckon():
     images, references = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
     images[:, :, 0, 0] = 0.5  # One pixel of sixteen.
-    assert compute_l1(images, references).item() == 0.5 / 16
-    assert compute_mse(images, references).item() == 0.25 / 16
-    assert compute_psnr(images, references).item() == pytest.approx(10 * math.log10(64))
-    assert compute_psnr(images, images).item() == math.inf
+    assert metrics.compute_l1(images, references).item() == 0.5 / 16
+    assert metrics.compute_mse(images, references).item() == 0.25 / 16
+    assert metrics.compute_psnr(images, references).item() == pytest.approx(10 * math.log10(64))
+    assert metrics.compute_psnr(images, images).item() == math.inf
 
 
 @pytest.mark.parametrize("metric", MASKED_METRICS)
@@ -157,36 +133,16 @@ def test_images_and_masks_that_do_not_fit_are_refused(metric, images, references
         metric(images, references, mask * 255)
 
 
-def compute_plain_ms_ssim(image, reference):
-    """The five scales of one pair of (3, height, width), written out from the maps of scikit-image's definition."""
-    turn = torch.exp(-0.5 * (torch.arange(-5, 6).double() / 1.5).square())
-    window = (turn[:, None] * turn / turn.sum() ** 2).expand(3, 1, 11, 11)
-    blur = lambda maps: F.conv2d(maps[None], window, groups=3)[0]  # noqa: E731
-    product = 1
-    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
-        if scale == 4:  # torchmetrics mirrors the last scale at its edges, and crops the others.
-            image, reference = (F.pad(one[None], (5, 5, 5, 5), mode="reflect")[0] for one in (image, reference))
-        mean, reference_mean = blur(image), blur(reference)
-        variance, reference_variance = blur(image**2) - mean**2, blur(reference**2) - reference_mean**2
-        covariance = blur(image * reference) - mean * reference_mean
-        value = (2 * covariance + 0.03**2) / (variance + reference_variance + 0.03**2)
-        if scale == 4:
-            value = value * (2 * mean * reference_mean + 0.01**2) / (mean**2 + reference_mean**2 + 0.01**2)
-        product *= max(value.mean().item(), 0) ** weight
-        image, reference = F.avg_pool2d(image, 2), F.avg_pool2d(reference, 2)
-    return product
-
-
-def test_ms_ssim_is_that_of_five_scales_written_out():
+def test_ms_ssim_is_that_of_torchmetrics_for_each_image():
     references = draw(2, 3, 176, 181).double()
     images = references.flip(0) * 0.4 + references * 0.6
-    expected = [compute_plain_ms_ssim(*pair) for pair in zip(images, references, strict=True)]
-    # torchmetrics keeps its exponents in fp32.
-    assert compute_ms_ssim(images, references).tolist() == pytest.approx(expected, rel=1e-6)
+    metric = MultiScaleStructuralSimilarityIndexMeasure(data_range=1.0)
+    expected = [
+        metric(image[None], reference[None]).item() for image, reference in zip(images, references, strict=True)
+    ]
+    assert metrics.compute_ms_ssim(images, references).tolist() == pytest.approx(expected, rel=1e-6)
     assert max(expected) < 0.95
-    assert compute_ms_ssim(1 - references[:1], references[:1]).item() == 0
-    with pytest.raises(ValueError, match="height must be larger than 160"):
-        compute_ms_ssim(images[..., 1:, :], references[..., 1:, :])
+    assert metrics.compute_ms_ssim(1 - references, references).tolist() == [0, 0]
 
 
 # Embeddings
@@ -194,8 +150,8 @@ def test_ms_ssim_is_that_of_five_scales_written_out():
 
 def test_similarities_of_embeddings_are_cosines():
     embeds, others = torch.tensor([[3.0, 4.0], [1.0, 0.0], [1.0, 0.0]]), torch.tensor([[30.0, 40], [0, 2], [-5, 0]])
-    assert compute_cosine_similarity(embeds, others).tolist() == pytest.approx([1, 0, -1])
-    assert compute_clip_similarity(embeds, others).tolist() == pytest.approx([100, 0, 0])
+    assert metrics.compute_cosine_similarity(embeds, others).tolist() == pytest.approx([1, 0, -1])
+    assert metrics.compute_clip_similarity(embeds, others).tolist() == pytest.approx([100, 0, 0])
 
 
 def test_structure_distance_is_the_sum_written_out():
@@ -208,7 +164,9 @@ def test_structure_distance_is_the_sum_written_out():
         np.mean([(cosine(x[i], x[j]) - cosine(y[i], y[j])) ** 2 for i in range(5) for j in range(5)])
         for x, y in zip(first, second, strict=True)
     ]
-    assert compute_structure_distance(torch.tensor(first), torch.tensor(second)).tolist() == pytest.approx(expected)
+    assert metrics.compute_structure_distance(torch.tensor(first), torch.tensor(second)).tolist() == pytest.approx(
+        expected
+    )
 
 
 # Edges
@@ -216,7 +174,7 @@ def test_structure_distance_is_the_sum_written_out():
 
 def test_edges_are_those_of_the_condition_map():
     photograph = data.astronaut()[:96, 200:296]
-    edges = apply_canny(torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255)
+    edges = metrics.apply_canny(torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255)
     assert (edges.shape, edges.unique().tolist()) == ((1, 1, 96, 96), [0, 1])
     assert np.array_equal(edges[0, 0].numpy() * 255, np.asarray(make_canny_map(Image.fromarray(photograph)))[..., 0])
 
@@ -225,12 +183,12 @@ def test_edge_f1_is_the_harmonic_mean_of_precision_and_recall():
     edges, references = ((draw(4, 1, 20, 30, seed=k) < 0.3).float() for k in (0, 1))
     precision, recall = ((edges * references).flatten(1).sum(1) / one.flatten(1).sum(1) for one in (edges, references))
     expected = (2 * precision * recall / (precision + recall)).tolist()
-    assert compute_edge_f1(edges, references).tolist() == pytest.approx(expected, rel=1e-6)
+    assert metrics.compute_edge_f1(edges, references).tolist() == pytest.approx(expected, rel=1e-6)
     nothing = torch.zeros_like(edges)
     for pair in ((edges, nothing), (nothing, nothing)):
-        assert compute_edge_f1(*pair).tolist() == [0] * 4
+        assert metrics.compute_edge_f1(*pair).tolist() == [0] * 4
     with pytest.raises(RuntimeError, match=r"only the following values \[0,1\]"):
-        compute_edge_f1(edges * 255, references)
+        metrics.compute_edge_f1(edges * 255, references)
 
 
 # Depth
@@ -260,27 +218,30 @@ def test_depth_rmse_is_that_of_the_published_evaluation(variant, size):
         compute_plain_rmse(one.numpy(), step[0].numpy().astype(np.float64), variant, size)
         for one, step in zip(depth, steps, strict=True)
     ]
-    assert compute_depth_rmse(depth, steps / 255, variant, size).tolist() == pytest.approx(expected, rel=1e-6)
+    assert metrics.compute_depth_rmse(depth, steps / 255, variant, size).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_variants_of_depth_rmse_differ_but_none_sees_a_distance_where_depth_agrees():
     depth, labels = 3 + 20 * draw(1, 24, 20), draw(1, 1, 24, 20, seed=1)
-    assert len({round(compute_depth_rmse(depth, labels, variant).item(), 3) for variant in DEPTH_VARIANTS}) == 3
+    assert (
+        len({round(metrics.compute_depth_rmse(depth, labels, variant).item(), 3) for variant in metrics.DEPTH_VARIANTS})
+        == 3
+    )
     steps = torch.arange(256.0).reshape(1, 1, 16, 16)
-    for variant in DEPTH_VARIANTS:
-        assert compute_depth_rmse(7 * steps[0], steps / 255, variant).item() == pytest.approx(0, abs=1e-4)
+    for variant in metrics.DEPTH_VARIANTS:
+        assert metrics.compute_depth_rmse(7 * steps[0], steps / 255, variant).item() == pytest.approx(0, abs=1e-4)
     with pytest.raises(ValueError, match="`variant` is 'dpt'"):
-        compute_depth_rmse(depth, labels, "dpt")
+        metrics.compute_depth_rmse(depth, labels, "dpt")
 
 
 def test_depth_of_a_flat_wall_has_no_value_where_it_must_be_spread():
     flat, labels = torch.full((2, 4, 4), 3.0), draw(2, 1, 4, 4)
     flat[1] = labels[1, 0]
-    assert compute_depth_rmse(flat, labels).isnan().tolist() == [True, False]
-    assert not compute_depth_rmse(flat, labels, "controlnet++").isnan().any()
-    assert compute_depth_rmse(torch.zeros(1, 4, 4), labels[:1], "controlar").isnan().all()
+    assert metrics.compute_depth_rmse(flat, labels).isnan().tolist() == [True, False]
+    assert not metrics.compute_depth_rmse(flat, labels, "controlnet++").isnan().any()
+    assert metrics.compute_depth_rmse(torch.zeros(1, 4, 4), labels[:1], "controlar").isnan().all()
     labels[0] = 0.5
-    assert compute_depth_rmse(draw(2, 4, 4), labels).isnan().tolist() == [True, False]
+    assert metrics.compute_depth_rmse(draw(2, 4, 4), labels).isnan().tolist() == [True, False]
 
 
 # Classes
@@ -296,26 +257,28 @@ def predicted_and_true():
 
 
 def test_confusion_matrix_and_iou_are_those_of_torchmetrics(predicted_and_true):
-    matrix = compute_confusion_matrix(*predicted_and_true, num_labels=6)
+    matrix = metrics.compute_confusion_matrix(*predicted_and_true, num_labels=6)
     assert torch.equal(matrix, multiclass_confusion_matrix(*predicted_and_true, num_classes=6, ignore_index=255))
-    iou = compute_class_iou(matrix)
+    iou = metrics.compute_class_iou(matrix)
     expected = multiclass_jaccard_index(*predicted_and_true, num_classes=6, average=None, ignore_index=255)
     assert iou[:5].tolist() == pytest.approx(expected[:5].tolist(), rel=1e-6)
     assert math.isnan(iou[5]), "a class that does not occur has none"
-    assert compute_mean_iou(matrix) == pytest.approx(iou[:5].mean().item())
+    assert metrics.compute_mean_iou(matrix) == pytest.approx(iou[:5].mean().item())
 
 
 def test_mean_iou_of_maps_one_can_reckon():
     # 1 of 3 pixels of the first class and 2 of 4 of the second are shared.
     predicted, labels = torch.tensor([[[0, 0, 1, 1, 1]]]), torch.tensor([[[0, 1, 1, 1, 0]]])
-    assert compute_mean_iou(compute_confusion_matrix(predicted, labels, 9)) == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert metrics.compute_mean_iou(metrics.compute_confusion_matrix(predicted, labels, 9)) == pytest.approx(
+        (1 / 3 + 2 / 4) / 2
+    )
 
 
 def test_classes_beyond_the_last_are_refused():
     labels = torch.tensor([[[0, 6, 255]]])
     for maps in ((torch.zeros_like(labels), labels), (labels, labels.clamp(max=5))):
         with pytest.raises(ValueError, match=r"go from 0 to .*; with 6 classes they go from 0 to 5"):
-            compute_confusion_matrix(*maps, num_labels=6)
+            metrics.compute_confusion_matrix(*maps, num_labels=6)
 
 
 # Sets of images
@@ -333,7 +296,9 @@ def test_distance_is_the_formula_with_scipys_root():
     covariances = [np.cov(features, rowvar=False) for features in (first, second)]
     root = sqrtm(covariances[0] @ covariances[1]).real
     expected = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
-    assert compute_frechet_distance(torch.tensor(first), torch.tensor(second)) == pytest.approx(expected, rel=1e-9)
+    assert metrics.compute_frechet_distance(torch.tensor(first), torch.tensor(second)) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_fid_is_that_of_torchmetrics_with_the_packages_inception():
@@ -360,17 +325,17 @@ def test_fid_is_that_of_torchmetrics_with_the_packages_inception():
 def test_distances_of_sets_one_can_reckon():
     features = draw_features(30, 8, 0)
     features -= features.mean(0)
-    assert compute_frechet_distance(features, features.flip(0)) == pytest.approx(0, abs=1e-9)
-    assert compute_frechet_distance(features + 2, features) == pytest.approx(8 * 2**2)
+    assert metrics.compute_frechet_distance(features, features.flip(0)) == pytest.approx(0, abs=1e-9)
+    assert metrics.compute_frechet_distance(features + 2, features) == pytest.approx(8 * 2**2)
     stretched = (3 - 1) ** 2 * features.var(0).sum().item()
-    assert compute_frechet_distance(3 * features, features) == pytest.approx(stretched)
+    assert metrics.compute_frechet_distance(3 * features, features) == pytest.approx(stretched)
     with pytest.raises(ValueError, match="fewer than two images"):
-        compute_frechet_distance(features[:1], features)
+        metrics.compute_frechet_distance(features[:1], features)
 
 
 def test_sets_of_fewer_images_than_dimensions_are_no_less_exact():
     first, second = draw_features(40, 8, 0), draw_features(30, 8, 1)
     rotation = torch.linalg.qr(torch.randn(100, 100, generator=torch.Generator().manual_seed(9)).double()).Q
     padded = [torch.cat([x, torch.zeros(len(x), 92).double()], 1) @ rotation for x in (first, second)]
-    expected = compute_frechet_distance(first, second)
-    assert compute_frechet_distance(*padded) == pytest.approx(expected, rel=1e-10)
+    expected = metrics.compute_frechet_distance(first, second)
+    assert metrics.compute_frechet_distance(*padded) == pytest.approx(expected, rel=1e-10)

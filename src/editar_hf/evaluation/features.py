@@ -1,8 +1,8 @@
 """The networks that metrics need, and what they see in images: embeddings, keys, depth, classes.
 
 `load_network(name, source)` loads any of them from a folder, a Hub id or a weight file. A network of your own is
-`Network(model, processor)`. Images are (batch, 3, height, width) in [0, 1]; each function prepares them as the
-published evaluation does.
+`Network(model, processor, tokenizer)`. Images are (batch, 3, height, width) in [0, 1]; each function prepares them as
+the published evaluation does.
 """
 
 import hashlib
@@ -18,15 +18,8 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    PreTrainedTokenizerBase,
-    ViTModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, CLIPModel, ViTModel
+from transformers.image_transforms import get_resize_output_image_size
 
 from ..conversion import is_weights, open_checkpoint
 from ..image_processing_editar import prepare_rgb_image
@@ -61,17 +54,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass
 class Network:
-    """A network that metrics ask, in float32; it is put into evaluation mode.
+    """A network in float32, put into evaluation mode, with its image processor and CLIP's tokenizer."""
 
-    Args:
-        model (`torch.nn.Module`): The network.
-        processor (*optional*): Its image processor, which CLIP, depth and segmentation need.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): CLIP's.
-    """
-
-    model: Any  # a `torch.nn.Module` with the methods of its kind
+    model: Any
     processor: Any = None
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: Any = None
 
     def __post_init__(self):
         self.model.eval()
@@ -126,7 +113,7 @@ def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
         ValueError: If a file does not open safely or holds anything else.
     """
     path = Path(source) if Path(source).exists() else Path(snapshot_download(str(source)))
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in [path] if path.is_file() else sorted(path.glob("*.pth")) + sorted(path.glob("*.safetensors")):
         found = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else open_checkpoint(file)
         if not is_weights(found):
@@ -166,14 +153,6 @@ def prepare_inputs(network: Network, images: torch.Tensor, processor: Any = None
     return processor(images_8bit, return_tensors="pt", **options).to(network.device)
 
 
-def compute_size(height: int, width: int, side: int, longest_side: int | None = None) -> tuple[int, int]:
-    """Compute the size whose shorter side is `side`, or less if the longer one would exceed `longest_side`."""
-    shorter, longer = side, int(side * max(height, width) / min(height, width))
-    if longest_side is not None and longer > longest_side:
-        shorter, longer = int(longest_side * shorter / longer), longest_side
-    return (shorter, longer) if height <= width else (longer, shorter)
-
-
 @torch.no_grad()
 def compute_lpips(
     network: Network,
@@ -186,8 +165,8 @@ def compute_lpips(
     check_pair(images, references, mask)
     unedited = torch.ones_like(images[:, :1]) if mask is None else 1 - mask.float()
     images, references, unedited = (tensor.to(network.device).float() for tensor in (images, references, unedited))
-    weights = unedited if masked_mean else None
-    distance = network.model(images * unedited * 2 - 1, references * unedited * 2 - 1, weights).double()
+    blackened = (2 * pixels * unedited - 1 for pixels in (images, references))
+    distance = network.model(*blackened, unedited if masked_mean else None).double()
     return distance.where(unedited.flatten(1).any(1), torch.nan).cpu()
 
 
@@ -204,17 +183,14 @@ def encode_keys(network: Network, images: torch.Tensor, pixel_scale: int = 255, 
 
     Source: the evaluation of PnPInversion (arXiv 2310.01506): a shorter side of 224, a longer one of at most 480.
     """
-    size = compute_size(*images.shape[2:], 224, 480)
+    size = get_resize_output_image_size(images[0], 224, False, 480, "channels_first")
     pixels = images.to(network.device).float() * pixel_scale
     pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=antialias)
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     outputs: list[torch.Tensor] = []
     last_projection = network.model.layers[-1].attention.k_proj
-    handle = last_projection.register_forward_hook(lambda module, args, output: outputs.append(output))
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    try:
+    with last_projection.register_forward_hook(lambda module, args, output: outputs.append(output)):
         network.model((pixels - mean) / std, interpolate_pos_encoding=True)
-    finally:
-        handle.remove()
     return outputs[0]
 
 
@@ -246,22 +222,17 @@ def encode_prompts(network: Network, prompts: Sequence[str]) -> torch.Tensor:
 def compute_clip_score(
     network: Network, images: torch.Tensor, prompts: Sequence[str], mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute the CLIP score (batch,), in [0, 100], of images and prompts.
+    """Compute the CLIP score (batch,), in [0, 100], of images and their prompts.
 
-    Args:
-        network (`Network`): CLIP.
-        images (`torch.Tensor` of shape `(batch, 3, height, width)`): In [0, 1].
-        prompts (`Sequence[str]`): One for each image.
-        mask (`torch.Tensor` of shape `(batch, 1, height, width)`, *optional*): 1 where edited. All other pixels become
-            black. The score of an empty mask is NaN.
+    With a `mask` (batch, 1, height, width), 1 where edited, all other pixels become black. The score of an empty mask
+    is NaN.
 
     Raises:
         ValueError: If the number of prompts differs from that of images, or the mask does not fit.
     """
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(f"`prompts` is {prompts!r}; pass a list of {len(images)}, one for each image.")
-    if mask is None:
-        return compute_clip_similarity(encode_images(network, images), encode_prompts(network, prompts))
+    mask = torch.ones_like(images[:, :1]) if mask is None else mask
     check_pair(images, images, mask)
     scores = compute_clip_similarity(encode_images(network, images * mask), encode_prompts(network, prompts))
     return scores.where(mask.flatten(1).any(1).cpu(), torch.nan)
@@ -271,11 +242,8 @@ def compute_clip_score(
 def estimate_depth(network: Network, images: torch.Tensor, keep_size: bool = False) -> torch.Tensor:
     """Estimate depth (batch, depth_height, depth_width), 0 or more.
 
-    Args:
-        network (`Network`): A depth model.
-        images (`torch.Tensor` of shape `(batch, 3, height, width)`): In [0, 1].
-        keep_size (`bool`, *optional*, defaults to `False`): Show the network the image at its own size, as ControlAR's
-            evaluation does, and not at the size it was trained with.
+    With `keep_size`, the network sees the image at its own size, as in ControlAR's evaluation, and not at the size it
+    was trained with.
     """
     height, width = images.shape[2:]
     options = {"size": {"height": height, "width": width}} if keep_size else {}

@@ -48,7 +48,8 @@ class LPIPS(nn.Module):
             difference = F.conv2d((features - reference_features).square(), self.weights[f"lin{index}/model/1/weight"])
             cells = torch.ones_like(difference)
             if weights is not None:
-                cells = F.adaptive_avg_pool2d(weights, difference.shape[2:])
+                height, width = difference.shape[2:]
+                cells = F.adaptive_avg_pool2d(weights, (height, width))
             distance = distance + (difference * cells).sum((1, 2, 3)) / cells.sum((1, 2, 3))
         return distance
 

@@ -9,6 +9,9 @@ metric.compute(predictions=["edited.png"], references=["source.png"], metric="st
 ```
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import datasets
 import evaluate
 import PIL.Image
@@ -19,8 +22,18 @@ import editar_hf.evaluation.run as run
 import editar_hf.evaluation.table as table
 
 
-# What a metric needs of a sample → the field of the sample that a reference fills.
-FIELDS = {"target": "target_image", "target_prompt": "target_prompt", "labels": "labels"}
+def read_grey(path):
+    """Read a mask or a label map."""
+    with PIL.Image.open(path) as image:
+        return image.convert("L")
+
+
+# What a metric needs of a sample → the field of the sample that a reference fills, and how the reference is read.
+FIELDS: dict[str, tuple[str, Callable]] = {
+    "target": ("target_image", run.read_image),
+    "target_prompt": ("target_prompt", str),
+    "labels": ("labels", read_grey),
+}
 
 
 class EditMetric(evaluate.Metric):
@@ -56,23 +69,14 @@ class EditMetric(evaluate.Metric):
         if spec.model:
             is_loaded = isinstance(model, features.Network)
             networks[spec.model] = model if is_loaded else features.load_network(spec.model, model, device)
-        field = next((FIELDS[name] for name in spec.needs if name in FIELDS), "source_image")
+        field, read = next((FIELDS[name] for name in spec.needs if name in FIELDS), ("source_image", run.read_image))
         rows = []
         for index, (path, reference) in enumerate(zip(predictions, references, strict=True)):
             prediction = run.read_image(path)
-            values = {"source_image": prediction, "mask": read_grey(masks[index]) if masks else None}
-            if field == "target_prompt":
-                values[field] = reference
-            else:
-                values[field] = read_grey(reference) if field == "labels" else run.read_image(reference)
+            mask = read_grey(masks[index]) if masks else None
+            values: dict[str, Any] = {"source_image": prediction, "mask": mask, field: read(reference)}
             pair = table.Pair(prediction, benchmarks.Sample("", "", **values), table.PROTOCOLS[protocol])
             value = spec.measure(pair, networks)
             rows.append({"values": {metric: value}, "collected": {metric: value}})
         figure = run.summarise_metric(metric, rows)
         return {metric: figure["mean"], "num_samples": figure["n"]}
-
-
-def read_grey(path):
-    """Read a mask or a label map."""
-    with PIL.Image.open(path) as image:
-        return image.convert("L")

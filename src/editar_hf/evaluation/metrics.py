@@ -76,12 +76,8 @@ def compute_mse(
 ) -> torch.Tensor:
     """Compute the mean squared difference, in [0, 1].
 
-    Args:
-        images, references (`torch.Tensor` of shape `(batch, 3, height, width)`): In [0, 1].
-        mask (`torch.Tensor` of shape `(batch, 1, height, width)`, *optional*): 1 where edited. These pixels are set to
-            0 in both images.
-        masked_mean (`bool`, *optional*, defaults to `False`): Average over the unedited pixels only. The published
-            figures average over all pixels, including those that were set to 0.
+    With a `mask`, edited pixels are set to 0 in both images. The published figures average over all pixels, including
+    those; with `masked_mean`, the mean is over the unedited pixels only.
 
     Source: PnPInversion (arXiv 2310.01506), section 5.1.
     """
@@ -104,10 +100,8 @@ def compute_ssim(
 ) -> torch.Tensor:
     """Compute the structural similarity, at most 1, over three channels, with a Gaussian window of 11 pixels.
 
-    Args:
-        images, references, mask, masked_mean: As for `compute_mse`; no side may be smaller than the window.
-        border (`int`, *optional*, defaults to 0): Pixels to leave out at each side of the map. Older versions of the
-            reference's library leave out 5.
+    The first four arguments are those of `compute_mse`; no side may be smaller than the window. `border` pixels are
+    left out at each side of the map: 5 in older versions of the reference's library.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", equation 13.
     """
@@ -235,10 +229,10 @@ def compute_depth_rmse(
     depth, labels = depth.cpu().float(), labels.cpu().double()[:, 0]
     estimates = spread(depth) if is_spread else depth / depth.amax((1, 2), keepdim=True)
     if is_truncated:
-        size = tuple(size or labels.shape[1:])
-        estimates = resize_steps(estimates, size, Image.Resampling.BILINEAR)
+        height, width = size or labels.shape[1:]
+        estimates = resize_steps(estimates, (width, height), Image.Resampling.BILINEAR)
         # Labels are whole steps. Rounding removes float errors that truncation would turn into a step less.
-        labels = resize_steps(spread((255 * labels).round()), size, Image.Resampling.NEAREST)
+        labels = resize_steps(spread((255 * labels).round()), (width, height), Image.Resampling.NEAREST)
     return 255 * (estimates - labels).square().flatten(1).mean(1).sqrt()
 
 
@@ -249,8 +243,8 @@ def spread(maps: torch.Tensor) -> torch.Tensor:
 
 
 def resize_steps(maps: torch.Tensor, size: tuple[int, int], resample: Image.Resampling) -> torch.Tensor:
-    """Truncate maps (batch, height, width) to steps of 1/255 and resize them as images of 8 bits; NaN stays NaN."""
-    images = [Image.fromarray((255 * one.nan_to_num()).byte().numpy()).resize(size[::-1], resample) for one in maps]
+    """Truncate maps to steps of 1/255 and resize them as 8-bit images to (width, height); NaN stays NaN."""
+    images = [Image.fromarray((255 * one.nan_to_num()).byte().numpy()).resize(size, resample) for one in maps]
     steps = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return steps.double() / 255 + 0 * maps.amax((1, 2), keepdim=True)
 
@@ -260,10 +254,7 @@ def compute_confusion_matrix(
 ) -> torch.Tensor:
     """Count pixels by true class (rows) and predicted class (columns): (num_labels, num_labels), int64.
 
-    Args:
-        predicted_labels, labels (`torch.Tensor` of shape `(batch, height, width)`): Classes, integers.
-        num_labels (`int`): Number of classes.
-        ignore_label (`int`, *optional*, defaults to 255): Marks pixels of `labels` to leave out.
+    Both maps are (batch, height, width) and hold integers. Pixels where `labels` is `ignore_label` are left out.
 
     Raises:
         ValueError: If a class is not below `num_labels`.
