@@ -259,6 +259,7 @@ def predicted_and_true():
 def test_confusion_matrix_and_iou_are_those_of_torchmetrics(predicted_and_true):
     matrix = metrics.compute_confusion_matrix(*predicted_and_true, num_labels=6)
     assert torch.equal(matrix, multiclass_confusion_matrix(*predicted_and_true, num_classes=6, ignore_index=255))
+    assert torch.equal(matrix, metrics.compute_confusion_matrix(*(maps.byte() for maps in predicted_and_true), 6))
     iou = metrics.compute_class_iou(matrix)
     expected = multiclass_jaccard_index(*predicted_and_true, num_classes=6, average=None, ignore_index=255)
     assert iou[:5].tolist() == pytest.approx(expected[:5].tolist(), rel=1e-6)

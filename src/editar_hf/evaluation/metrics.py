@@ -260,7 +260,7 @@ def compute_confusion_matrix(
         ValueError: If a class is not below `num_labels`.
     """
     is_counted = labels.cpu() != ignore_label
-    pairs = torch.stack([labels.cpu()[is_counted], predicted_labels.cpu()[is_counted]])
+    pairs = torch.stack([maps.cpu().long()[is_counted] for maps in (labels, predicted_labels)])
     if not ((pairs >= 0) & (pairs < num_labels)).all():
         raise ValueError(
             f"`labels` and `predicted_labels` go from {pairs.min()} to {pairs.max()}; with {num_labels} classes they "
