@@ -2,13 +2,8 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ..self_check import SelfCheckReport
+from pathlib import Path
+from typing import Any
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -19,47 +14,23 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the Hub. The command ends with the self-check of `editar-hf check`, and warns if it fails."
     )
     parser = subparsers.add_parser("convert", help=summary, description=description)
-    parser.add_argument(
-        "--transformer", metavar="FILE", help="file of the decoder; default: EditAR's published decoder"
-    )
-    parser.add_argument("--vq-model", metavar="FILE", help="file of the VQ model; default: LlamaGen's published VQ-16")
-    parser.add_argument(
-        "--text-encoder", metavar="ID", help="folder or Hub id of a T5 text encoder; default: google/flan-t5-xl"
-    )
-    parser.add_argument("--output-dir", metavar="DIR", required=True, help="folder to write; it must be new or empty")
-    parser.add_argument(
-        "--license",
-        metavar="ID",
-        help="licence of the weights for the model card, such as apache-2.0; default: the card states no licence",
-    )
-    parser.add_argument(
-        "--num-attention-heads",
-        metavar="N",
-        type=int,
-        help="attention heads of the decoder; default: width / 64, or width / 100 if the width is 3200",
-    )
-    parser.add_argument(
-        "--grid-size",
-        metavar="N",
-        type=int,
-        help="tokens per side of an image; only if --transformer is a text-to-image decoder of LlamaGen",
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights; default: that of the files"
-    )
-    parser.add_argument(
-        "--push-to-hub", metavar="ID", help="also upload the folder to this repository; needs --license"
-    )
-    parser.add_argument(
-        "--hub-private-repo",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="make a new repository private (default), or public",
-    )
-    parser.add_argument(
-        "--reverse", action="store_true", help="convert back: write editar.pt and vq.pt from the pipeline --model"
-    )
-    parser.add_argument("--model", metavar="M", help="pipeline folder or Hub id to convert back; only with --reverse")
+    add = parser.add_argument
+    add("--transformer", metavar="FILE", help="file of the decoder; default: EditAR's published decoder")
+    add("--vq-model", metavar="FILE", help="file of the VQ model; default: LlamaGen's published VQ-16")
+    add("--text-encoder", metavar="ID", help="folder or Hub id of a T5 text encoder; default: google/flan-t5-xl")
+    add("--output-dir", metavar="DIR", required=True, help="folder to write; it must be new or empty")
+    add("--license", metavar="ID", help="licence of the weights for the model card, such as apache-2.0; default: none")
+    heads = "attention heads of the decoder; default: width / 64, or width / 100 if the width is 3200"
+    add("--num-attention-heads", metavar="N", type=int, help=heads)
+    grid_size = "tokens per side of an image; only if --transformer is a text-to-image decoder of LlamaGen"
+    add("--grid-size", metavar="N", type=int, help=grid_size)
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, help="dtype of the weights; default: that of the files")
+    add("--push-to-hub", metavar="ID", help="also upload the folder to this repository; needs --license")
+    private: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": True}
+    add("--hub-private-repo", **private, help="make a new repository private (default), or public")
+    add("--reverse", action="store_true", help="convert back: write editar.pt and vq.pt from the pipeline --model")
+    add("--model", metavar="M", help="pipeline folder or Hub id to convert back; only with --reverse")
     parser.set_defaults(run=run)
 
 
@@ -84,9 +55,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             advice = "leave it out with" if args.reverse else "it goes with"
             raise ValueError(f"`{option}` is {getattr(args, name)}; {advice} `--reverse`.")
-    for name in ("transformer", "vq_model", "text_encoder", "model"):
-        if getattr(args, name) == "":
-            raise ValueError(f"`--{name.replace('_', '-')}` is empty; give a name, or leave it out.")
     if args.reverse and args.model is None:
         raise ValueError("`--model` is missing; name the pipeline that `--reverse` is to convert.")
     if args.grid_size is not None and args.transformer is None:
@@ -99,44 +67,46 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> int:
     """Convert, check, write the folder with its card, and upload it where asked to."""
-    from pathlib import Path
-
     import torch
 
-    from .. import conversion
-    from ..pipelines.hub import upload_folder
+    from ..conversion import PUBLISHED_TEXT_ENCODER, PUBLISHED_TRANSFORMER, PUBLISHED_VQ_MODEL, convert_pipeline
+    from ..io import atomic_path
+    from ..pipelines.hub import CARD_FILE, make_card, upload_folder
     from ..self_check import check_pipeline
 
     output_dir = Path(args.output_dir)
-    conversion.check_output_dir(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"`output_dir` is {output_dir}, which already holds something; give a new folder.")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    sources = {part: getattr(args, part) for part in ("transformer", "vq_model", "text_encoder")}
-    pipeline = conversion.convert_pipeline(
-        **sources, num_attention_heads=args.num_attention_heads, dtype=dtype, grid_size=args.grid_size
-    )
-    report = check_pipeline(pipeline)
-    name, is_start = args.push_to_hub or output_dir.name, args.grid_size is not None
-    described = conversion.describe_sources(**sources)
-    card = conversion.compose_card(name, described, report.to_markdown(), args.license, is_start)
-    conversion.save_pipeline(pipeline, output_dir, card)
-    print_outcome(output_dir, report, args.license, is_start)
-    if args.push_to_hub is not None:
-        print(f"Uploaded {upload_folder(output_dir, args.push_to_hub, private=args.hub_private_repo)}")
-    return 0
-
-
-def print_outcome(output_dir: "Path", report: "SelfCheckReport", license: str | None, is_start: bool) -> None:
-    """Say what was written, what the self-check found and what the card leaves open."""
+    files = args.transformer, args.vq_model, args.text_encoder
+    pipeline = convert_pipeline(*files, args.num_attention_heads, dtype, args.grid_size)
+    report, is_start = check_pipeline(pipeline), args.grid_size is not None
+    sources = {
+        "decoder": args.transformer or "{repo_id}, {filename}".format(**PUBLISHED_TRANSFORMER),
+        "VQ model": args.vq_model or "{repo_id}, {filename}".format(**PUBLISHED_VQ_MODEL),
+        "text encoder": args.text_encoder or PUBLISHED_TEXT_ENCODER,
+    }
+    # Of local files and folders, the card names no path.
+    sources = {part: Path(source).name if Path(source).exists() else source for part, source in sources.items()}
+    facts: dict[str, Any] = {"sources": sources, "self_check": report.to_markdown(), "is_start": is_start}
+    card = make_card("converted", args.push_to_hub or output_dir.name, license=args.license, **facts)
+    with atomic_path(output_dir) as unfinished:
+        pipeline.save_pretrained(unfinished)
+        (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
     print(f"{report.to_markdown()}\n\nWrote {output_dir}")
-    if license is None:
+    if args.license is None:
         print("The card names no licence: none was given with --license.")
     if is_start:
-        from ..conversion import describe_new_parts
-
-        print(f"A start for training, which cannot edit yet. New, and drawn at random: {describe_new_parts()}.")
+        print(
+            "A start for training, which cannot edit yet. New, and drawn at random: the null image embedding and the "
+            "distillation head."
+        )
     elif not report.passed:
         print(
             "\nWARNING: THE SELF-CHECK FAILED. The files were converted, but do not behave like trained weights:\n"
             "training may be unfinished, the parts may not belong together, or --num-attention-heads may be wrong.",
             file=sys.stderr,
         )
+    if args.push_to_hub is not None:
+        print(f"Uploaded {upload_folder(output_dir, args.push_to_hub, private=args.hub_private_repo)}")
+    return 0
