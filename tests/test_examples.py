@@ -136,7 +136,7 @@ def test_evaluation_writes_the_settings_beside_the_ceiling_and_the_controls(stic
     # Outside the mask the source is the target; inside, nothing has been done to it.
     assert all(untouched[operation]["outside_psnr"] > 100 for operation in stickers.OPERATIONS)
     assert all(untouched[operation]["done"] == 0 for operation in ("recolour", "add", "remove"))
-    # The ceiling's pictures are the yardstick outside the mask.
+    # The ceiling's images are the yardstick outside the mask.
     ceiling = results["ceiling"]["seen"]["add"]
     assert ceiling["outside_psnr"] == ceiling["outside_psnr_ceiling"]
 
@@ -149,8 +149,7 @@ def test_evaluation_writes_the_settings_beside_the_ceiling_and_the_controls(stic
         ({"settings": ["greedy-3-0.5"]}, "`settings` holds 'greedy-3-0.5'"),
         ({"split": "holdout"}, "no parquet file whose name starts with 'holdout'"),
         ({"max_samples": 1}, "`dataset` has one prompt of operation"),
-        ({"controls": ["floor"]}, "`controls` holds floor; there are ceiling, untouched source, another instruction"),
-        ({"model": "editor"}, r"`dataset` has pictures of \(64, 64\) pixels; the model makes 16 × 16"),
+        ({"model": "editor"}, r"`dataset` has images of \(64, 64\) pixels; make one for 16 × 16"),
     ],
 )
 def test_evaluation_refuses(options, message, sticker_editor, editor, pictures, tmp_path, run_here):
@@ -170,8 +169,8 @@ def test_the_sheet_shows_the_first_test_samples_of_every_task(sticker_editor, tm
     height = len(sheet) // len(order)
     for index, operation in enumerate(order):
         sample = stickers.make_sample(0, "test", index, 64, (operation, "seen", None))
-        for left, name in ((0, "source_image"), (2 * 132, "target_image")):
-            shown = sheet[index * height :][:128, left : left + 128]
+        for left, name in ((8, "source_image"), (8 + 2 * 132, "target_image")):
+            shown = sheet[44 + index * height :][:128, left : left + 128]
             assert np.array_equal(shown[::2, ::2], np.asarray(sample[name]))
 
 

@@ -1,15 +1,8 @@
 """The stand-in teacher of the distillation study: what it is taught, and that training takes it for a DINOv2."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "stickers"))
-
 import train_patch_teacher as teacher
 from stickers import COLOURS, SHAPES
 
@@ -49,22 +42,19 @@ def test_a_batch_shows_what_an_edit_leaves_and_labels_that():
     assert (distance[~on_sticker] < 6.5 / 127.5).float().mean() < 0.5
 
 
-def test_the_teacher_that_is_saved_is_one_for_training(tmp_path, monkeypatch, capsys):
+def test_the_teacher_that_is_saved_is_one_for_training(tmp_path, run_here, capsys):
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "num_validation": 4}
-    options = {"output_dir": tmp_path / "teacher", "max_steps": 2, "batch_size": 4, **sizes}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["train_patch_teacher.py", *words])
-    teacher.main()
+    run_here("train_patch_teacher.py", output_dir=tmp_path / "teacher", max_steps=2, batch_size=4, **sizes)
     assert "validation, patches on stickers: colour" in capsys.readouterr().out
     features = DistillationTeacher(str(tmp_path / "teacher"))(torch.rand(2, 3, 64, 64) * 2 - 1)
     assert features.shape == (2, 64, 12)
 
 
 @pytest.mark.parametrize("side", [64, 128])
-def test_the_teacher_sees_the_centre_of_any_picture_at_the_same_scale(side):
-    picture = torch.full((1, 3, side, side), -1.0)
-    picture[:, :, side // 2 :, :] = 1
-    pixels = teacher.prepare_teacher_pixels(picture)
+def test_the_teacher_sees_the_centre_of_any_image_at_the_same_scale(side):
+    image = torch.full((1, 3, side, side), -1.0)
+    image[:, :, side // 2 :, :] = 1
+    pixels = teacher.prepare_teacher_pixels(image)
     assert pixels.shape == (1, 3, 224, 224)
     assert torch.allclose(pixels[0, 0, 0], torch.tensor(-0.485 / 0.229))
     assert torch.allclose(pixels[0, 0, -1], torch.tensor((1 - 0.485) / 0.229))

@@ -1,9 +1,9 @@
-"""Create the untrained sticker editor: a pipeline folder with a small T5, a small decoder and a trained tokenizer.
+"""Create the untrained sticker editor: a pipeline folder with a small T5, a small decoder and a trained VQ model.
 
-    python projects/stickers/create_sticker_editor.py --dataset stickers-tokens --vq_model sticker-tokenizer \
-        --output_dir sticker-editor-untrained
+    python projects/stickers/create_sticker_editor.py --dataset stickers-tokens --vq-model sticker-vq-model \
+        --output-dir sticker-editor-untrained
 
-The T5 tokenizer is trained on the prompts of the data set. `examples/train_editar.py` takes it from there.
+The text tokenizer is trained on the prompts of the data set. `examples/train_editar.py` trains the editor.
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ TEXT_HEAD_DIM = 64
 @dataclass
 class Arguments:
     dataset: str = field(metadata={"help": "what `train_editar.py` will train on; its prompts make the vocabulary"})
-    vq_model: str = field(metadata={"help": "folder or Hub id of the trained tokenizer"})
+    vq_model: str = field(metadata={"help": "folder or Hub id of the trained VQ model"})
     output_dir: str
     resolution: int = 64
     hidden_size: int = 256

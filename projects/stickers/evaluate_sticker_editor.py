@@ -4,7 +4,7 @@
         --settings greedy-3 sampled-3 greedy-1 greedy-7.5 --output results.json
 
 A setting is a way to choose tokens, a guidance scale and, where tokens are sampled at another temperature than 1, that
-temperature. Beside them stand the true target passed through the tokenizer (the ceiling), the untouched source, and the
+temperature. Beside them stand the true target passed through the VQ model (the ceiling), the untouched source, and the
 model given another sample's instruction. What counts as done is said in `projects/stickers/stickers.py`.
 """
 
@@ -38,10 +38,7 @@ class Arguments:
     settings: list[str] = field(
         default_factory=lambda: ["greedy-3"], metadata={"help": "such as greedy-3, sampled-1, sampled-1.5-0.3"}
     )
-    controls: list[str] = field(
-        default_factory=lambda: list(CONTROLS),
-        metadata={"help": "which of ceiling, untouched source, another instruction"},
-    )
+    controls: list[str] = field(default_factory=lambda: list(CONTROLS), metadata={"choices": CONTROLS})
     max_samples: int | None = field(default=None, metadata={"help": "evenly spaced samples; default: all"})
     batch_size: int = 64
     seed: int = 0
@@ -61,7 +58,7 @@ def parse_setting(setting: str) -> dict:
 
 
 def load_samples(args: Arguments) -> list[dict]:
-    """Load samples with their pictures and with their details parsed."""
+    """Load samples with their images and with their details parsed."""
     files = find_files(args.dataset, args.split)
     if not files:
         raise ValueError(f"`dataset` {args.dataset!r} has no parquet file whose name starts with {args.split!r}.")
@@ -88,36 +85,32 @@ def pick_other_prompts(samples: list[dict]) -> list[str]:
 
 
 def edit_samples(args: Arguments, pipeline: EditARPipeline, samples: list[dict], prompts: list[str], setting: str):
-    """Edit every sample; sample k always has seed `args.seed` + k."""
+    """Edit every source, or pass every target through the VQ model. Sample k always has seed `args.seed` + k."""
     images = []
     for start in tqdm(range(0, len(samples), args.batch_size), desc=setting, mininterval=5):
         rows = slice(start, start + args.batch_size)
         batch = samples[rows]
+        if setting == "ceiling":
+            targets = [sample["target_image"] for sample in batch]
+            images += pipeline.decode_image_tokens(pipeline.encode_image(targets))
+            continue
         images += pipeline(
             prompts[rows],
             image=[sample["source_image"] for sample in batch],
             task=[sample["task"] for sample in batch],
-            **parse_setting(setting),
+            **parse_setting(args.settings[0] if setting == "another instruction" else setting),
             generator=[torch.Generator().manual_seed(args.seed + start + k) for k in range(len(batch))],
         ).images
     return images
 
 
-def pass_through_tokenizer(args: Arguments, pipeline: EditARPipeline, samples: list[dict]) -> list:
-    images = []
-    for start in range(0, len(samples), args.batch_size):
-        batch = [sample["target_image"] for sample in samples[start : start + args.batch_size]]
-        images += pipeline.decode_image_tokens(pipeline.encode_image(batch))
-    return images
-
-
-def score_pictures(samples: list[dict], pictures: list, through_tokenizer: list, token_size: int) -> list[dict]:
+def score_images(samples: list[dict], images: list, ceilings: list, token_size: int) -> list[dict]:
     scores = []
-    for sample, picture, through in zip(samples, pictures, through_tokenizer, strict=True):
+    for sample, image, through in zip(samples, images, ceilings, strict=True):
         source, target = (np.asarray(sample[name]) for name in ("source_image", "target_image"))
         mask = np.asarray(sample["mask"].convert("L"))
         ceiling = compute_outside_psnr(np.asarray(through), target, mask, token_size)
-        scores.append(score_sample(np.asarray(picture), ceiling, source, target, mask, sample["details"], token_size))
+        scores.append(score_sample(np.asarray(image), ceiling, source, target, mask, sample["details"], token_size))
     return scores
 
 
@@ -126,47 +119,32 @@ def summarise(scores: list[dict]) -> dict:
     parts = {
         part: [score for score in scores if score["part"] == part] for part in ("seen", "held_out", "unseen_pairs")
     }
-    return {
-        "seen": aggregate_scores(parts["seen"]),
-        "photographs": aggregate_scores(
-            [s for s in scores if s["part"] != "unseen_pairs" and s["photograph"]], "photograph"
-        ),
-        "held_out": aggregate_scores(parts["held_out"]),
-        "unseen_pairs": aggregate_scores(parts["unseen_pairs"]),
-    }
+    on_photographs = [score for score in parts["seen"] + parts["held_out"] if score["photograph"]]
+    means = {part: aggregate_scores(members) for part, members in parts.items()}
+    return means | {"photographs": aggregate_scores(on_photographs, "photograph")}
 
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     for setting in args.settings:
         parse_setting(setting)
-    if unknown := set(args.controls) - set(CONTROLS):
-        raise ValueError(f"`controls` holds {', '.join(unknown)}; there are {', '.join(CONTROLS)}.")
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     samples = load_samples(args)
+    prompts = [sample["prompt"] for sample in samples]
     others = pick_other_prompts(samples) if "another instruction" in args.controls else None
     pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
     if args.lora is not None:
         pipeline.load_lora_weights(args.lora)
     pipeline.set_progress_bar_config(disable=True)
-    size = pipeline.processor.image_processor.size
-    if samples[0]["source_image"].size != (size.width, size.height):
-        raise ValueError(
-            f"`dataset` has pictures of {samples[0]['source_image'].size} pixels; the model makes {size.width} × "
-            f"{size.height}. Make the data set at that resolution."
-        )
-    through_tokenizer = pass_through_tokenizer(args, pipeline, samples)
-    pictures = {"ceiling": through_tokenizer, "untouched source": [sample["source_image"] for sample in samples]}
-    prompts = [sample["prompt"] for sample in samples]
-    results = {}
+    size, found = pipeline.processor.image_processor.size, samples[0]["source_image"].size
+    if found != (size.width, size.height):
+        raise ValueError(f"`dataset` has images of {found} pixels; make one for {size.width} × {size.height} pixels.")
+    ceilings, results = edit_samples(args, pipeline, samples, prompts, "ceiling"), {}
+    known = {"ceiling": ceilings, "untouched source": [sample["source_image"] for sample in samples]}
     for setting in (*args.controls, *args.settings):
-        if setting == "another instruction":
-            pictures[setting] = edit_samples(args, pipeline, samples, others, args.settings[0])
-        elif setting not in pictures:
-            pictures[setting] = edit_samples(args, pipeline, samples, prompts, setting)
-        scores = score_pictures(samples, pictures[setting], through_tokenizer, pipeline.vq_model.config.stride)
-        results[setting] = summarise(scores)
+        asked = others if setting == "another instruction" else prompts
+        images = known.get(setting) or edit_samples(args, pipeline, samples, asked, setting)
+        results[setting] = summarise(score_images(samples, images, ceilings, pipeline.vq_model.config.stride))
         rates = {operation: round(100 * means["done"], 1) for operation, means in results[setting]["seen"].items()}
         print(setting, rates, flush=True)
         with atomic_path(output) as unfinished:

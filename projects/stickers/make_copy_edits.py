@@ -1,6 +1,6 @@
 """Make pairs of an edit that the sticker editor was never taught: "copy the red circle to the top left".
 
-    python projects/stickers/make_copy_edits.py --output_dir copy --resolution 64
+    python projects/stickers/make_copy_edits.py --output-dir copy --resolution 64
 
 writes `train.parquet` and `test.parquet`, with the columns of `make_sticker_edits.py`. They show how a LoRA adapter
 learns a new operation from few pairs: the editor can add stickers and move them, and has never seen one stay and

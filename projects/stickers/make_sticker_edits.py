@@ -1,10 +1,10 @@
-"""Make the "stickers" data set: pairs of pictures with an instruction that turns the first into the second.
+"""Make the "stickers" data set: pairs of images with an instruction that turns the first into the second.
 
-A picture is a crop of a real photograph with one to four coloured stickers on it. An edit recolours, reshapes, removes,
-adds or moves one sticker; a translation turns a canny, depth or segmentation map into stickers on a plain background,
-with the colours told by a caption. Every length is a fraction of the picture's side, so any resolution works.
+An image is a crop of a real photograph with one to four coloured stickers on it. An edit recolours, reshapes, removes,
+adds or moves one sticker. A translation turns a canny, depth or segmentation map into stickers on a plain background;
+a caption tells the colours. Every length is a fraction of the image's side, so any resolution works.
 
-    python projects/stickers/make_sticker_edits.py --output_dir stickers --num_train 200000 --resolution 128
+    python projects/stickers/make_sticker_edits.py --output-dir stickers --num-train 200000 --resolution 128
 
 writes `train-*.parquet`, `validation-*.parquet` and `test-*.parquet` with the columns `source_image`, `target_image`,
 `prompt` (without a task prefix), `mask` (white = may change), `task` and `details` (JSON, what the scoring needs).
@@ -12,7 +12,6 @@ Sample `i` of a split depends on the seed, the split, `i` and the resolution alo
 run goes on where the first stopped.
 """
 
-import argparse
 import io
 import itertools
 import json
@@ -20,7 +19,7 @@ import math
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from PIL import ImageDraw
 from skimage.color import rgb2lab
 from skimage.feature import canny
 from stickers import BACKGROUNDS, COLOURS, MASK_MARGIN, SHAPES, TRANSLATIONS, draw_coverage
+from transformers import HfArgumentParser
 
 from editar_hf.io import atomic_path
 
@@ -73,62 +73,41 @@ SHARES = (0.1625, 0.13, 0.0975, 0.13, 0.13)
 # Never the subject or the result of an edit in training and validation; they do occur as bystanders.
 UNSEEN_PAIRS = {("red", "triangle"), ("yellow", "circle"), ("blue", "star"), ("white", "square")}
 
-# Lengths in tokens of an 8×8 grid, as fractions of the picture.
+# Lengths in tokens of an 8×8 grid, as fractions of the image.
 TOKEN = 1 / 8
 SMALLEST, LARGEST, CANONICAL = 2.0 * TOKEN, 2.6 * TOKEN, 2.3 * TOKEN
 GAP = 0.3 * TOKEN
 
+# The phrasings of each kind, separated by "|".
 PROMPTS = {
     "recolour": (
-        "make the {old} {to_colour}",
-        "turn the {old} {to_colour}",
-        "paint the {old} {to_colour}",
-        "change the {old} to {to_colour}",
-        "make the {old_turned} {to_colour}",
-        "use {to_colour} for the {old}",
-        "paint {to_colour} over the {old}",
-        "the {old} should be {to_colour}",
+        "make the {old} {to_colour} | turn the {old} {to_colour} | paint the {old} {to_colour} | "
+        "change the {old} to {to_colour} | make the {old_turned} {to_colour} | use {to_colour} for the {old} | "
+        "paint {to_colour} over the {old} | the {old} should be {to_colour}"
     ),
     "reshape": (
-        "turn the {old} into a {to_shape}",
-        "make the {old} a {to_shape}",
-        "change the {old} to a {to_shape}",
-        "turn the {old_turned} into a {to_shape}",
-        "replace the {old} with a {to_shape}",
-        "put a {to_shape} in place of the {old}",
-        "the {old} should be a {to_shape}",
+        "turn the {old} into a {to_shape} | make the {old} a {to_shape} | change the {old} to a {to_shape} | "
+        "turn the {old_turned} into a {to_shape} | replace the {old} with a {to_shape} | "
+        "put a {to_shape} in place of the {old} | the {old} should be a {to_shape}"
     ),
     "remove": (
-        "remove the {old}",
-        "delete the {old}",
-        "erase the {old}",
-        "take away the {old}",
-        "remove the {old_turned}",
-        "the {old} should go",
+        "remove the {old} | delete the {old} | erase the {old} | take away the {old} | remove the {old_turned} | "
+        "the {old} should go"
     ),
     "add": (
-        "add {new} {at}",
-        "put {new} {at}",
-        "draw {new} {at}",
-        "add {new_turned} {at}",
-        "{at} add {new}",
-        "there should be {new} {at}",
+        "add {new} {at} | put {new} {at} | draw {new} {at} | add {new_turned} {at} | {at} add {new} | "
+        "there should be {new} {at}"
     ),
     "move": (
-        "move the {old} {to}",
-        "bring the {old} {to}",
-        "put the {old} {at}",
-        "move the {old_turned} {to}",
-        "{at} put the {old}",
-        "the {old} should be {at}",
+        "move the {old} {to} | bring the {old} {to} | put the {old} {at} | move the {old_turned} {to} | "
+        "{at} put the {old} | the {old} should be {at}"
     ),
     "translation": (
-        "{stickers} on a {background} background",
-        "a {background} background with {stickers}",
-        "on a {background} background {stickers}",
-        "{stickers}, the background is {background}",
+        "{stickers} on a {background} background | a {background} background with {stickers} | "
+        "on a {background} background {stickers} | {stickers}, the background is {background}"
     ),
 }
+PROMPTS = {kind: tuple(phrasings.split(" | ")) for kind, phrasings in PROMPTS.items()}
 
 FEATURES = Features(
     source_image=Image(),
@@ -142,7 +121,7 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class Sticker:
-    """One sticker: `x`, `y` are its centre and `size` the width of its bounding square, as fractions of the picture."""
+    """One sticker: `x`, `y` are its centre and `size` the width of its bounding square, as fractions of the image."""
 
     colour: str
     shape: str
@@ -153,7 +132,6 @@ class Sticker:
     rgb: tuple[int, int, int]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -236,12 +214,11 @@ def find_legible(background):
     return {(PLACES[place], colours[colour]) for place, colour in np.argwhere(legible).tolist()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Scenes
 
 
 def get_centre(place):
-    """Return the centre (x, y) of a named place, as fractions of the picture."""
+    """Return the centre (x, y) of a named place, as fractions of the image."""
     row, column = divmod(PLACES.index(place), 3)
     return (2 * column + 1) / 6, (2 * row + 1) / 6
 
@@ -327,7 +304,6 @@ def draw_translation_scene(rng, split):
             return stickers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Words
 
 
@@ -369,7 +345,6 @@ def draw_caption(rng, stickers, background):
     return rng.choice(PROMPTS["translation"]).format(stickers=listed, background=background)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Samples
 
 
@@ -401,7 +376,7 @@ def make_edit(rng, operation, split, resolution, part="seen", photograph=None):
     }
 
 
-def draw_canny_map(stickers, resolution):
+def draw_canny_map(rng, stickers, resolution):
     """Draw the stickers' edges in white on black, whatever their colours."""
     silhouettes = draw_stickers(PILImage.new("L", (resolution, resolution)), stickers, lambda sticker: 255)
     edges = canny(np.asarray(silhouettes) / 255, sigma=0.7)
@@ -415,7 +390,7 @@ def draw_depth_map(rng, stickers, resolution):
     return draw_stickers(floor, stickers, lambda sticker: rng.randint(115, 185)).convert("RGB")
 
 
-def draw_segmentation_map(stickers, resolution):
+def draw_segmentation_map(rng, stickers, resolution):
     """Draw each sticker in the colour of its shape, on black."""
     black = PILImage.new("RGB", (resolution, resolution))
     return draw_stickers(black, stickers, lambda sticker: SEGMENTATION_PALETTE[sticker.shape])
@@ -425,15 +400,12 @@ def make_translation(rng, task, split, resolution):
     """Make one translation, condition map → stickers on a plain background: the same dict as `make_edit`."""
     stickers = draw_translation_scene(rng, split)
     background = rng.choice(list(BACKGROUNDS))
-    maps = {
-        "canny": lambda: draw_canny_map(stickers, resolution),
-        "depth": lambda: draw_depth_map(rng, stickers, resolution),
-        "segmentation": lambda: draw_segmentation_map(stickers, resolution),
-    }
+    draw_map = {"canny": draw_canny_map, "depth": draw_depth_map, "segmentation": draw_segmentation_map}[task]
+    condition_map = draw_map(rng, stickers, resolution)
     plain = PILImage.new("RGB", (resolution, resolution), BACKGROUNDS[background])
     details = {"part": "seen", "operation": task, "photograph": None, "unseen": False, "background": background}
     return {
-        "source_image": maps[task](),
+        "source_image": condition_map,
         "target_image": draw_stickers(plain, stickers),
         "prompt": draw_caption(rng, stickers, background),
         "mask": PILImage.new("L", (resolution, resolution), 255),
@@ -455,7 +427,6 @@ def make_sample(seed, split, index, resolution, job=None, shares=SHARES):
     return make_edit(rng, operation, split, resolution, part, photograph)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -512,40 +483,33 @@ def list_missing_shards(arguments):
     return missing
 
 
-def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_train", type=int, default=200_000)
-    parser.add_argument("--num_validation", type=int, default=1600, help="in all, in equal parts for the eight tasks")
-    parser.add_argument("--num_test", type=int, default=500, help="per task")
-    parser.add_argument("--resolution", type=int, default=128, help="pixels per side")
-    parser.add_argument(
-        "--shares",
-        type=float,
-        nargs=len(OPERATIONS),
-        metavar="SHARE",
-        default=SHARES,
-        help=f"of the training pairs: {', '.join(OPERATIONS)}; the rest are translations",
+@dataclass
+class Arguments:
+    output_dir: Path
+    num_train: int = 200_000
+    num_validation: int = field(default=1600, metadata={"help": "in all, in equal parts for the eight tasks"})
+    num_test: int = field(default=500, metadata={"help": "per task"})
+    resolution: int = field(default=128, metadata={"help": "pixels per side"})
+    shares: list[float] = field(
+        default_factory=lambda: list(SHARES),
+        metadata={"help": f"of the training pairs: {', '.join(OPERATIONS)}; the rest are translations"},
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--shard_size", type=int, default=5000, help="pairs per file")
-    return parser.parse_args(arguments)
+    seed: int = 0
+    num_workers: int = 2
+    shard_size: int = field(default=5000, metadata={"help": "pairs per file"})
 
-
-def check_shares(shares):
-    """Refuse shares that leave no probability for the translations, or are none."""
-    # Decimal fractions that make up 1 may miss it by a rounding error.
-    if not all(share >= 0 for share in shares) or not 0 < sum(shares) <= 1 + 1e-9:
-        raise ValueError(
-            f"`shares` is {', '.join(map(str, shares))}; give fractions of all pairs, none of them negative, whose sum "
-            "is above 0 and at most 1."
-        )
+    def __post_init__(self):
+        # Decimal fractions that make up 1 may miss it by a rounding error.
+        is_part = len(self.shares) == len(OPERATIONS) and all(share >= 0 for share in self.shares)
+        if not (is_part and 0 < sum(self.shares) <= 1 + 1e-9):
+            raise ValueError(
+                f"`shares` is {', '.join(map(str, self.shares))}; give {len(OPERATIONS)} fractions of all pairs, none "
+                "of them negative, whose sum is above 0 and at most 1."
+            )
 
 
 def main(arguments=None):
-    arguments = parse_arguments(arguments)
-    check_shares(arguments.shares)
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     started, done = time.perf_counter(), 0
     with ProcessPoolExecutor(arguments.num_workers) as pool:

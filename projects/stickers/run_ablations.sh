@@ -21,8 +21,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # All runs are about the same samples.
 data() {
-    [ -d "$RUNS/stickers" ] || python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/stickers" \
-        --resolution 64 --seed 0 --num_train 0 --num_validation 0 --num_test "$NUM_TEST" --num_workers 1
+    [ -d "$RUNS/stickers" ] || python projects/stickers/make_sticker_edits.py --output-dir "$RUNS/stickers" \
+        --resolution 64 --seed 0 --num-train 0 --num-validation 0 --num-test "$NUM_TEST" --num-workers 1
 }
 
 evaluate() {  # NAME MODEL SCALE
@@ -55,7 +55,7 @@ guidance() {
 
 teacher() {
     [ -d "$TEACHER" ] || [ "$TEACHER" != "$RUNS/stand-in-teacher" ] || \
-        python projects/stickers/train_patch_teacher.py --output_dir "$TEACHER"
+        python projects/stickers/train_patch_teacher.py --output-dir "$TEACHER"
 }
 
 # Both editors start from the same weights, see the same pairs in the same order, and differ in the teacher alone.
@@ -63,21 +63,21 @@ distillation() {
     data
     teacher
     [ -f "$RUNS/pairs/train-00000-of-00001.parquet" ] || \
-        python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/pairs" --resolution 64 --seed 1 \
-            --num_train "$NUM_TRAIN" --num_validation 0 --num_test 0 --shard_size "$NUM_TRAIN" --num_workers 1
+        python projects/stickers/make_sticker_edits.py --output-dir "$RUNS/pairs" --resolution 64 --seed 1 \
+            --num-train "$NUM_TRAIN" --num-validation 0 --num-test 0 --shard-size "$NUM_TRAIN" --num-workers 1
     width=$(python -c "from transformers import AutoConfig as C; print(C.from_pretrained('$TEACHER').hidden_size)")
-    [ -d "$RUNS/untrained" ] || python projects/stickers/create_sticker_editor.py --vq_model "$MODEL/vq_model" \
-        --dataset "$RUNS/pairs" --output_dir "$RUNS/untrained" --distillation_hidden_size "$width"
+    [ -d "$RUNS/untrained" ] || python projects/stickers/create_sticker_editor.py --vq-model "$MODEL/vq_model" \
+        --dataset "$RUNS/pairs" --output-dir "$RUNS/untrained" --distillation-hidden-size "$width"
     distilled=distilled-by-$(basename "$TEACHER")
     for name in "$distilled" undistilled; do
         options=()
-        [ $name = undistilled ] || options=(--distillation_model "$TEACHER")
+        [ $name = undistilled ] || options=(--distillation-model "$TEACHER")
         [ -d "$RUNS/editor-$name/pipeline" ] || \
             python examples/train_editar.py --model "$RUNS/untrained" --dataset "$RUNS/pairs" \
-            --output_dir "$RUNS/editor-$name" --train_text_encoder --edit_region_weight 6 --optimizer muon \
-            --muon_learning_rate 3e-3 --learning_rate 1e-3 --lr_scheduler linear --lr_warmup_steps 50 \
-            --target_token_dropout 0.3 --batch_size 32 --max_train_steps "$STEPS" --checkpointing_steps 250 \
-            --resume_from_checkpoint latest "${options[@]}"
+            --output-dir "$RUNS/editor-$name" --train-text-encoder --edit-region-weight 6 --optimizer muon \
+            --muon-learning-rate 3e-3 --learning-rate 1e-3 --lr-scheduler linear --lr-warmup-steps 50 \
+            --target-token-dropout 0.3 --batch-size 32 --max-train-steps "$STEPS" --checkpointing-steps 250 \
+            --resume-from-checkpoint latest "${options[@]}"
         evaluate "$name" "$RUNS/editor-$name/pipeline" 1.5
     done
     note="Both trained for $STEPS steps of 32 pairs, of $NUM_TRAIN."

@@ -1,11 +1,11 @@
-"""Ship the adapter that `train_copy_lora.sh` trained: its weights, and a card with its figures and a picture.
+"""Ship the adapter that `train_copy_lora.sh` trained: its weights, and a card with its figures and an image.
 
     python projects/stickers/ship_copy_lora.py --model examples/sticker-editor --adapter runs/copy/run/adapter \
-        --dataset runs/copy/new --figures runs/copy/figures --output_dir examples/sticker-copy-lora \
+        --dataset runs/copy/new --figures runs/copy/figures --output-dir examples/sticker-copy-lora \
         --hardware "two CPU cores, 12 minutes"
 
 The figures are what `evaluate_sticker_editor.py` wrote for new and old test samples, with the adapter and without it.
-The picture shows the first new test samples; nothing is picked.
+The image shows the first new test samples; nothing is picked.
 """
 
 import json
@@ -24,7 +24,7 @@ from editar_hf.pipelines.lora import CONFIG_FILE, WEIGHTS_FILE
 from editar_hf.training.validation import build_contact_sheet
 
 
-PICTURE_FILE = "copies.png"
+IMAGE_FILE = "copies.png"
 NUM_SHOWN, ENLARGED = 6, 128
 CARD = """\
 ---
@@ -68,14 +68,14 @@ Share of edits done on test samples, in per cent, decoded at the setting {settin
 |---|---|---|---|---|---|
 {rows}
 
-With the adapter {inside:.1%} of the pictures have the copy where it was asked for, and {outside:.1%} keep what is
-further than a token from it, the original included; without it {inside_without:.1%} and {outside_without:.1%}: the
-editor takes the words for those of a move. With the adapter switched off (`disable_lora()`) the editor gives the tokens
-it gave before.
+With the adapter, {adapted[inside]:.1%} of the images have the copy where it was asked for, and {adapted[outside]:.1%}
+keep what is further than a token from it, the original included. Without the adapter these shares are
+{without[inside]:.1%} and {without[outside]:.1%}: the editor takes the words for those of a move. With the adapter
+switched off (`disable_lora()`), the editor gives the tokens that it gave before.
 
 The first test samples of the new operation, as source, without the adapter, with it, and target:
 
-![source, without, with, target]({picture})
+![source, without, with, target]({image})
 
 ## Licence
 
@@ -86,56 +86,38 @@ Apache-2.0, like the weights it adapts. The photographs are public domain or CC0
 @dataclass
 class Arguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id that the adapter is for"})
-    adapter: Path = field(metadata={"help": "folder that `train_editar.py --lora_rank` wrote"})
+    adapter: Path = field(metadata={"help": "folder that `train_editar.py --lora-rank` wrote"})
     dataset: str = field(metadata={"help": "folder that `make_copy_edits.py` wrote"})
     figures: Path = field(metadata={"help": "folder with new-without.json, new-with.json, old-without.json, ..."})
     output_dir: Path
     hardware: str = "two CPU cores"
 
 
-def read_rates(path: Path) -> tuple[str, dict[str, dict[str, tuple[int, float]]]]:
-    """Read the one setting of a file of figures, and of it and of the ceiling: operation → (samples, share done)."""
-    results = json.loads(path.read_text())
-    (setting,) = set(results) - {"ceiling"}
-    return setting, {
-        name: {operation: (means["n"], means["done"]) for operation, means in results[name]["seen"].items()}
-        for name in ("ceiling", setting)
-    }
-
-
-def read_halves(path: Path) -> dict[str, float]:
-    """Read in which shares of the new edits the copy is there (`inside`) and the rest is kept (`outside`)."""
-    results = json.loads(path.read_text())
-    (setting,) = set(results) - {"ceiling"}
-    return {half: results[setting]["seen"]["copy"][half] for half in ("inside", "outside")}
-
-
-def compose_rows(figures: Path) -> tuple[str, str]:
-    """Compose the table's rows, and name the setting."""
+def compose_rows(results: dict[str, dict], setting: str) -> str:
+    """Compose the rows of the table."""
     rows = []
     for part, beside in (("new", "ceiling"), ("old", "base")):
-        setting, without = read_rates(figures / f"{part}-without.json")
-        adapted = read_rates(figures / f"{part}-with.json")[1][setting]
-        columns = [without["ceiling"], without[setting], adapted]
+        without, adapted = results[f"{part}-without"], results[f"{part}-with"]
+        columns = [without["ceiling"]["seen"], without[setting]["seen"], adapted[setting]["seen"]]
         if part == "old":
             columns = [{**column, "all of these": average(column)} for column in columns]
         for operation in columns[0]:
-            ceiling, base, ours = (column[operation][1] for column in columns)
+            ceiling, base, ours = (column[operation]["done"] for column in columns)
             reference = ceiling if part == "new" else base
             share = f"{ours / reference:.1%} of the {beside}'s" if reference else ""
             rates = " | ".join(f"{100 * rate:.1f}" for rate in (ceiling, base, ours))
-            rows.append(f"| {operation} | {columns[0][operation][0]:,} | {rates} | {share} |")
-    return "\n".join(rows), setting
+            rows.append(f"| {operation} | {columns[0][operation]['n']:,} | {rates} | {share} |")
+    return "\n".join(rows)
+
+
+def average(means: dict[str, dict]) -> dict[str, float]:
+    """Average the shares of operations over their samples."""
+    total = sum(mean["n"] for mean in means.values())
+    return {"n": total, "done": sum(mean["n"] * mean["done"] for mean in means.values()) / total}
 
 
 def list_names(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
-
-
-def average(rates: dict[str, tuple[int, float]]) -> tuple[int, float]:
-    """Average shares over samples."""
-    total = sum(count for count, _ in rates.values())
-    return total, sum(count * rate for count, rate in rates.values()) / total
 
 
 def draw_copies(args: Arguments) -> Image.Image:
@@ -152,13 +134,14 @@ def draw_copies(args: Arguments) -> Image.Image:
     columns += [edit(), samples["target_image"][:]]
     size = ENLARGED, ENLARGED
     rows = zip(*columns, strict=True)
-    return build_contact_sheet([[picture.resize(size, Image.Resampling.NEAREST) for picture in row] for row in rows])
+    return build_contact_sheet([[image.resize(size, Image.Resampling.NEAREST) for image in row] for row in rows])
 
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     config = json.loads((args.adapter / CONFIG_FILE).read_text())
-    rows, setting = compose_rows(args.figures)
+    results = {path.stem: json.loads(path.read_text()) for path in args.figures.glob("*.json")}
+    (setting,) = results["new-with"].keys() - {"ceiling"}
     card = CARD.format(
         model=args.model,
         folder=args.output_dir,
@@ -168,13 +151,13 @@ def main():
         trained_whole=f"; {list_names(whole)} trained as a whole" if (whole := config["modules_to_save"]) else "",
         hardware=args.hardware,
         setting=setting,
-        rows=rows,
-        picture=PICTURE_FILE,
-        **read_halves(args.figures / "new-with.json"),
-        **{f"{half}_without": share for half, share in read_halves(args.figures / "new-without.json").items()},
+        rows=compose_rows(results, setting),
+        image=IMAGE_FILE,
+        adapted=results["new-with"][setting]["seen"]["copy"],
+        without=results["new-without"][setting]["seen"]["copy"],
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_copies(args).save(args.output_dir / PICTURE_FILE, optimize=True)
+    draw_copies(args).save(args.output_dir / IMAGE_FILE, optimize=True)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(args.adapter / file, args.output_dir / file)
     ModelCard(card).save(args.output_dir / CARD_FILE)

@@ -1,7 +1,7 @@
 """Turn a trained sticker editor into the folder that is shipped: 16-bit weights and chosen defaults for sampling.
 
-    python projects/stickers/ship_sticker_editor.py --model runs/editor/pipeline --output_dir examples/sticker-editor \
-        --guidance_scale 1.5 --temperature 0.3
+    python projects/stickers/ship_sticker_editor.py --model runs/editor/pipeline --output-dir examples/sticker-editor \
+        --guidance-scale 1.5 --temperature 0.3
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Draw what masks, sessions and a kept source are for, with the sticker editor: the picture of the README.
+"""Show masks, sessions and a kept source with the sticker editor: draw the image of docs/masks-and-sessions.md.
 
     python projects/stickers/show_control.py --model examples/sticker-editor --output docs/control.png
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from make_sticker_edits import make_sample
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
+from editar_hf.training.validation import add_caption, build_contact_sheet
 
 
-# In pixels: pictures, the space between them, and a line of text.
-SIDE, GAP, LINE = 192, 6, 18
+SIDE = 192  # pixels of an image
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Arguments:
 
 
 def draw_box_mask(size: tuple[int, int], left: float, top: float, right: float, bottom: float) -> Image.Image:
-    """Draw a white box, in parts of the picture's sides, on black."""
+    """Draw a white box, in parts of the image's sides, on black."""
     mask = Image.new("L", size)
     mask.paste(255, [round(part * side) for part, side in zip((left, top, right, bottom), 2 * size, strict=True)])
     return mask
@@ -68,7 +68,7 @@ def show_session(pipe: EditARPipeline, seed: int) -> list[tuple[str, Image.Image
 
 
 def show_many_edits(pipe: EditARPipeline, seed: int) -> list[tuple[str, Image.Image]]:
-    """Edit one picture in several ways, its work done once."""
+    """Edit one image in several ways; the source is prepared once."""
     sample = make_sample(0, "test", 4, 64, ("move", "seen", None))
     cache = pipe.prepare_source_cache(sample["source_image"])
     prompts = [sample["prompt"], "add a red star at the bottom left", "add an orange square at the bottom"]
@@ -78,18 +78,16 @@ def show_many_edits(pipe: EditARPipeline, seed: int) -> list[tuple[str, Image.Im
 
 
 def draw_sheet(rows: list[list[tuple[str, Image.Image]]]) -> Image.Image:
-    """Lay out rows of pictures, each with its text underneath."""
-    font = ImageFont.load_default(size=11)
-    height = SIDE + LINE + GAP
-    sheet = Image.new("RGB", (len(rows[0]) * (SIDE + GAP) - GAP, len(rows) * height), "white")
-    for place, row in enumerate(rows):
-        for column, (text, picture) in enumerate(row):
-            left, top = column * (SIDE + GAP), place * height
-            sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
-            while font.getlength(text) > SIDE:
-                text = f"{text.rstrip(' …')[:-1]} …"
-            ImageDraw.Draw(sheet).text((left, top + SIDE + 1), text, "black", font)
-    return sheet
+    """Lay out rows of images, each under its text."""
+    return build_contact_sheet(
+        [
+            [
+                add_caption(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), text, num_lines=2)
+                for text, image in row
+            ]
+            for row in rows
+        ]
+    )
 
 
 def main():

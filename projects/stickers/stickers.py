@@ -1,13 +1,17 @@
 """Sticker edits: what stickers look like, and whether an edit of them was carried out, told by the pixels alone.
 
-An edit counts as done when, inside the mask, the asked sticker is there (its eroded mean colour is nearest to the asked
-one in Lab, and the asked shape fits best of the four) or the sticker is gone, and when everything further than a token
-from the mask is as near to the true target as the target passed through the tokenizer, minus 1 dB of PSNR. A translated
-picture counts as done when every sticker and the background are right. Geometry comes from the `details` of the data
-set that `projects/stickers/make_sticker_edits.py` draws, with the colours and outlines of this file.
+An edit counts as done when two things hold:
 
-    ceiling = compute_outside_psnr(target_through_tokenizer, target, mask, token_size)
-    scores = [score_sample(picture, ceiling, source, target, mask, details, token_size) for ...]
+* inside the mask, the asked sticker is there (its eroded mean colour is nearest to the asked one in Lab, and the asked
+  shape fits best of the four), or the sticker is gone;
+* everything further than a token from the mask is as near to the target as the target that the VQ model has encoded
+  and decoded, minus 1 dB of PSNR.
+
+A translated image counts as done when every sticker and the background are right. Geometry comes from the `details` of
+the data set that `make_sticker_edits.py` draws, with the colours and outlines of this file.
+
+    ceiling = compute_outside_psnr(target_through_vq_model, target, mask, token_size)
+    scores = [score_sample(image, ceiling, source, target, mask, details, token_size) for ...]
     aggregate_scores(scores)["recolour"]["done"]            # share of edits done
 """
 
@@ -15,9 +19,12 @@ import math
 from collections import defaultdict
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from skimage.color import rgb2lab
 from skimage.morphology import isotropic_dilation, isotropic_erosion
+
+from editar_hf.evaluation.metrics import compute_psnr
 
 
 # Chosen far apart in Lab: the closest two, blue and purple, are 41 apart; a background and a sticker, 41.
@@ -35,7 +42,7 @@ BACKGROUNDS = {"grey": (128, 128, 128), "pink": (255, 170, 200), "brown": (110, 
 SHAPES = ("circle", "square", "triangle", "star")
 TRANSLATIONS = ("canny", "depth", "segmentation")
 
-# How far a mask reaches beyond a sticker, as a fraction of the picture: a quarter of a token of an 8×8 grid.
+# How far a mask reaches beyond a sticker, as a fraction of the image: a quarter of a token of an 8×8 grid.
 MASK_MARGIN = 1 / 32
 
 # How much of a sticker's width erosion takes off: blurred outlines must not count as its colour.
@@ -44,7 +51,7 @@ EROSION = 0.07
 SMALLEST_OVERLAP = 0.5
 # Named colours nearer than this to the photograph (in Lab) say nothing about whether a sticker is gone.
 ALIKE = 25.0
-# How far outside the mask a picture may fall behind the tokenizer, in dB.
+# How far outside the mask a image may fall behind the VQ model, in dB.
 PSNR_TOLERANCE = 1.0
 
 COLOURS_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in COLOURS.items()}
@@ -92,7 +99,7 @@ def draw_core(sticker, resolution, shape=None):
 
 
 def draw_box(sticker, resolution, margin):
-    """Draw a sticker's bounding square, `margin` (fraction of the picture) wider on every side."""
+    """Draw a sticker's bounding square, `margin` (fraction of the image) wider on every side."""
     centres = (np.arange(resolution) + 0.5) / resolution
     reach = sticker["size"] / 2 + margin
     return (abs(centres - sticker["y"]) < reach)[:, None] & (abs(centres - sticker["x"]) < reach)
@@ -103,9 +110,9 @@ def draw_ring(sticker, resolution):
     return draw_box(sticker, resolution, MASK_MARGIN) & ~draw_box(sticker, resolution, 0.5 / resolution)
 
 
-def compute_mean_lab(picture, region):
-    """Compute the mean Lab colour of an RGB picture (height, width, 3) over a region, bool (height, width)."""
-    return rgb2lab(picture[region]).mean(0)
+def compute_mean_lab(image, region):
+    """Compute the mean Lab colour of an RGB image (height, width, 3) over a region, bool (height, width)."""
+    return rgb2lab(image[region]).mean(0)
 
 
 def find_nearest(lab, names):
@@ -113,17 +120,17 @@ def find_nearest(lab, names):
     return min(names, key=lambda name: np.linalg.norm(names[name] - lab))
 
 
-def compute_overlaps(picture, surroundings, sticker):
+def compute_overlaps(image, surroundings, sticker):
     """Compute how well each shape fits the pixels at a sticker's place, dict shape → [0, 1].
 
     How much of a pixel the sticker covers is read off where its RGB colour lies on the line from the background to the
     colour in the middle, which all four shapes cover; blurring and antialiasing move a pixel along that line. The fit
     is the soft intersection over union with the shape's own coverage. `surroundings` (n, 3): pixels it lies on.
     """
-    resolution = len(picture)
-    colour = picture[np.all([draw_core(sticker, resolution, shape) for shape in SHAPES], 0)].mean(0)
+    resolution = len(image)
+    colour = image[np.all([draw_core(sticker, resolution, shape) for shape in SHAPES], 0)].mean(0)
     box = draw_box(sticker, resolution, MASK_MARGIN)
-    pixels = picture[box].astype(float)
+    pixels = image[box].astype(float)
     # Photographs are not plain: each pixel has its own background, the tenth of the surroundings most like it.
     candidates = surroundings[:: max(1, len(surroundings) // 40)].astype(float)
     tenth = len(candidates) // 10
@@ -138,15 +145,15 @@ def compute_overlaps(picture, surroundings, sticker):
     }
 
 
-def score_sticker(picture, surroundings, sticker, other_colours):
+def score_sticker(image, surroundings, sticker, other_colours):
     """Tell whether a sticker is at its place with the right `colour`, and with the right `shape`: a dict of the two.
 
     `surroundings` are pixels (n, 3) of what it lies on; `other_colours` answers besides the eight named colours.
     """
-    overlaps = compute_overlaps(picture, surroundings, sticker)
+    overlaps = compute_overlaps(image, surroundings, sticker)
     best = max(overlaps, key=overlaps.get)
-    core = draw_core(sticker, len(picture), best)
-    colour = find_nearest(compute_mean_lab(picture, core), COLOURS_LAB | other_colours)
+    core = draw_core(sticker, len(image), best)
+    colour = find_nearest(compute_mean_lab(image, core), COLOURS_LAB | other_colours)
     present = overlaps[best] >= SMALLEST_OVERLAP
     return {
         "colour": present and colour == sticker["colour"],
@@ -154,40 +161,35 @@ def score_sticker(picture, surroundings, sticker, other_colours):
     }
 
 
-def is_gone(picture, source, target, sticker):
+def is_gone(image, source, target, sticker):
     """Tell whether a sticker of the source has made way for what the target shows in its place.
 
     The mean colour there must be nearer to the target's than to the sticker's and to any other named colour unlike the
     target's. Means, because a photograph's texture may come back differently.
     """
-    core = draw_core(sticker, len(picture))
+    core = draw_core(sticker, len(image))
     beneath = compute_mean_lab(target, core)
     answers = {name: colour for name, colour in COLOURS_LAB.items() if np.linalg.norm(colour - beneath) > ALIKE}
     answers |= {"sticker": compute_mean_lab(source, core), "beneath": beneath}
-    return find_nearest(compute_mean_lab(picture, core), answers) == "beneath"
+    return find_nearest(compute_mean_lab(image, core), answers) == "beneath"
 
 
-def compute_psnr(picture, target, region):
-    """Compute the PSNR in dB of 8-bit pictures over a region, bool (height, width); identical ones have 148 dB."""
-    squared_error = (picture[region].astype(float) - target[region]) ** 2
-    return float(10 * np.log10(255**2 / max(squared_error.mean(), 1e-10)))
-
-
-def compute_outside_psnr(picture, target, mask, token_size):
-    """Compute the PSNR in dB of what lies further than a token from the mask; NaN where nothing does.
+def compute_outside_psnr(image, target, mask, token_size):
+    """Compute the PSNR in dB, at most 148, of what lies further than a token from the mask; NaN where nothing does.
 
     Arguments as in `score_edit`.
     """
-    kept = ~isotropic_dilation(np.asarray(mask) > 127, token_size)
-    return compute_psnr(picture, target, kept) if kept.any() else math.nan
+    edited = torch.from_numpy(isotropic_dilation(np.asarray(mask) > 127, token_size))[None, None]
+    images, references = (torch.tensor(pixels).permute(2, 0, 1)[None] / 255 for pixels in (image, target))
+    return compute_psnr(images, references, edited, masked_mean=True).clamp(max=148).item()
 
 
-def score_edit(picture, outside_psnr_ceiling, source, target, mask, details, token_size):
-    """Score one edited picture.
+def score_edit(image, outside_psnr_ceiling, source, target, mask, details, token_size):
+    """Score one edited image.
 
     Args:
-        picture, source, target: uint8 arrays (height, width, 3); height = width.
-        outside_psnr_ceiling: what `compute_outside_psnr` makes of the target passed through the tokenizer, in dB.
+        image, source, target: uint8 arrays (height, width, 3); height = width.
+        outside_psnr_ceiling: `compute_outside_psnr` of the target that the VQ model has encoded and decoded, in dB.
         mask: uint8 array (height, width), above 127 where pixels may change.
         details: the data set's `details`, parsed.
         token_size: pixels per token.
@@ -199,11 +201,11 @@ def score_edit(picture, outside_psnr_ceiling, source, target, mask, details, tok
     score = {}
     if details["new"] is not None:
         ring = target[draw_ring(details["new"], len(target))]
-        score |= score_sticker(picture, ring, details["new"], {"background": rgb2lab(ring).mean(0)})
+        score |= score_sticker(image, ring, details["new"], {"background": rgb2lab(ring).mean(0)})
     if details["operation"] in ("remove", "move"):
-        score["gone"] = is_gone(picture, source, target, details["old"])
+        score["gone"] = is_gone(image, source, target, details["old"])
     inside = all(score.values())
-    psnr = compute_outside_psnr(picture, target, mask, token_size)
+    psnr = compute_outside_psnr(image, target, mask, token_size)
     outside = psnr >= outside_psnr_ceiling - PSNR_TOLERANCE
     return score | {
         "inside": inside,
@@ -214,16 +216,16 @@ def score_edit(picture, outside_psnr_ceiling, source, target, mask, details, tok
     }
 
 
-def score_translation(picture, details):
-    """Score one picture made from a condition map; pictures as in `score_edit`.
+def score_translation(image, details):
+    """Score one image made from a condition map; images as in `score_edit`.
 
     Returns:
         A dict with `stickers`, the share of them with the right colour and shape at the right place; `placed`, the same
         whatever the shape; `background`, whether it has the right colour; `done`, whether everything is right.
     """
-    plain = ~np.any([draw_box(sticker, len(picture), MASK_MARGIN) for sticker in details["stickers"]], 0)
-    found = [score_sticker(picture, picture[plain], sticker, BACKGROUNDS_LAB) for sticker in details["stickers"]]
-    background = find_nearest(compute_mean_lab(picture, plain), COLOURS_LAB | BACKGROUNDS_LAB) == details["background"]
+    plain = ~np.any([draw_box(sticker, len(image), MASK_MARGIN) for sticker in details["stickers"]], 0)
+    found = [score_sticker(image, image[plain], sticker, BACKGROUNDS_LAB) for sticker in details["stickers"]]
+    background = find_nearest(compute_mean_lab(image, plain), COLOURS_LAB | BACKGROUNDS_LAB) == details["background"]
     right = [sticker["colour"] and sticker["shape"] for sticker in found]
     return {
         "stickers": float(np.mean(right)),
@@ -233,20 +235,20 @@ def score_translation(picture, details):
     }
 
 
-def score_sample(picture, outside_psnr_ceiling, source, target, mask, details, token_size):
-    """Score one picture, edit or translation: its score with `operation`, `part` and `photograph` from `details`."""
+def score_sample(image, outside_psnr_ceiling, source, target, mask, details, token_size):
+    """Score one image, edit or translation: its score with `operation`, `part` and `photograph` from `details`."""
     if details["operation"] in TRANSLATIONS:
-        score = score_translation(picture, details)
+        score = score_translation(image, details)
     else:
-        score = score_edit(picture, outside_psnr_ceiling, source, target, mask, details, token_size)
+        score = score_edit(image, outside_psnr_ceiling, source, target, mask, details, token_size)
     return {name: details[name] for name in ("operation", "part", "photograph")} | score
 
 
 def aggregate_scores(scores, by="operation"):
-    """Average scores per operation, or `by` another name or several: dict group → {"n": count, score name: mean}."""
+    """Average scores per operation, or `by` another name: dict group → {"n": count, score name: mean}."""
     groups = defaultdict(list)
     for score in scores:
-        groups[score[by] if isinstance(by, str) else tuple(score[name] for name in by)].append(score)
+        groups[score[by]].append(score)
     return {group: {"n": len(members)} | compute_means(members) for group, members in groups.items()}
 
 

@@ -14,22 +14,22 @@ export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 
 # A third of the old pairs are moves: told from copies by one word, they are the first to be forgotten.
 data() {
-    python projects/stickers/make_copy_edits.py --output_dir "$RUNS/new" --resolution 64 --seed 0 \
-        --num_train 300 --num_test 500
-    python projects/stickers/make_sticker_edits.py --output_dir "$RUNS/old" --resolution 64 --num_train 6000 \
-        --num_validation 8 --num_test 100 --seed 1 --shares 0.13 0.1 0.1 0.1 0.35 --num_workers 2
+    python projects/stickers/make_copy_edits.py --output-dir "$RUNS/new" --resolution 64 --seed 0 \
+        --num-train 300 --num-test 500
+    python projects/stickers/make_sticker_edits.py --output-dir "$RUNS/old" --resolution 64 --num-train 6000 \
+        --num-validation 8 --num-test 100 --seed 1 --shares 0.13 0.1 0.1 0.1 0.35 --num-workers 2
     for part in new old; do
-        python examples/precompute_tokens.py --dataset "$RUNS/$part" --split train --vq_model "$MODEL/vq_model" \
-            --output_dir "$RUNS/$part-tokens" --resolution 64
+        python examples/precompute_tokens.py --dataset "$RUNS/$part" --split train --vq-model "$MODEL/vq_model" \
+            --output-dir "$RUNS/$part-tokens" --resolution 64
     done
 }
 
 # With the projection of the prompts trained along, 85 % of the ceiling; without, in as long, 58 %: copies became moves.
 train() {
-    python examples/train_editar.py --model "$MODEL" --recipe projects/stickers/copy.yaml --output_dir "$RUNS/run" \
-        --lora_rank 16 --lora_modules_to_save text_projection --learning_rate 1e-3 --lr_scheduler linear \
-        --lr_warmup_steps 20 --batch_size 16 --max_train_steps 1300 --max_train_minutes 15 --edit_region_weight 3 \
-        --target_token_dropout 0.3 --checkpointing_steps 300 --resume_from_checkpoint latest --seed 0
+    python examples/train_editar.py --model "$MODEL" --recipe projects/stickers/copy.yaml --output-dir "$RUNS/run" \
+        --lora-rank 16 --lora-modules-to-save text_projection --learning-rate 1e-3 --lr-scheduler linear \
+        --lr-warmup-steps 20 --batch-size 16 --max-train-steps 1300 --max-train-minutes 15 --edit-region-weight 3 \
+        --target-token-dropout 0.3 --checkpointing-steps 300 --resume-from-checkpoint latest --seed 0
 }
 
 # At the editor's own guidance scale.
@@ -47,7 +47,7 @@ figures() {
 
 ship() {
     python projects/stickers/ship_copy_lora.py --model "$MODEL" --adapter "$RUNS/run/adapter" --dataset "$RUNS/new" \
-        --figures "$RUNS/figures" --output_dir "$ADAPTER" --hardware "${HARDWARE:-two CPU cores}"
+        --figures "$RUNS/figures" --output-dir "$ADAPTER" --hardware "${HARDWARE:-two CPU cores}"
 }
 
 for stage in ${*:-data train figures ship}; do

@@ -1,10 +1,10 @@
 """Train a stand-in for DINOv2: a tiny `Dinov2Model` that knows the colour and the shape of stickers, patch by patch.
 
-    python projects/stickers/train_patch_teacher.py --output_dir runs/patch-teacher
+    python projects/stickers/train_patch_teacher.py --output-dir runs/patch-teacher
 
-Where the real weights are at hand they are the better teacher. This one lets `train_editar.py --distillation_model` be
+Where the real weights are at hand they are the better teacher. This one lets `train_editar.py --distillation-model` be
 studied at the size of the demo: its features tell what a sticker editor must know. It sees training scenes alone,
-prepared as `train_editar.py` prepares pictures for a teacher, and is measured on validation scenes at the end.
+prepared as `train_editar.py` prepares images for a teacher, and is measured on validation scenes at the end.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from transformers import Dinov2Config, Dinov2Model, HfArgumentParser, set_seed
 from editar_hf.training.distillation import CROPPED_SIDE, RESIZED_SIDE, prepare_teacher_pixels
 
 
-# Pictures of 64 pixels; of the centre 56, which the teacher sees, a patch has 7 a side.
+# Images of 64 pixels; of the centre 56, which the teacher sees, a patch has 7 a side.
 RESOLUTION, GRID = 64, 8
 VISIBLE = RESOLUTION * CROPPED_SIDE // RESIZED_SIDE
 # A patch belongs to the sticker that covers most of it, if that is at least this much.
@@ -72,15 +72,15 @@ def label_patches(stickers: list[dict]) -> np.ndarray:
 
 
 def make_batch(split: str, indices: range, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make pictures in [−1, 1] (batch, 3, height, width) and the labels of their patches (2, batch, patches)."""
-    pictures, labels = [], []
+    """Make images in [−1, 1] (batch, 3, height, width) and the labels of their patches (2, batch, patches)."""
+    images, labels = [], []
     for index in indices:
         sample = make_sample(f"teacher {seed}", split, index, RESOLUTION)
         details = sample["details"]
         stickers = details.get("stickers") or [*filter(None, [details["new"]]), *details["bystanders"]]
-        pictures.append(np.asarray(sample["target_image"]))
+        images.append(np.asarray(sample["target_image"]))
         labels.append(label_patches(stickers))
-    pixel_values = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixel_values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pixel_values, torch.from_numpy(np.stack(labels, 1))
 
 

@@ -1,5 +1,6 @@
 """Held-out pairs as images, edited by the pipeline that users call."""
 
+import textwrap
 from typing import cast
 
 import torch
@@ -18,14 +19,13 @@ def build_contact_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Im
     return sheet
 
 
-def add_caption(image: Image.Image, text: str) -> Image.Image:
-    """Put a line of text above an image, shortened to the width of the image."""
-    font, line_height = ImageFont.load_default(size=12), 18
-    while font.getlength(text) > image.width:
-        text = f"{text.rstrip(' …')[:-1]} …"
-    captioned = Image.new("RGB", (image.width, image.height + line_height), "white")
-    ImageDraw.Draw(captioned).text((0, 0), text, "black", font)
-    captioned.paste(image, (0, line_height))
+def add_caption(image: Image.Image, text: str, num_lines: int = 1) -> Image.Image:
+    """Put some lines of text above an image; a text that is too long for them is shortened."""
+    lines = textwrap.wrap(text, image.width // 6, max_lines=num_lines, placeholder=" …")
+    height = 18 * num_lines
+    captioned = Image.new("RGB", (image.width, image.height + height), "white")
+    ImageDraw.Draw(captioned).text((0, 0), "\n".join(lines), "black", ImageFont.load_default(size=12))
+    captioned.paste(image, (0, height))
     return captioned
 
 
