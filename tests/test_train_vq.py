@@ -22,11 +22,11 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
 from editar_hf import EditARVQConfig, EditARVQModel
+from editar_hf.image_processing_editar import compute_psnr
 from editar_hf.training.rows import BadRowCount
 from editar_hf.training.vq import (
     DeadCodeReviver,
     compute_perplexity,
-    compute_psnr,
     decode_images,
     draw_batches,
     draw_codebook,

@@ -385,3 +385,15 @@ class EditARImageProcessor(PilBackend):
             edited = Image.fromarray(np.round(blended).astype(np.uint8))
         restored.paste(edited, place[:2])
         return restored
+
+
+# Comparison
+
+
+def compute_psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Compute the peak signal-to-noise ratio of each image in dB, (batch_size,), from pixels in [−1, 1].
+
+    The reconstruction is clamped to this range. Equal images have 100 dB.
+    """
+    error = (reconstruction.float().clamp(-1, 1) - pixel_values.float()) / 2
+    return -10 * error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()

@@ -14,6 +14,8 @@ from importlib.resources import files
 import torch
 from PIL import Image
 
+from .image_processing_editar import compute_psnr
+
 
 # A uniformly grey image has 10 dB; the published VQ model reaches more than 20 dB on photographs.
 MIN_TOKENIZER_PSNR = 15.0
@@ -136,9 +138,7 @@ def compute_tokenizer_psnr(pipeline) -> tuple[torch.Tensor, torch.Tensor, float]
     image_tokens = vq_model.encode(pixels).image_tokens
     grid_height, grid_width = (side // vq_model.config.stride for side in pixels.shape[2:])
     reconstruction = vq_model.decode(image_tokens, grid_height, grid_width)
-    error = (reconstruction.float().clamp(-1, 1) - pixels.float()).square().mean()
-    # The range of pixels is 2, from −1 to 1.
-    return image_tokens, reconstruction, 10 * torch.log10(4 / error).item()
+    return image_tokens, reconstruction, compute_psnr(reconstruction, pixels).item()
 
 
 def compute_branch_logits(pipeline, image_tokens: torch.Tensor, grid: dict[str, int]) -> torch.Tensor:

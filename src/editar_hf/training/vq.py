@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-from ..image_processing_editar import EditARImageProcessor, compute_crop_geometry, prepare_rgb_image
+from ..image_processing_editar import EditARImageProcessor, compute_crop_geometry, compute_psnr, prepare_rgb_image
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel, compute_nearest_codes
 from .dataset_specs import DatasetSpec, load_split
@@ -193,12 +193,6 @@ class DeadCodeReviver:
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         self.steps_unused.copy_(state_dict["steps_unused"])
-
-
-def compute_psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Compute the peak signal-to-noise ratio of each image in dB, (batch_size,), from pixels in [−1, 1]."""
-    error = (reconstruction.float().clamp(-1, 1) - pixel_values.float()) / 2
-    return -10 * error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()
 
 
 def compute_perplexity(token_counts: torch.Tensor) -> float:
