@@ -26,9 +26,8 @@ from report import describe_machine, format_table, measure_peak_memory, write_re
 from transformers import T5Config, T5EncoderModel
 
 from editar_hf import EditARConfig, EditARForConditionalGeneration, EditARVQConfig, EditARVQModel
-from editar_hf.training.batch import encode_image_tokens
 from editar_hf.training.optimization import build_optimizer
-from editar_hf.training.step import TrainingStep, draw_dropout
+from editar_hf.training.step import TrainingStep, draw_dropout, encode_image_tokens
 
 
 WAYS = {"plain": "plain loop", "pictures": "ours, from pictures", "tokens": "ours, from tokens and text states"}

@@ -26,7 +26,7 @@ def main():
         args,
         accelerator,
         load_pipeline(args),
-        args.describe_datasets(),
+        args.describe_datasets(streaming=args.streaming),
         args.describe_validation_dataset(),
     )
     trainer.train()

@@ -1,10 +1,8 @@
 """How tests run the scripts in `examples/` and `projects/stickers/`, and the fixtures that they run them on."""
 
-import json
 import os
 import re
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import build_pipeline, redraw_weights
 from transformers import Dinov2Config, Dinov2Model
 
-from editar_hf import EditARForConditionalGeneration, EditARVQConfig, EditARVQModel
+from editar_hf import EditARForConditionalGeneration, EditARPipeline, EditARVQConfig, EditARVQModel
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -100,6 +98,14 @@ def write_teacher(folder: Path, width: int = TEACHER_WIDTH):
     redraw_weights(Dinov2Model(config), scale=0.3).save_pretrained(folder)
 
 
+def save_calm(pipeline: EditARPipeline, folder: Path):
+    """Save a pipeline that trains without dropout."""
+    for name in ("text_dropout", "residual_dropout", "mlp_dropout"):
+        setattr(pipeline.transformer.config, name, 0.0)
+    pipeline.text_encoder.config.dropout_rate = 0.0
+    pipeline.save_pretrained(folder)
+
+
 def name_changed(before: Path, after: Path) -> set[str]:
     """Name the components of two pipeline folders that differ in any bit of their weights."""
     before, after = load_weights(before), load_weights(after)
@@ -145,13 +151,7 @@ def editor(tmp_path_factory) -> Path:
 def calm_editor(editor) -> Path:
     """The same without dropout: what it computes in training can be computed again."""
     folder = editor.with_name("calm-editor")
-    shutil.copytree(editor, folder)
-    for name, dropouts in {
-        "transformer": ("text_dropout", "residual_dropout", "mlp_dropout"),
-        "text_encoder": ("dropout_rate",),
-    }.items():
-        file = folder / name / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | dict.fromkeys(dropouts, 0.0)))
+    save_calm(EditARPipeline.from_pretrained(editor), folder)
     return folder
 
 

@@ -4,6 +4,7 @@ import ast
 import configparser
 import io
 import re
+import runpy
 import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
@@ -15,11 +16,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pages import PAGES, ROOT
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, HfArgumentParser
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import editar_hf
 from editar_hf import commands
+from editar_hf.training.arguments import TrainingArguments
 
 
 PACKAGE = ROOT / "src" / "editar_hf"
@@ -252,8 +254,9 @@ def test_commands_and_files_named_on_a_page_exist(page):
 def list_flags(script: Path) -> set[str]:
     """List a script's flags, with underscores: the fields of its dataclass `Arguments`, or what it adds to a parser."""
     flags, code = set(), script.read_text()
-    if "TrainingArguments" in code:
-        code += (PACKAGE / "training" / "arguments.py").read_text()
+    if "parse_arguments" in code:
+        arguments = runpy.run_path(str(script)).get("Arguments", TrainingArguments)
+        flags |= set(HfArgumentParser(arguments)._option_string_actions)
     if "editar_hf.commands import main" in code:  # the other words are those of `editar-hf evaluate`
         with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
             commands.main(["evaluate", "run", "--help"])

@@ -15,6 +15,7 @@ import recoloring
 from PIL import Image
 from scenes_bank import HELD_OUT_PAIRS, NOUNS
 
+from editar_hf import EditARImageProcessor
 from editar_hf.condition_maps import make_canny_map
 from editar_hf.training.dataset_specs import DatasetSpec, open_dataset
 from editar_hf.training.rows import RowReader
@@ -231,7 +232,7 @@ def test_the_data_set_opens_with_the_package(bank, bank_folder, tmp_path):
     words = ["--bank", bank_folder, "--output-dir", output_dir, "--per_operation", 3, "--seed", 2, "--height", 96]
     compose.main([str(word) for word in [*words, "--sheet", sheet, "--number", 4]])
     spec = DatasetSpec(str(output_dir), split="test")
-    reader = RowReader(None, 96, 128, "crop", 8)
+    reader = RowReader(EditARImageProcessor(size={"height": 96, "width": 128}, stride=8))
     rows = [reader.read(row, spec) for row in open_dataset(spec)]
     assert len(rows) == 3 * len(compose.OPERATIONS)
     assert {row["task"] for row in rows} == {"edit", "canny", "depth", "segmentation"}

@@ -1,13 +1,10 @@
-"""Sharded training (`fully_shard`, PyTorch's FSDP2), of our modules and by the script: the steps of one process."""
+"""Sharded training (`fully_shard`, PyTorch's FSDP2) takes the steps of one process."""
 
-import copy
-import json
 import os
 import runpy
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,15 +12,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from PIL import Image
-from processes import CONTEXT, read_launch_environment, run_python, run_ranks
+from processes import read_launch_environment, run_python, run_ranks
 from safetensors.torch import load_file
-from scripts import reset_accelerate
-from tiny import NUM_CODES, build_pipeline, draw_image
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from scripts import reset_accelerate, save_calm
+from tiny import build_pipeline, write_pairs
 
 from editar_hf.modeling_editar import EditARDecoderLayer
-from editar_hf.training.step import TrainingStep
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -41,80 +35,6 @@ PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def build_step(recomputes: bool) -> TrainingStep:
-    pipe = build_pipeline()
-    for name in ("text_dropout", "residual_dropout", "mlp_dropout"):
-        setattr(pipe.transformer.config, name, 0.0)
-    transformer = type(pipe.transformer)(pipe.transformer.config)
-    transformer.load_state_dict(pipe.transformer.state_dict())
-    if recomputes:
-        transformer.gradient_checkpointing_enable()
-    pipe.text_encoder.requires_grad_(False)
-    return TrainingStep(transformer, pipe.text_encoder, (4, 4)).train()
-
-
-def build_batch() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    source, target = torch.randint(NUM_CODES, (2, BATCH_SIZE, 16), generator=generator)
-    text = torch.randint(100, (BATCH_SIZE, 10), generator=generator)
-    tokens = {"source_image_tokens": source, "target_image_tokens": target}
-    return {**tokens, "input_ids": text, "attention_mask": torch.ones_like(text)}
-
-
-def take_steps(step: TrainingStep, batch: dict[str, torch.Tensor]) -> list[float]:
-    """Take two optimiser steps and return their losses."""
-    optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], lr=0.5)
-    losses = []
-    for _ in range(2):
-        loss = step(batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def train_sharded(process: int, folder: Path, recomputes: bool):
-    """Train on this process's part of the batch with every layer sharded; save the gathered weights."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=NUM_PROCESSES)
-    step, mesh = build_step(recomputes), init_device_mesh("cpu", (NUM_PROCESSES,))
-    for layer in step.transformer.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(step, mesh=mesh)
-    part = {name: tensor.chunk(NUM_PROCESSES)[process] for name, tensor in build_batch().items()}
-    losses = take_steps(step, part)
-    weights = {name: parameter.full_tensor().detach() for name, parameter in step.named_parameters()}
-    is_sharded = [parameter.to_local().numel() < parameter.numel() for parameter in step.transformer.parameters()]
-    torch.save({"losses": losses, "weights": weights, "sharded": is_sharded}, folder / f"{process}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_sharded_steps_are_those_of_one_process(recomputes, tmp_path):
-    arguments = (tmp_path, recomputes)
-    processes = [CONTEXT.Process(target=train_sharded, args=(rank, *arguments)) for rank in range(NUM_PROCESSES)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    results = [torch.load(tmp_path / f"{process}.pt", weights_only=True) for process in range(NUM_PROCESSES)]
-    step = build_step(recomputes)
-    before = copy.deepcopy(dict(step.named_parameters()))
-    losses = take_steps(step, build_batch())
-    assert torch.tensor([result["losses"] for result in results]).mean(dim=0).tolist() == pytest.approx(
-        losses, rel=1e-5
-    )
-    assert all(any(result["sharded"]) for result in results)
-    for name, parameter in step.named_parameters():
-        for result in results:
-            difference = (result["weights"][name] - parameter.detach()).norm()
-            assert difference <= 1e-3 * (parameter.detach() - before[name]).norm() + 1e-7, name
-
-
-# The configurations for `accelerate launch`
 
 
 def test_configurations_load_and_say_what_their_names_do():
@@ -135,19 +55,9 @@ def test_configurations_load_and_say_what_their_names_do():
 def calm_pairs(tmp_path_factory) -> Path:
     """A folder with an editor without dropout and eight pairs."""
     folder = tmp_path_factory.mktemp("sharded")
-    build_pipeline().save_pretrained(folder / "editor")
-    for name, dropouts in {
-        "transformer": ("text_dropout", "residual_dropout", "mlp_dropout"),
-        "text_encoder": ("dropout_rate",),
-    }.items():
-        file = folder / "editor" / name / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | dict.fromkeys(dropouts, 0.0)))
-    names = ("source_image", "target_image")
-    rows = {name: [draw_image((k, *name.encode())) for k in range(8)] for name in names}
-    features = datasets.Features({**dict.fromkeys(names, datasets.Image()), "prompt": datasets.Value("string")})
-    rows["prompt"] = ["make it blue"] * 8
+    save_calm(build_pipeline(), folder / "editor")
     for split in ("train", "validation"):
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+        write_pairs(folder / f"{split}.parquet", num_rows=8, prompt=["make it blue"] * 8)
     return folder
 
 
@@ -168,11 +78,11 @@ def train_by_script(folder: Path, output: str, environment: dict[str, str] | Non
 
 
 def test_script_on_shards_trains_checkpoints_resumes_and_saves_what_one_process_does(calm_pairs):
-    """By the configuration for FSDP2; the second step is taken by another launch than the first."""
+    """By the configuration for FSDP2. Another launch takes the second step, and does not recompute activations."""
     (calm_pairs / "on_gloo.py").write_text(ON_GLOO)
     launch = read_launch_environment(CONFIGS / "fsdp2.yaml", dict(os.environ), calm_pairs)
     sizes = ("--batch_size", BATCH_SIZE // NUM_PROCESSES)
-    train_by_script(calm_pairs, "sharded", launch, *sizes, "--max_train_steps", 1)
+    train_by_script(calm_pairs, "sharded", launch, *sizes, "--max_train_steps", 1, "--gradient_checkpointing")
     assert (calm_pairs / "sharded" / "checkpoint-1" / "pytorch_model_fsdp_0").is_dir()
     words = ("--max_train_steps", 2, "--resume_from_checkpoint", "latest")
     printed = train_by_script(calm_pairs, "sharded", launch, *sizes, *words)

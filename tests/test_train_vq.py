@@ -1,13 +1,8 @@
 """The training of a VQ model: its pieces against formulas, and the real script run on a handful of pictures."""
 
-import io
 import json
 import math
-import os
-import runpy
 import shutil
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from processes import run_python
+from scripts import run_script
 from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
@@ -36,21 +31,16 @@ from editar_hf.training.vq import (
 )
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_vq.py"
-SIZES = {
-    "num_embeddings": 32,
-    "embedding_dim": 4,
-    "latent_channels": 8,
-    "base_channels": 8,
-    "channel_multipliers": (1, 2, 2),
-    "num_res_blocks": 1,
-    "norm_num_groups": 2,
-}
+SIZES = {"num_embeddings": 32, "embedding_dim": 4, "latent_channels": 8, "base_channels": 8}
+SIZES |= {"channel_multipliers": [1, 2, 2], "num_res_blocks": 1, "norm_num_groups": 2}
+OPTIONS = {"image_columns": "source_image,target_image", "resolution": 16, "batch_size": 8}
+OPTIONS |= {"learning_rate": 5e-3, "warmup_steps": 2, "logging_steps": 5, "evaluation_steps": 10, "max_steps": 20}
+OPTIONS |= {"checkpointing_steps": 10, "dead_code_patience": 8, "seed": 3}
 
 
-def draw_picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
+def draw_picture(seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
-    picture = Image.new("RGB", (width, height), tuple(rng.integers(256, size=3).tolist()))
+    picture = Image.new("RGB", (16, 16), tuple(rng.integers(256, size=3).tolist()))
     corner = rng.integers(2, 6, size=2).tolist()
     box = (*corner, corner[0] + 8, corner[1] + 8)
     ImageDraw.Draw(picture).ellipse(box, fill=tuple(rng.integers(256, size=3).tolist()))
@@ -58,154 +48,113 @@ def draw_picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def parquet_file(tmp_path_factory) -> Path:
-    """Twelve rows of two columns of pictures and one of text."""
+def options(tmp_path_factory) -> dict:
+    """Options of the script, with a data set of twelve rows of two columns of pictures and one of text."""
     rows = {
         "source_image": [draw_picture(seed) for seed in range(12)],
         "target_image": [draw_picture(seed + 100) for seed in range(12)],
         "prompt": ["make it blue"] * 12,
     }
     path = tmp_path_factory.mktemp("pictures") / "pictures.parquet"
-    features = {name: datasets.Image() for name in ("source_image", "target_image")}
+    features = dict.fromkeys(("source_image", "target_image"), datasets.Image())
     features = datasets.Features({**features, "prompt": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
-    return path
-
-
-def run_script(parquet_file: Path, output_dir: Path, cache: Path, *arguments: str) -> subprocess.CompletedProcess:
-    sizes = [word for name, value in SIZES.items() for word in (f"--{name}", *np.atleast_1d(value).astype(str))]
-    command = [SCRIPT, "--dataset", parquet_file, "--output_dir", output_dir, *sizes]
-    options = {
-        "image_columns": "source_image,target_image",
-        "validation_rows": 4,
-        "resolution": 16,
-        "batch_size": 8,
-        "learning_rate": 5e-3,
-        "warmup_steps": 2,
-        "logging_steps": 5,
-        "evaluation_steps": 10,
-        "checkpointing_steps": 10,
-        "dead_code_patience": 8,
-        "seed": 3,
-    }
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = {**os.environ, "HF_HOME": str(cache), "ACCELERATE_USE_CPU": "true"}
-    return run_python(*command, *arguments, environment=environment)
-
-
-def read_metrics(output_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return SIZES | OPTIONS | {"dataset": path}
 
 
 @pytest.fixture(scope="module")
-def straight_run(parquet_file, tmp_path_factory) -> Path:
+def train(options):
+    return lambda folder, *words, **more: run_script("train_vq.py", *words, output_dir=folder, **(options | more))
+
+
+@pytest.fixture(scope="module")
+def straight_run(train, tmp_path_factory) -> Path:
     """A run of twenty steps without interruption."""
-    folder = tmp_path_factory.mktemp("straight")
-    result = run_script(parquet_file, folder / "run", folder / "cache", "--max_steps", "20")
-    assert result.returncode == 0, result.stderr
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    train(folder)
+    return folder
 
 
-def test_script_lowers_the_loss_and_writes_a_vq_model_that_loads(straight_run, parquet_file):
-    metrics = read_metrics(straight_run)
+def test_script_lowers_the_loss_and_writes_a_vq_model_that_loads(straight_run):
+    metrics = [json.loads(line) for line in (straight_run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in metrics if "loss" in line and line["step"] > 1]
     assert [line["step"] for line in metrics if "loss" in line] == [1, 5, 10, 15, 20]
     assert losses[-1] < 0.9 * losses[0]
-    assert sorted(path.name for path in straight_run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-20"]
-    assert not list(straight_run.glob("unfinished-*"))
-
+    names = {"checkpoint-10", "checkpoint-20", "metrics.jsonl", "validation.png", "vq_model"}
+    assert {path.name for path in straight_run.iterdir()} == names
     model = EditARVQModel.from_pretrained(straight_run / "vq_model")
-    assert {name: getattr(model.config, name) for name in SIZES} == {**SIZES, "channel_multipliers": [1, 2, 2]}
-    dataset = load_images(str(parquet_file), "train[8:]", ["source_image", "target_image"])
-    pixels = decode_images(dataset, 16, straight_run, BadRowCount(0.0))
+    assert {name: getattr(model.config, name) for name in SIZES} == SIZES
+    # The last row was held out.
+    pixels = [np.asarray(draw_picture(seed)) for seed in (11, 111)]
     reported = next(line for line in reversed(metrics) if "psnr" in line)
-    assert evaluate_vq_model(model.eval(), pixels, 8) == pytest.approx(
-        {name: reported[name] for name in ("psnr", "code_usage", "perplexity")}, rel=1e-3
-    )
+    expected = {name: reported[name] for name in ("psnr", "code_usage", "perplexity")}
+    assert evaluate_vq_model(model.eval(), np.stack(pixels), 8) == pytest.approx(expected, rel=1e-3)
 
 
-def test_interrupted_run_resumes_to_the_same_vq_model(straight_run, parquet_file, tmp_path):
+def test_interrupted_run_resumes_to_the_same_vq_model(straight_run, train, tmp_path):
     """A time limit of zero minutes stops each launch after one step: the schedule and the order of pictures go on."""
-    run = tmp_path / "run"
-    shutil.copytree(straight_run / "checkpoint-10", run / "checkpoint-10")
-    arguments = ("--max_steps", "20", "--resume_from_checkpoint", "latest")
-    stopped = run_script(parquet_file, run, tmp_path / "cache", *arguments, "--max_train_minutes", "0")
-    assert stopped.returncode == 0, stopped.stderr
-    assert (run / "checkpoint-11").is_dir()
-    resumed = run_script(parquet_file, run, tmp_path / "cache", *arguments)
-    assert resumed.returncode == 0, resumed.stderr
-    assert (run / "checkpoint-20").is_dir()
+    shutil.copytree(straight_run / "checkpoint-10", tmp_path / "checkpoint-10")
+    train(tmp_path, resume_from_checkpoint="latest", max_train_minutes=0)
+    assert (tmp_path / "checkpoint-11").is_dir()
+    train(tmp_path, resume_from_checkpoint="latest")
     straight = EditARVQModel.from_pretrained(straight_run / "vq_model").state_dict()
-    for name, tensor in EditARVQModel.from_pretrained(run / "vq_model").state_dict().items():
+    for name, tensor in EditARVQModel.from_pretrained(tmp_path / "vq_model").state_dict().items():
         torch.testing.assert_close(tensor, straight[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_frozen_codes_stay_while_the_decoding_half_learns(straight_run, parquet_file, tmp_path):
+def test_frozen_codes_stay_while_the_decoding_half_learns(straight_run, train, tmp_path):
     """From a trained VQ model, whose sizes hold: those on the command line are others."""
-    run, start = tmp_path / "run", EditARVQModel.from_pretrained(straight_run / "vq_model")
-    arguments = (
-        "--model",
-        str(straight_run / "vq_model"),
-        "--freeze_codes",
-        "--max_steps",
-        "5",
-        "--base_channels",
-        "16",
-    )
-    result = run_script(parquet_file, run, tmp_path / "cache", *arguments)
-    assert result.returncode == 0, result.stderr
-    tuned = EditARVQModel.from_pretrained(run / "vq_model").state_dict()
-    changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, tuned[name])}
+    start = straight_run / "vq_model"
+    train(tmp_path, "--freeze_codes", model=start, max_steps=5, base_channels=16)
+    start = EditARVQModel.from_pretrained(start).state_dict()
+    tuned = EditARVQModel.from_pretrained(tmp_path / "vq_model").state_dict()
+    changed = {name for name, tensor in start.items() if not torch.equal(tensor, tuned[name])}
     assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
 
 
-def test_script_does_not_train_over_checkpoints(straight_run, monkeypatch):
-    arguments = ["train_vq.py", "--dataset", "unused", "--output_dir", str(straight_run)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(ValueError, match="--resume-from-checkpoint latest"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_dir": "{run}"}, "pass `--resume-from-checkpoint latest`"),
+        ({"image_columns": "photo"}, r"\['photo'\].*source_image"),
+        ({"validation_rows": 12}, "`validation_rows` is 12, but the data set has 12 rows"),
+        ({"model": "nowhere/at/all"}, "`model` is 'nowhere/at/all'"),
+        ({"push_steps": 5}, "`push_steps` goes with `push_to_hub`"),
+        ({"push_to_hub": "my-vq-model"}, "`push_to_hub` is 'my-vq-model'; give a full id"),
+    ],
+)
+def test_script_refuses(changes, message, straight_run, options, tmp_path, run_here):
+    changes = {name: straight_run if value == "{run}" else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        run_here("train_vq.py", **(options | {"output_dir": tmp_path / "run"} | changes))
 
 
-def test_missing_image_column_is_refused(parquet_file):
-    with pytest.raises(ValueError, match=r"\['photo'\].*source_image"):
-        load_images(str(parquet_file), "train", ["photo"])
+def decode(dataset, folder, max_fraction=0.0):
+    return decode_images(dataset, 16, folder, BadRowCount(max_fraction)).tolist()
 
 
-def test_folder_of_pictures_loads(tmp_path):
-    for seed in range(3):
-        draw_picture(seed).save(tmp_path / f"{seed}.png")
-    dataset = load_images(str(tmp_path), "train", ["image"])
-    assert sorted(map(np.ndarray.tolist, decode_images(dataset, 16, tmp_path, BadRowCount(0.0)))) == sorted(
-        np.asarray(draw_picture(seed)).tolist() for seed in range(3)
-    )
+@pytest.mark.parametrize("name", ["pairs", "pairs[1]", "pairs*", "pairs?"])
+def test_folder_of_pictures_loads_whose_name_is_no_pattern(name, tmp_path):
+    for folder, seeds in ((name, range(3)), ("pairs1", range(5))):
+        (tmp_path / folder).mkdir()
+        for seed in seeds:
+            draw_picture(seed).save(tmp_path / folder / f"{seed}.png")
+    pixels = decode(load_images(str(tmp_path / name), "train", ["image"]), tmp_path)
+    assert sorted(pixels) == sorted(np.asarray(draw_picture(seed)).tolist() for seed in range(3))
 
 
 def test_pictures_that_cannot_be_used_are_skipped_and_counted(tmp_path):
-    def encode(picture):
-        stream = io.BytesIO()
-        picture.save(stream, "png")
-        return {"bytes": stream.getvalue(), "path": None}
-
-    good, thin = encode(draw_picture(0)), encode(Image.new("RGB", (2000, 1)))
+    good = [draw_picture(0), Image.new("RGB", (2000, 1))]
+    for k, image in enumerate(good):
+        image.save(tmp_path / f"{k}.png")
+    good, thin = ({"bytes": (tmp_path / f"{k}.png").read_bytes(), "path": None} for k in range(2))
     rows = {"image": [good, {"bytes": b"no picture", "path": None}, good, thin, None, good]}
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
-    dataset, bad_rows = load_images(str(tmp_path), "train", ["image"]), BadRowCount(0.5)
-    pixels = decode_images(dataset, 16, tmp_path, bad_rows)
-    assert pixels.tolist() == [np.asarray(draw_picture(0)).tolist()] * 3
-    assert (bad_rows.num_read, bad_rows.num_bad) == (6, 3)
-    with pytest.raises(ValueError, match=r"3 of 6 rows .* row 1: `image` cannot be used: does not decode"):
-        decode_images(dataset, 16, tmp_path, BadRowCount(0.4))
-
-
-@pytest.mark.parametrize("name", ["pairs[1]", "pairs*", "pairs?"])
-def test_a_path_that_exists_is_no_pattern(name, tmp_path):
-    for folder, seed in ((name, 0), ("pairs1", 1)):
-        (tmp_path / folder).mkdir()
-        draw_picture(seed).save(tmp_path / folder / "a.png")
-    dataset = load_images(str(tmp_path / name), "train", ["image"])
-    pixels = decode_images(dataset, 16, tmp_path, BadRowCount(0.0))
-    assert pixels.tolist() == [np.asarray(draw_picture(0)).tolist()]
+    dataset = load_images(str(tmp_path), "train", ["image"])
+    assert decode(dataset, tmp_path, 0.5) == [np.asarray(draw_picture(0)).tolist()] * 3
+    with pytest.raises(ValueError, match=r"3 of 6 rows .* row 1: `image` does not decode"):
+        decode(dataset, tmp_path, 0.4)
 
 
 def test_pictures_are_cut_to_the_centre_and_transparency_is_white(tmp_path):
@@ -213,7 +162,7 @@ def test_pictures_are_cut_to_the_centre_and_transparency_is_white(tmp_path):
     clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     features = datasets.Features({"image": datasets.Image()})
     dataset = datasets.Dataset.from_dict({"image": [wide, clear]}, features=features)
-    pixels = decode_images(dataset, 16, tmp_path, BadRowCount(0.0))
+    pixels = np.array(decode(dataset, tmp_path))
     assert pixels[0, 3, :, 1].tolist() == list(range(40, 200, 10))
     assert (pixels[1] == 255).all()
     assert not list(tmp_path.iterdir())

@@ -1,31 +1,32 @@
 """What the training scripts share: dropped conditions, losses, steps, the teacher, checkpoints, logs, pictures."""
 
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from tiny import NUM_CODES, build_pipeline, build_vq_model, draw_image, redraw_weights
 from torch import nn
-from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, T5Config
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from editar_hf.training.batch import (
+from editar_hf import EditARForConditionalGeneration
+from editar_hf.training.checkpoints import is_out_of_time, list_checkpoints, load_checkpoint, save_checkpoint
+from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
+from editar_hf.training.logs import LossLog, print_banner
+from editar_hf.training.optimization import NonFiniteGuard, build_muon, build_optimizer, split_hidden_matrices
+from editar_hf.training.results import describe_command
+from editar_hf.training.step import (
+    TrainingStep,
     compute_token_losses,
     draw_conditioning_dropout,
+    draw_dropout,
     drop_target_tokens,
     encode_image_tokens,
 )
-from editar_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from editar_hf.training.distillation import DistillationTeacher, compute_distillation_loss
-from editar_hf.training.logs import LossLog
-from editar_hf.training.nonfinite import NonFiniteGuard
-from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
-from editar_hf.training.results import describe_command
-from editar_hf.training.step import TrainingStep, draw_dropout
 from editar_hf.training.validation import build_contact_sheet, draw_validation_images
 
 
@@ -35,11 +36,8 @@ def pipe():
 
 
 @pytest.fixture
-def accelerator(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield Accelerator()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def accelerator(on_cpu, tmp_path_factory):
+    return Accelerator(project_dir=tmp_path_factory.mktemp("project"))
 
 
 # Dropped conditions
@@ -63,13 +61,6 @@ def test_batches_seeded_by_their_place_drop_as_often_as_published():
         count = ((drop_source == source) & (drop_prompt == prompt)).sum().item()
         deviation = math.sqrt(len(drop_source) * probability * (1 - probability))
         assert abs(count - len(drop_source) * probability) < 4 * deviation
-
-
-def test_other_dropout_probabilities_are_kept():
-    drops = draw_conditioning_dropout(50_000, torch.Generator().manual_seed(0), 0.2, 0.1, 0.3)
-    drop_source, drop_prompt = (drop.float() for drop in drops)
-    frequencies = [(drop_source * drop_prompt).mean(), drop_source.mean(), drop_prompt.mean()]
-    assert torch.stack(frequencies).tolist() == pytest.approx([0.3, 0.4, 0.5], abs=0.01)
 
 
 # Batches and losses
@@ -258,12 +249,6 @@ def test_teacher_sees_the_centre_alone_and_is_frozen(teacher):
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_teacher_that_is_no_dinov2_is_refused(tmp_path):
-    T5Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is of type 't5'; give a DINOv2"):
-        DistillationTeacher(str(tmp_path))
-
-
 def test_distillation_loss_is_the_mean_squared_error_of_equal_grids():
     generator = torch.Generator().manual_seed(0)
     features, seen = (torch.randn(2, 9, 5, generator=generator) for _ in range(2))
@@ -281,6 +266,29 @@ def test_distillation_loss_resizes_what_the_teacher_sees_to_another_grid():
     rows = torch.arange(4.0)[:, None].expand(4, 4).reshape(1, 16, 1)
     upright = torch.tensor([[0.5, 0.5, 0.5, 0.5], [2.5, 2.5, 2.5, 2.5]]).reshape(1, 8, 1)
     assert compute_distillation_loss(upright, rows, 2, 4).item() == pytest.approx(0, abs=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:A prompt is longer")
+def test_on_an_odd_grid_the_head_learns_the_cells_that_it_has(pipe):
+    """Of 3×3 tokens, the head sees the first 2×2 as its one cell; bilinearly, that is the middle of the teacher's."""
+    config = type(pipe.transformer.config)(**{**pipe.transformer.config.to_dict(), "distillation_hidden_size": 12})
+    transformer = redraw_weights(EditARForConditionalGeneration(config), scale=0.3)
+    batch = {name: t[:, :9] if "tokens" in name else t for name, t in build_token_batch(pipe).items()}
+    seen = torch.randn(3, 4, 4, 12, generator=torch.Generator().manual_seed(0))
+    step = TrainingStep(transformer, pipe.text_encoder, (3, 3)).eval()
+    losses = step(batch, teacher_features=seen.flatten(1, 2))
+    output = transformer(
+        batch["source_image_tokens"],
+        pipe.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state,
+        target_image_tokens=batch["target_image_tokens"],
+        grid_height=3,
+        grid_width=3,
+        output_distillation_features=True,
+    )
+    expected = (output.distillation_features - seen[:, 1:3, 1:3].mean((1, 2))[:, None]).square().mean()
+    torch.testing.assert_close(losses["distillation_loss"], expected)
+    torch.testing.assert_close(losses["loss"], losses["token_loss"] + 0.5 * expected)
 
 
 # The optimiser
@@ -301,10 +309,11 @@ def test_optimizer_is_the_published_one_and_spares_vectors():
     assert torch.equal(layer.bias, before[1])
 
 
-def test_muon_gets_the_matrices_of_hidden_layers_and_nothing_else(pipe):
+def test_muon_gets_the_trained_matrices_of_hidden_layers_and_nothing_else(pipe):
+    frozen = nn.Linear(2, 2).requires_grad_(False)
     module = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    matrices, others = ([names[id(p)] for p in part] for part in split_hidden_matrices(module))
+    matrices, others = ([names[id(p)] for p in part] for part in split_hidden_matrices(nn.ModuleList([module, frozen])))
     assert sorted(matrices + others) == sorted(names.values())
     assert {name.split(".")[-2] for name in matrices} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2"),
@@ -312,12 +321,6 @@ def test_muon_gets_the_matrices_of_hidden_layers_and_nothing_else(pipe):
     }
     kept = ("embed_tokens", "lm_head", "shared", "relative_attention_bias", "norm", "distillation_head")
     assert all(any(part in name for part in kept) for name in others)
-
-
-def test_frozen_parameters_are_nobodys():
-    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False))
-    matrices, others = split_hidden_matrices(module)
-    assert [tuple(p.shape) for p in matrices + others] == [(2, 3), (2,)]
 
 
 def test_muon_steps_along_the_nearest_orthogonal_matrix_as_far_as_adamw_would():
@@ -359,27 +362,19 @@ def run(accelerator):
     return accelerator, accelerator.prepare(layer), counter
 
 
-def test_checkpoints_are_listed_by_step_and_the_oldest_go(run, tmp_path):
-    accelerator, _, _ = run
-    for step in (5, 100, 20):
-        save_checkpoint(accelerator, tmp_path, step, total_limit=3)
-    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]
-    save_checkpoint(accelerator, tmp_path, 120, total_limit=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-120"]
+def list_names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_folders_of_the_users_own_are_no_checkpoints_and_stay(run, tmp_path):
-    for name in ("checkpoint-5-copy", "checkpoint-best"):
+def test_the_newest_checkpoints_stay_and_what_is_none(run, tmp_path):
+    others = ["checkpoint-5-copy", "checkpoint-best"]
+    for name in (*others, "unfinished-checkpoint-6"):  # The last one is what a kill left at another step.
         (tmp_path / name).mkdir()
-    save_checkpoint(run[0], tmp_path, 7, total_limit=1)
-    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-7"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5-copy", "checkpoint-7", "checkpoint-best"]
-
-
-def test_the_next_checkpoint_removes_what_a_kill_left_at_another_step(run, tmp_path):
-    (tmp_path / "unfinished-checkpoint-6").mkdir()
-    save_checkpoint(run[0], tmp_path, 7, total_limit=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+    for step in (5, 100, 20):
+        save_checkpoint(run[0], tmp_path, step, total_limit=3)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]
+    save_checkpoint(run[0], tmp_path, 120, total_limit=2)
+    assert list_names(tmp_path) == ["checkpoint-100", "checkpoint-120", *others]
 
 
 def test_loading_restores_the_latest_or_the_named_checkpoint(run, tmp_path):
@@ -395,6 +390,7 @@ def test_loading_restores_the_latest_or_the_named_checkpoint(run, tmp_path):
         assert load_checkpoint(accelerator, tmp_path, name) == step
         assert counter.value == step
         assert torch.equal(layer.weight, weights[step])
+    # The other one is kept under another name.
     with pytest.raises(ValueError, match=r"`resume_from_checkpoint` is 'checkpoint-4'.*: checkpoint-3\."):
         load_checkpoint(accelerator, tmp_path, "checkpoint-4")
 
@@ -420,13 +416,12 @@ def test_kill_while_saving_leaves_the_previous_checkpoint_and_is_overwritten_by_
     counter.value, counter.is_broken = 2, True
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(accelerator, tmp_path, 2, total_limit=1)
-    assert (tmp_path / "unfinished-checkpoint-2").is_dir()
-    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert list_names(tmp_path) == ["checkpoint-1", "unfinished-checkpoint-2"]
     assert load_checkpoint(accelerator, tmp_path, "latest") == 1
     assert counter.value == 1
     counter.value, counter.is_broken = 2, False
     save_checkpoint(accelerator, tmp_path, 2, total_limit=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert list_names(tmp_path) == ["checkpoint-2"]
     counter.value = 0
     assert load_checkpoint(accelerator, tmp_path, "latest") == 2
     assert counter.value == 2
@@ -445,7 +440,7 @@ def test_log_prints_means_since_the_last_line(accelerator, capsys):
     for losses, step in (((1.0, 2.0), 1), ((4.0,), 2)):
         for loss in losses:
             log.add(build_losses(loss), batch_size=8, task=["edit"])
-        log.flush(step, learning_rate=0.25, nonfinite_steps=step)
+        log.log(step, learning_rate=0.25, nonfinite_steps=step)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(", samples")[0] for line in lines] == [
         "step 1: loss 1.5, learning_rate 0.25, nonfinite_steps 1",
@@ -461,13 +456,27 @@ def test_log_tells_tasks_and_datasets_apart(accelerator, capsys):
     log = LossLog(accelerator, tokens_per_sample=9, num_steps=2)
     log.add(build_losses(1.0, 2.0, 6.0), 3, task=["edit", "depth", "depth"], dataset=["a", "a", "b"])
     log.add(build_losses(3.0, 4.0, 5.0), 3, task=["edit", "edit", "edit"], dataset=["a", "b", "b"])
-    log.flush(1, learning_rate=0.25)
+    log.log(1, learning_rate=0.25)
     line = capsys.readouterr().out
     assert "token_loss/task/depth 4, token_loss/task/edit 3.25" in line
     assert "token_loss/dataset/a 2, token_loss/dataset/b 5" in line
     log.add(build_losses(1.0), 1, task=["edit"], dataset=["a"])
-    log.flush(2, learning_rate=0.25)
+    log.log(2, learning_rate=0.25)
     assert "token_loss/" not in capsys.readouterr().out
+
+
+def test_many_epochs_are_remarked_upon(accelerator, capsys):
+    for num_steps, is_remarked in ((1000, False), (40000, True)):
+        print_banner(accelerator, {}, nn.Linear(2, 2), 0, num_steps, samples_per_step=64, num_samples=640)
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(f"{num_steps:,} steps are {num_steps / 10:,.1f} epochs.")
+        assert ("memorises a small data set" in line and "1,000 are 100 epochs" in line) == is_remarked
+
+
+def test_time_limit_stops_a_run(accelerator):
+    now = time.monotonic()
+    limits = ((math.inf, 600), (1, 600), (1, 0), (0, 0.1))
+    assert [is_out_of_time(accelerator, now - age, limit) for limit, age in limits] == [False, True, False, True]
 
 
 def test_contact_sheet_lays_pictures_out_in_rows():

@@ -2,6 +2,7 @@
 
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,17 @@ def draw_image(seed, width=16, height=16):
     """Draw a picture of noise, the same for the same seed."""
     pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def write_pairs(path, num_rows=4, side=16, columns=("source_image", "target_image", "prompt"), **texts):
+    """Write pairs to a parquet file, under the given column names; pair k of any file is the same."""
+    source, target, prompt = columns
+    texts = {prompt: [f"prompt {k}" for k in range(num_rows)]} | texts
+    rows = {source: [draw_image(k, side, side) for k in range(num_rows)], **texts}
+    rows[target] = [draw_image(100 + k, side, side) for k in range(num_rows)]
+    images = dict.fromkeys((source, target), datasets.Image())
+    features = datasets.Features({**dict.fromkeys(texts, datasets.Value("string")), **images})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
 
 
 def are_near(first, second):

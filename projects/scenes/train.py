@@ -41,9 +41,8 @@ from editar_hf import (
 )
 from editar_hf.image_processing_editar import compute_psnr
 from editar_hf.io import atomic_path
-from editar_hf.training.batch import draw_conditioning_dropout, drop_target_tokens
 from editar_hf.training.optimization import build_muon, build_optimizer, split_hidden_matrices
-from editar_hf.training.step import TrainingStep
+from editar_hf.training.step import TrainingStep, draw_conditioning_dropout, drop_target_tokens
 from editar_hf.training.validation import build_contact_sheet
 from editar_hf.training.vq import DeadCodeReviver, draw_codebook, prepare_pixel_values, start_from_codes
 

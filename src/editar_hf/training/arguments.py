@@ -7,11 +7,16 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
+from ..image_processing_editar import EditARImageProcessor
 from ..pipelines.hub import check_folder_or_hub_id
+from ..pipelines.pipeline_editar import EditARPipeline
 from .dataset_specs import DatasetSpec, load_recipe
 from .lora import TARGET_MODULES
-from .results import check_push_arguments
+
+
+COLUMNS = ("source_image", "target_image", "prompt", "mask", "task")
 
 
 def parse_arguments(dataclass_type: Any) -> Any:
@@ -28,111 +33,145 @@ def parse_arguments(dataclass_type: Any) -> Any:
     return arguments
 
 
-@dataclass
-class TrainingArguments:
+@dataclass(kw_only=True)
+class RunArguments:
+    """Arguments of every training script; the `help` of each field describes it."""
+
+    output_dir: str = HfArg(help="folder for checkpoints and for what is trained")
+    batch_size: int = HfArg(default=64, help="samples per batch and process")
+    max_train_minutes: float = HfArg(default=math.inf, help="save a checkpoint and stop after this many minutes")
+    max_bad_rows_fraction: float = HfArg(default=0.05, help="fraction of rows that may be unusable")
+    weight_decay: float = HfArg(default=0.05, help="weight decay of matrices")
+    mixed_precision: str = HfArg(default="no", help="no, bf16 or fp16")
+    seed: int = HfArg(default=0, help="seed of the order of samples, of dropout and of new weights")
+
+    checkpointing_steps: int = HfArg(default=1000, help="steps between checkpoints")
+    checkpoints_total_limit: int = HfArg(default=2, help="number of checkpoints to keep")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="`latest` or the name of a checkpoint")
+    logging_steps: int = HfArg(default=20, help="steps between lines of the log")
+    log_with: str | None = HfArg(default=None, help="tensorboard, wandb, ...")
+    push_to_hub: str | None = HfArg(default=None, help="repository id to upload the result to")
+    hub_private_repo: bool = HfArg(default=True, help="make a new repository private")
+    push_steps: int | None = HfArg(default=None, help="steps between uploads; default: only at the end")
+    license: str | None = HfArg(default=None, help="identifier of the weights' licence, for the card")
+
+    def __post_init__(self):
+        if self.push_steps is not None and self.push_to_hub is None:
+            raise ValueError("`push_steps` goes with `push_to_hub`, the id of the repository to upload to.")
+        if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
+            raise ValueError(f"`push_to_hub` is {self.push_to_hub!r}; give a full id, owner and name, for the card.")
+
+
+@dataclass(kw_only=True)
+class PairArguments:
+    """Arguments of scripts that read pairs."""
+
+    dataset: str | None = HfArg(default=None, help="Hub id, folder or pattern of files")
+    recipe: str | None = HfArg(default=None, help="YAML file that describes several data sets")
+    source_image_column: str = HfArg(default="source_image", help="column of the images to edit")
+    target_image_column: str = HfArg(default="target_image", help="column of the edited images")
+    prompt_column: str = HfArg(default="prompt", help="column of the instructions")
+    mask_column: str = HfArg(default="mask", help="column of the masks, if it exists")
+    task_column: str = HfArg(default="task", help="column of the tasks, if it exists")
+    resolution: int | None = HfArg(default=None, help="pixels per side; default: the model's")
+    resize_mode: str = HfArg(default="crop", help="how images are resized: crop (keep the centre) or stretch")
+
+    def describe_dataset(self, dataset: str, split: str, streaming: bool) -> DatasetSpec:
+        """Describe a data set that has the columns of the arguments."""
+        columns = {name: getattr(self, f"{name}_column") for name in COLUMNS}
+        columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+        return DatasetSpec(dataset, split, columns=columns, streaming=streaming)
+
+    def describe_datasets(self, split: str = "train", streaming: bool = True) -> list[DatasetSpec]:
+        """List the data sets to read: those of the recipe, or the one given by its columns."""
+        if self.dataset is not None and self.recipe is None:
+            return [self.describe_dataset(self.dataset, split, streaming)]
+        if self.recipe is not None and self.dataset is None:
+            return load_recipe(self.recipe)
+        raise ValueError("Give `dataset` or `recipe`: one of them, and not both.")
+
+    def build_image_processor(self, stride: int, pipeline: EditARPipeline | None = None) -> EditARImageProcessor:
+        """Build the image processor for `resolution`, which defaults to that of the pipeline.
+
+        Raises:
+            ValueError: If the VQ model or the pipeline does not support the resolution.
+        """
+        height = width = self.resolution
+        try:
+            if pipeline is not None:
+                height, width = pipeline.resolve_size(height, width)
+            size = {"height": height, "width": width}
+            return EditARImageProcessor(size=size, resize_mode=self.resize_mode, stride=stride)
+        except ValueError as error:
+            raise ValueError(f"`resolution` is {self.resolution}: {error}") from error
+
+
+@dataclass(kw_only=True)
+class TrainingArguments(PairArguments, RunArguments):
     """Arguments of `EditARTrainer`; the `help` of each field describes it.
 
     Source: the optimiser's defaults are those of EditAR (arXiv 2501.04699), section 4.1.
     """
 
-    model: str = field(metadata={"help": "pipeline folder or Hub id to start from"})
-    output_dir: str = field(
-        metadata={"help": "folder for checkpoints, validation images and the trained `pipeline/` or `adapter/`"}
-    )
-    dataset: str | None = field(default=None, metadata={"help": "Hub id, folder or pattern of files"})
-    recipe: str | None = field(default=None, metadata={"help": "YAML file that mixes several data sets"})
-    streaming: bool = field(default=True, metadata={"help": "read a data set of the Hub while it is downloaded"})
-    validation_dataset: str | None = field(
-        default=None, metadata={"help": "like --dataset; its split `validation` is read"}
-    )
-    source_image_column: str = field(default="source_image", metadata={"help": "column of the images to edit"})
-    target_image_column: str = field(default="target_image", metadata={"help": "column of the edited images"})
-    prompt_column: str = field(default="prompt", metadata={"help": "column of the instructions"})
-    mask_column: str = field(default="mask", metadata={"help": "column of the masks, if it exists"})
-    task_column: str = field(default="task", metadata={"help": "column of the tasks, if it exists"})
-    resolution: int | None = field(default=None, metadata={"help": "pixels per side; default: the model's"})
-    resize_mode: str = field(
-        default="crop", metadata={"help": "how images are resized: crop (keep the centre) or stretch"}
-    )
-    max_bad_rows_fraction: float = field(default=0.05, metadata={"help": "fraction of rows that may be unusable"})
+    model: str = HfArg(help="pipeline folder or Hub id to start from")
+    streaming: bool = HfArg(default=True, help="read a data set of the Hub while it is downloaded")
+    validation_dataset: str | None = HfArg(default=None, help="like --dataset; its split `validation` is read")
 
-    train_text_encoder: bool = field(default=False, metadata={"help": "also train the text encoder"})
-    edit_region_weight: float = field(default=1.0, metadata={"help": "loss weight of tokens inside the mask"})
-    conditioning_dropout: bool = field(
-        default=True, metadata={"help": "drop source image or prompt: 5 %% of pairs each, and 5 %% both"}
+    train_text_encoder: bool = HfArg(default=False, help="also train the text encoder")
+    edit_region_weight: float = HfArg(default=1.0, help="loss weight of tokens inside the mask")
+    conditioning_dropout: bool = HfArg(
+        default=True, help="drop source image or prompt: 5 %% of pairs each, and 5 %% both"
     )
-    target_token_dropout: float = field(
-        default=0.0, metadata={"help": "fraction of pairs in which source tokens replace some input target tokens"}
+    target_token_dropout: float = HfArg(
+        default=0.0, help="fraction of pairs in which source tokens replace some input target tokens"
     )
-    lora_rank: int | None = field(default=None, metadata={"help": "train only a LoRA adapter of this rank"})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "scale of the adapter times its rank; default: the rank"}
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the adapter's inputs"})
+    lora_rank: int | None = HfArg(default=None, help="train only a LoRA adapter of this rank")
+    lora_alpha: float | None = HfArg(default=None, help="scale of the adapter times its rank; default: the rank")
+    lora_dropout: float = HfArg(default=0.0, help="dropout of the adapter's inputs")
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(TARGET_MODULES), metadata={"help": "names of the linear layers to adapt"}
     )
     lora_modules_to_save: list[str] = field(
         default_factory=list, metadata={"help": "modules to train in full, such as text_projection"}
     )
-    distillation_model: str | None = field(default=None, metadata={"help": "folder or Hub id of a DINOv2"})
-    distillation_loss_weight: float = field(
-        default=0.5, metadata={"help": "loss weight of the distance to the features of the DINOv2"}
+    distillation_model: str | None = HfArg(default=None, help="folder or Hub id of a DINOv2")
+    distillation_loss_weight: float = HfArg(
+        default=0.5, help="loss weight of the distance to the features of the DINOv2"
     )
 
-    batch_size: int = field(default=64, metadata={"help": "pairs per batch and process"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per step"})
-    max_train_steps: int = field(default=40000, metadata={"help": "total number of steps"})
-    max_train_minutes: float = field(
-        default=math.inf, metadata={"help": "save a checkpoint and stop after this many minutes"}
+    gradient_accumulation_steps: int = HfArg(default=1, help="batches per step")
+    max_train_steps: int = HfArg(default=40000, help="total number of steps")
+    optimizer: Literal["adamw", "muon"] = HfArg(
+        default="adamw", help="muon: Muon for hidden matrices, AdamW for the rest; learns much faster from scratch"
     )
-    optimizer: Literal["adamw", "muon"] = field(
-        default="adamw",
-        metadata={"help": "muon: Muon for hidden matrices, AdamW for the rest; learns much faster from scratch"},
+    learning_rate: float = HfArg(default=1e-4, help="learning rate of AdamW")
+    muon_learning_rate: float = HfArg(default=1e-3, help="learning rate of Muon, whose steps are as large as AdamW's")
+    lr_scheduler: str = HfArg(default="constant_with_warmup", help="name of a schedule of transformers")
+    lr_warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises")
+    adam_beta1: float = HfArg(default=0.9, help="first beta of AdamW")
+    adam_beta2: float = HfArg(default=0.95, help="second beta of AdamW")
+    max_grad_norm: float = HfArg(default=1.0, help="norm to which longer gradients are clipped")
+    max_nonfinite_steps: int = HfArg(
+        default=10, help="steps without a finite loss or gradient that are skipped before the run stops"
     )
-    learning_rate: float = field(default=1e-4, metadata={"help": "learning rate of AdamW"})
-    muon_learning_rate: float = field(
-        default=1e-3, metadata={"help": "learning rate of Muon, whose steps are as large as AdamW's"}
+    ema_decay: float | None = HfArg(
+        default=None, help="also average the weights with this decay per step, and save `pipeline-ema/`"
     )
-    lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "name of a schedule of transformers"})
-    lr_warmup_steps: int = field(default=0, metadata={"help": "steps in which the learning rate rises"})
-    weight_decay: float = field(default=0.05, metadata={"help": "weight decay of matrices"})
-    adam_beta1: float = field(default=0.9, metadata={"help": "first beta of AdamW"})
-    adam_beta2: float = field(default=0.95, metadata={"help": "second beta of AdamW"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "norm to which longer gradients are clipped"})
-    max_nonfinite_steps: int = field(
-        default=10, metadata={"help": "steps without a finite loss or gradient that are skipped before the run stops"}
-    )
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "also average the weights with this decay per step, and save `pipeline-ema/`"}
-    )
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations to save memory"})
-    compile: bool = field(default=False, metadata={"help": "compile the networks with torch.compile"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager is faster on CPUs, with --compile"})
-    num_workers: int = field(default=0, metadata={"help": "processes that read and decode, per training process"})
-    seed: int = field(default=0, metadata={"help": "seed of the order of pairs, of dropout and of new weights"})
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
+    compile: bool = HfArg(default=False, help="compile the networks with torch.compile")
+    attn_implementation: str = HfArg(default="sdpa", help="eager is faster on CPUs, with --compile")
+    num_workers: int = HfArg(default=0, help="processes that read and decode, per training process")
 
-    checkpointing_steps: int = field(default=1000, metadata={"help": "steps between checkpoints"})
-    checkpoints_total_limit: int = field(default=2, metadata={"help": "number of checkpoints to keep"})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "`latest` or the name of a checkpoint"})
-    validation_steps: int = field(default=1000, metadata={"help": "steps between validations"})
-    num_validation_batches: int = field(default=4, metadata={"help": "batches of held-out pairs"})
-    num_validation_images: int = field(
+    validation_steps: int = HfArg(default=1000, help="steps between validations")
+    num_validation_batches: int = HfArg(default=4, help="batches of held-out pairs")
+    num_validation_images: int = HfArg(
         default=6,
-        metadata={
-            "help": "held-out pairs that are edited and saved as images",
-            "aliases": ["--num_validation_pictures", "--num-validation-pictures"],
-        },
+        help="held-out pairs that are edited and saved as images",
+        aliases=["--num_validation_pictures", "--num-validation-pictures"],
     )
-    logging_steps: int = field(default=20, metadata={"help": "steps between lines of the log"})
-    push_to_hub: str | None = field(default=None, metadata={"help": "repository id to upload the result to"})
-    hub_private_repo: bool = field(default=True, metadata={"help": "make a new repository private"})
-    push_steps: int | None = field(default=None, metadata={"help": "steps between uploads; default: only at the end"})
-    license: str | None = field(default=None, metadata={"help": "identifier of the weights' licence, for the card"})
-    log_with: str | None = field(default=None, metadata={"help": "tensorboard, wandb, ..."})
 
     def __post_init__(self):
+        super().__post_init__()
         check_folder_or_hub_id(self.model, "model")
         if self.distillation_model is not None:
             check_folder_or_hub_id(self.distillation_model, "distillation_model")
@@ -140,24 +179,8 @@ class TrainingArguments:
             raise ValueError("`train_text_encoder` and `lora_rank`: an adapter is for the decoder alone; drop one.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be between 0 and 1.")
-        check_push_arguments(self.push_to_hub, self.push_steps)
-
-    def describe_datasets(self) -> list[DatasetSpec]:
-        """List the data sets to train on: those of the recipe, or the one given by its columns."""
-        if self.dataset is not None and self.recipe is None:
-            return [DatasetSpec(self.dataset, columns=self.columns, streaming=self.streaming)]
-        if self.recipe is not None and self.dataset is None:
-            return load_recipe(self.recipe)
-        raise ValueError("Give `dataset` or `recipe`: one of them, and not both.")
 
     def describe_validation_dataset(self) -> DatasetSpec | None:
         if self.validation_dataset is None:
             return None
-        return DatasetSpec(self.validation_dataset, "validation", columns=self.columns, streaming=self.streaming)
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Map our names of columns to those of the data set where they differ."""
-        names = ("source_image", "target_image", "prompt", "mask", "task")
-        columns = {name: getattr(self, f"{name}_column") for name in names}
-        return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+        return self.describe_dataset(self.validation_dataset, "validation", self.streaming)

@@ -1,17 +1,21 @@
-"""Checkpoints that survive a kill.
+"""Start a run, save checkpoints that survive a kill, and resume.
 
 A checkpoint is written under another name and renamed when complete; older ones are removed afterwards. All processes
 write into the same folder, so `atomic_path`, whose names are for one process, does not serve here.
 """
 
+import math
 import shutil
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.utils import logging
+
+from .arguments import RunArguments
 
 
 PREFIX = "checkpoint-"
@@ -25,18 +29,37 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def read_step(checkpoint: Path) -> int:
-    """Read the step from a checkpoint's name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None):
-    """Refuse to start a new run in a folder that holds checkpoints."""
-    checkpoints = list_checkpoints(output_dir)
-    if checkpoints and resume_from_checkpoint is None:
+def start_accelerator(args: RunArguments, **options) -> Accelerator:
+    """Make the folder of a run, and start Accelerate with its trackers; `options` are further ones of `Accelerator`.
+
+    Raises:
+        ValueError: If the run is new, and its folder holds checkpoints.
+    """
+    checkpoints = list_checkpoints(args.output_dir)
+    if checkpoints and args.resume_from_checkpoint is None:
         raise ValueError(
-            f"`output_dir` {output_dir} holds {checkpoints[-1].name}; pass `--resume-from-checkpoint latest` to resume "
-            "from it, or choose another folder."
+            f"`output_dir` {args.output_dir} holds {checkpoints[-1].name}; pass `--resume-from-checkpoint latest` to "
+            "resume from it, or choose another folder."
         )
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs")
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, log_with=args.log_with, project_config=project, **options
+    )
+    accelerator.init_trackers("editar", config={name: str(value) for name, value in vars(args).items()})
+    return accelerator
+
+
+def is_out_of_time(accelerator: Accelerator, start_time: float, max_minutes: float) -> bool:
+    """Ask whether the time of any process is up, so that all of them stop at the same step."""
+    if math.isinf(max_minutes):
+        return False
+    if time.monotonic() - start_time > 60 * max_minutes:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
 
 
 def save_checkpoint(
@@ -45,7 +68,7 @@ def save_checkpoint(
     step: int,
     total_limit: int,
     dataloader: StatefulDataLoader | None = None,
-) -> Path:
+):
     """Save the state of a run as `checkpoint-<step>`. A kill meanwhile leaves the previous checkpoint usable.
 
     Every process also saves the place of its data loader.
@@ -65,7 +88,6 @@ def save_checkpoint(
         for old in (*leftovers, *list_checkpoints(output_dir)[:-total_limit]):
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
-    return folder
 
 
 def name_place_file(accelerator: Accelerator) -> str:
@@ -77,37 +99,28 @@ def load_checkpoint(
 ) -> int:
     """Restore a run from `"latest"` or a named checkpoint and return its step, or 0 if `"latest"` finds none.
 
-    Later checkpoints than a named one are renamed, because the run resumes from before them.
+    Later checkpoints than a named one are renamed, so that `"latest"` does not mean them and none is deleted.
 
     Raises:
         ValueError: If the named checkpoint does not exist, or if it was written with another number of processes or
             workers.
     """
     checkpoints = list_checkpoints(output_dir)
-    if name == "latest":
-        if not checkpoints:
-            return 0
-        folder = checkpoints[-1]
-    else:
-        folder = Path(output_dir) / name
-        if folder not in checkpoints:
-            names = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
-            raise ValueError(f"`resume_from_checkpoint` is {name!r}; the checkpoints in {output_dir} are: {names}.")
+    if name == "latest" and not checkpoints:
+        return 0
+    folder = checkpoints[-1] if name == "latest" else Path(output_dir) / name
+    if folder not in checkpoints:
+        names = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
+        raise ValueError(f"`resume_from_checkpoint` is {name!r}; the checkpoints in {output_dir} are: {names}.")
     if dataloader is not None:
         load_place(accelerator, folder, dataloader)
     accelerator.load_state(folder)
-    set_aside(accelerator, [later for later in checkpoints if read_step(later) > read_step(folder)])
-    return read_step(folder)
-
-
-def set_aside(accelerator: Accelerator, checkpoints: list[Path]):
-    """Rename checkpoints, so that `latest` does not mean them and the limit does not count them."""
     if accelerator.is_main_process:
-        for checkpoint in checkpoints:
-            name = checkpoint.with_name(f"{checkpoint.name}-set-aside-{int(time.time())}")
-            logger.warning(f"The run resumes from before {checkpoint}, which is now called {name.name}.")
-            checkpoint.rename(name)
+        for later in checkpoints[checkpoints.index(folder) + 1 :]:
+            renamed = later.rename(f"{later}-set-aside-{int(time.time())}")
+            logger.warning(f"The run resumes from before {later}, which is now called {renamed.name}.")
     accelerator.wait_for_everyone()
+    return read_step(folder)
 
 
 def load_place(accelerator: Accelerator, folder: Path, dataloader: StatefulDataLoader):

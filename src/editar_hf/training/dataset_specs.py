@@ -3,10 +3,7 @@
 Images stay encoded here and `rows.py` decodes them. A broken file is then one bad row, and does not end the run.
 """
 
-import codecs
-import contextlib
 import glob
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,7 +15,7 @@ import yaml
 from datasets.data_files import FILES_TO_IGNORE
 from transformers.utils import logging
 
-from ..checks import check_flag, check_number, check_texts
+from ..checks import check_choice, check_flag, check_number, check_texts
 from ..data_files import load_files, name_split
 from ..pipelines.hub import check_folder_or_hub_id
 from ..processing_editar import TASK_PREFIXES
@@ -30,11 +27,11 @@ TOKEN_COLUMNS = ("source_image_tokens", "target_image_tokens", "prompt")
 # `mask` is an image and `edit_mask` holds a flag for each token. `task` chooses the prefix of the prompt.
 # `prompt_embeds` holds precomputed text states.
 OPTIONAL_COLUMNS = ("mask", "edit_mask", "task", "prompt_embeds")
-# How `rows.py` rewrites a row, and the column that it computes.
-REWRITES: dict[str, str | None] = {"canny": "source_image", "removal": None}
+# How `rows.py` rewrites a row: "canny" computes the source image.
+REWRITES = ("canny", "removal")
 # Suffixes of the files that data sets are read from, and what `datasets` calls these formats.
 FILE_KINDS = {"parquet": "parquet", "tar": "webdataset", "jsonl": "json"}
-# Metadata key of a parquet file of tokens that says which data set they were computed from.
+# Metadata key of a parquet file of tokens that names what they were computed from, one place per line.
 MADE_FROM_KEY = b"editar_made_from"
 
 
@@ -86,18 +83,17 @@ class DatasetSpec:
 
     def __post_init__(self):
         for name in ("dataset", "split", "config_name", "name", "image_folder"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name in ("dataset", "split")):
+            if not isinstance(value := getattr(self, name), str | None):
                 raise ValueError(f"`{name}` is {value!r:.80}; give a string.")
-        if not self.dataset:
-            raise ValueError("`dataset` is empty; give a Hub id, a folder or a pattern of files.")
+        if not self.dataset or not self.split:
+            raise ValueError("`dataset` or `split` is empty; give a Hub id, a folder or a pattern of files.")
         self.name = self.name or self.dataset
         if check_number("probability", self.probability) <= 0:
             raise ValueError(f"`probability` of {self.name!r} is {self.probability}; it must be positive.")
-        if self.task is not None and not (isinstance(self.task, str) and self.task in TASK_PREFIXES):
-            raise ValueError(f"`task` of {self.name!r} is {self.task!r}; the tasks are {', '.join(TASK_PREFIXES)}.")
-        if self.rewrite is not None and not (isinstance(self.rewrite, str) and self.rewrite in REWRITES):
-            raise ValueError(f"`rewrite` of {self.name!r} is {self.rewrite!r}; there are {', '.join(REWRITES)}.")
+        if self.task is not None:
+            check_choice("task", self.task, TASK_PREFIXES)
+        if self.rewrite is not None:
+            check_choice("rewrite", self.rewrite, REWRITES)
         check_flag("streaming", self.streaming)
         if not isinstance(self.columns, Mapping):
             raise ValueError(f"`columns` of {self.name!r} is {self.columns!r:.80}; map our names to theirs.")
@@ -113,23 +109,19 @@ def load_recipe(path: str | Path) -> list[DatasetSpec]:
     """
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"`recipe` {str(path)!r} does not load: {error}") from error
-    if isinstance(recipe, dict) and "sources" in recipe:
-        logger.warning(f"`recipe` {str(path)!r}: rename `sources` to `datasets`; the next version does not read it.")
-        recipe = {"datasets": recipe["sources"]} | recipe
-    items = recipe.get("datasets") if isinstance(recipe, dict) else None
-    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"`recipe` {str(path)!r} has no list `datasets`, whose items have `dataset` and other fields.")
-    known = [item.name for item in fields(DatasetSpec)]
-    if unknown := sorted({str(name) for item in items for name in item} - set(known)):
-        raise ValueError(f"`recipe` {str(path)!r} names {', '.join(unknown)}; a data set has {', '.join(known)}.")
-    if not all("dataset" in item for item in items):
-        raise ValueError(f"`recipe` {str(path)!r} has a data set without the field `dataset`.")
-    try:
-        return [DatasetSpec(**item) for item in items]
-    except ValueError as error:
-        raise ValueError(f"`recipe` {str(path)!r}: {error}") from error
+        if "sources" in recipe:
+            logger.warning(f"`recipe` {str(path)!r}: rename `sources` to `datasets`; the next version reads only that.")
+            recipe["datasets"] = recipe["sources"]
+        specs = [DatasetSpec(**item) for item in recipe["datasets"]]
+    except (OSError, RecursionError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        names = ", ".join(item.name for item in fields(DatasetSpec))
+        raise ValueError(
+            f"`recipe` {str(path)!r} does not load: {error}. It needs a list `datasets`, whose items have `dataset` "
+            f"and any of {names}."
+        ) from error
+    if not specs:
+        raise ValueError(f"`recipe` {str(path)!r} lists no `datasets`.")
+    return specs
 
 
 def open_dataset(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset:
@@ -149,35 +141,32 @@ def open_dataset(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDatas
     for name in dataset.column_names:
         if isinstance(dataset.features[name], datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
-    return rename_columns(dataset, {name: ours for ours, name in theirs.items()})
-
-
-def rename_columns(
-    dataset: datasets.Dataset | datasets.IterableDataset, names: Mapping[str, str]
-) -> datasets.Dataset | datasets.IterableDataset:
-    """Rename columns, also to names that other columns have now, which streams refuse to do in one step."""
-    names = {theirs: ours for theirs, ours in names.items() if theirs != ours}
-    if not names:
-        return dataset
-    steps = {theirs: f"{theirs} → {ours}" for theirs, ours in names.items()}
-    return dataset.rename_columns(steps).rename_columns({steps[theirs]: ours for theirs, ours in names.items()})
+    # In two steps: a stream refuses to give a column a name that another column has now.
+    steps = {name: f"{name} → {ours}" for ours, name in theirs.items() if name != ours}
+    if steps:
+        dataset = dataset.rename_columns(steps)
+        dataset = dataset.rename_columns({step: step.rpartition(" → ")[2] for step in steps.values()})
+    return dataset
 
 
 def find_columns(spec: DatasetSpec, present: Sequence[str]) -> dict[str, str]:
     """Map our column names to those of the data set's columns."""
     wanted = TOKEN_COLUMNS if "source_image_tokens" in present else PIXEL_COLUMNS
-    wanted = tuple(name for name in wanted if name != REWRITES.get(spec.rewrite or ""))
-    names = {ours: spec.columns.get(ours, ours) for ours in (*wanted, *OPTIONAL_COLUMNS)}
-    names = {ours: [theirs] if isinstance(theirs, str) else list(theirs) for ours, theirs in names.items()}
-    found = {ours: next((name for name in theirs if name in present), None) for ours, theirs in names.items()}
-    # An optional column is required once `columns` names it.
-    missing = [ours for ours in dict.fromkeys((*wanted, *spec.columns)) if found.get(ours) is None]
+    wanted = tuple(name for name in wanted if not (spec.rewrite == "canny" and name == "source_image"))
+    found, missing = {}, []
+    for ours in dict.fromkeys((*wanted, *OPTIONAL_COLUMNS, *spec.columns)):
+        theirs = spec.columns.get(ours, ours)
+        theirs = [theirs] if isinstance(theirs, str) else theirs
+        if name := next((name for name in theirs if name in present), None):
+            found[ours] = name
+        elif ours in wanted or ours in spec.columns:  # `columns` makes an optional column required
+            missing.append(" or ".join(theirs))
     if missing:
         raise ValueError(
-            f"`dataset` {spec.dataset!r} lacks {', '.join(' or '.join(names.get(m, [m])) for m in missing)}; it has "
-            f"{', '.join(present)}. Name the columns that hold source image, target image and prompt."
+            f"`dataset` {spec.dataset!r} lacks {', '.join(missing)}; it has {', '.join(present)}. Name the columns "
+            "that hold source image, target image and prompt."
         )
-    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
+    return found
 
 
 def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset:
@@ -186,7 +175,6 @@ def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset
     files = list_files(spec)
     if not files:
         check_folder_or_hub_id(path, "dataset")
-    check_lines(files)
     try:
         if not files:
             return datasets.load_dataset(path, spec.config_name, split=split, streaming=streaming)
@@ -195,29 +183,11 @@ def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset
         kind = files[0].rpartition(".")[2]
         return load_files(FILE_KINDS[kind], files, split, streaming and kind == "tar")
     except Exception as error:  # `datasets` passes on what its many readers raise
+        cause = error.__cause__ or error
         raise ValueError(
-            f"`dataset` {path!r} does not load: {describe_error(error)} Give a Hub id, a folder of parquet files or "
-            f"images, or a pattern of files, that has the split {split!r}."
+            f"`dataset` {path!r} does not load: {error} ({type(cause).__name__}: {cause}). Give a Hub id, a folder of "
+            f"parquet files or images, or a pattern of files, that has the split {split!r}."
         ) from error
-
-
-def check_lines(files: Sequence[str]) -> None:
-    """Refuse JSON lines that are no objects: on a line `null`, pyarrow ends the process."""
-    for file in files:
-        if file.endswith(".jsonl"):
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if not line.strip().removeprefix(codecs.BOM_UTF8).startswith(b"{") and line.strip():
-                        raise ValueError(f"`dataset`: {file}, line {number} is {line[:40]!r}, which is no JSON object.")
-
-
-def describe_error(error: BaseException) -> str:
-    """Describe an error with its first cause, which errors of `datasets` do not repeat."""
-    first = error.__cause__ or error.__context__ or error
-    while first.__cause__ is not None:
-        first = first.__cause__
-    cause = "" if first is error else f" ({type(first).__name__}: {first})"
-    return f"{str(error) or type(error).__name__}{cause}"
 
 
 def list_files(spec: DatasetSpec) -> list[str]:
@@ -227,27 +197,19 @@ def list_files(spec: DatasetSpec) -> list[str]:
         ValueError: If a folder or a pattern has no file of the split.
     """
     path, split = spec.dataset, name_split(spec.split)
-    if files := find_files(path, split):
-        return files
-    folder = Path(path)
-    if not folder.is_dir():
-        if "*" in path or path.endswith(tuple(f".{kind}" for kind in FILE_KINDS)):
-            raise ValueError(f"`dataset` is {path!r}; no {' or '.join(FILE_KINDS)} file matches it.")
-        return []
-    others = sorted(file.name for kind in ("parquet", "tar") for file in folder.glob(f"*.{kind}"))
-    if others:
-        raise ValueError(
-            f"`dataset` {path!r} has no file whose name starts with {split!r}; it has {', '.join(others[:5])}. Rename "
-            "the files, or give a pattern such as `folder/*.parquet`."
-        )
-    root = folder / split if (folder / split).is_dir() else folder
-    found = sorted(glob.glob(f"{glob.escape(str(root))}/**", recursive=True))
-    files = [file for file in found if os.path.isfile(file) and os.path.basename(file) not in FILES_TO_IGNORE]
-    if not files:
-        raise ValueError(
-            f"`dataset` {path!r} does not load: it is an empty folder. Give a Hub id, a folder of parquet files or "
-            f"images, or a pattern of files, that has the split {split!r}."
-        )
+    files = find_files(path, split)
+    if not files and os.path.isdir(path):
+        others = sorted(file.name for kind in ("parquet", "tar") for file in Path(path).glob(f"*.{kind}"))
+        found = [] if others else sorted(glob.glob(f"{glob.escape(find_image_folder(path, split))}/**", recursive=True))
+        files = [file for file in found if os.path.isfile(file) and os.path.basename(file) not in FILES_TO_IGNORE]
+        if not files:
+            raise ValueError(
+                f"`dataset` {path!r} has no images, and no parquet or tar file whose name starts with {split!r}; it "
+                f"has {', '.join(others[:5]) or 'none at all'}. Rename the files, or give a pattern such as "
+                "`folder/*.parquet`."
+            )
+    elif not files and ("*" in path or path.endswith(tuple(f".{kind}" for kind in FILE_KINDS))):
+        raise ValueError(f"`dataset` is {path!r}; no {' or '.join(FILE_KINDS)} file matches it.")
     return files
 
 
@@ -264,37 +226,46 @@ def find_files(path: str, split: str) -> list[str]:
     return next((files for files in kinds if files), [])
 
 
+def find_image_folder(path: str, split: str) -> str:
+    """Find the folder of a split's images: one of the split's name inside `path`, or else `path`."""
+    folder = os.path.join(path, split)
+    return folder if os.path.isdir(folder) else path
+
+
+# Held-out pairs
+
+
 def check_held_out(training: Sequence[DatasetSpec], validation: DatasetSpec) -> None:
     """Refuse validation on training data: the same files or split, or images that training tokens were computed from.
 
     Raises:
         ValueError: If training reads a file or split of `validation` too.
     """
-    trained_on = {place for spec in training for place in list_origins(spec)}
-    if shared := [place for place in list_places(validation) if place in trained_on]:
-        raise ValueError(
-            f"`validation_dataset` {validation.dataset!r} holds what is trained on, such as {shared[0]}; no pair would "
-            "be held out. Move some pairs into a folder `validation` beside a folder `train`, each with its "
-            "`metadata.jsonl`, or into files whose names start so."
-        )
+    trained_on = [Path(place) for spec in training for place in (*list_places(spec), *list_origins(spec))]
+    for place in map(Path, list_places(validation)):
+        if any(place.is_relative_to(other) or other.is_relative_to(place) for other in trained_on):
+            raise ValueError(
+                f"`validation_dataset` {validation.dataset!r} holds what is trained on, such as {place}; no pair would "
+                "be held out. Move some pairs into a folder `validation` beside a folder `train`, each with its "
+                "`metadata.jsonl`, or into files whose names start so."
+            )
 
 
 def list_places(spec: DatasetSpec) -> list[str]:
-    """List the files that a data set is read from, or name its split on the Hub."""
-    files = [os.path.realpath(file) for file in list_files(spec)]
-    return files or [", ".join(filter(None, (spec.dataset, spec.config_name, name_split(spec.split))))]
+    """List the files, or name the folder of images or the split on the Hub, that a data set is read from."""
+    split = name_split(spec.split)
+    if files := find_files(spec.dataset, split):
+        return [os.path.realpath(file) for file in files]
+    if os.path.isdir(spec.dataset):
+        return [os.path.realpath(find_image_folder(spec.dataset, split))]
+    return [", ".join(filter(None, (spec.dataset, spec.config_name, split)))]
 
 
 def list_origins(spec: DatasetSpec) -> list[str]:
-    """List where a data set is read from, and what its tokens were computed from if its files say so."""
-    places = list_places(spec)
-    made_from: set[bytes] = set()
-    for file in places:
+    """List what the tokens of a data set were computed from, if its files say so."""
+    origins = set()
+    for file in find_files(spec.dataset, name_split(spec.split)):
         if file.endswith(".parquet"):
-            with contextlib.suppress(ValueError):  # `open_dataset` says what is wrong with the file
-                metadata = pq.read_schema(file).metadata or {}
-                made_from |= {metadata[MADE_FROM_KEY]} if MADE_FROM_KEY in metadata else set()
-    for content in made_from:
-        with contextlib.suppress(ValueError):  # the images may have been moved since
-            places += list_places(DatasetSpec(**json.loads(content)))
-    return places
+            metadata = pq.read_schema(file).metadata or {}
+            origins.update(metadata.get(MADE_FROM_KEY, b"").decode().splitlines())
+    return sorted(origins)

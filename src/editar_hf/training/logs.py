@@ -1,5 +1,6 @@
-"""Log a training run to the terminal and to the trackers."""
+"""Log a training run to the terminal, to `metrics.jsonl` and to the trackers of Accelerate."""
 
+import json
 import resource
 import sys
 import time
@@ -11,40 +12,49 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 
+# More epochs than these get a warning.
+MANY_EPOCHS = 100
+
+
 def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int) -> None:
-    """Print figures with four digits and send them to the trackers."""
+    """Print figures with four digits, send them to the trackers, and append them to `metrics.jsonl`."""
     accelerator.log(figures, step=step)
     line = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     if accelerator.is_main_process:
+        with open(f"{accelerator.project_dir}/metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
         # Above the progress bar, if there is one.
         tqdm.write(f"step {step}: {line}", file=sys.stdout)
         sys.stdout.flush()
 
 
-# A run warns of more epochs than these.
-MANY_EPOCHS = 100
-
-
-def print_banner(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
-    """Print facts about a run, one per line, on the main process."""
-    width = max(map(len, facts))
-    lines = [f"  {name:<{width}}  {fact}" for name, fact in facts.items()]
-    accelerator.print("\n".join(["Training", *lines]), flush=True)
-
-
-def print_epochs(
-    accelerator: Accelerator, argument: str, num_steps: int, samples_per_step: int, num_samples: int
+def print_banner(
+    accelerator: Accelerator,
+    facts: Mapping[str, object],
+    module: torch.nn.Module,
+    step: int,
+    num_steps: int,
+    samples_per_step: int,
+    num_samples: int | None,
 ) -> None:
-    """Print how many epochs the steps are, and warn if they are many."""
-    num_epochs = num_steps * samples_per_step / num_samples
-    line = f"{num_steps:,} steps are {num_epochs:,.1f} epochs of {num_samples:,} samples."
-    if num_epochs > MANY_EPOCHS:
-        enough = max(1, MANY_EPOCHS * num_samples // samples_per_step)
-        line += (
-            f" A model memorises a small data set long before: watch the loss on held-out samples, or lower "
-            f"`--{argument}`; {enough:,} steps are {enough * samples_per_step / num_samples:,.1f} epochs."
-        )
-    accelerator.print(line, flush=True)
+    """Print what is trained on what, and warn if the steps are many epochs; `num_samples` may be unknown."""
+    parameters = list(module.parameters())
+    num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    facts = dict(facts) | {
+        "samples": "streamed, their number is unknown" if num_samples is None else f"{num_samples:,}",
+        "steps": f"{step:,} to {num_steps:,}, of {samples_per_step:,} samples",
+        "trained": f"{num_trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
+        "devices": f"{accelerator.num_processes} × {accelerator.device}, mixed precision {accelerator.mixed_precision}",
+    }
+    accelerator.print("\n".join(["Training", *(f"  {name:<10}{fact}" for name, fact in facts.items())]), flush=True)
+    if num_samples is not None:
+        line = f"{num_steps:,} steps are {num_steps * samples_per_step / num_samples:,.1f} epochs."
+        if num_steps * samples_per_step > MANY_EPOCHS * num_samples:
+            line += (
+                " A model memorises a small data set long before: watch the loss on held-out samples, or take fewer "
+                f"steps; {MANY_EPOCHS * num_samples // samples_per_step:,} are {MANY_EPOCHS} epochs."
+            )
+        accelerator.print(line, flush=True)
 
 
 def measure_peak_memory(device: torch.device) -> float:
@@ -56,11 +66,11 @@ def measure_peak_memory(device: torch.device) -> float:
 
 
 class LossLog:
-    """Sum losses on the device, and log their means and the speed. No step waits for a number.
+    """Keep losses on the device, and log their means and the speed. No step waits for a number.
 
     Args:
         accelerator (`Accelerator`): Accelerator of the run.
-        tokens_per_sample (`int`): Positions of a pair in the decoder.
+        tokens_per_sample (`int`): Tokens that a network reads per sample.
         num_steps (`int`): Total number of steps, for the progress bar.
         step (`int`): Steps already done.
     """
@@ -73,40 +83,35 @@ class LossLog:
         self.clear()
 
     def clear(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.groups: dict[str, list[torch.Tensor]] = {}
+        self.losses: dict[str, list[torch.Tensor]] = {}
+        # The losses of samples, and for each sample the groups that it is in.
+        self.token_losses: list[torch.Tensor] = []
+        self.groups: list[tuple[str, ...]] = []
         self.num_samples = 0
         self.start_time = time.monotonic()
 
-    def add(self, losses: dict[str, torch.Tensor], batch_size: int, **groups: Sequence[str]) -> None:
+    def add(self, losses: Mapping[str, torch.Tensor], batch_size: int, **groups: Sequence[str]) -> None:
         """Add a batch of `batch_size` samples per process. Every batch has the same weight.
 
         Args:
-            losses (`dict[str, torch.Tensor]`): Scalars by name; and `token_losses`, one for each sample.
+            losses (`Mapping`): Scalars by name; and, with groups, `token_losses`, one for each sample.
             batch_size (`int`): Samples per process.
             groups (`Sequence[str]`): Group of each sample: `task=("edit", …)` logs `token_loss/task/edit`.
         """
-        token_losses = losses["token_losses"].float()
         for name, loss in losses.items():
             if loss.ndim == 0:
-                self.sums[name] = self.sums.get(name, 0) + loss.detach().float()
-                self.counts[name] = self.counts.get(name, 0) + 1
-        for kind, names in groups.items():
-            for name in sorted(set(names)):
-                members = torch.tensor([other == name for other in names]).to(token_losses.device)
-                self.groups.setdefault(f"token_loss/{kind}/{name}", []).append(token_losses[members])
+                self.losses.setdefault(name, []).append(loss.detach().float())
+        if groups:
+            self.token_losses.append(losses["token_losses"].float())
+            names = [[f"{kind}/{name}" for name in members] for kind, members in groups.items()]
+            self.groups += zip(*names, strict=True)
         self.num_samples += batch_size * self.accelerator.num_processes
 
-    def flush(self, step: int, learning_rate: float, **more: float) -> None:
-        """Log the means over processes and over the batches since the last flush, and start again."""
-        self.log(step, learning_rate, **more)
-        self.clear()
-
-    def log(self, step: int, learning_rate: float, **more: float) -> None:
-        """Log the means so far, and continue to add."""
+    def log(self, step: int, learning_rate: float, clear: bool = True, **more: float) -> None:
+        """Log the means over processes and over the batches since the last `clear`."""
         means = {
-            name: self.accelerator.reduce(total / self.counts[name], "mean").item() for name, total in self.sums.items()
+            name: self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            for name, losses in self.losses.items()
         }
         samples_per_second = self.num_samples / (time.monotonic() - self.start_time)
         speed = {
@@ -115,18 +120,21 @@ class LossLog:
             "memory_gib": measure_peak_memory(self.accelerator.device),
         }
         self.progress_bar.set_postfix({name: f"{value:.4g}" for name, value in speed.items()})
-        groups = self.average_groups()
-        log_figures(self.accelerator, means | groups | {"learning_rate": learning_rate} | more | speed, step)
+        means |= self.average_groups() | {"learning_rate": learning_rate} | more | speed
+        log_figures(self.accelerator, means, step)
+        if clear:
+            self.clear()
 
     def average_groups(self) -> dict[str, float]:
         """Average the losses of each group over processes; a single task or data set is left out."""
-        sums = {name: (torch.cat(losses).sum().item(), sum(map(len, losses))) for name, losses in self.groups.items()}
-        gathered = gather_object([sums])
-        names = sorted({name for part in gathered for name in part})
-        alone = {kind for kind in ("task", "dataset") if sum(f"/{kind}/" in name for name in names) == 1}
-        totals = {name: [part[name] for part in gathered if name in part] for name in names}
+        token_losses = torch.cat(self.token_losses).tolist() if self.token_losses else []
+        members: dict[str, list[float]] = {}
+        for loss, names in gather_object(list(zip(token_losses, self.groups, strict=True))):
+            for name in names:
+                members.setdefault(name, []).append(loss)
+        kinds = [name.partition("/")[0] for name in members]
         return {
-            name: sum(total for total, _ in parts) / sum(count for _, count in parts)
-            for name, parts in totals.items()
-            if name.split("/")[1] not in alone
+            f"token_loss/{name}": sum(losses) / len(losses)
+            for name, losses in sorted(members.items())
+            if kinds.count(name.partition("/")[0]) > 1
         }

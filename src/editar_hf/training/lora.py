@@ -20,43 +20,35 @@ def add_lora(
     alpha: float | None = None,
     dropout: float = 0.0,
     target_modules: Sequence[str] = TARGET_MODULES,
-    modules_to_save: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] = (),
 ) -> None:
     """Freeze a decoder and add an adapter, which changes nothing before it is trained.
 
     Args:
         transformer (`EditARForConditionalGeneration`): The decoder.
         base_model (`str`): Folder or Hub id of the model that the adapter is for.
-        rank (`int`): Rank of the updates.
-        alpha (`float`, *optional*): The updates are scaled by `alpha / rank`; defaults to `rank`.
+        rank, alpha (`int`, `float`): The updates have rank `rank` and are scaled by `alpha / rank`, by default 1.
         dropout (`float`): Dropout of the adapter's inputs.
         target_modules (sequence of `str`): Names of the linear layers to adapt.
-        modules_to_save (sequence of `str`, *optional*): Names of modules to train in full, such as `"text_projection"`.
+        modules_to_save (sequence of `str`): Names of modules to train in full, such as `"text_projection"`.
 
     Raises:
         ValueError: If the rank is not positive, or the decoder has no module of such a name.
 
     Source: LoRA (arXiv 2106.09685), section 4.1.
     """
-    if rank < 1:
-        raise ValueError(f"`rank` is {rank}; the rank of a LoRA is a positive number, such as 8.")
-    check_names(transformer, "target_modules", target_modules)
-    check_names(transformer, "modules_to_save", modules_to_save or ())
+    known = {path.rpartition(".")[2] for path, _ in transformer.named_modules()}
+    for argument, names in (("target_modules", target_modules), ("modules_to_save", modules_to_save)):
+        if unknown := [name for name in names if name not in known]:
+            listed = ", ".join(sorted(name for name in known if name and not name.isdecimal()))
+            raise ValueError(f"`{argument}` names {', '.join(unknown)}; the decoder has {listed}.")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=list(target_modules),
-        modules_to_save=list(modules_to_save) if modules_to_save else None,
+        modules_to_save=list(modules_to_save) or None,
         base_model_name_or_path=base_model,
     )
     transformer.requires_grad_(False)
     attach_adapter(transformer, config, ADAPTER_NAME)
-
-
-def check_names(transformer: EditARForConditionalGeneration, argument: str, names: Sequence[str]) -> None:
-    """Refuse names that no module has."""
-    known = {path.rpartition(".")[2] for path, _ in transformer.named_modules()}
-    if unknown := [name for name in names if name not in known]:
-        known = sorted(name for name in known if name and not name.isdecimal())
-        raise ValueError(f"`{argument}` names {', '.join(unknown)}; the decoder has {', '.join(known)}.")

@@ -1,25 +1,25 @@
-"""Make rows of a data set ready for collation, and count those that cannot be used."""
+"""Make rows of a data set ready for training, count those that cannot be used, and collate the others into batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+import torch
+from PIL import Image
 from transformers.utils import logging
 
-from ..checks import check_texts
+from ..checks import check_choice, check_texts
 from ..condition_maps import make_canny_map
 from ..image_processing_editar import EditARImageProcessor, compute_crop_geometry, prepare_rgb_image
 from ..pipelines.edit_region import compute_edit_mask, prepare_mask
-from ..processing_editar import TASK_PREFIXES
+from ..processing_editar import TASK_PREFIXES, EditARProcessor
 from .dataset_specs import DatasetSpec
 
 
 logger = logging.get_logger(__name__)
-IMAGES = ("source_image", "target_image", "mask")
-TOKENS = ("source_image_tokens", "target_image_tokens", "edit_mask")
 ADDITION = "add "
 # A few bad rows among fewer than this say little. The end of a data set is judged in any case.
 MIN_ROWS_TO_JUDGE = 100
@@ -28,34 +28,51 @@ Row = TypeVar("Row")
 Prepared = TypeVar("Prepared")
 
 
-class UnusableRow(Exception):
-    """A row that training must skip; the message says why."""
+# Rows
 
 
-def decode_image(value: Image.Image | Mapping | bytes | str, image_folder: str | None = None) -> Image.Image:
-    """Decode an image that is stored as an image, as `{bytes, path}`, as bytes or as a path.
+def decode_image(value: Any, name: str = "image", image_folder: str | None = None) -> Image.Image:
+    """Decode an image that is stored as an image, as `{bytes, path}`, as bytes or as a path, to upright RGB.
 
     Raises:
-        UnusableRow: If it is none of these or does not decode.
+        ValueError: If it is none of these or does not decode; the message names the column `name`.
     """
+    return prepare_rgb_image(open_stored_image(value, name, image_folder), name=name)
+
+
+def open_stored_image(value: Any, name: str, image_folder: str | None = None) -> Any:
+    """Open what `decode_image` takes. The pixels of a file are not read yet."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
+    if value is None:
+        raise ValueError(f"`{name}` is empty")
     try:
         if isinstance(value, bytes):
-            value = Image.open(BytesIO(value))
-        elif isinstance(value, str):
-            value = Image.open(Path(image_folder or "") / value)
-        if not isinstance(value, Image.Image):
-            raise UnusableRow(f"is {'empty' if value is None else f'a {type(value).__name__}'}")
-        value.load()
-    except UnidentifiedImageError as error:
-        raise UnusableRow("does not decode: it is in no known format") from error
-    except UnusableRow:
-        raise
-    # PIL's decoders raise errors of many classes on broken data.
-    except Exception as error:
-        raise UnusableRow(f"does not decode: {error}") from error
-    return value
+            return Image.open(BytesIO(value))
+        return Image.open(Path(image_folder or "") / value) if isinstance(value, str) else value
+    except Exception as error:  # PIL's readers raise errors of many classes on broken data
+        raise ValueError(f"`{name}` does not decode: {error}") from error
+
+
+def pack_states(states: torch.Tensor) -> bytes:
+    """Pack the text states of a prompt, `(num_text_tokens, text_hidden_size)` in float32 or bfloat16, as bytes."""
+    return states.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def unpack_states(packed: bytes, num_text_tokens: int, text_hidden_size: int) -> torch.Tensor:
+    """Undo `pack_states`. The number of bytes tells float32 from bfloat16.
+
+    Raises:
+        ValueError: If the number of bytes fits neither.
+    """
+    size = num_text_tokens * text_hidden_size
+    dtypes = {4 * size: torch.float32, 2 * size: torch.bfloat16}
+    if not isinstance(packed, bytes) or len(packed) not in dtypes:
+        raise ValueError(
+            f"`prompt_embeds` does not hold {num_text_tokens} states of width {text_hidden_size}. Compute them with "
+            "the model's own text encoder."
+        )
+    return torch.frombuffer(bytearray(packed), dtype=dtypes[len(packed)]).view(num_text_tokens, text_hidden_size)
 
 
 @dataclass
@@ -65,92 +82,86 @@ class RowReader:
     Images are decoded to upright RGB, a mask becomes `edit_mask`, and the rewrite of the recipe is applied.
 
     Args:
-        image_processor (`EditARImageProcessor`): Resizes images before edges are found.
-        height, width (`int`): Size of the training images in pixels.
-        resize_mode (`str`): `"crop"` or `"stretch"`.
-        stride (`int`): Pixels per token and side, for masks.
+        image_processor (`EditARImageProcessor`): Its size, resize mode and stride are those of training.
+        num_codes (`int`): Codes of the model, for rows of tokens.
+        states_shape (`tuple[int, int]`): Number and width of the text states, for rows that hold them.
     """
 
     image_processor: EditARImageProcessor
-    height: int
-    width: int
-    resize_mode: str
-    stride: int
+    num_codes: int = 0
+    states_shape: tuple[int, int] = (0, 0)
 
     def read(self, row: Mapping, spec: DatasetSpec) -> dict:
         """Return a row of `spec` ready for collation, with its task and the name of its data set.
 
         Raises:
-            UnusableRow: If it has no instruction, an unknown task, or an image or tokens that cannot be used.
+            ValueError: If it has no prompt, an unknown task, or an image, tokens or states that cannot be used.
         """
         row = {**row, "dataset": spec.name, "task": spec.task or row.get("task") or "edit"}
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-            raise UnusableRow("`prompt` is empty")
-        try:
-            check_texts("prompt", row["prompt"])
-        except ValueError as error:
-            raise UnusableRow(str(error)) from error
-        if row["task"] not in tuple(TASK_PREFIXES):
-            raise UnusableRow(f"`task` is {row['task']!r}; the tasks are {', '.join(TASK_PREFIXES)}")
-        self.check_tokens(row)
-        for name in IMAGES:
-            if name in row:
-                try:
-                    row[name] = decode_image(row[name], spec.image_folder)
-                except UnusableRow as error:
-                    raise UnusableRow(f"`{name}` {error}") from error
-        try:
-            self.prepare_images(row)
-            if spec.rewrite == "canny":
-                row["source_image"] = self.find_edges(row["target_image"])
-        except ValueError as error:
-            raise UnusableRow(str(error)) from error
+            raise ValueError("`prompt` is empty")
+        check_texts("prompt", row["prompt"])
+        check_choice("task", row["task"], TASK_PREFIXES)
         if spec.rewrite == "removal":
             row["prompt"] = ask_for_removal(row["prompt"])
+        for name in ("source_image", "target_image"):
+            if name in row:
+                row[name] = decode_image(row[name], name, spec.image_folder)
+                self.check_shape(row[name])
+        if "mask" in row:
+            # The mask has the source image's size, or the target's if edges become the source image.
+            mask = open_stored_image(row.pop("mask"), "mask", spec.image_folder)
+            image = row["source_image"] if "source_image" in row else row["target_image"]
+            row["edit_mask"] = self.read_mask(mask, image.size)
+        if spec.rewrite == "canny":
+            row["source_image"] = self.find_edges(row["target_image"])
+        for name in ("source_image_tokens", "target_image_tokens", "edit_mask"):
+            if name in row:
+                row[name] = self.read_tokens(name, row[name])
+        if "prompt_embeds" in row:
+            row["prompt_embeds"] = unpack_states(row["prompt_embeds"], *self.states_shape)
         return row
 
-    def check_tokens(self, row: Mapping) -> None:
-        """Refuse tokens that are missing or do not fill the grid, and text states that are missing."""
-        num_tokens = self.height // self.stride * (self.width // self.stride)
-        for name in TOKENS:
-            tokens = row.get(name, ())
-            if name in row and not (isinstance(tokens, Sequence) and len(tokens) == num_tokens):
-                raise UnusableRow(f"`{name}` does not hold {num_tokens} tokens")
-            if not all(isinstance(token, int) and 0 <= token < 2**31 for token in tokens):
-                raise UnusableRow(f"`{name}` holds what is no token")
-        if not isinstance(row.get("prompt_embeds", b""), bytes):
-            raise UnusableRow("`prompt_embeds` is empty, or no bytes")
+    def check_shape(self, image: Image.Image) -> None:
+        """Refuse an image that is too thin to be cropped."""
+        size = self.image_processor.size
+        if self.image_processor.resize_mode == "crop":
+            compute_crop_geometry(image.height, image.width, size.height, size.width)
 
-    def prepare_images(self, row: dict) -> None:
-        """Convert the images of a row to upright RGB and its mask to tokens, in place; raises `ValueError`."""
-        images = [name for name in ("source_image", "target_image") if name in row]
-        for name in images:
-            row[name] = prepare_rgb_image(row[name], name=name)
-            if self.resize_mode == "crop":
-                compute_crop_geometry(row[name].height, row[name].width, self.height, self.width)
-        if "mask" in row:
-            # The mask has the source image's size, or the target's if edges become the source image later.
-            is_white = prepare_mask(row.pop("mask"), row[images[0]].size)
-            edit_mask = compute_edit_mask(is_white, self.height, self.width, self.stride, self.resize_mode)
-            row["edit_mask"] = edit_mask.flatten().tolist()
+    def read_mask(self, mask: Image.Image, source_size: tuple[int, int]) -> torch.Tensor:
+        size, stride = self.image_processor.size, self.image_processor.stride
+        is_white = prepare_mask(mask, source_size)
+        return compute_edit_mask(is_white, size.height, size.width, stride, self.image_processor.resize_mode).flatten()
+
+    def read_tokens(self, name: str, values: Any) -> torch.Tensor:
+        """Refuse tokens that do not fill the grid or are no codes of the model, such as those of another VQ model."""
+        size, stride = self.image_processor.size, self.image_processor.stride
+        num_tokens, num_codes = size.height // stride * (size.width // stride), self.num_codes
+        tokens = np.asarray(values)
+        if tokens.shape != (num_tokens,) or tokens.dtype.kind not in "biu":
+            raise ValueError(f"`{name}` does not hold {num_tokens} tokens. Compute them at the resolution of training.")
+        if name != "edit_mask" and not 0 <= tokens.min() <= tokens.max() < num_codes:
+            raise ValueError(
+                f"`{name}` runs from {tokens.min()} to {tokens.max()}; the model has codes 0 to {num_codes - 1}. "
+                "Compute the tokens with the model's own VQ model."
+            )
+        return torch.from_numpy(tokens)
 
     def find_edges(self, image: Image.Image) -> Image.Image:
         """Find an image's edges at the size of training: resized edges would be grey."""
-        size = {"height": self.height, "width": self.width}
-        pixel_values = self.image_processor(image, size=size, resize_mode=self.resize_mode).pixel_values
-        return make_canny_map(self.image_processor.postprocess(pixel_values)[0])
+        return make_canny_map(self.image_processor.postprocess(self.image_processor(image).pixel_values)[0])
 
 
 def ask_for_removal(instruction: str) -> str:
     """Turn "add a dog on the left" into "Remove a dog on the left", for a pair read backwards.
 
     Raises:
-        UnusableRow: If the instruction does not begin with "add ".
+        ValueError: If the instruction does not begin with "add ".
 
     Source: the published training, which cuts off the first four characters of PIPE's instructions, whatever they are.
     """
     if not instruction.lower().startswith(ADDITION):
-        raise UnusableRow(f"`prompt` {instruction!r} does not begin with {ADDITION!r}")
+        raise ValueError(f"`prompt` {instruction!r} does not begin with {ADDITION!r}")
     return "Remove " + instruction[len(ADDITION) :]
 
 
@@ -170,11 +181,11 @@ class BadRowCount:
     def read(
         self, rows: Iterable[tuple[int, Row]], prepare: Callable[[Row], Prepared], name: str
     ) -> Iterator[Prepared]:
-        """Yield what `prepare` makes of each row, and skip the rows for which it raises `UnusableRow`.
+        """Yield what `prepare` makes of each row, and skip the rows for which it raises a `ValueError`.
 
         Args:
             rows (iterable): Pairs of a row's position in its data set and the row.
-            prepare (`Callable`): Makes a row ready, or raises `UnusableRow`.
+            prepare (`Callable`): Makes a row ready.
             name (`str`): What messages call the data set.
 
         Raises:
@@ -184,7 +195,7 @@ class BadRowCount:
             self.num_read += 1
             try:
                 prepared = prepare(row)
-            except UnusableRow as error:
+            except ValueError as error:
                 self.add(f"{name}, row {position}: {error}")
             else:
                 yield prepared
@@ -204,3 +215,34 @@ class BadRowCount:
                 f"{self.num_bad} of {self.num_read} rows cannot be used, more than `max_bad_rows_fraction` "
                 f"{self.max_fraction} allows. The first: {'; '.join(self.offenders)}. Repair the data, or allow more."
             )
+
+
+# Batches
+
+
+def collate_rows(rows: Sequence[Mapping], processor: EditARProcessor) -> dict:
+    """Collate rows from `RowReader`, of images or of tokens, into one batch.
+
+    Args:
+        rows (sequence of `Mapping`): The rows.
+        processor (`EditARProcessor`): Prepares prompts, and images at the size of training.
+
+    Returns:
+        `input_ids` and `attention_mask`; `source_pixel_values` and `target_pixel_values`, or `source_image_tokens` and
+        `target_image_tokens`; `edit_mask` and `prompt_embeds` if there are any; and, for logs, `groups`, such as
+        `{"task": ["edit", "canny"], "dataset": ["my-pairs", "my-pairs"]}`.
+    """
+    tasks = [row["task"] for row in rows]
+    images: dict[str, Any] = {}
+    if "source_image" in rows[0]:
+        images["images"] = [row["source_image"] for row in rows]
+        images["target_images"] = [row["target_image"] for row in rows]
+    batch = dict(processor(text=[row["prompt"] for row in rows], task=tasks, **images))
+    for name in ("source_image_tokens", "target_image_tokens", "prompt_embeds"):
+        if name in rows[0]:
+            batch[name] = torch.stack([row[name] for row in rows])
+    if masks := [row["edit_mask"] for row in rows if "edit_mask" in row]:
+        # A row without a mask, of a data set without masks, may change everywhere.
+        everywhere = torch.ones_like(masks[0])
+        batch["edit_mask"] = torch.stack([row.get("edit_mask", everywhere) for row in rows])
+    return {**batch, "groups": {"task": tasks, "dataset": [row["dataset"] for row in rows]}}

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-from ..image_processing_editar import EditARImageProcessor, compute_crop_geometry, compute_psnr, prepare_rgb_image
+from ..image_processing_editar import EditARImageProcessor, compute_crop_geometry, compute_psnr
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel, compute_nearest_codes
 from .dataset_specs import DatasetSpec, load_split
-from .rows import BadRowCount, UnusableRow, decode_image
+from .rows import BadRowCount, decode_image
 from .validation import build_contact_sheet
 
 
@@ -46,38 +46,28 @@ def decode_images(dataset: datasets.Dataset, resolution: int, folder: str | Path
     """Decode every image of every column once, to uint8 pixels (images, resolution, resolution, 3).
 
     The pixels are in a nameless file in `folder` that is mapped into memory, and the system keeps them in RAM as far
-    as they fit. A row with an image that cannot be used is skipped and counted.
+    as they fit. An image is cut to its centre, with white behind transparency. A row with an image that cannot be used
+    is skipped and counted.
 
     Raises:
         ValueError: If too many rows cannot be used.
     """
+
+    def prepare(row):
+        images = [decode_image(value, name) for name, value in row.items()]
+        for image in images:
+            compute_crop_geometry(image.height, image.width, resolution, resolution)  # refuses what is too thin
+        return [ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS) for image in images]
+
     shape = (len(dataset) * len(dataset.column_names), resolution, resolution, 3)
     with tempfile.TemporaryFile(dir=folder) as file:
         pixels = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
-
-    def prepare(row):
-        return [prepare_image(value, name, resolution) for name, value in row.items()]
-
     num_images = 0
     for images in bad_rows.read(enumerate(dataset), prepare, "images"):
-        pixels[num_images : num_images + len(images)] = images
+        pixels[num_images : num_images + len(images)] = np.stack(images)
         num_images += len(images)
     bad_rows.judge()
     return pixels[:num_images]
-
-
-def prepare_image(value, name: str, resolution: int) -> np.ndarray:
-    """Decode an image to a square of uint8 pixels (resolution, resolution, 3): its centre, transparency over white.
-
-    Raises:
-        UnusableRow: If it does not decode, or is too thin.
-    """
-    try:
-        image = prepare_rgb_image(decode_image(value), name=name)
-        compute_crop_geometry(image.height, image.width, resolution, resolution)
-    except (UnusableRow, ValueError) as error:
-        raise UnusableRow(f"`{name}` cannot be used: {error}") from error
-    return np.asarray(ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS))
 
 
 def prepare_pixel_values(pixels: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
