@@ -23,17 +23,12 @@ def read_rows(output: str) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in output.splitlines())
 
 
-def test_env_prints_the_installed_version_of_every_core_dependency(capsys):
+def test_env_prints_versions_and_devices(capsys):
     assert main(["env"]) == 0
     rows = read_rows(capsys.readouterr().out)
     assert rows["editar-hf"] == editar_hf.__version__
     core = ["torch", "transformers", "diffusers", "huggingface-hub", "safetensors", "accelerate", "pillow", "numpy"]
     assert {name: rows[name] for name in core} == {name: metadata.version(name) for name in core}
-
-
-def test_env_prints_python_and_devices(capsys):
-    main(["env"])
-    rows = read_rows(capsys.readouterr().out)
     assert rows["python"] == ".".join(map(str, sys.version_info[:3]))
     assert rows["cpu"].endswith(f"{torch.get_num_threads()} torch threads")
     num_devices = torch.cuda.device_count()
@@ -57,17 +52,10 @@ def test_env_lists_extras_and_says_which_are_missing(capsys, monkeypatch):
     assert read_rows(capsys.readouterr().out)["no-such-package"] == "not installed"
 
 
-def test_installed_program_runs_env():
+def test_installed_program_says_its_version():
     program = Path(sys.executable).with_name("editar-hf")
-    result = subprocess.run([program, "env"], capture_output=True, text=True, check=True)
-    assert read_rows(result.stdout)["torch"] == metadata.version("torch")
-
-
-def test_version_is_that_of_the_package(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--version"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == f"editar-hf {editar_hf.__version__}\n"
+    result = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"editar-hf {editar_hf.__version__}\n"
 
 
 def test_help_names_every_command_without_importing_torch():
@@ -90,12 +78,6 @@ def test_help_of_the_evaluation_names_every_metric_protocol_benchmark_and_system
     assert not [name for name in (*METRICS, *PROTOCOLS, *BENCHMARKS, *SYSTEMS) if name not in words]
 
 
-def test_help_leaves_names_as_they_are_written(capsys):
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--help"])
-    assert "EditAR" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("error", [ValueError("`model` is 3"), TypeError("`a` is b"), FileNotFoundError("no a.png")])
 def test_bad_input_is_one_line_and_exit_status_two(error, capsys, monkeypatch):
     def refuse(args):
@@ -104,11 +86,6 @@ def test_bad_input_is_one_line_and_exit_status_two(error, capsys, monkeypatch):
     monkeypatch.setattr(env, "run", refuse)
     assert main(["env"]) == 2
     assert capsys.readouterr().err == f"editar-hf: error: {error}\n"
-
-
-def test_exit_status_of_a_command_is_passed_on(monkeypatch):
-    monkeypatch.setattr(env, "run", lambda args: 1)
-    assert main(["env"]) == 1
 
 
 @pytest.mark.parametrize("argv", [[], ["no-such-command"], ["env", "--no-such-option"]])
