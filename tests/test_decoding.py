@@ -23,7 +23,7 @@ from tiny import NUM_CODES, NUM_TEXT_TOKENS, build_transformer
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from editar_hf.generation.cache import SharedSource, SourceCache, attend_to_sources
+from editar_hf.generation.cache import SourceCache, attend_to_sources
 
 
 NUM_TOKENS = 16
@@ -270,7 +270,7 @@ def test_images_of_one_source_share_its_prefill_and_get_the_tokens_they_get_alon
         together = model.generate(source, prompts, **how, generator=seed_generators(1, 2, 3, 4))
     assert recorder.passes[:2] == [{"source_image_tokens": (rows, NUM_TOKENS)} for rows in (num_sources, 1)]
     assert recorder.cache.layers[0].keys.shape[::2] == (12, NUM_TEXT_TOKENS + NUM_TOKENS - 1)
-    assert [len(source.cache) for source in recorder.cache.sources] == [num_sources, 1], "stored once"
+    assert [len(source.keys[0]) for source in recorder.cache.sources] == [num_sources, 1], "stored once"
     for row in range(4):
         one = slice(row, row + 1)
         alone = model.generate(source[one], prompts[one], **how, generator=seed_generators(row + 1))
@@ -286,7 +286,7 @@ def test_attention_to_shared_sources_in_bf16_is_that_to_copies_up_to_rounding():
 
     source_keys, source_values, (query, keys, values) = draw(2), draw(2), draw(3, 8)
     bias, layer = torch.full((40, 40), -math.inf).triu(1), SimpleNamespace(layer_idx=0)
-    source = SharedSource(SourceCache(source_keys, [source_keys], [source_values], 1, 40), num_rows=8, num_images=4)
+    source = SourceCache(source_keys, [source_keys], [source_values], 1, 40, num_rows=8, num_images=4)
     shared, _ = attend_to_sources(layer, query, keys, values, bias[None, None], 0.25, [source])
     rows = [0, 0, 1, 1] * 2
     keys, values = torch.cat([source_keys[rows], keys], dim=2), torch.cat([source_values[rows], values], dim=2)

@@ -176,6 +176,7 @@ class EditARMLP(nn.Module):
 
     def __init__(self, config: EditARConfig):
         super().__init__()
+        assert config.intermediate_size is not None  # the configuration fills it in
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -473,7 +474,7 @@ class EditARForConditionalGeneration(EditARGenerationMixin, EditARPreTrainedMode
         logits = self.lm_head(predicting_states[:, kept]) if num_predicting else None
         loss = features = None
         if labels is not None:
-            if labels.shape[1] != num_predicting:
+            if logits is None or labels.shape[1] != num_predicting:
                 raise ValueError(
                     f"`labels` holds {labels.shape[1]} tokens for {num_predicting} predictions; give one label per "
                     "token of the grid, together with `source_image_tokens` and `prompt_embeds`."

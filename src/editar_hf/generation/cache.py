@@ -10,7 +10,6 @@ Source: attention in a shared and a private part, Hydragen (arXiv 2402.05099).
 import math
 import re
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from transformers import AttentionInterface
@@ -40,20 +39,28 @@ class SourceCache:
             single numbers, such as one embedding, may go unnoticed. After `unfuse_lora` the weights differ by rounding,
             so the cache is refused.
         pixel_values (`torch.Tensor` of shape `(sources, 3, height, width)`, *optional*): The images, in [−1, 1].
+        num_rows, num_images (`int`): For a call of `generate`: rows of the batch that read these sources, branch after
+            branch; and images of a branch, equally many of each source, one after the other.
     """
 
-    source_image_tokens: torch.LongTensor
+    source_image_tokens: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     grid_height: int
     grid_width: int
     weight_samples: dict[str, list[float]] = field(default_factory=dict)
     pixel_values: torch.Tensor | None = None
+    num_rows: int = 0
+    num_images: int = 0
 
     def __len__(self) -> int:
         return len(self.source_image_tokens)
 
-    def expand_tokens(self, source_image_tokens: torch.LongTensor | None, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def split_rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Split the rows of `(rows, …)` into `(branches, sources, images of a source, …)`."""
+        return states.unflatten(0, (-1, len(self), self.num_images // len(self)))
+
+    def expand_tokens(self, source_image_tokens: torch.Tensor | None, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Repeat the tokens of each source for its images; refuse prompts and tokens that do not fit them."""
         if len(prompt_embeds) % len(self):
             raise ValueError(
@@ -76,7 +83,7 @@ def compute_source_cache(
     outputs = model(source_image_tokens=source_image_tokens, drop_source=drop_source, use_cache=True, **grid)
     keys = [layer.keys for layer in outputs.cache.layers]
     values = [layer.values for layer in outputs.cache.layers]
-    return SourceCache(source_image_tokens, keys, values, **grid)
+    return SourceCache(source_image_tokens, keys, values, grid["grid_height"], grid["grid_width"])
 
 
 def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
@@ -101,25 +108,10 @@ def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
     return samples
 
 
-class SharedSource(NamedTuple):
-    """The sources that a block of rows reads: all images of a guidance branch, then all images of the next branch.
-
-    Each source has equally many of the images of a branch, one after the other.
-    """
-
-    cache: SourceCache
-    num_rows: int
-    num_images: int
-
-    def split_rows(self, states: torch.Tensor) -> torch.Tensor:
-        """Split the rows of `(rows, …)` into `(branches, sources, images of a source, …)`."""
-        return states.unflatten(0, (-1, len(self.cache), self.num_images // len(self.cache)))
-
-
 class DecodingCache(Cache):
     """Hold the keys and values of one call of `generate`: slots of text, then slots of target tokens, for each row.
 
-    All buffers are static. A pass writes to the slots that `start_pass` names. The next pass may write over them, so
+    A pass writes to the slots that `start_pass` names. The next pass may write over them, so
     drafts that fail need no clean-up. The first rows read the first of the sources, and so on.
 
     With `is_static` every pass attends to all slots under a mask, and the sources are copied to buffers of the cache.
@@ -127,25 +119,23 @@ class DecodingCache(Cache):
     """
 
     def __init__(
-        self, config: EditARConfig, sources: list[SharedSource], num_target_slots: int, is_static: bool = False
+        self, config: EditARConfig, sources: list[SourceCache], num_target_slots: int, is_static: bool = False
     ):
-        self.num_slots = config.num_text_tokens + num_target_slots
-        super().__init__(layers=[StaticLayer(self.num_slots) for _ in range(config.num_hidden_layers)])
-        keys, num_rows = sources[0].cache.keys[0], sum(source.num_rows for source in sources)
+        self.num_read = config.num_text_tokens + num_target_slots
+        super().__init__(layers=[StaticLayer(self.num_read) for _ in range(config.num_hidden_layers)])
+        keys, num_rows = sources[0].keys[0], sum(source.num_rows for source in sources)
         self.early_initialization(num_rows, config.num_attention_heads, config.head_dim, keys.dtype, keys.device)
         self.is_static = is_static
         self.sources = [copy_source(source) for source in sources] if is_static else sources
-        self.num_read = self.num_slots
-        self.slots: torch.LongTensor | None = None
+        self.slots = torch.arange(0, device=keys.device)
 
-    def reuse(self, sources: list[SharedSource]):
+    def reuse(self, sources: list[SourceCache]):
         """Copy other sources of the same shapes into the buffers; the next pass starts anew with the text."""
         for own, given in zip(self.sources, sources, strict=True):
-            buffers, states = own.cache.keys + own.cache.values, given.cache.keys + given.cache.values
-            for buffer, state in zip(buffers, states, strict=True):
-                buffer.copy_(state)
+            for buffer, states in zip(own.keys + own.values, given.keys + given.values, strict=True):
+                buffer.copy_(states)
 
-    def start_pass(self, start: int | torch.LongTensor, num_new: int) -> dict:
+    def start_pass(self, start: int | torch.Tensor, num_new: int) -> dict:
         """Announce a pass that brings `num_new` slots from `start` on; return its arguments of the decoder's forward.
 
         Slot 0 is the first of the text. In a static cache `start` may be a tensor, for a CUDA graph.
@@ -153,13 +143,12 @@ class DecodingCache(Cache):
         device = self.layers[0].keys.device
         self.slots = start + torch.arange(num_new, device=device)
         if not self.is_static:
-            self.num_read = start + num_new
+            self.num_read = int(start) + num_new
         read = torch.arange(self.num_read, device=device)
         bias = torch.zeros(num_new, len(read), device=device).masked_fill(read > self.slots[:, None], -math.inf)
-        num_source_tokens = self.sources[0].cache.keys[0].shape[2]
         return {
             "past_key_values": self,
-            "position_ids": (num_source_tokens + self.slots)[None],
+            "position_ids": (self.sources[0].keys[0].shape[2] + self.slots)[None],
             "attention_mask": bias[None, None],
             "attn_implementation": SHARED_SOURCE_ATTENTION,
             "sources": self.sources,
@@ -172,22 +161,22 @@ class DecodingCache(Cache):
         return keys[:, :, : self.num_read], values[:, :, : self.num_read]
 
 
-def copy_source(source: SharedSource) -> SharedSource:
+def copy_source(source: SourceCache) -> SourceCache:
     """Copy a source to tensors whose addresses compiled code may rely on."""
-    keys, values = ([states.clone() for states in layers] for layers in (source.cache.keys, source.cache.values))
+    keys, values = ([states.clone() for states in layers] for layers in (source.keys, source.values))
     for states in (*keys, *values):
         torch._dynamo.mark_static_address(states)
-    return source._replace(cache=replace(source.cache, keys=keys, values=values))
+    return replace(source, keys=keys, values=values)
 
 
 def attend_to_sources(
-    module: torch.nn.Module,
+    module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float,
-    sources: list[SharedSource],
+    sources: list[SourceCache],
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attend from each query to the source of its row and to the row's own keys, as transformers' attention functions.
@@ -205,16 +194,14 @@ def attend_to_sources(
     return torch.cat(outputs).transpose(1, 2), None
 
 
-def attend_in_one_softmax(query, source: SharedSource, layer_idx: int, key, value, bias) -> torch.Tensor:
+def attend_in_one_softmax(query, source: SourceCache, layer_idx: int, key, value, bias) -> torch.Tensor:
     """Compute the scores of source and own keys, one softmax over both in float32, and two weighted sums."""
-    source_scores = torch.einsum("bsghqd,shnd->bsghqn", source.split_rows(query), source.cache.keys[layer_idx])
+    source_scores = torch.einsum("bsghqd,shnd->bsghqn", source.split_rows(query), source.keys[layer_idx])
     own_scores = (query @ key.transpose(2, 3)).float() + bias
     scores = torch.cat([source_scores.flatten(0, 2).float(), own_scores], dim=-1)
     weights = scores.softmax(dim=-1).to(value.dtype)
     source_weights, own_weights = weights.split([source_scores.shape[-1], own_scores.shape[-1]], dim=-1)
-    source_output = torch.einsum(
-        "bsghqn,shnd->bsghqd", source.split_rows(source_weights), source.cache.values[layer_idx]
-    )
+    source_output = torch.einsum("bsghqn,shnd->bsghqd", source.split_rows(source_weights), source.values[layer_idx])
     return source_output.flatten(0, 2) + own_weights @ value
 
 

@@ -13,14 +13,15 @@ Jacobi decoding (arXiv 2410.01699).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from ..configuration_editar import EditARConfig
-from .cache import DecodingCache, SharedSource, SourceCache, compute_source_cache
+from .cache import DecodingCache, SourceCache, compute_source_cache
 from .sampling import GuidanceBranch, TokenSelector, as_index
 
 
@@ -79,7 +80,7 @@ class PassRunner:
     `source` is the tokens of the source images, their cache, or None for the null image.
     """
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     source: torch.Tensor | SourceCache | None
     prompt_embeds: torch.Tensor
     negative_prompt_embeds: torch.Tensor | None
@@ -102,11 +103,12 @@ class PassRunner:
         self.num_passes += 1
         if self.cache is None:
             self.cache = self.build_cache()
-        lengths = COMPILED_LENGTHS if self.compiled and start is not None else ()
-        length = next((length for length in lengths if num_new <= length < self.num_image_tokens), num_new)
+        lengths = [length for length in COMPILED_LENGTHS if num_new <= length < self.num_image_tokens]
+        compiled = self.compiled if start is not None and lengths else None
+        length = num_new if compiled is None else lengths[0]
         inputs = self.cache.start_pass(first_slot, length) | self.grid
-        if length in lengths:
-            logits = self.compiled.run(target_image_tokens=F.pad(fed, (0, length - num_new)), **inputs)
+        if compiled is not None:
+            logits = compiled.run(target_image_tokens=F.pad(fed, (0, length - num_new)), **inputs)
             # A copy: the next pass writes its logits over these.
             logits = logits[:, as_index(kept)].to(torch.float32, copy=True)
         else:
@@ -129,16 +131,17 @@ class PassRunner:
         """
         num_images, sources = len(self.prompt_embeds), []
         # Branches without the source come last.
-        num_null_branches = sum(branch.drop_source for branch in self.branches)
+        num_null_rows = num_images * sum(branch.drop_source for branch in self.branches)
+        num_source_rows = num_images * len(self.branches) - num_null_rows
         if self.source is not None:
             cache = self.source
             if not isinstance(cache, SourceCache):
                 cache = compute_source_cache(self.model, find_sources(cache), self.grid)
-            sources.append(SharedSource(cache, (len(self.branches) - num_null_branches) * num_images, num_images))
-        if num_null_branches:
+            sources.append(replace(cache, num_rows=num_source_rows, num_images=num_images))
+        if num_null_rows:
             tokens = torch.zeros(1, self.num_image_tokens, dtype=torch.long, device=self.prompt_embeds.device)
             null = compute_source_cache(self.model, tokens, self.grid, drop_source=torch.ones_like(tokens[:, 0]).bool())
-            sources.append(SharedSource(null, num_null_branches * num_images, num_images))
+            sources.append(replace(null, num_rows=num_null_rows, num_images=num_images))
         arguments = self.model.config, sources, self.num_image_tokens - 1  # the last token is never fed
         return DecodingCache(*arguments) if self.compiled is None else self.compiled.take_cache(*arguments)
 
@@ -190,7 +193,7 @@ class CompiledDecoding:
         torch.compiler.cudagraph_mark_step_begin()
         return self.compiled[key](**inputs).logits
 
-    def take_cache(self, config: EditARConfig, sources: list[SharedSource], num_target_slots: int) -> DecodingCache:
+    def take_cache(self, config: EditARConfig, sources: list[SourceCache], num_target_slots: int) -> DecodingCache:
         """Take the cache of this shape, or make one, and copy the sources into it."""
         cache = self.caches.pop(describe_sources(sources), None)
         if cache is None:
@@ -213,9 +216,7 @@ def compile_apart(forward: Callable, **options) -> Callable:
     return torch.compile(apart, fullgraph=True, dynamic=False, **options)
 
 
-def describe_sources(sources: list[SharedSource]) -> tuple:
+def describe_sources(sources: list[SourceCache]) -> tuple:
     """Describe what the shapes of a cache depend on; a cache has as many target tokens as source tokens."""
-    keys = [source.cache.keys[0] for source in sources]
-    return tuple(
-        (states.shape, states.dtype, states.device, *source[1:]) for states, source in zip(keys, sources, strict=True)
-    )
+    parts = [(source.keys[0], source.num_rows, source.num_images) for source in sources]
+    return tuple((keys.shape, keys.dtype, keys.device, *numbers) for keys, *numbers in parts)

@@ -1,6 +1,6 @@
 """Settings of `generate`, and checks of its tensors. All are done before the first forward."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import GenerationConfig
@@ -12,7 +12,7 @@ from .sampling import DecodingSettings
 
 
 def resolve_settings(
-    own: GenerationConfig, given: GenerationConfig | None, arguments: dict[str, object]
+    own: GenerationConfig, given: GenerationConfig | None, arguments: Mapping[str, object]
 ) -> DecodingSettings:
     """Merge the settings of the model, those of a call's `generation_config` and its arguments; later ones win.
 
@@ -47,7 +47,7 @@ def resolve_settings(
     return settings
 
 
-def check_prompt_embeds(config: EditARConfig, name: str, prompt_embeds: torch.Tensor | None):
+def check_prompt_embeds(config: EditARConfig, name: str, prompt_embeds: torch.Tensor):
     """Refuse text states that are not finite floats of shape `(batch, num_text_tokens, text_hidden_size)`."""
     check_tensor(name, prompt_embeds)
     expected = (config.num_text_tokens, config.text_hidden_size)

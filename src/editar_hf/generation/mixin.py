@@ -52,7 +52,7 @@ class EditARGenerateOutput(ModelOutput):
         num_decode_steps (`int`): Decoder forwards after the prefill of source image and text.
     """
 
-    sequences: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
     num_decode_steps: int | None = None
 
     @property
@@ -64,6 +64,7 @@ class EditARGenerateOutput(ModelOutput):
 class EditARGenerationMixin(GenerationMixin):
     """Give a model with EditAR's `forward` its `generate`; comes before `PreTrainedModel` among the base classes."""
 
+    generation_config: GenerationConfig
     compiled_decoding: CompiledDecoding | None = None
 
     @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads the signature to see what may be passed
@@ -82,7 +83,7 @@ class EditARGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        source_image_tokens: torch.LongTensor | None = None,
+        source_image_tokens: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
@@ -92,7 +93,7 @@ class EditARGenerationMixin(GenerationMixin):
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        edit_mask: torch.BoolTensor | None = None,
+        edit_mask: torch.Tensor | None = None,
         source_cache: SourceCache | None = None,
         decoding: Literal["exact", "speculative"] = "exact",
         num_draft_tokens: int | None = None,
@@ -103,7 +104,7 @@ class EditARGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         generation_config: GenerationConfig | None = None,
         return_dict_in_generate: bool = False,
-    ) -> torch.LongTensor | EditARGenerateOutput:
+    ) -> torch.Tensor | EditARGenerateOutput:
         """Decode the tokens of the target image.
 
         At each position: guidance, logits processors, temperature, top-k, top-p, plus noise (the last four when
@@ -158,8 +159,8 @@ class EditARGenerationMixin(GenerationMixin):
 
         Source: EditAR (arXiv 2501.04699), section 3.
         """
-        arguments = {"guidance_scale": guidance_scale, "do_sample": do_sample}
-        arguments |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        arguments = {"guidance_scale": guidance_scale, **sampling}
         settings = resolve_settings(self.generation_config, generation_config, arguments)
         grid = self.resolve_grid(grid_height, grid_width)
         if prompt_embeds is None:
@@ -176,9 +177,10 @@ class EditARGenerationMixin(GenerationMixin):
         check_decoding(decoding, num_draft_tokens, image_scale, has_source)
 
         num_tokens = grid["grid_height"] * grid["grid_width"]
-        # Tokens outside the edit mask are forced. Those inside it are the first drafts.
-        tokens = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
-        tokens = source_image_tokens.clone() if has_source else tokens
+        if source_image_tokens is None:
+            tokens = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
+        else:  # Tokens outside the edit mask are forced. Those inside it are the first drafts.
+            tokens = source_image_tokens.clone()
         free_positions = range(num_tokens) if edit_mask is None else edit_mask.any(dim=0).nonzero()[:, 0].tolist()
         num_drafts = 0
         if decoding == "speculative":
@@ -235,7 +237,7 @@ class EditARGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def prepare_source_cache(
-        self, source_image_tokens: torch.LongTensor, grid_height: int | None = None, grid_width: int | None = None
+        self, source_image_tokens: torch.Tensor, grid_height: int | None = None, grid_width: int | None = None
     ) -> SourceCache:
         """Compute what the decoder knows of source images before any instruction, for any number of `generate` calls.
 

@@ -97,7 +97,7 @@ def build_logits_warpers(settings: DecodingSettings) -> list[LogitsProcessor]:
     return warpers
 
 
-def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> torch.LongTensor:
+def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> torch.Tensor:
     """Draw one 63-bit seed per image, shape `(batch,)`, on the CPU; without a generator, from torch's own."""
     generators = generator if isinstance(generator, Sequence) else [generator] * batch_size
     # One draw per image: a generator then gives an image the same seed whatever comes after it in the batch.
@@ -122,7 +122,7 @@ def mix_bits(words: torch.Tensor) -> torch.Tensor:
     return words
 
 
-def compute_noise_keys(seeds: torch.LongTensor, num_positions: int) -> torch.LongTensor:
+def compute_noise_keys(seeds: torch.Tensor, num_positions: int) -> torch.Tensor:
     """Hash seeds `(batch,)` and positions 0 … num_positions − 1 to 64-bit keys, as words `(2, batch, num_positions)`.
 
     Two words, because equal keys mean equal noise at two positions: among 32-bit keys that would happen.
@@ -137,7 +137,7 @@ def compute_noise_keys(seeds: torch.LongTensor, num_positions: int) -> torch.Lon
     return torch.stack(keys)
 
 
-def compute_gumbel_noise(keys: torch.LongTensor, vocab_size: int) -> torch.Tensor:
+def compute_gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Hash keys `(2, ...)` with every code to standard Gumbel noise, float32 of shape `(..., vocab_size)`.
 
     The upper 23 bits k of a hash give u = (k + ½)·2⁻²³, exact in float32 and never 0 or 1, and −log(−log u).
@@ -175,9 +175,7 @@ class TokenSelector:
         # Stays finite as long as all guided logits are; read once, at the end, so that no token waits for the device.
         self.sum_of_highest: torch.Tensor | float = 0.0
 
-    def __call__(
-        self, branch_logits: torch.Tensor, tokens: torch.LongTensor, positions: Sequence[int]
-    ) -> torch.LongTensor:
+    def __call__(self, branch_logits: torch.Tensor, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """Choose tokens for ascending positions, each as if the tokens before it held.
 
         The float32 logits are `(branches, batch, positions, vocab_size)`. `tokens`, `(batch, N)`, holds the tokens so
