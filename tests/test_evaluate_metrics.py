@@ -142,5 +142,5 @@ def test_fid_is_the_distance_of_the_features(files):
 
 
 def test_unknown_metric_is_refused(files):
-    with pytest.raises(ValueError, match="`metrics` holds 'bleu'; there are structure_distance, "):
+    with pytest.raises(ValueError, match="`metric` is 'bleu'; choose one of 'structure_distance', "):
         compute("bleu", files[0]["images"], files[0]["references"])

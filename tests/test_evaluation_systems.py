@@ -1,7 +1,6 @@
 """The systems that are compared: each gives what its own pipeline gives, seed by seed, at the size of the source."""
 
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from transformers import CLIPTextModel
 from editar_hf.evaluation.benchmarks import Benchmark, Sample
 from editar_hf.evaluation.report import write_report
 from editar_hf.evaluation.run import derive_seed
-from editar_hf.evaluation.systems import build_system, editar
+from editar_hf.evaluation.systems import System, build_system
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer")
@@ -157,8 +156,8 @@ def test_an_adapter_changes_what_editar_makes_and_is_described(models, tmp_path)
     samples, options = build_samples(), {"model": str(models / "editar"), "do_sample": False}
     adapted = edit("editar", samples, lora=str(tmp_path / "adapter"), **options)
     assert not are_equal(adapted, edit("editar", samples, **options))
-    with_adapter = build_system("editar", lora=str(tmp_path / "adapter"), **options).describe()["revisions"]
-    assert set(with_adapter) == {"model", "lora"}
+    described = build_system("editar", lora=str(tmp_path / "adapter"), **options).describe()
+    assert described["lora"] == str(tmp_path / "adapter")
 
 
 def test_masks_are_used_only_where_they_are_asked_for_and_that_is_said(models):
@@ -257,55 +256,47 @@ def test_any_system_edits_by_its_own_command_line(folder_benchmark, tmp_path):
     assert are_equal(read_predictions(tmp_path / "run", samples), expected)
 
 
-def test_the_description_tells_weights_apart_and_needs_none_loaded(models, tmp_path):
-    build_pipeline(num_text_tokens=9).save_pretrained(tmp_path / "other")
-    described = [build_system("editar", model=folder).describe() for folder in (models / "editar", tmp_path / "other")]
-    assert described[0]["revisions"] != described[1]["revisions"]
-    again = build_system("editar", model=models / "editar").describe()
-    assert again == described[0]
-    assert (again["name"], again["use_masks"], again["dtype"]) == ("editar", False, "float32")
+def test_the_description_names_whole_paths_and_the_commits_of_hub_ids(models, hub_snapshot):
+    described = build_system("editar", model=models / ".." / models.name / "editar").describe()
+    assert (described["model"], described["model_commit"]) == (str(models / "editar"), None)
+    assert (described["system"], described["use_masks"], described["dtype"]) == ("editar", False, "float32")
+    described = System("mine", None, {"model": hub_snapshot[0]}).describe()
+    assert described == {"system": "mine", "model": hub_snapshot[0], "model_commit": hub_snapshot[1]}
 
 
-def test_a_card_makes_no_other_model_and_weights_and_configurations_do(models, tmp_path):
-    folder = tmp_path / "editar"
-    shutil.copytree(models / "editar", folder)
-    described = build_system("editar", model=folder).describe()["revisions"]
-    (folder / "README.md").write_text("A card.")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "notes.json").write_text("{}")
-    assert build_system("editar", model=folder).describe()["revisions"] == described
-    for name in ("transformer/model.safetensors", "processor/tokenizer/tokenizer_config.json"):
-        path = next(path for path in folder.rglob(Path(name).name) if name.split("/")[0] in path.parts)
-        content = path.read_bytes()
-        path.write_bytes(content + b" ")
-        assert build_system("editar", model=folder).describe()["revisions"] != described
-        path.write_bytes(content)
+@pytest.fixture
+def hub_snapshot(monkeypatch):
+    """A model of the Hub: its id and commit."""
+    download = lambda name, allow_patterns: f"/cache/models--{name.replace('/', '--')}/snapshots/0123abcd"  # noqa: E731
+    monkeypatch.setattr("editar_hf.evaluation.systems.snapshot_download", download)
+    monkeypatch.setattr("editar_hf.evaluation.systems.check_folder_or_hub_id", lambda *args: None)
+    return "owner/model", "0123abcd"
 
 
-def test_a_model_that_is_missing_is_called_missing():
-    with pytest.raises(ValueError, match="`model` is '/no/where': there is no such folder"):
-        editar(model="/no/where").describe()
-    for name, options in {
-        "editar": {"model": "/no/where"},
-        "vq-reconstruction": {"model": "/no/where"},
-    }.items():
-        with pytest.raises(ValueError, match="`model` is '/no/where': there is no such folder"):
-            build_system(name, **options)
-    with pytest.raises(ValueError, match="`lora` is '/no/where': there is no such folder"):
-        build_system("editar", model="m", lora="/no/where")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("editar", {"model": "/no/where"}),
+        ("vq-reconstruction", {"model": "/no/where"}),
+        ("editar", {"model": ".", "lora": "/no/where"}),
+    ],
+)
+def test_a_model_that_is_missing_is_called_missing(name, options):
+    with pytest.raises(ValueError, match=f"`{list(options)[-1]}` is '/no/where': there is no such folder"):
+        build_system(name, **options)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dance", {}, "`system` is 'dance'; choose one of editar, copy-source"),
+        ("dance", {}, "`system` is 'dance'; choose one of 'editar', 'copy-source'"),
         ("copy-source", {"model": "m"}, "`model` is 'm'; the system copy-source has no such option"),
-        ("editar", {"model": "m", "reconstruct": "c"}, "`reconstruct` is 'c'; the system editar has no such option"),
+        ("editar", {"model": ".", "reconstruct": "c"}, "`reconstruct` is 'c'; the system editar has no such option"),
         ("editar", {}, "`model` is missing; the system editar needs it"),
         ("command", {"command": "edit"}, "`command` is 'edit'; it must hold {image} and {output}"),
-        ("editar", {"model": "m", "dtype": "int8"}, "`dtype` is 'int8'; choose one of float32"),
-        ("editar", {"model": "m", "quantize": "ceil"}, "`quantize` is 'ceil'; choose round or truncate"),
-        ("vq-reconstruction", {"model": "m", "reconstruct": "mask"}, "`reconstruct` is 'mask'"),
+        ("editar", {"model": ".", "dtype": "int8"}, "`dtype` is 'int8'; choose one of 'float32'"),
+        ("editar", {"model": ".", "quantize": "ceil"}, "`quantize` is 'ceil'; choose one of"),
+        ("vq-reconstruction", {"model": ".", "reconstruct": "mask"}, "`reconstruct` is 'mask'"),
     ],
 )
 def test_options_that_do_not_fit_a_system_are_refused(name, options, message):

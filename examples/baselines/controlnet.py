@@ -12,37 +12,30 @@ from functools import partial
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
-from editar_hf.commands.evaluate import add_benchmark_arguments, open_benchmark
+from editar_hf.commands.evaluate import BENCHMARK, open_benchmark
 from editar_hf.evaluation.run import generate
 from editar_hf.evaluation.systems import System, edit_batch
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_benchmark_arguments(parser)
-    parser.add_argument("--output-dir", required=True, help="folder to write")
-    parser.add_argument("--controlnet", required=True, help="folder or Hub id")
-    parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="folder or Hub id")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; default: float32")
-    # ControlNet++'s evaluation takes 20 steps.
-    parser.add_argument("--num-inference-steps", type=int, default=20, help="default: 20")
-    parser.add_argument("--guidance-scale", type=float, default=7.5, help="default: 7.5")
-    args = parser.parse_args()
-    knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
-
-    def load():
-        dtype = getattr(torch, args.dtype)
-        controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=dtype)
-        # The safety checker would blacken images.
-        options = {"controlnet": controlnet, "safety_checker": None, "requires_safety_checker": False}
-        pipe = StableDiffusionControlNetPipeline.from_pretrained(args.model, dtype=dtype, **options)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        return partial(edit_batch, pipe, **knobs)
-
-    options = {"model": args.model, "controlnet": args.controlnet, "dtype": args.dtype, **knobs}
-    generate(open_benchmark(args), System("controlnet", load, options, ("model", "controlnet")), args.output_dir)
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[BENCHMARK])
+parser.add_argument("--controlnet", required=True, help="folder or Hub id")
+parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="folder or Hub id")
+parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; default: float32")
+# ControlNet++'s evaluation takes 20 steps.
+parser.add_argument("--num-inference-steps", type=int, default=20, help="default: 20")
+parser.add_argument("--guidance-scale", type=float, default=7.5, help="default: 7.5")
+args = parser.parse_args()
+knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
 
 
-if __name__ == "__main__":
-    main()
+def load():
+    dtype = getattr(torch, args.dtype)
+    controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=dtype)
+    # The safety checker would blacken images.
+    options = {"controlnet": controlnet, "dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(args.model, **options)
+    return partial(edit_batch, pipe.to("cuda" if torch.cuda.is_available() else "cpu"), **knobs)
+
+
+options = {"model": args.model, "controlnet": args.controlnet, "dtype": args.dtype, **knobs}
+generate(open_benchmark(args), System("controlnet", load, options), args.output_dir)

@@ -11,36 +11,30 @@ import argparse
 import torch
 from diffusers import DiffusionPipeline
 
-from editar_hf.commands.evaluate import add_benchmark_arguments, open_benchmark
+from editar_hf.commands.evaluate import BENCHMARK, open_benchmark
 from editar_hf.evaluation.run import generate
 from editar_hf.evaluation.systems import System, fit, make_generators
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_benchmark_arguments(parser)
-    parser.add_argument("--output-dir", required=True, help="folder to write")
-    parser.add_argument("--model", required=True, help="folder or Hub id")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; default: float32")
-    args = parser.parse_args()
-
-    def load():
-        pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-        pipe.set_progress_bar_config(disable=True)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-
-        def edit(samples, seeds):
-            edited = []
-            for sample, generator in zip(samples, make_generators(seeds), strict=True):
-                (image,) = pipe(prompt=sample.prompt, image=sample.source_image, generator=generator).images
-                edited.append(fit(image, sample.source_image.size))
-            return edited
-
-        return edit
-
-    system = System("diffusers", load, {"model": args.model, "dtype": args.dtype}, ("model",))
-    generate(open_benchmark(args), system, args.output_dir)
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[BENCHMARK])
+parser.add_argument("--model", required=True, help="folder or Hub id")
+parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; default: float32")
+args = parser.parse_args()
 
 
-if __name__ == "__main__":
-    main()
+def load():
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def edit(samples, seeds):
+        edited = []
+        for sample, generator in zip(samples, make_generators(seeds), strict=True):
+            (image,) = pipe(prompt=sample.prompt, image=sample.source_image, generator=generator).images
+            edited.append(fit(image, sample.source_image.size))
+        return edited
+
+    return edit
+
+
+system = System("diffusers", load, {"model": args.model, "dtype": args.dtype})
+generate(open_benchmark(args), system, args.output_dir)

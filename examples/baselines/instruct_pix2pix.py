@@ -9,35 +9,28 @@ from functools import partial
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
-from editar_hf.commands.evaluate import add_benchmark_arguments, open_benchmark
+from editar_hf.commands.evaluate import BENCHMARK, open_benchmark
 from editar_hf.evaluation.run import generate
 from editar_hf.evaluation.systems import System, edit_batch
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_benchmark_arguments(parser)
-    parser.add_argument("--output-dir", required=True, help="folder to write")
-    parser.add_argument("--model", default="timbrooks/instruct-pix2pix", help="folder or Hub id")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; default: float32")
-    # The settings of InstructPix2Pix (arXiv 2211.09800).
-    parser.add_argument("--num-inference-steps", type=int, default=100, help="default: 100")
-    parser.add_argument("--guidance-scale", type=float, default=7.5, help="default: 7.5")
-    parser.add_argument("--image-guidance-scale", type=float, default=1.5, help="default: 1.5")
-    args = parser.parse_args()
-    knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "image_guidance_scale")}
-
-    def load():
-        # The safety checker would blacken images.
-        dtype, options = getattr(torch, args.dtype), {"safety_checker": None, "requires_safety_checker": False}
-        pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(args.model, dtype=dtype, **options)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        return partial(edit_batch, pipe, **knobs)
-
-    options = {"model": args.model, "dtype": args.dtype, **knobs}
-    generate(open_benchmark(args), System("instruct-pix2pix", load, options, ("model",)), args.output_dir)
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[BENCHMARK])
+parser.add_argument("--model", default="timbrooks/instruct-pix2pix", help="folder or Hub id")
+parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; default: float32")
+# The settings of InstructPix2Pix (arXiv 2211.09800).
+parser.add_argument("--num-inference-steps", type=int, default=100, help="default: 100")
+parser.add_argument("--guidance-scale", type=float, default=7.5, help="default: 7.5")
+parser.add_argument("--image-guidance-scale", type=float, default=1.5, help="default: 1.5")
+args = parser.parse_args()
+knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "image_guidance_scale")}
 
 
-if __name__ == "__main__":
-    main()
+def load():
+    # The safety checker would blacken images.
+    options = {"dtype": getattr(torch, args.dtype), "safety_checker": None, "requires_safety_checker": False}
+    pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(args.model, **options)
+    return partial(edit_batch, pipe.to("cuda" if torch.cuda.is_available() else "cpu"), **knobs)
+
+
+system = System("instruct-pix2pix", load, {"model": args.model, "dtype": args.dtype, **knobs})
+generate(open_benchmark(args), system, args.output_dir)

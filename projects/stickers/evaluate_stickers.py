@@ -12,51 +12,52 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from functools import cache, lru_cache, partial
 
 import numpy as np
 import torch
-from PIL import Image
 from stickers import TRANSLATIONS, compute_outside_psnr, score_sample
 
 from editar_hf import EditARPipeline
 from editar_hf.commands import main
-from editar_hf.evaluation.benchmarks import BENCHMARKS, Kind, Sample, read_rows
+from editar_hf.evaluation.benchmarks import BENCHMARKS, Kind, Sample, Samples, decode_image, read_rows
 from editar_hf.evaluation.processes import get_process
 from editar_hf.evaluation.table import METRICS, Metric, Pair
 
 
 TITLES = {
-    "done": "edits done",
-    "inside": "right inside",
-    "outside": "kept outside",
-    "colour": "right colour",
-    "shape": "right shape",
-    "gone": "gone",
-    "stickers": "stickers right",
-    "placed": "colours placed",
-    "background": "right background",
+    "done": "edits done %",
+    "inside": "right inside %",
+    "outside": "kept outside %",
+    "colour": "right colour %",
+    "shape": "right shape %",
+    "gone": "gone %",
+    "stickers": "stickers right %",
+    "placed": "colours placed %",
+    "background": "right background %",
 }
 
 
-def read_stickers(source: str, wanted=None) -> Iterator[Sample]:
+def read_stickers(source: str) -> Samples:
     """Read the test split that `make_sticker_edits.py` wrote."""
-    columns = dict.fromkeys(("source_image", "target_image", "mask"), Image.Image)
-    columns |= dict.fromkeys(("prompt", "task", "details"), str)
-    for sample_id, row in read_rows(source, "test", columns, wanted):
-        details = json.loads(row["details"])
-        part = "" if details["part"] == "seen" else f" ({details['part'].replace('_', ' ')})"
-        yield Sample(
-            sample_id,
-            row["prompt"],
-            row["source_image"],
-            row["task"],
-            details["operation"] + part,
-            row["target_image"],
-            row["mask"].convert("L"),
-            details=details,
-        )
+    for sample_id, row in read_rows(source, "test"):
+        yield sample_id, partial(make_sample, sample_id, row)
+
+
+def make_sample(sample_id: str, row: dict) -> Sample:
+    details = json.loads(row["details"])
+    part = "" if details["part"] == "seen" else f" ({details['part'].replace('_', ' ')})"
+    return Sample(
+        sample_id,
+        row["prompt"],
+        decode_image(row["source_image"]),
+        row["task"],
+        details["operation"] + part,
+        decode_image(row["target_image"]),
+        decode_image(row["mask"]).convert("L"),
+        details=details,
+    )
 
 
 def make_metrics(vq_model: str | None) -> dict[str, Metric]:
@@ -90,7 +91,7 @@ def make_metrics(vq_model: str | None) -> dict[str, Metric]:
         """Pick a score; it is NaN where it does not apply."""
         return lambda pair, networks: score(pair).get(name, math.nan)
 
-    shares = {name: Metric(title, pick(name), 1e2, is_share=True) for name, title in TITLES.items()}
+    shares = {name: Metric(title, pick(name), 1e2) for name, title in TITLES.items()}
     return shares | {"outside_psnr": Metric("PSNR outside", pick("outside_psnr"))}
 
 

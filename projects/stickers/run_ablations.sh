@@ -30,12 +30,12 @@ evaluate() {  # NAME MODEL SCALE
         --model "$2" --vq-model "$MODEL" --guidance-scale "$3" --no-do-sample --batch-size 64 --output-dir "$RUNS/$1"
 }
 
-# Table and plots, without the contact sheets; how they were made stands under the table.
+# Table and plot, without the contact sheets; how they were made stands under the table.
 publish() {  # STUDY RUN...
     study=$1; shift
     python projects/stickers/evaluate_stickers.py report "$@" --output-dir "$RUNS/$study-report"
     mkdir -p "$RESULTS/$study"
-    cp "$RUNS/$study-report"/{report.md,categories.png} "$RESULTS/$study/"
+    cp "$RUNS/$study-report/report.md" "$RESULTS/$study/"
     [ "$study" = distillation ] || cp "$RUNS/$study-report/guidance.png" "$RESULTS/$study/"
     sed -i -e '/-sheet\.png)$/,+1d' "$RESULTS/$study/report.md"
     printf '\nMade by `NUM_TEST=%s bash projects/stickers/run_ablations.sh %s` on %s; %s, %s cores. %s\n' \

@@ -5,7 +5,6 @@
 the published evaluation does.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,27 +119,6 @@ def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"`{file}` holds something else than named tensors; pass the published weights.")
         weights |= {name.replace(".", "/"): tensor.float() for name, tensor in found.items()}
     return weights
-
-
-def find_revision(model: str | Path) -> str:
-    """Find what identifies a model's weights: the commit of a Hub id, or a hash of a file or of a folder's files.
-
-    Model cards and hidden files, such as those of git, are left out of the hash.
-    """
-    if not Path(model).exists():
-        check_folder_or_hub_id(model, "model")
-        try:
-            # The last part of a snapshot's path is its commit; the configurations are enough to learn it.
-            return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
-        except OSError as error:
-            raise OSError(f"`{model}` is not a folder here, and could not be downloaded: {error}") from error
-    path, digest = Path(model), hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
-        if file.suffix != ".md" and not any(part.startswith(".") for part in file.relative_to(path).parts):
-            digest.update(file.relative_to(path).as_posix().encode())
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
 
 
 # What they see

@@ -16,6 +16,7 @@ import datasets
 import evaluate
 import PIL.Image
 
+import editar_hf.checks as checks
 import editar_hf.evaluation.benchmarks as benchmarks
 import editar_hf.evaluation.features as features
 import editar_hf.evaluation.run as run
@@ -30,7 +31,8 @@ def read_grey(path):
 
 # What a metric needs of a sample → the field of the sample that a reference fills, and how the reference is read.
 FIELDS: dict[str, tuple[str, Callable]] = {
-    "target": ("target_image", run.read_image),
+    "source": ("source_image", benchmarks.open_image),
+    "target": ("target_image", benchmarks.open_image),
     "target_prompt": ("target_prompt", str),
     "labels": ("labels", read_grey),
 }
@@ -64,19 +66,19 @@ class EditMetric(evaluate.Metric):
         Returns:
             The mean under the metric's name, unscaled, and `num_samples`.
         """
-        table.check_scoring([metric], [], protocol)
+        checks.check_choice("metric", metric, table.METRICS)
+        checks.check_choice("protocol", protocol, table.PROTOCOLS)
         spec, networks = table.METRICS[metric], {}
         if spec.model:
             is_loaded = isinstance(model, features.Network)
             networks[spec.model] = model if is_loaded else features.load_network(spec.model, model, device)
-        field, read = next((FIELDS[name] for name in spec.needs if name in FIELDS), ("source_image", run.read_image))
-        rows = []
+        field, read = FIELDS[next((name for name in spec.needs if name in FIELDS), "source")]
+        found = []
         for index, (path, reference) in enumerate(zip(predictions, references, strict=True)):
-            prediction = run.read_image(path)
+            prediction = benchmarks.open_image(path)
             mask = read_grey(masks[index]) if masks else None
             values: dict[str, Any] = {"source_image": prediction, "mask": mask, field: read(reference)}
             pair = table.Pair(prediction, benchmarks.Sample("", "", **values), table.PROTOCOLS[protocol])
-            value = spec.measure(pair, networks)
-            rows.append({"values": {metric: value}, "collected": {metric: value}})
-        figure = run.summarise_metric(metric, rows)
-        return {metric: figure["mean"], "num_samples": figure["n"]}
+            found.append(spec.measure(pair, networks))
+        figure = run.summarise_metric(metric, found)
+        return {metric: run.decode_number(figure["mean"]), "num_samples": figure["n"]}

@@ -16,28 +16,26 @@ import json
 import math
 import platform
 import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from accelerate.utils import gather_object
 from PIL import Image
 
 from .. import __version__
-from ..checks import check_path
-from ..image_processing_editar import prepare_rgb_image
+from ..checks import check_choice, check_integer, check_path
 from ..io import atomic_path
-from .benchmarks import RESOLUTION, Benchmark, Sample
-from .features import DEFAULT_MODELS, MISSING, find_revision, load_network
+from .benchmarks import Benchmark, Sample, open_image
+from .features import DEFAULT_MODELS, MISSING, Network, load_network
 from .processes import get_process, show_progress
-from .systems import System
-from .table import METRICS, PROTOCOLS, Pair, check_scoring
+from .systems import System, find_commit
+from .table import METRICS, PROTOCOLS, Pair
 
 
 CONFIG_FILE, IMAGES, SAMPLES_FILE, METRICS_FILE = "config.json", "images", "samples.jsonl", "metrics.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-PROBLEMS = ("missing", "unreadable", "wrong size")
 PACKAGES = ("torch", "transformers", "diffusers", "pillow", "numpy")
 
 
@@ -49,24 +47,16 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def encode_numbers(content):
-    """Replace the numbers that JSON does not have: NaN by `None`, infinity by "inf"."""
-    if isinstance(content, dict):
-        return {name: encode_numbers(value) for name, value in content.items()}
-    if isinstance(content, float) and not math.isfinite(content):
-        return None if math.isnan(content) else str(content)
-    return content
+def encode_number(value: float | None) -> float | str | None:
+    """Encode a number for JSON, which has neither NaN (`None`) nor infinity ("inf")."""
+    if value is None or math.isnan(value):
+        return None
+    return value if math.isfinite(value) else str(value)
 
 
 def decode_number(value: float | str | None) -> float:
-    """Read a number as `encode_numbers` wrote it."""
+    """Read a number as `encode_number` wrote it."""
     return math.nan if value is None else float(value)
-
-
-def read_image(path: Path) -> Image.Image:
-    """Read an image as RGB, transparency over white."""
-    with Image.open(path) as image:
-        return prepare_rgb_image(image)
 
 
 def read_config(output_dir: Path) -> dict:
@@ -77,26 +67,19 @@ def read_config(output_dir: Path) -> dict:
 
 def write_config(output_dir: Path, **parts: dict) -> None:
     """Write parts of a run's configuration."""
-    if get_process().is_main_process:
-        config = read_config(output_dir) | parts
-        write_text(output_dir / CONFIG_FILE, json.dumps(config, indent=1, ensure_ascii=False, default=str) + "\n")
+    config = read_config(output_dir) | parts
+    write_text(output_dir / CONFIG_FILE, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
-def describe_environment() -> dict:
-    """Return the versions and the kind of device that compute."""
-    versions = {"editar-hf": __version__, "python": platform.python_version()}
+def describe_environment() -> dict[str, str]:
+    """Return the kind of device and the versions that compute."""
+    versions = {package: metadata.version(package) for package in PACKAGES}
     return {
-        "versions": versions | {package: metadata.version(package) for package in PACKAGES},
         "device": get_process().device.type,
+        "editar-hf": __version__,
+        "python": platform.python_version(),
+        **versions,
     }
-
-
-def flatten(config: dict, prefix: str = "") -> dict:
-    """Turn nested dicts into one, whose names are paths: {"a": {"b": 1}} → {"a.b": 1}."""
-    flat = {}
-    for name, value in config.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 # Predictions
@@ -114,102 +97,66 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
             have 1.
 
     Raises:
-        ValueError: If `batch_size` is not positive, a sample lacks an image that the system needs, or the folder holds
-            predictions that were made in another way.
+        ValueError: If a sample lacks an image that the system needs, or the folder holds predictions that were made in
+            another way.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
-    for option, name in system.needs.items():
-        if without := benchmark.lacking.get(name):
-            raise ValueError(
-                f"`{option}` is {system.options[option]!r}, but {len(without)} of {len(benchmark)} samples have no "
-                f"{name}, such as {without[0]}; leave out the option or these samples."
-            )
+    check_integer("batch_size", batch_size)
     check_path("output_dir", output_dir)
-    output_dir, process = Path(output_dir), get_process()
-    with process.main_process_first():
-        check_config(
-            output_dir,
-            {
-                "data": benchmark.info,
-                "system": system.describe(),
-                "seed": seed,
-                "batch_size": batch_size,
-                **describe_environment(),
-            },
+    if system.needs in benchmark.lacking:
+        raise ValueError(
+            f"`system` {system.name} needs the {system.needs} of every sample, and "
+            f"{benchmark.lacking[system.needs]} has none; choose other options or leave out such samples."
         )
+    output_dir, process = Path(output_dir), get_process()
+    config = {"benchmark": benchmark.name, "source": benchmark.source, **benchmark.options}
+    config |= {"num_samples": len(benchmark.categories), **system.describe(), "seed": seed, "batch_size": batch_size}
+    with process.main_process_first():
+        check_config(output_dir, config | describe_environment())
     batches = [
         batch
-        for batch in list_batches(benchmark, batch_size)[process.process_index :: process.num_processes]
-        if not all(find_image(output_dir, sample_id).exists() for sample_id in batch)
+        for batch in list(batched(benchmark.chains, batch_size))[process.process_index :: process.num_processes]
+        if not all(find_image(output_dir, sample_id).exists() for chain in batch for sample_id in chain)
     ]
     edit = system.load() if batches else None
-    batch_of, waiting = {sample_id: tuple(batch) for batch in batches for sample_id in batch}, {}
-    with show_progress(total=len(batch_of), desc=system.name) as progress:
-        for sample in benchmark.read(batch_of):
-            batch = batch_of[sample.id]
-            waiting.setdefault(batch, []).append(sample)
-            if len(waiting[batch]) == len(batch):
-                edit_batch(edit, waiting.pop(batch), output_dir, seed)
-                progress.update(len(batch))
+    wanted = {sample_id for batch in batches for chain in batch for sample_id in chain}
+    samples = benchmark.read(wanted)
+    with show_progress(total=len(wanted), desc=system.name) as progress:
+        for batch in batches:
+            waiting = {sample.id: sample for sample in islice(samples, sum(map(len, batch)))}
+            # First the samples with sources of their own, then those that edit their results.
+            for ids in zip_longest(*batch):
+                turn = [waiting[sample_id] for sample_id in ids if sample_id is not None]
+                for sample in turn:
+                    if sample.previous is not None:
+                        sample.source_image = open_image(find_image(output_dir, sample.previous))
+                images = edit(turn, [derive_seed(seed, sample.id) for sample in turn])
+                for sample, image in zip(turn, images, strict=True):
+                    with atomic_path(find_image(output_dir, sample.id)) as unfinished:
+                        image.save(unfinished, "PNG")
+                progress.update(len(turn))
     process.wait_for_everyone()
+
+
+def batched(items: Sequence, size: int) -> Iterable[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def check_config(output_dir: Path, config: dict) -> None:
     """Write how predictions are made, or check that those that are there were made in the same way."""
-    recorded, config = read_config(output_dir), json.loads(json.dumps(config, default=str))
-    if "generation" not in recorded:
-        images = output_dir / IMAGES
-        if recorded or (images.is_dir() and any(not path.name.startswith(".") for path in images.iterdir())):
+    recorded = read_config(output_dir).get("generation")
+    if recorded is None:
+        if (output_dir / IMAGES).exists() or (output_dir / METRICS_FILE).exists():
             raise ValueError(
                 f"`output_dir` {str(output_dir)!r} holds images or figures that this command did not make. Choose "
                 "another folder or delete it."
             )
-        return write_config(output_dir, generation=config)
-    before, now = flatten(recorded["generation"]), flatten(config)
-    for name in before | now:
-        # The same weights may be in another folder; their revision tells.
-        if before.get(name) != now.get(name) and name not in ("system.model", "system.lora"):
-            raise ValueError(
-                f"`output_dir` {str(output_dir)!r} was created with {name} {before.get(name)!r}, but this run uses "
-                f"{now.get(name)!r}. Choose another folder or delete it."
-            )
-    return None
-
-
-def list_batches(benchmark: Benchmark, batch_size: int) -> list[list[str]]:
-    """List the ids that go through the system together: `batch_size` samples, each with all that edit its result."""
-    chains, chain_of = [], {}
-    for sample_id, previous in zip(benchmark.ids, benchmark.previous, strict=True):
-        chain = [] if previous is None else chain_of[previous]
-        if previous is None:
-            chains.append(chain)
-        chain.append(sample_id)
-        chain_of[sample_id] = chain
-    groups = [chains[start : start + batch_size] for start in range(0, len(chains), batch_size)]
-    return [[sample_id for chain in group for sample_id in chain] for group in groups]
-
-
-def edit_batch(edit: Callable, samples: list[Sample], output_dir: Path, seed: int) -> None:
-    """Make the predictions of a batch: first of the samples with sources of their own, then of those that follow."""
-    for turn in list_turns(samples):
-        for sample in turn:
-            if sample.previous is not None:
-                sample.source_image = read_image(find_image(output_dir, sample.previous))
-        images = edit(turn, [derive_seed(seed, sample.id) for sample in turn])
-        for sample, image in zip(turn, images, strict=True):
-            with atomic_path(find_image(output_dir, sample.id)) as unfinished:
-                image.save(unfinished, "PNG")
-
-
-def list_turns(samples: list[Sample]) -> Iterator[list[Sample]]:
-    """List samples turn by turn: those whose sources are there, those that edit their results, and so on."""
-    done = {None}
-    while samples:
-        ready = [sample for sample in samples if sample.previous in done]
-        yield ready
-        done |= {sample.id for sample in ready}
-        samples = [sample for sample in samples if sample.id not in done]
+        write_config(output_dir, generation=config)
+    elif different := [name for name in recorded | config if recorded.get(name) != config.get(name)]:
+        name = different[0]
+        raise ValueError(
+            f"`output_dir` {str(output_dir)!r} was created with {name} {recorded.get(name)!r}, but this run uses "
+            f"{config.get(name)!r}. Choose another folder or delete it."
+        )
 
 
 def derive_seed(seed: int, sample_id: str) -> int:
@@ -251,58 +198,64 @@ def score(
         What `metrics.json` holds; in all processes but the first, an empty dict.
 
     Raises:
-        ValueError: If `resolve_scoring` refuses, there are no predictions, or they are not those of the run.
+        ValueError: If a name is unknown, a network is missing or not needed, or there are no predictions, or they are
+            not those of the run.
     """
     check_path("output_dir", output_dir)
     images_dir, output_dir, process = Path(images_dir), Path(output_dir), get_process()
     if not images_dir.is_dir():
         raise ValueError(f"`images` is {str(images_dir)!r}, which is no folder.")
-    names, models = resolve_scoring(benchmark, protocol, metrics, models)
-    own = (output_dir / IMAGES).resolve()
-    if "generation" in read_config(output_dir) and images_dir.resolve() != own:
+    own = output_dir / IMAGES
+    if "generation" in read_config(output_dir) and images_dir.resolve() != own.resolve():
         raise ValueError(
-            f"`images` is {str(images_dir)!r}, but the predictions of the run in `output_dir` {str(output_dir)!r} are "
-            f"in {own}; choose another `output_dir`."
+            f"`images` is {str(images_dir)!r}, but `output_dir` has the run in {str(own)!r}; choose another."
         )
-    predictions = find_predictions(benchmark.ids, images_dir)
+    names, models = resolve_scoring(benchmark, protocol, metrics, models)
+    predictions = find_predictions(benchmark.categories, images_dir)
     if not predictions:
         raise ValueError(f"`images` {str(images_dir)!r} holds no prediction; a sample's is <id>.png.")
-    counted = [sample_id for sample_id, is_scored in zip(benchmark.ids, benchmark.is_scored, strict=True) if is_scored]
-    share = [sample_id for sample_id in counted if sample_id in predictions]
-    share = set(share[process.process_index :: process.num_processes])
     networks = {name: load_network(name, model, process.device) for name, model in models.items()}
-    rows = [
-        score_prediction(sample, predictions[sample.id], protocol, names, networks, benchmark.kind.takes_any_size)
-        for sample in show_progress(benchmark.read(share), total=len(share), desc="scoring")
-    ]
+    found = [sample_id for sample_id in benchmark.scored if sample_id in predictions]
+    share = set(found[process.process_index :: process.num_processes])
+    rows = []
+    for sample in show_progress(benchmark.read(share), total=len(share), desc="scoring"):
+        row = {"id": sample.id}
+        try:
+            prediction = open_image(predictions[sample.id])
+        except Exception as error:  # decoders raise anything on broken files, and one must not stop the others
+            row |= {"problem": "unreadable", "reason": str(error) or type(error).__name__}
+        else:
+            if prediction.size == sample.size or benchmark.kind.takes_any_size:
+                row["values"] = measure(sample, prediction, protocol, names, networks)
+            else:
+                reason = "{}×{}, not {}×{}".format(*prediction.size, *sample.size)
+                row |= {"problem": "wrong size", "reason": reason}
+        rows.append(row)
     rows = {row["id"]: row for row in gather_object(rows)}
+    rows = [rows[sample_id] for sample_id in found]
     if not process.is_main_process:
         return {}
+    used = {path.name for path in predictions.values()}
+    others = sorted(path.name for path in images_dir.iterdir() if path.name not in used)
+    problems = {"missing": [sample_id for sample_id in benchmark.scored if sample_id not in predictions]}
+    for kind in ("unreadable", "wrong size"):
+        problems[kind] = [f"{row['id']}: {row['reason']}" for row in rows if row.get("problem") == kind]
     summary = {
         **benchmark.info,
         "protocol": protocol,
-        "not_comparable": list_reasons(benchmark, protocol, names, models),
-        "num_expected": len(counted),
-        **summarise(benchmark, [rows[sample_id] for sample_id in counted if sample_id in rows], names),
-        "formats": dict(sorted(Counter(path.suffix for path in predictions.values()).items())),
-        "problems": list_problems(counted, predictions, images_dir, rows),
+        "num_expected": len(benchmark.scored),
+        **summarise(benchmark.categories, rows, names),
+        "problems": problems | {"extra": [name for name in others if not name.startswith(".")]},
     }
-    lines = [
-        {name: value for name, value in rows[key].items() if name != "collected"} for key in counted if key in rows
-    ]
-    lines = [json.dumps(encode_numbers(line), ensure_ascii=False) for line in lines]
-    write_text(output_dir / SAMPLES_FILE, "\n".join(lines) + "\n")
-    write_text(output_dir / METRICS_FILE, json.dumps(encode_numbers(summary), indent=1, ensure_ascii=False) + "\n")
-    write_config(
-        output_dir,
-        scoring={
-            "source": benchmark.source,
-            "options": benchmark.options,
-            "images": str(images_dir.resolve()),
-            "models": {name: {"id": model, "revision": find_revision(model)} for name, model in models.items()},
-            **describe_environment(),
-        },
-    )
+    means = [name for name in names if METRICS[name].is_mean]
+    for row in rows:
+        if "values" in row:
+            row["values"] = {name: encode_number(row["values"][name]) for name in means}
+    write_text(output_dir / SAMPLES_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(output_dir / METRICS_FILE, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    scoring = {"source": benchmark.source, "options": benchmark.options, "images": str(images_dir.resolve())}
+    scoring["models"] = {name: {"id": str(model), "commit": find_commit(model)} for name, model in models.items()}
+    write_config(output_dir, scoring=scoring | {"environment": describe_environment()})
     return summary
 
 
@@ -312,118 +265,66 @@ def resolve_scoring(
     metrics: Sequence[str] | None = None,
     models: Mapping[str, str] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the metrics and where their networks come from; before images are made, it tells what cannot be scored.
-
-    Raises:
-        ValueError: If a metric or protocol is unknown, images of the benchmark's sizes cannot have a metric, or a
-            network has no default and was not given, or was given and is missing or not needed.
-    """
+    """Return the names of the metrics, and where their networks come from."""
+    check_choice("protocol", protocol, PROTOCOLS)
     names, given = list(dict.fromkeys(metrics or benchmark.kind.metrics)), models or {}
-    check_scoring(names, benchmark.sizes, protocol)
+    for name in names:
+        check_choice("metrics", name, METRICS)
     needed = list(dict.fromkeys(METRICS[name].model for name in names if METRICS[name].model))
-    if unused := sorted(set(given) - set(needed)):
-        raise ValueError(f"`{unused[0]}_model` is {given[unused[0]]!r}; none of the metrics asked for needs it.")
-    defaults = DEFAULT_MODELS | benchmark.kind.models
-    resolved = {name: given.get(name) or defaults[name] for name in needed}
+    for name in given:
+        if name not in needed:
+            raise ValueError(f"`{name}_model` is {given[name]!r}; none of the metrics asked for needs it.")
+    resolved = {name: (DEFAULT_MODELS | benchmark.kind.models | given)[name] for name in needed}
     for name, model in resolved.items():
         if model is None:
             raise ValueError(f"`{name}_model` is missing; pass {MISSING[name]}, or choose other `metrics`.")
     return names, resolved
 
 
-def list_reasons(benchmark: Benchmark, protocol: str, names: Sequence[str], models: Mapping[str, str]) -> list[dict]:
-    """List why figures are not comparable with published ones: each reason, and its metrics."""
-    reasons, published = [], f"{RESOLUTION}×{RESOLUTION}"
-    if protocol == "corrected":
-        reasons.append({"reason": f"protocol {protocol}", "metrics": list(names)})
-    if benchmark.kind.has_resolution and (others := sorted(set(benchmark.sizes) - {published})):
-        reasons.append({"reason": f"images of {', '.join(others)}, not {published}", "metrics": list(names)})
-    defaults = DEFAULT_MODELS | benchmark.kind.models
-    for name, model in models.items():
-        # Published mIoU is by a network that transformers does not have.
-        default = "mmsegmentation's DeepLabV3-R101" if name == "segmentation" else defaults[name]
-        if default not in (None, model):
-            columns = [column for column in names if METRICS[column].model == name]
-            titles = ", ".join(METRICS[column].title for column in columns)
-            reason = f"{titles} by {model}, not {default}"
-            reasons.append({"reason": reason, "metrics": columns})
-    return reasons
+def rehearse_scoring(benchmark: Benchmark, protocol: str, metrics: Sequence[str] | None, models: Mapping) -> None:
+    """Score the first source image as if it were a prediction; so what cannot be scored is told before generation."""
+    names, models = resolve_scoring(benchmark, protocol, metrics, models)
+    networks = {name: load_network(name, model, get_process().device) for name, model in models.items()}
+    sample = next(benchmark.read())
+    measure(sample, sample.source_image, protocol, names, networks)
+
+
+def measure(
+    sample: Sample, prediction: Image.Image, protocol: str, names: Iterable[str], networks: Mapping[str, Network]
+) -> dict:
+    """Compute metrics of a prediction, by name."""
+    pair = Pair(prediction, sample, PROTOCOLS[protocol])
+    return {name: METRICS[name].measure(pair, networks) for name in names}
 
 
 def find_predictions(ids: Iterable[str], images_dir: Path) -> dict[str, Path]:
     """Find the predictions that are there, by sample; of several formats, the first of `IMAGE_SUFFIXES` counts."""
     there, predictions = {path.name: path for path in images_dir.iterdir()}, {}
     for sample_id in ids:
-        names = (f"{sample_id}{suffix}" for suffix in IMAGE_SUFFIXES)
-        if (name := next((name for name in names if name in there), None)) is not None:
-            predictions[sample_id] = there[name]
+        names = [f"{sample_id}{suffix}" for suffix in IMAGE_SUFFIXES if f"{sample_id}{suffix}" in there]
+        if names:
+            predictions[sample_id] = there[names[0]]
     return predictions
 
 
-def score_prediction(
-    sample: Sample, path: Path, protocol: str, names: Sequence[str], networks: dict, takes_any_size: bool
-) -> dict:
-    """Score one prediction: its values and what metrics of all predictions collect, or what is wrong with it."""
-    try:
-        prediction = read_image(path)
-    except Exception as error:  # decoders raise anything on broken files, and one must not stop the others
-        return {"id": sample.id, "problem": "unreadable", "reason": str(error) or type(error).__name__}
-    if prediction.size != sample.size and not takes_any_size:
-        reason = "{}×{}, not {}×{}".format(*prediction.size, *sample.size)
-        return {"id": sample.id, "problem": "wrong size", "reason": reason}
-    pair = Pair(prediction, sample, PROTOCOLS[protocol])
-    measured = {name: METRICS[name].measure(pair, networks) for name in names}
-    return {
-        "id": sample.id,
-        "values": {name: value for name, value in measured.items() if not METRICS[name].reduce},
-        "collected": {name: value for name, value in measured.items() if METRICS[name].reduce},
-    }
-
-
-def summarise(benchmark: Benchmark, rows: Sequence[dict], names: Sequence[str]) -> dict:
-    """Reduce the rows of all samples, in the benchmark's order, to figures over all and by category."""
+def summarise(category_of: Mapping[str, str], rows: Iterable[dict], names: Sequence[str]) -> dict:
+    """Reduce the rows of samples to figures over all and by category."""
     rows = [row for row in rows if "values" in row]
-    category_of = dict(zip(benchmark.ids, benchmark.categories, strict=True))
-    single = [name for name in names if not METRICS[name].reduce]
-    categories = {
-        category: [row for row in rows if category_of[row["id"]] == category]
-        for category in dict.fromkeys(benchmark.categories)
-    }
-    return {
-        "num_scored": len(rows),
-        "overall": {name: summarise_metric(name, rows) for name in names},
-        "categories": {
-            category: {name: summarise_metric(name, group) for name in single} for category, group in categories.items()
-        },
-    }
+    categories = {category: {} for category in dict.fromkeys(category_of.values())}
+    for category in categories:
+        group = [row["values"] for row in rows if category_of[row["id"]] == category]
+        for name in names:
+            if METRICS[name].is_mean:
+                categories[category][name] = summarise_metric(name, [values[name] for values in group])
+    overall = {name: summarise_metric(name, [row["values"][name] for row in rows]) for name in names}
+    return {"num_scored": len(rows), "overall": overall, "categories": categories}
 
 
-def summarise_metric(name: str, rows: Sequence[dict]) -> dict:
+def summarise_metric(name: str, values: Iterable) -> dict:
     """Summarise one metric: mean, standard deviation (n − 1), how many samples it is defined for, scaled mean."""
-    metric, mean, deviation = METRICS[name], math.nan, math.nan
-    if metric.reduce:
-        values = [row["collected"][name] for row in rows if row["collected"][name] is not None]
-        if len(values) > 1:
-            mean = metric.reduce(values)
-    else:
-        values = [row["values"][name] for row in rows if not math.isnan(row["values"][name])]
-        if math.inf in values:
-            mean = math.inf
-        elif values:
-            mean = statistics.fmean(values)
-            deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    factor = metric.factor
-    return {"mean": mean, "std": deviation, "n": len(values), "factor": factor, "scaled": mean * factor}
-
-
-def list_problems(
-    counted: Sequence[str], predictions: Mapping[str, Path], images_dir: Path, rows: Mapping[str, dict]
-) -> dict[str, list[str]]:
-    """Name the predictions that do not count, with the reason, and the files that belong to no sample."""
-    problems = {"missing": [sample_id for sample_id in counted if sample_id not in predictions]}
-    for kind in PROBLEMS[1:]:
-        found = [rows[sample_id] for sample_id in counted if rows.get(sample_id, {}).get("problem") == kind]
-        problems[kind] = [f"{row['id']}: {row['reason']}" for row in found]
-    names = {path.name for path in predictions.values()}
-    others = sorted(path.name for path in images_dir.iterdir() if path.name not in names)
-    return problems | {"extra": [name for name in others if not name.startswith(".")]}
+    metric, values = METRICS[name], [value for value in values if value is not None]
+    mean, deviation = metric.reduce(values) if values else math.nan, math.nan
+    if metric.is_mean and len(values) > 1 and math.isfinite(mean):
+        deviation = statistics.stdev(values)
+    numbers = {"mean": mean, "std": deviation, "scaled": mean * metric.factor}
+    return {"n": len(values), "factor": metric.factor} | {key: encode_number(value) for key, value in numbers.items()}

@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 
+from ..checks import check_choice
 from ..pipelines.hub import check_folder_or_hub_id
-from .benchmarks import Sample
-from .features import find_revision
+from .benchmarks import Sample, open_image
 from .processes import get_process
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+Edit = Callable[[list[Sample], list[int]], list[Image.Image]]
 
 
 @dataclass
@@ -32,21 +34,36 @@ class System:
         name (`str`): Its name in configurations and reports.
         load (`Callable`): Loads it, and returns a function from samples and their seeds to images of the sizes of their
             sources.
-        options (`dict`): All that its results depend on.
-        models (tuple of `str`): The options that name folders or Hub ids, whose revisions are recorded too.
-        needs (`dict`): Images that every sample must have, by the option that asks for them.
+        options (`dict`): All that its results depend on. `model`, `lora` and `controlnet` are folders or Hub ids.
+        needs (`str`, *optional*): The image that every sample must have.
     """
 
     name: str
-    load: Callable[[], Callable[[list[Sample], list[int]], list[Image.Image]]]
+    load: Callable[[], Edit]
     options: dict = field(default_factory=dict)
-    models: tuple[str, ...] = ()
-    needs: dict[str, str] = field(default_factory=dict)
+    needs: str | None = None
+
+    def __post_init__(self):
+        for option in ("model", "lora", "controlnet"):
+            if (model := self.options.get(option)) is not None:
+                check_folder_or_hub_id(model, option)
 
     def describe(self) -> dict:
-        """Return what the results depend on."""
-        revisions = {name: find_revision(model) for name in self.models if (model := self.options[name]) is not None}
-        return {"name": self.name, **self.options, "revisions": revisions}
+        """Return what the results depend on, with the commits of Hub ids and whole paths of folders."""
+        options = dict(self.options)
+        for option in ("model", "lora", "controlnet"):
+            if (model := self.options.get(option)) is not None:
+                options[option] = str(Path(model).resolve()) if Path(model).exists() else str(model)
+                options[f"{option}_commit"] = find_commit(model)
+        return {"system": self.name, **options}
+
+
+def find_commit(model: str | Path) -> str | None:
+    """Find the commit of a Hub id; a folder or file has none."""
+    if Path(model).exists():
+        return None
+    # The last part of a snapshot's path is its commit; the configurations are enough to learn it.
+    return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
 
 
 def build_system(name: str, **options) -> System:
@@ -56,23 +73,16 @@ def build_system(name: str, **options) -> System:
         ValueError: If there is none of that name, or an option is not its own, is missing or out of range, or names a
             folder that is missing.
     """
-    if name not in SYSTEMS:
-        raise ValueError(
-            f"`system` is {name!r}; choose one of {', '.join(SYSTEMS)}, or a script of examples/baselines/."
-        )
+    check_choice("system", name, SYSTEMS)
     given = {option: value for option, value in options.items() if value is not None}
     known = inspect.signature(SYSTEMS[name]).parameters
-    if unknown := [option for option in given if option not in known]:
-        raise ValueError(f"`{unknown[0]}` is {given[unknown[0]]!r}; the system {name} has no such option.")
-    if missing := [
-        option for option in known if known[option].default is inspect.Parameter.empty if option not in given
-    ]:
-        raise ValueError(f"`{missing[0]}` is missing; the system {name} needs it.")
-    system = SYSTEMS[name](**given)
-    for option in system.models:
-        if system.options[option] is not None:
-            check_folder_or_hub_id(system.options[option], option)
-    return system
+    for option, value in given.items():
+        if option not in known:
+            raise ValueError(f"`{option}` is {value!r}; the system {name} has no such option.")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in given:
+            raise ValueError(f"`{option}` is missing; the system {name} needs it.")
+    return SYSTEMS[name](**given)
 
 
 def make_generators(seeds: list[int]) -> list[torch.Generator]:
@@ -87,6 +97,11 @@ def edit_batch(pipe: Callable, samples: list[Sample], seeds: list[int], **option
     return [fit(image, source.size) for image, source in zip(images, sources, strict=True)]
 
 
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize an image to a size, if it has another."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
 def copy_source() -> System:
     """The floor of every editor: the source, untouched."""
     return System("copy-source", lambda: lambda samples, seeds: [sample.source_image for sample in samples])
@@ -94,10 +109,9 @@ def copy_source() -> System:
 
 def vq_reconstruction(model: str, reconstruct: str = "source") -> System:
     """What a pipeline's VQ model makes of an image: of the source, a floor; of the true result, a ceiling."""
-    if reconstruct not in ("source", "target"):
-        raise ValueError(f"`reconstruct` is {reconstruct!r}; choose source or target.")
+    check_choice("reconstruct", reconstruct, ("source", "target"))
 
-    def load():
+    def load() -> Edit:
         from ..pipelines.pipeline_editar import EditARPipeline
 
         pipeline = EditARPipeline.from_pretrained(model, dtype=torch.float32, text_encoder=None)
@@ -110,22 +124,21 @@ def vq_reconstruction(model: str, reconstruct: str = "source") -> System:
 
         return edit
 
-    options = {"model": model, "reconstruct": reconstruct}
-    return System("vq-reconstruction", load, options, ("model",), {"reconstruct": f"{reconstruct}_image"})
+    return System("vq-reconstruction", load, {"model": model, "reconstruct": reconstruct}, needs=f"{reconstruct}_image")
 
 
 def editar(
     model: str,
     lora: str | None = None,
     use_masks: bool = False,
+    dtype: str = "float32",
+    quantize: str = "round",
     guidance_scale: float | None = None,
     image_guidance_scale: float | None = None,
     do_sample: bool | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
-    dtype: str = "float32",
-    quantize: str = "round",
 ) -> System:
     """EditAR.
 
@@ -133,23 +146,19 @@ def editar(
         model (`str`): A pipeline's folder or Hub id.
         lora (`str`, *optional*): Folder or Hub id of an adapter.
         use_masks (`bool`, *optional*, defaults to `False`): Give it the benchmark's own masks. Reports call such a run
-            mask-assisted, not comparable.
-        guidance_scale, image_guidance_scale, do_sample, temperature, top_k, top_p (*optional*): As of the pipeline.
+            mask-assisted.
         dtype (`str`, *optional*, defaults to `"float32"`): `"float32"`, `"bfloat16"` (published) or `"float16"`.
         quantize (`str`, *optional*, defaults to `"round"`): How pixels become 8 bits: `"round"`, or as the reference's
             arrays, `"truncate"`.
+        guidance_scale, image_guidance_scale, do_sample, temperature, top_k, top_p (*optional*): As of the pipeline.
     """
     options = dict(locals())
-    knobs = {
-        name: options[name]
-        for name in ("guidance_scale", "image_guidance_scale", "do_sample", "temperature", "top_k", "top_p")
-    }
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` is {dtype!r}; choose one of {', '.join(DTYPES)}.")
-    if quantize not in ("round", "truncate"):
-        raise ValueError(f"`quantize` is {quantize!r}; choose round or truncate.")
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("quantize", quantize, ("round", "truncate"))
+    others = ("model", "lora", "use_masks", "dtype", "quantize")
+    knobs = {name: value for name, value in options.items() if name not in others}
 
-    def load():
+    def load() -> Edit:
         from ..pipelines.pipeline_editar import EditARPipeline
 
         pipeline = EditARPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
@@ -173,7 +182,7 @@ def editar(
 
         return edit
 
-    return System("editar", load, options, ("model", "lora"), {"use_masks": "mask"} if use_masks else {})
+    return System("editar", load, options, needs="mask" if use_masks else None)
 
 
 def restore_images(pipeline, pixels: torch.Tensor, sources: list[Image.Image], quantize: str) -> list[Image.Image]:
@@ -206,18 +215,12 @@ def command(command: str) -> System:
                 sample.mask.save(files["mask"])
             words = {"prompt": sample.prompt, "seed": str(seed), "task": sample.task, **files}
             subprocess.run([word.format_map(words) for word in shlex.split(command)], check=True)
-            with Image.open(files["output"]) as image:
-                return fit(image.convert("RGB"), sample.source_image.size)
+            return fit(open_image(Path(files["output"])), sample.source_image.size)
 
     def edit(samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
         return [edit_one(sample, seed) for sample, seed in zip(samples, seeds, strict=True)]
 
     return System("command", lambda: edit, {"command": command})
-
-
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize an image to a size, if it has another."""
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 SYSTEMS = {
