@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .image_processing_editar import compute_psnr
 
 
 # A uniformly grey image has 10 dB; the published VQ model reaches more than 20 dB on photographs.
-MIN_TOKENIZER_PSNR = 15.0
+MIN_VQ_PSNR = 15.0
 # In nats per token: every token is on average e times likelier than under a uniform draw.
 MIN_GAIN_OVER_CHANCE = 1.0
 # In nats per token: more than two passes with unrelated conditions differ by.
@@ -34,7 +35,7 @@ class SelfCheckReport:
     """The measurements of the self-check, and whether a trained pipeline would show them.
 
     Args:
-        tokenizer_psnr (`float`): PSNR of the photograph after encoding and decoding, in dB.
+        vq_psnr (`float`): PSNR of the photograph after encoding and decoding, in dB.
         nll_with_source (`float`): Negative log-likelihood of the photograph's tokens with themselves as the source, in
             nats per token.
         nll_without_source (`float`): The same with the null image as the source.
@@ -44,41 +45,58 @@ class SelfCheckReport:
         non_finite (`tuple[str, ...]`): Weights and outputs that hold NaN or infinity.
     """
 
-    tokenizer_psnr: float
+    vq_psnr: float
     nll_with_source: float
     nll_without_source: float
     chance_nll: float
     changed_by_guidance: float
     non_finite: tuple[str, ...] = ()
 
+    def list_rows(self) -> list[tuple[str, str, str, bool, str]]:
+        """List each measurement's name, figure and limit, whether it holds, and what is wrong if it does not."""
+        max_nll, min_nll = self.chance_nll - MIN_GAIN_OVER_CHANCE, self.nll_with_source + MIN_GAIN_FROM_SOURCE
+        return [
+            (
+                "photograph through the VQ model, PSNR",
+                f"{self.vq_psnr:.2f} dB",
+                f"≥ {MIN_VQ_PSNR:.2f}",
+                self.vq_psnr >= MIN_VQ_PSNR,
+                "The VQ model loses the photograph.",
+            ),
+            (
+                "NLL of its tokens with the source",
+                f"{self.nll_with_source:.3f} nats",
+                f"≤ {max_nll:.3f} (chance: {self.chance_nll:.3f})",
+                self.nll_with_source <= max_nll,
+                "Tokens are hardly likelier than chance.",
+            ),
+            (
+                "NLL of its tokens without the source",
+                f"{self.nll_without_source:.3f} nats",
+                f"≥ {min_nll:.3f}",
+                self.nll_without_source >= min_nll,
+                "The source image does not help.",
+            ),
+            (
+                f"likeliest tokens changed by guidance {GUIDANCE_SCALE:g}",
+                f"{self.changed_by_guidance:.1%}",
+                "> 0",
+                self.changed_by_guidance > 0,
+                "Guidance changes no token: the prompt has no effect.",
+            ),
+            (
+                "weights and outputs that are not finite",
+                str(len(self.non_finite)),
+                "0",
+                not self.non_finite,
+                f"Not finite: {', '.join(self.non_finite)}.",
+            ),
+        ]
+
     @property
     def failures(self) -> list[str]:
-        """One sentence for each measurement that a trained pipeline would not show; NaN fails every comparison."""
-        gain_over_chance = self.chance_nll - self.nll_with_source
-        gain_from_source = self.nll_without_source - self.nll_with_source
-        return [
-            sentence
-            for holds, sentence in (
-                (not self.non_finite, f"Not finite: {', '.join(self.non_finite)}."),
-                (
-                    self.tokenizer_psnr >= MIN_TOKENIZER_PSNR,
-                    f"The tokenizer loses the photograph: {self.tokenizer_psnr:.2f} dB, at least "
-                    f"{MIN_TOKENIZER_PSNR:.2f} expected.",
-                ),
-                (
-                    gain_over_chance >= MIN_GAIN_OVER_CHANCE,
-                    f"Tokens are hardly likelier than chance: by {gain_over_chance:.2f} nats, at least "
-                    f"{MIN_GAIN_OVER_CHANCE:.2f} expected.",
-                ),
-                (
-                    gain_from_source >= MIN_GAIN_FROM_SOURCE,
-                    f"The source image does not help: by {gain_from_source:.2f} nats, at least "
-                    f"{MIN_GAIN_FROM_SOURCE:.2f} expected.",
-                ),
-                (self.changed_by_guidance > 0, "Guidance changes no token: the prompt has no effect."),
-            )
-            if not holds
-        ]
+        """One sentence for each measurement that a trained pipeline would not show."""
+        return [problem for *_, holds, problem in self.list_rows() if not holds]
 
     @property
     def passed(self) -> bool:
@@ -86,19 +104,9 @@ class SelfCheckReport:
 
     def to_markdown(self) -> str:
         """Format the measurements as a table, followed by what failed."""
-        rows = [
-            "| self-check | figure | expected |",
-            "|---|---|---|",
-            f"| photograph through the tokenizer, PSNR | {self.tokenizer_psnr:.2f} dB | ≥ {MIN_TOKENIZER_PSNR:.2f} |",
-            f"| NLL of its tokens with the source | {self.nll_with_source:.3f} nats | "
-            f"≤ {self.chance_nll - MIN_GAIN_OVER_CHANCE:.3f} (chance: {self.chance_nll:.3f}) |",
-            f"| NLL of its tokens without the source | {self.nll_without_source:.3f} nats | "
-            f"≥ {self.nll_with_source + MIN_GAIN_FROM_SOURCE:.3f} |",
-            f"| likeliest tokens changed by guidance {GUIDANCE_SCALE:g} | {self.changed_by_guidance:.1%} | > 0 |",
-            f"| weights and outputs that are not finite | {len(self.non_finite)} | 0 |",
-        ]
-        verdict = self.failures or ["Passed."]
-        return "\n".join([*rows, "", *verdict])
+        rows = [f"| {name} | {figure} | {limit} |" for name, figure, limit, *_ in self.list_rows()]
+        header = ["| self-check | figure | expected |", "|---|---|---|"]
+        return "\n".join([*header, *rows, "", *(self.failures or ["Passed."])])
 
 
 @torch.no_grad()
@@ -108,43 +116,34 @@ def check_pipeline(pipeline) -> SelfCheckReport:
     Args:
         pipeline (`EditARPipeline`): On any device, in any dtype.
     """
-    image_tokens, reconstruction, tokenizer_psnr = compute_tokenizer_psnr(pipeline)
-    grid = {"grid_height": reconstruction.shape[2], "grid_width": reconstruction.shape[3]}
-    grid = {name: pixels // pipeline.vq_model.config.stride for name, pixels in grid.items()}
-    prompted, unprompted, without_source = compute_branch_logits(pipeline, image_tokens, grid)
+    with Image.open(str(files("editar_hf") / "self_check.jpg")) as photograph:
+        pixel_values = pipeline.prepare_pixel_values(photograph, None, None, "stretch")
+    grid = pipeline.compute_grid(*pixel_values.shape[2:])
+    image_tokens = pipeline.encode_pixel_values(pixel_values)
+    decoded = pipeline.decode_pixel_values(image_tokens, grid).cpu()
+    logits = compute_branch_logits(pipeline, image_tokens, grid)
+    prompted, unprompted, without_source = logits
     guided = unprompted + GUIDANCE_SCALE * (prompted - unprompted)
-    outputs = {"pixels": reconstruction, "logits": torch.stack([prompted, unprompted, without_source])}
+    tensors = {"pixels": decoded, "logits": logits}
+    for part in ("transformer", "vq_model", "text_encoder"):
+        tensors |= {f"{part}.{name}": tensor for name, tensor in getattr(pipeline, part).state_dict().items()}
     return SelfCheckReport(
-        tokenizer_psnr=tokenizer_psnr,
-        nll_with_source=compute_nll(unprompted, image_tokens),
-        nll_without_source=compute_nll(without_source, image_tokens),
+        vq_psnr=compute_psnr(decoded, pixel_values.cpu()).item(),
+        nll_with_source=F.cross_entropy(unprompted, image_tokens[0].cpu()).item(),
+        nll_without_source=F.cross_entropy(without_source, image_tokens[0].cpu()).item(),
         chance_nll=math.log(pipeline.transformer.config.vocab_size),
         # The comparison is with no prompt: a decoder that is sure of an edit predicts the same tokens with a prompt and
         # with guidance.
         changed_by_guidance=(guided.argmax(-1) != unprompted.argmax(-1)).float().mean().item(),
-        non_finite=(
-            *list_non_finite_weights(pipeline),
-            *(name for name in outputs if not outputs[name].isfinite().all()),
-        ),
+        non_finite=tuple(name for name, tensor in tensors.items() if not tensor.isfinite().all()),
     )
 
 
-def compute_tokenizer_psnr(pipeline) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Encode and decode the photograph; return its tokens (1, N), the decoded pixels and the PSNR in dB."""
-    with Image.open(str(files("editar_hf") / "self_check.jpg")) as photograph:
-        inputs = pipeline.processor(images=photograph, resize_mode="stretch")
-    vq_model = pipeline.vq_model
-    pixels = inputs.source_pixel_values.to(vq_model.device, vq_model.dtype)
-    image_tokens = vq_model.encode(pixels).image_tokens
-    grid_height, grid_width = (side // vq_model.config.stride for side in pixels.shape[2:])
-    reconstruction = vq_model.decode(image_tokens, grid_height, grid_width)
-    return image_tokens, reconstruction, compute_psnr(reconstruction, pixels).item()
-
-
-def compute_branch_logits(pipeline, image_tokens: torch.Tensor, grid: dict[str, int]) -> torch.Tensor:
+def compute_branch_logits(pipeline, image_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Compute logits (3, N, vocab_size) of the source's tokens: with prompt and source, source alone, and neither."""
     transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
     inputs = pipeline.processor(text=PROMPT).to(text_encoder.device)
+    # `encode_prompt` would refuse states that are not finite, which the report shall say.
     prompt_embeds = text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
     tokens = image_tokens.to(transformer.device).expand(3, -1)
     output = transformer(
@@ -153,21 +152,7 @@ def compute_branch_logits(pipeline, image_tokens: torch.Tensor, grid: dict[str, 
         target_image_tokens=tokens,
         drop_source=torch.tensor([False, False, True], device=transformer.device),
         drop_prompt=torch.tensor([False, True, True], device=transformer.device),
-        **grid,
+        grid_height=grid[0],
+        grid_width=grid[1],
     )
     return output.logits.float().cpu()
-
-
-def compute_nll(logits: torch.Tensor, image_tokens: torch.Tensor) -> float:
-    """Compute the mean negative log-likelihood, in nats, of tokens (1, N) under logits (N, vocab_size)."""
-    return torch.nn.functional.cross_entropy(logits, image_tokens[0].cpu()).item()
-
-
-def list_non_finite_weights(pipeline) -> list[str]:
-    """List the parameters and buffers that hold NaN or infinity."""
-    return [
-        f"{part}.{name}"
-        for part in ("transformer", "vq_model", "text_encoder")
-        for name, tensor in getattr(pipeline, part).state_dict().items()
-        if not tensor.isfinite().all()
-    ]
