@@ -12,9 +12,10 @@ from transformers import (
     DPTConfig,
     DPTForDepthEstimation,
     DPTImageProcessorPil,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessorPil,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    MaskFormerImageProcessorPil,
+    ResNetConfig,
     ViTConfig,
     ViTModel,
 )
@@ -69,13 +70,15 @@ def build_depth_model(patch_size=16):
 
 
 def build_segmentation_model():
-    """Build a segmentation model, and its image processor."""
-    config = SegformerConfig(
-        depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=8
-    )
-    config.num_labels = NUM_LABELS
-    model = redraw_weights(SegformerForSemanticSegmentation(config), scale=0.5)
-    return model, SegformerImageProcessorPil(size={"height": 64, "width": 64})
+    """Build a mask classifier on a residual network, as the published COCOStuff model is, and its image processor."""
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=stages)
+    decoder = {"model_type": "detr", "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "num_queries": 9}
+    decoder |= {"decoder_ffn_dim": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    sizes = {"fpn_feature_size": 32, "mask_feature_size": 32, "num_labels": NUM_LABELS}
+    config = MaskFormerConfig(backbone_config=backbone, decoder_config=decoder, **sizes)
+    processor = MaskFormerImageProcessorPil(size={"height": 64, "width": 64})
+    return redraw_weights(MaskFormerForInstanceSegmentation(config), scale=0.5), processor
 
 
 def draw_lpips_weights():

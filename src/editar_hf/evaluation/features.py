@@ -25,7 +25,7 @@ from ..image_processing_editar import prepare_rgb_image
 from ..pipelines.hub import check_folder_or_hub_id
 from .inception import FIDInception
 from .lpips import LPIPS
-from .metrics import check_pair, compute_clip_similarity
+from .metrics import check_pair, compute_cosine_similarity
 
 
 # The networks by name, and the Hub ids of published figures; `MISSING` tells what to pass where there is none.
@@ -207,13 +207,15 @@ def compute_clip_score(
 
     Raises:
         ValueError: If the number of prompts differs from that of images, or the mask does not fit.
+
+    Source: CLIPScore (arXiv 2104.08718), section 3, with the weight 100 of torchmetrics.
     """
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(f"`prompts` is {prompts!r}; pass a list of {len(images)}, one for each image.")
     mask = torch.ones_like(images[:, :1]) if mask is None else mask
     check_pair(images, images, mask)
-    scores = compute_clip_similarity(encode_images(network, images * mask), encode_prompts(network, prompts))
-    return scores.where(mask.flatten(1).any(1).cpu(), torch.nan)
+    similarity = compute_cosine_similarity(encode_images(network, images * mask), encode_prompts(network, prompts))
+    return (100 * similarity).clamp(min=0).where(mask.flatten(1).any(1).cpu(), torch.nan)
 
 
 @torch.no_grad()

@@ -130,14 +130,6 @@ def compute_cosine_similarity(embeds: torch.Tensor, reference_embeds: torch.Tens
     return F.cosine_similarity(embeds.cpu().double(), reference_embeds.cpu().double(), dim=1)
 
 
-def compute_clip_similarity(image_embeds: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-    """Compute the CLIP score, in [0, 100], of image and text embeddings (batch, dim).
-
-    Source: CLIPScore (arXiv 2104.08718), section 3, with the weight 100 of torchmetrics.
-    """
-    return (100 * compute_cosine_similarity(image_embeds, prompt_embeds)).clamp(min=0)
-
-
 def compute_structure_distance(keys: torch.Tensor, reference_keys: torch.Tensor) -> torch.Tensor:
     """Compute the mean squared difference between the cosine self-similarities of keys (batch, tokens, dim).
 
@@ -201,22 +193,14 @@ def compute_edge_f1(edges: torch.Tensor, reference_edges: torch.Tensor) -> torch
 DEPTH_VARIANTS = {"editar": (True, True), "controlnet++": (False, True), "controlar": (False, False)}
 
 
-def compute_depth_rmse(
-    depth: torch.Tensor,
-    labels: torch.Tensor,
-    variant: str = "editar",
-    size: tuple[int, int] | None = None,
-) -> torch.Tensor:
+def compute_depth_rmse(depth: torch.Tensor, labels: torch.Tensor, variant: str = "editar") -> torch.Tensor:
     """Compute the root mean squared difference, in [0, 255], between estimated depth and the condition map.
 
-    The first two variants resize the estimate to the image bilinearly and the label by nearest neighbour. The last one
-    estimates depth at the size of the image.
-
     Args:
-        depth (`torch.Tensor` of shape `(batch, depth_height, depth_width)`): The estimate, 0 or more.
-        labels (`torch.Tensor` of shape `(batch, 1, label_height, label_width)`): The condition maps, in [0, 1].
+        depth (`torch.Tensor` of shape `(batch, depth_height, depth_width)`): The estimate, 0 or more. The first two
+            variants resize it to the label; the last one needs it at that size.
+        labels (`torch.Tensor` of shape `(batch, 1, height, width)`): The condition maps, in [0, 1].
         variant (`str`, *optional*, defaults to `"editar"`): A key of `DEPTH_VARIANTS`.
-        size (`tuple[int, int]`, *optional*): Height and width of the image; defaults to those of the labels.
 
     Returns:
         (batch,), NaN where a map has no range to scale.
@@ -226,14 +210,13 @@ def compute_depth_rmse(
     """
     check_choice("variant", variant, DEPTH_VARIANTS)
     is_spread, is_truncated = DEPTH_VARIANTS[variant]
-    depth, labels = depth.cpu().float(), labels.cpu().double()[:, 0]
-    estimates = spread(depth) if is_spread else depth / depth.amax((1, 2), keepdim=True)
+    depth, labels = depth.cpu().float(), 255 * labels.cpu().double()[:, 0]
+    estimates = 255 * (spread(depth) if is_spread else depth / depth.amax((1, 2), keepdim=True)).double()
     if is_truncated:
-        height, width = size or labels.shape[1:]
-        estimates = resize_steps(estimates, (width, height), Image.Resampling.BILINEAR)
         # Labels are whole steps. Rounding removes float errors that truncation would turn into a step less.
-        labels = resize_steps(spread((255 * labels).round()), (width, height), Image.Resampling.NEAREST)
-    return 255 * (estimates - labels).square().flatten(1).mean(1).sqrt()
+        labels = (255 * spread(labels.round())).floor()
+        estimates = resize_steps(estimates, labels.shape[2], labels.shape[1])
+    return (estimates - labels).square().flatten(1).mean(1).sqrt()
 
 
 def spread(maps: torch.Tensor) -> torch.Tensor:
@@ -242,11 +225,11 @@ def spread(maps: torch.Tensor) -> torch.Tensor:
     return (maps - least) / (greatest - least)
 
 
-def resize_steps(maps: torch.Tensor, size: tuple[int, int], resample: Image.Resampling) -> torch.Tensor:
-    """Truncate maps to steps of 1/255 and resize them as 8-bit images to (width, height); NaN stays NaN."""
-    images = [Image.fromarray((255 * one.nan_to_num()).byte().numpy()).resize(size, resample) for one in maps]
-    steps = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return steps.double() / 255 + 0 * maps.amax((1, 2), keepdim=True)
+def resize_steps(maps: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Truncate maps (batch, height, width) of 0 to 255 and resize them as 8-bit images; NaN stays NaN."""
+    images = [Image.fromarray(one.nan_to_num().byte().numpy()) for one in maps]
+    steps = [np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for image in images]
+    return torch.from_numpy(np.stack(steps)) + 0 * maps.amax((1, 2), keepdim=True)
 
 
 def compute_confusion_matrix(

@@ -196,7 +196,7 @@ def compare_prompt(pair: Pair, networks: dict) -> torch.Tensor:
 def compare_depth(pair: Pair, networks: dict) -> torch.Tensor:
     variant = pair.protocol["depth_variant"]
     depth = features.estimate_depth(networks["depth"], pair.pixels, keep_size=variant == "controlar")
-    return metrics.compute_depth_rmse(depth, pair.source[:, :1], variant, tuple(pair.pixels.shape[2:]))
+    return metrics.compute_depth_rmse(depth, pair.source[:, :1], variant)
 
 
 def compare_edges(function: Callable) -> Callable:
