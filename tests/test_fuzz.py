@@ -76,7 +76,7 @@ SETTINGS = {
 NAN, HUGE = float("nan"), 10**12
 NO_IMAGES = ("none.png", b"x", 3, [], Image.new("RGB", (0, 5)), np.full((16, 16, 3), np.nan), torch.ones(2, 16, 16))
 MISTAKES = {
-    "prompt": (3, [], [3], "a\ud800b"),
+    "prompt": (3, [], [3]),
     "image": NO_IMAGES,
     "mask_image": NO_IMAGES,
     "height": (-4, 0, 15, HUGE),

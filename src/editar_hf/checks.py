@@ -1,8 +1,8 @@
 """Checks of single arguments, shared by several modules. Errors name the argument, its value and the remedy."""
 
+import math
 import numbers
 import os
-import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -31,8 +31,7 @@ def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None =
 
 def check_number(name: str, value: Any) -> float:
     """Return `value` as a `float`; refuse what is no number, NaN and infinity."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"`{name}` is {value!r}; pass a finite number.")
     return float(value)
 
@@ -50,45 +49,23 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def check_texts(name: str, texts: Any) -> None:
-    """Refuse what is neither a string nor a non-empty list of strings, and strings that are no Unicode text."""
+    """Refuse what is neither a string nor a non-empty list of strings."""
     listed = [texts] if isinstance(texts, str) else texts
     if not (isinstance(listed, list | tuple) and listed and all(isinstance(text, str) for text in listed)):
         raise ValueError(f"`{name}` is {texts!r}; pass a string or a list of strings.")
-    for text in listed:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair.
-            raise ValueError(f"`{name}` holds {text!r}, which is no Unicode text: {error}.") from error
 
 
 def check_path(name: str, value: Any) -> None:
-    """Refuse what cannot be the path of a file or folder.
-
-    Raises:
-        TypeError: If it is neither a string nor a path.
-        ValueError: If it is empty, or holds characters that no path can hold.
-    """
+    """Refuse what is neither a string nor a path, and an empty string, which would be the current folder."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"`{name}` is {value!r:.80}; pass a path as a string or `Path`.")
-    try:
-        is_name = os.fsencode(value) and b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:
-        is_name = False
-    if not is_name:
-        raise ValueError(f"`{name}` is {os.fspath(value)!r}, which can be no path; pass another.")
+    if not os.fspath(value):
+        raise ValueError(f"`{name}` is empty; pass a path.")
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Refuse what is no tensor, an empty tensor, and a tensor without readable values."""
+    """Refuse what is no tensor, and an empty one."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"`{name}` is {value!r:.80}; pass a tensor with a row for each image.")
     if value.ndim == 0 or not len(value):
         raise ValueError(f"`{name}` is empty, of shape {tuple(value.shape)}; pass a tensor with a row for each image.")
-    check_has_values(name, value)
-
-
-def check_has_values(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor on the meta device, a sparse one and a quantised one."""
-    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
-        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-        raise ValueError(f"`{name}` is a tensor of {kind}; pass a dense one that holds its values.")

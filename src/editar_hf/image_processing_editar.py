@@ -152,11 +152,11 @@ def prepare_rgb_images(images: ImageInput, name: str = "images") -> list[Image.I
     return prepared
 
 
-# The centre crop
+# Sizes
 
 
 class CropGeometry(NamedTuple):
-    """Where the centre crop of an image lies.
+    """Which part of an image the model sees, and at which scale.
 
     Attributes:
         resized_height, resized_width (`int`): Size of the whole image at the crop's scale, in pixels.
@@ -174,14 +174,18 @@ class CropGeometry(NamedTuple):
     cut_fraction: float
 
 
-def compute_crop_geometry(source_height: int, source_width: int, height: int, width: int) -> CropGeometry:
-    """Compute where the centre crop of `height`×`width` pixels lies, after the image is scaled to cover it.
+def compute_crop_geometry(
+    source_height: int, source_width: int, height: int, width: int, resize_mode: str = "crop"
+) -> CropGeometry:
+    """Compute what of an image is left at `height`×`width` pixels: its centre, or all of it if it is stretched.
 
     Source: the image preparation of LlamaGen (arXiv 2406.06525), which EditAR shares: shortest side, centre crop.
 
     Raises:
         ValueError: If the image is so thin that the crop would hold less than one whole pixel of it.
     """
+    if resize_mode == "stretch":
+        return CropGeometry(height, width, 0, 0, (0, 0, source_width, source_height), 0.0)
     scale = max(height / source_height, width / source_width)
     resized_height, resized_width = round(source_height * scale), round(source_width * scale)
     top, left = (resized_height - height) // 2, (resized_width - width) // 2
@@ -293,9 +297,7 @@ class EditARImageProcessor(PilBackend):
         return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
     def _resize(self, image: Image.Image, height: int, width: int, resize_mode: str) -> Image.Image:
-        if resize_mode == "stretch":
-            return image.resize((width, height), Image.Resampling.LANCZOS)
-        crop = compute_crop_geometry(image.height, image.width, height, width)
+        crop = compute_crop_geometry(image.height, image.width, height, width, resize_mode)
         if crop.cut_fraction > MAX_SILENT_CUT:
             # The text is fixed, so that Python shows it once, however many images follow.
             warnings.warn(
@@ -365,15 +367,13 @@ class EditARImageProcessor(PilBackend):
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
         restored = prepare_rgb_image(source_image)
         width, height = restored.size
-        place, box = (0, 0, width, height), None
-        if resize_mode == "crop":
-            crop = compute_crop_geometry(height, width, edited_image.height, edited_image.width)
-            place = left, top, right, bottom = crop.box
-            # The same box in the edited image, to a fraction of a pixel, so that what was edited returns to its place.
-            columns = [(x * crop.resized_width - crop.left * width) / width for x in (left, right)]
-            rows = [(y * crop.resized_height - crop.top * height) / height for y in (top, bottom)]
-            box = (columns[0], rows[0], columns[1], rows[1])
-        size = place[2] - place[0], place[3] - place[1]
+        crop = compute_crop_geometry(height, width, edited_image.height, edited_image.width, resize_mode)
+        place = left, top, right, bottom = crop.box
+        # The same box in the edited image, to a fraction of a pixel, so that what was edited returns to its place.
+        columns = [(x * crop.resized_width - crop.left * width) / width for x in (left, right)]
+        rows = [(y * crop.resized_height - crop.top * height) / height for y in (top, bottom)]
+        box = (columns[0], rows[0], columns[1], rows[1])
+        size = right - left, bottom - top
         edited = edited_image.resize(size, Image.Resampling.LANCZOS, box)
         if weights is not None:
             # Neither filter reaches further than one pixel of the larger image, so weights of 0 stay 0.

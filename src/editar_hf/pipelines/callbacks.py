@@ -39,18 +39,16 @@ class RowPreview:
         self.compose = compose
         self.num_drawn_rows = 0
 
-    def is_due(self, num_tokens: int) -> bool:
-        num_rows, rest = divmod(num_tokens, self.grid_width)
-        return rest == 0 and (num_rows % self.rows_per_preview == 0 or num_rows == self.grid_height)
-
     @property
     def is_complete(self) -> bool:
         """Whether `canvas` shows the whole result."""
         return self.num_drawn_rows == self.grid_height
 
-    def draw(self, image_tokens: torch.LongTensor) -> list[Image.Image]:
-        """Draw the new rows of tokens `(batch, T)`, and return the images so far."""
-        num_rows = image_tokens.shape[1] // self.grid_width
+    def draw(self, image_tokens: torch.LongTensor) -> list[Image.Image] | None:
+        """Draw the new rows of tokens `(batch, T)`, and return the images so far; `None` if no preview is due."""
+        num_rows, rest = divmod(image_tokens.shape[1], self.grid_width)
+        if rest or (num_rows % self.rows_per_preview and num_rows < self.grid_height):
+            return None
         first = 0 if num_rows == self.grid_height else max(self.num_drawn_rows - 1, 0)
         strip = image_tokens[:, first * self.grid_width : num_rows * self.grid_width]
         pixels = self.vq_model.decode(strip, num_rows - first, self.grid_width).float()
@@ -101,8 +99,8 @@ class StepReporter(StoppingCriteria):
             # A copy, because the next tokens depend on these.
             tensors = {**self.tensors, "image_tokens": input_ids.clone()}
             shown = {name: tensors[name] for name in self.names}
-            if self.preview is not None and self.preview.is_due(step + 1):
-                shown["preview"] = self.preview.draw(input_ids)
+            if self.preview is not None and (preview := self.preview.draw(input_ids)) is not None:
+                shown["preview"] = preview
             self.callback(self.pipeline, step, step, shown)
         # On the CPU, so that decoding on another device does not wait for it.
         return torch.full((len(input_ids),), self.pipeline._interrupt)

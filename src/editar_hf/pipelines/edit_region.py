@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -103,12 +103,10 @@ def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int
         stride (`int`): Pixels per token and side.
         resize_mode (`str`): How the source is brought there.
     """
-    if resize_mode == "stretch":
-        coverage = compute_coverage(is_white, (width, height))
-    else:
-        crop = compute_crop_geometry(is_white.shape[0], is_white.shape[1], height, width)
-        coverage = compute_coverage(is_white, (crop.resized_width, crop.resized_height))
-        coverage = coverage[crop.top : crop.top + height, crop.left : crop.left + width]
+    source_height, source_width = is_white.shape
+    crop = compute_crop_geometry(source_height, source_width, height, width, resize_mode)
+    coverage = compute_coverage(is_white, (crop.resized_width, crop.resized_height))
+    coverage = coverage[crop.top : crop.top + height, crop.left : crop.left + width]
     tokens = torch.from_numpy(coverage > 0).unflatten(0, (-1, stride)).unflatten(2, (-1, stride))
     return tokens.any(dim=3).any(dim=1)
 
@@ -123,9 +121,8 @@ def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mo
             f"`mask_image` is white nowhere in an image, whose source is returned; white is {WHITE} to 255, so pass a "
             "mask of 0 and 1 as bool."
         )
-    if resize_mode == "stretch":
-        return None
-    left, top, right, bottom = compute_crop_geometry(is_white.shape[0], is_white.shape[1], height, width).box
+    source_height, source_width = is_white.shape
+    left, top, right, bottom = compute_crop_geometry(source_height, source_width, height, width, resize_mode).box
     part = 1 - is_white[top:bottom, left:right].sum() / is_white.sum()
     if part <= MAX_SILENT_CUT:
         return None
@@ -151,45 +148,32 @@ def compute_feather(edit_mask: torch.Tensor, stride: int) -> torch.Tensor:
     return torch.stack(grown).mean(dim=0)
 
 
-class Window(NamedTuple):
-    """A rectangle of an image, in pixels as PIL counts them."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-
-def compute_window(is_white: np.ndarray, height: int, width: int) -> Window:
+def compute_window(is_white: np.ndarray, height: int, width: int) -> tuple[int, ...]:
     """Compute the window of an image, around the white pixels of its mask, that is edited by itself.
 
     The window has the proportions of `height` × `width`. Its sides are 1.5 times those of the white area, and at least
     `height` × `width`, as far as the image allows. Without white pixels it is in the middle of the image.
 
+    Returns:
+        Left, top, right and bottom, in pixels as PIL counts them.
+
     Raises:
         ValueError: If a window of these proportions inside the image cannot hold all white pixels.
     """
-    image_height, image_width = is_white.shape
-    rows, columns = np.flatnonzero(is_white.any(axis=1)), np.flatnonzero(is_white.any(axis=0))
-    if not len(rows):
-        rows, columns = [image_height // 2], [image_width // 2]
-    white = Window(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    white_width, white_height = white.right - white.left, white.bottom - white.top
+    image_size, size = np.array(is_white.shape[::-1]), np.array([width, height])
+    box = Image.fromarray(is_white).getbbox() or (*image_size // 2, *image_size // 2)
+    first, last = np.array(box[:2]), np.array(box[2:])
     # In units of the model's size; the window must fit into the image.
-    scale = max(1, WINDOW_MARGIN * white_width / width, WINDOW_MARGIN * white_height / height)
-    scale = min(scale, image_width / width, image_height / height)
-    window_width, window_height = min(round(width * scale), image_width), min(round(height * scale), image_height)
-    if white_width > window_width or white_height > window_height:
+    scale = min(max(1, *WINDOW_MARGIN * (last - first) / size), *image_size / size)
+    window_size = np.minimum(np.round(size * scale).astype(int), image_size)
+    if (last - first > window_size).any():
         raise ValueError(
-            f"`mask_image` is white over {white_width}×{white_height} pixels, more than a window of the proportions of "
-            f"{width}×{height} inside the image can hold; leave `crop_to_mask` out, or pass another `height` and "
-            "`width`."
+            f"`mask_image` is white over {'×'.join(map(str, last - first))} pixels, more than a window of the "
+            f"proportions of {width}×{height} inside the image can hold; leave `crop_to_mask` out, or pass another "
+            "`height` and `width`."
         )
-    left = (white.left + white.right - window_width) // 2
-    top = (white.top + white.bottom - window_height) // 2
-    left = min(max(left, 0), image_width - window_width)
-    top = min(max(top, 0), image_height - window_height)
-    return Window(left, top, left + window_width, top + window_height)
+    corner = np.clip((first + last - window_size) // 2, 0, image_size - window_size)
+    return *corner.tolist(), *(corner + window_size).tolist()
 
 
 def repeat_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -241,10 +225,12 @@ class EditRegion:
         masks = list_images(mask_image)
         count = compute_batch_size(image=images, mask_image=masks)
         masks = [prepare_mask(masks[i % len(masks)], images[i % len(images)].size) for i in range(count)]
-        windows = [Window(0, 0, mask.shape[1], mask.shape[0]) for mask in masks]
+        windows: list[tuple[int, ...]] = [(0, 0, mask.shape[1], mask.shape[0]) for mask in masks]
         if crop_to_mask:
             windows = [compute_window(mask, *size) for mask in masks]
-            masks = [mask[w.top : w.bottom, w.left : w.right] for mask, w in zip(masks, windows, strict=True)]
+            masks = [
+                mask[top:bottom, left:right] for mask, (left, top, right, bottom) in zip(masks, windows, strict=True)
+            ]
         for message in filter(None, {describe_lost_white(mask, *size, resize_mode) for mask in masks}):
             warnings.warn(message, stacklevel=4)  # torch's no_grad is between the pipeline and its caller.
         edit_mask = torch.stack([compute_edit_mask(mask, *size, stride, resize_mode) for mask in masks])
