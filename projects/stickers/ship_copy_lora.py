@@ -26,61 +26,7 @@ from editar_hf.training.validation import build_contact_sheet
 
 IMAGE_FILE = "copies.png"
 NUM_SHOWN, ENLARGED = 6, 128
-CARD = """\
----
-license: apache-2.0
-library_name: editar-hf
-pipeline_tag: image-to-image
-tags: [editar, image-editing, lora]
----
-
-# sticker-copy-lora
-
-A LoRA adapter that teaches the [sticker editor](../sticker-editor/README.md) a new operation, "copy the
-red circle to the top left": the sticker stays where it is and comes again at another place, in the same size.
-
-```python
-from PIL import Image, ImageDraw
-from editar_hf import EditARPipeline
-
-pipe = EditARPipeline.from_pretrained("{model}")
-pipe.load_lora_weights("{folder}")
-image = Image.new("RGB", (64, 64), "grey")
-ImageDraw.Draw(image).ellipse((43, 43, 61, 61), fill=(205, 0, 30))
-copied = pipe("copy the red circle to the top left", image=image, do_sample=False).images[0]
-```
-
-## Training
-
-300 pairs of the new operation from `projects/stickers/make_copy_edits.py`, three draws in ten, and 6,000 pairs of the
-operations the editor knows, a third of them moves, from `projects/stickers/make_sticker_edits.py` with a seed of its
-own.
-Rank {rank}, alpha {alpha:g}, on {modules}{trained_whole}.
-`bash projects/stickers/train_copy_lora.sh` makes the data, trains, measures and writes this card, with seed 0;
-hardware: {hardware}.
-
-## Figures
-
-Share of edits done on test samples, in per cent, decoded at the setting {setting};
-`projects/stickers/stickers.py` says what counts as done.
-
-| | samples | ceiling | without the adapter | with it | |
-|---|---|---|---|---|---|
-{rows}
-
-With the adapter, {adapted[inside]:.1%} of the images have the copy where it was asked for, and {adapted[outside]:.1%}
-keep what is further than a token from it, the original included. Without the adapter these shares are
-{without[inside]:.1%} and {without[outside]:.1%}: the editor takes the words for those of a move. With the adapter
-switched off (`disable_lora()`), the editor gives the tokens that it gave before.
-
-The first test samples of the new operation, as source, without the adapter, with it, and target:
-
-![source, without, with, target]({image})
-
-## Licence
-
-Apache-2.0, like the weights it adapts. The photographs are public domain or CC0.
-"""
+CARD = Path(__file__).with_name("copy_lora_card.md")
 
 
 @dataclass
@@ -142,7 +88,7 @@ def main():
     config = json.loads((args.adapter / CONFIG_FILE).read_text())
     results = {path.stem: json.loads(path.read_text()) for path in args.figures.glob("*.json")}
     (setting,) = results["new-with"].keys() - {"ceiling"}
-    card = CARD.format(
+    card = CARD.read_text(encoding="utf-8").format(
         model=args.model,
         folder=args.output_dir,
         rank=config["r"],
