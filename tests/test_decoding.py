@@ -2,13 +2,10 @@
 
 import copy
 import functools
-import math
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from plain_decoding import (
     GREEDY,
@@ -22,8 +19,6 @@ from plain_decoding import (
 from tiny import NUM_CODES, NUM_TEXT_TOKENS, build_transformer
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
-
-from editar_hf.generation.cache import SourceCache, attend_to_sources
 
 
 NUM_TOKENS = 16
@@ -206,7 +201,7 @@ def test_criteria_and_streamer_hear_of_every_token_until_all_rows_are_to_stop(mo
     assert listener.num_ends == 1
 
 
-# Logits, and attention to shared sources
+# Logits, and shared sources
 
 
 def compute_plain_guided_logits(model, row, tokens):
@@ -275,25 +270,6 @@ def test_images_of_one_source_share_its_prefill_and_get_the_tokens_they_get_alon
         one = slice(row, row + 1)
         alone = model.generate(source[one], prompts[one], **how, generator=seed_generators(row + 1))
         assert torch.equal(alone[0], together[row])
-
-
-def test_attention_to_shared_sources_in_bf16_is_that_to_copies_up_to_rounding():
-    """Two branches of four images, two of each source: rows 0, 1, 4 and 5 read the first."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, 4, 40, 16, generator=generator).bfloat16()
-
-    source_keys, source_values, (query, keys, values) = draw(2), draw(2), draw(3, 8)
-    bias, layer = torch.full((40, 40), -math.inf).triu(1), SimpleNamespace(layer_idx=0)
-    source = SourceCache(source_keys, [source_keys], [source_values], 1, 40, num_rows=8, num_images=4)
-    shared, _ = attend_to_sources(layer, query, keys, values, bias[None, None], 0.25, [source])
-    rows = [0, 0, 1, 1] * 2
-    keys, values = torch.cat([source_keys[rows], keys], dim=2), torch.cat([source_values[rows], values], dim=2)
-    bias = torch.cat([torch.zeros(40, 40), bias], dim=1).double()
-    exact = F.scaled_dot_product_attention(*(x.double() for x in (query, keys, values)), attn_mask=bias, scale=0.25)
-    error = shared.transpose(1, 2) - exact
-    assert error.square().mean().sqrt() < torch.finfo(torch.bfloat16).eps * exact.std()
 
 
 # Source caches

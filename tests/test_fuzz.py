@@ -42,10 +42,6 @@ class Case(NamedTuple):
     run: Callable[[Path], object]
 
 
-class OutOfTimeError(BaseException):
-    """Beyond what `except Exception` catches."""
-
-
 @functools.cache
 def get_pipeline() -> EditARPipeline:
     return build_pipeline()
@@ -135,8 +131,7 @@ def damage_bytes(content: bytes) -> Iterator[tuple[str, bytes]]:
 
 def list_image_files() -> Iterator[tuple[str, bytes]]:
     """List odd and damaged image files."""
-    noise, exif = draw_image(0, 40, 24), Image.Exif()
-    exif[0x0112] = 6
+    noise = draw_image(0, 40, 24)
 
     def encode(kind, **options):
         file = io.BytesIO()
@@ -145,10 +140,6 @@ def list_image_files() -> Iterator[tuple[str, bytes]]:
 
     for kind in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"):
         yield from ((f"{damage}.{kind.lower()}", content) for damage, content in damage_bytes(encode(kind)))
-    turned = encode("JPEG", exif=exif)
-    yield "turned.jpg", turned
-    yield "EXIF damaged.jpg", turned.replace(b"Exif\0\0MM", b"Exif\0\0M\xff").replace(b"Exif\0\0II", b"Exif\0\0I\xff")
-    yield "profile.png", encode("PNG", icc_profile=b"RGB " * 8)
     yield "animated.gif", encode("GIF", save_all=True, append_images=[draw_image(1)])
     yield "huge.png", encode("PNG").replace(noise.width.to_bytes(4), (60000).to_bytes(4), 1)
 
@@ -245,21 +236,18 @@ def is_sane(result) -> bool:
 
 def find_fault(case: Case) -> str | None:
     """Run a case; say what is wrong with its end."""
-
-    def stop(*_):
-        raise OutOfTimeError(f"took more than {TIME_LIMIT} seconds")
-
-    previous = signal.signal(signal.SIGALRM, stop)
+    # A KeyboardInterrupt passes every `except Exception`.
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(TIME_LIMIT)
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = case.run(Path(folder))
             return None if is_sane(result) else f"the result is {result!r:.200}"
-    except (Exception, OutOfTimeError) as error:
+    except KeyboardInterrupt:
+        return f"took more than {TIME_LIMIT} seconds"
+    except Exception as error:
         is_refusal = isinstance(error, ValueError | TypeError | RuntimeError | OSError)
-        # These kinds of RuntimeError say that something was not foreseen.
-        is_refusal = is_refusal and not isinstance(error, RecursionError | NotImplementedError)
         if is_refusal and any(name in str(error) for name in case.names):
             return None
         *_, last = traceback.extract_tb(error.__traceback__)

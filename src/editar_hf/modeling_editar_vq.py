@@ -8,6 +8,7 @@ Source: LlamaGen (arXiv 2406.06525), section 2.1; the convolution stack is VQGAN
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -123,27 +124,17 @@ class EditARVQAttnBlock(nn.Module):
         return hidden_states + self.proj_out(attended.squeeze(1).transpose(1, 2).unflatten(2, grid_size))
 
 
-class EditARVQDownsample(nn.Module):
-    """Stride-2 convolution that halves height and width."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # Parity: the published tokenizer pads on the right and at the bottom only.
-        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+def build_downsample(channels: int) -> nn.Sequential:
+    """Build a convolution that halves height and width."""
+    # Parity: the published tokenizer pads on the right and at the bottom only.
+    pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+    return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
-class EditARVQUpsample(nn.Module):
-    """Nearest-neighbour doubling of height and width, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(hidden_states, scale_factor=2, mode="nearest"))
+def build_upsample(channels: int) -> nn.Sequential:
+    """Build a nearest-neighbour doubling of height and width, then a convolution."""
+    conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
 class EditARVQLevel(nn.Module):
@@ -170,7 +161,7 @@ class EditARVQEncoderLevel(EditARVQLevel):
 
     def __init__(self, config: EditARVQConfig, in_channels: int, out_channels: int, is_last: bool):
         super().__init__(config, in_channels, out_channels, config.num_res_blocks, attention=is_last)
-        self.downsample = nn.Identity() if is_last else EditARVQDownsample(out_channels)
+        self.downsample = nn.Identity() if is_last else build_downsample(out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.downsample(super().forward(hidden_states))
@@ -181,7 +172,7 @@ class EditARVQDecoderLevel(EditARVQLevel):
 
     def __init__(self, config: EditARVQConfig, in_channels: int, out_channels: int, is_first: bool, is_last: bool):
         super().__init__(config, in_channels, out_channels, config.num_res_blocks + 1, attention=is_first)
-        self.upsample = nn.Identity() if is_last else EditARVQUpsample(out_channels)
+        self.upsample = nn.Identity() if is_last else build_upsample(out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.upsample(super().forward(hidden_states))
