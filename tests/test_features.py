@@ -210,6 +210,9 @@ def test_features_are_of_channels_resized_in_floating_point(networks):
 
 
 @pytest.mark.parametrize("name", features.DEFAULT_MODELS)
-def test_a_missing_folder_is_called_missing(name):
+def test_what_is_missing_is_named(name):
+    if features.DEFAULT_MODELS[name] is None:
+        with pytest.raises(ValueError, match=f"`{name}_model` is missing; pass the "):
+            load_network(name)
     with pytest.raises(ValueError, match=f"`{name}_model` is '/no/where': there is no such folder"):
         load_network(name, "/no/where")

@@ -16,12 +16,10 @@ COMPARED_LAYERS = (1, 4, 7, 9, 10, 11, 12)
 # Layer 0 is a convolution and layer 1 its rectifier. All other layers but these are fire modules.
 POOLING_LAYERS = (2, 5, 8)
 NUM_LAYERS = 13
-# The side of the smallest image of which the last pooling leaves something.
-LPIPS_SMALLEST_SIDE = 17
 
 
 class LPIPS(nn.Module):
-    """Compute the learned perceptual distance of two images.
+    """Compute the learned perceptual distance of two images, whose sides have at least 17 pixels.
 
     Args:
         weights (`dict[str, torch.Tensor]`): The tensors of `squeezenet1_1-b8a52dc0.pth` and `squeeze.pth` together,

@@ -20,11 +20,6 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 from ..checks import check_choice
 
 
-SSIM_WINDOW = 11
-# The side at which the window still fits into the last of five scales.
-MS_SSIM_SMALLEST_SIDE = SSIM_WINDOW * 2**4
-
-
 # Pixels
 
 
@@ -105,8 +100,7 @@ def compute_ssim(
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", equation 13.
     """
-    compute_map = partial(ssim, window_size=SSIM_WINDOW, eps=0.0)
-    return average_map(compute_map, images, references, mask, masked_mean, border)
+    return average_map(partial(ssim, window_size=11, eps=0.0), images, references, mask, masked_mean, border)
 
 
 def compute_ms_ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
