@@ -6,7 +6,7 @@ import plain_metric_models as plain
 import pytest
 import torch
 import torchmetrics
-from tiny_metrics import build_inception, build_lpips, draw_lpips_weights, save_lpips
+from tiny_metrics import build_inception, build_lpips, draw_weights, save_lpips
 
 from editar_hf.evaluation.features import load_network
 
@@ -75,7 +75,7 @@ def test_narrow_networks_of_seeded_weights_have_their_golden_values():
 
 
 def test_missing_weights_are_named(tmp_path):
-    weights = draw_lpips_weights()
+    weights = draw_weights(plain.compute_lpips, 2)
     del weights["features.3.squeeze.bias"]
     save_lpips(weights, tmp_path / "lpips")
     with pytest.raises(ValueError, match=r"`lpips_model` is .*/lpips', which holds other weights: .*3/squeeze/bias"):

@@ -81,26 +81,21 @@ def build_segmentation_model():
     return redraw_weights(MaskFormerForInstanceSegmentation(config), scale=0.5), processor
 
 
-def draw_lpips_weights():
-    """Draw what the published files of LPIPS hold, for a narrow network."""
+def draw_weights(compute, num_images):
+    """Draw what the public files of LPIPS or FID's Inception hold, for a narrow network."""
     weights = plain.Weights(divisor=16)
-    plain.compute_lpips(weights, *torch.zeros(2, 1, 3, 64, 64))
-    return weights
-
-
-def draw_inception_weights():
-    """Draw what the published file of FID's Inception holds, for a narrow network of 128 features."""
-    weights = plain.Weights(divisor=16)
-    plain.compute_inception_features(weights, torch.zeros(1, 3, 80, 80))
-    return weights
+    compute(weights, *torch.zeros(num_images, 1, 3, 80, 80))
+    return dict(weights)
 
 
 def build_lpips():
-    return LPIPS({name.replace(".", "/"): tensor for name, tensor in draw_lpips_weights().items()})
+    return LPIPS({name.replace(".", "/"): tensor for name, tensor in draw_weights(plain.compute_lpips, 2).items()})
 
 
 def build_inception():
-    return FIDInception({name.replace(".", "/"): tensor for name, tensor in draw_inception_weights().items()})
+    """Build FID's Inception with 128 features."""
+    weights = draw_weights(plain.compute_inception_features, 1)
+    return FIDInception({name.replace(".", "/"): tensor for name, tensor in weights.items()})
 
 
 def save_lpips(weights, folder):
@@ -115,8 +110,8 @@ def save_models(folder):
     """Save a tiny editor and tiny models that score, each in a folder by its name."""
     build_pipeline(grid_size=8).save_pretrained(folder / "editar")
     build_dino().save_pretrained(folder / "structure")
-    save_lpips(draw_lpips_weights(), folder / "lpips")
-    torch.save(dict(draw_inception_weights()), folder / "inception")
+    save_lpips(draw_weights(plain.compute_lpips, 2), folder / "lpips")
+    torch.save(draw_weights(plain.compute_inception_features, 1), folder / "inception")
     builders = {"clip": build_clip, "depth": build_depth_model, "segmentation": build_segmentation_model}
     for name, build in builders.items():
         for part in build():

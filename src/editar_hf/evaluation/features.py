@@ -152,12 +152,8 @@ def compute_lpips(
 def encode_keys(network: Network, images: torch.Tensor, pixel_scale: int = 255, antialias: bool = True) -> torch.Tensor:
     """Encode the keys (batch, tokens, dim) of a DINO's last layer, heads side by side, the class token's first.
 
-    Args:
-        network (`Network`): The DINO.
-        images (`torch.Tensor` of shape `(batch, 3, height, width)`): In [0, 1].
-        pixel_scale (`int`, *optional*, defaults to 255): The value of white before normalisation. The published figures
-            were computed with 255; the network was trained with 1.
-        antialias (`bool`, *optional*, defaults to `True`): Filter images when they are made smaller.
+    `pixel_scale` is the value of white before normalisation. The published figures were computed with 255; the network
+    was trained with 1. `antialias` filters images when they are made smaller.
 
     Source: the evaluation of PnPInversion (arXiv 2310.01506): a shorter side of 224, a longer one of at most 480.
     """
