@@ -162,7 +162,8 @@ class EditARGenerationMixin(GenerationMixin):
         sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         arguments = {"guidance_scale": guidance_scale, **sampling}
         settings = resolve_settings(self.generation_config, generation_config, arguments)
-        grid = self.resolve_grid(grid_height, grid_width)
+        grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
+        grid = {"grid_height": grid_height, "grid_width": grid_width}
         if prompt_embeds is None:
             raise ValueError("`prompt_embeds` is None; pass the text encoder's states of the prompt.")
         batch_size, device = len(prompt_embeds), prompt_embeds.device
@@ -176,7 +177,7 @@ class EditARGenerationMixin(GenerationMixin):
         image_scale = 1 if image_guidance_scale is None else image_guidance_scale
         check_decoding(decoding, num_draft_tokens, image_scale, has_source)
 
-        num_tokens = grid["grid_height"] * grid["grid_width"]
+        num_tokens = grid_height * grid_width
         if source_image_tokens is None:
             tokens = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
         else:  # Tokens outside the edit mask are forced. Those inside it are the first drafts.
@@ -206,10 +207,6 @@ class EditARGenerationMixin(GenerationMixin):
         if not return_dict_in_generate:
             return sequences
         return EditARGenerateOutput(sequences=sequences, num_decode_steps=max(run_pass.num_passes - 1, 0))
-
-    def resolve_grid(self, grid_height: int | None, grid_width: int | None) -> dict[str, int]:
-        """Fill in and check the grid, as arguments of `forward`."""
-        return dict(zip(("grid_height", "grid_width"), self.model.resolve_grid(grid_height, grid_width), strict=True))
 
     def compile_decoding(self, **options):
         """Compile the decoding steps of `generate` for all later calls; the first calls then take longer.
@@ -251,7 +248,8 @@ class EditARGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If the tokens do not fit the grid or the vocabulary.
         """
-        grid = self.resolve_grid(grid_height, grid_width)
+        grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
+        grid = {"grid_height": grid_height, "grid_width": grid_width}
         check_source_image_tokens(self.config, source_image_tokens, **grid)
         cache = compute_source_cache(self, source_image_tokens, grid)
         cache.weight_samples = sample_weights(self.model)
