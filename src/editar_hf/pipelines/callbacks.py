@@ -1,6 +1,7 @@
 """After every token of a call: move the progress bar, draw previews, call the user's callback, stop if interrupted."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,7 +31,7 @@ class RowPreview:
         pixel_values: torch.Tensor,
         grid: tuple[int, int],
         rows_per_preview: int,
-        compose: Callable[[torch.Tensor], list[Image.Image]],
+        compose: Callable[[torch.Tensor], Any],
     ):
         self.vq_model = vq_model
         self.canvas = pixel_values.clone()
@@ -92,13 +93,13 @@ class StepReporter(StoppingCriteria):
         self.names = names
         self.preview = preview
 
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
         self.progress_bar.update()
         if self.callback is not None:
             step = input_ids.shape[1] - 1
             # A copy, because the next tokens depend on these.
             tensors = {**self.tensors, "image_tokens": input_ids.clone()}
-            shown = {name: tensors[name] for name in self.names}
+            shown: dict[str, Any] = {name: tensors[name] for name in self.names}
             if self.preview is not None and (preview := self.preview.draw(input_ids)) is not None:
                 shown["preview"] = preview
             self.callback(self.pipeline, step, step, shown)

@@ -4,7 +4,7 @@ Every error names the argument, its value, and what to do. The networks check th
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 
 import torch
 from transformers.image_utils import ImageInput
@@ -29,7 +29,7 @@ def add_task_prefixes(prompt: str | Sequence[str] | None, task: str | Sequence[s
     return None if prompt is None else list_texts(apply_task_prefix(prompt, task))
 
 
-def compute_batch_size(**inputs: Sequence | torch.Tensor | None) -> int:
+def compute_batch_size(**inputs: Sized | None) -> int:
     """Compute how many different results are asked for: as many as the longest input has entries.
 
     Raises:

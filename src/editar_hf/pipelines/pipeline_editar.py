@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ from transformers.image_utils import ImageInput
 from ..checks import check_choice, check_integer
 from ..generation import SourceCache
 from ..generation.inputs import check_decoding, check_generator, check_source_cache, resolve_settings
-from ..image_processing_editar import OUTPUT_TYPES, RESIZE_MODES, prepare_rgb_images
+from ..image_processing_editar import RESIZE_MODES, prepare_rgb_images
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel
-from ..processing_editar import EditARProcessor
+from ..processing_editar import EditARProcessor, apply_task_prefix
 from .callbacks import RowPreview, StepReporter
 from .edit_region import EditRegion, repeat_rows
 from .hub import EditARHubMixin
@@ -210,7 +211,6 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         Raises:
             ValueError: If the tokens do not fill the size or are out of range, or `output_type` is unknown.
         """
-        check_choice("output_type", output_type, OUTPUT_TYPES)
         grid = self.compute_grid(*self.resolve_size(height, width))
         return self.processor.postprocess(self.decode_pixel_values(image_tokens, grid), output_type)
 
@@ -226,8 +226,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     ) -> torch.Tensor:
         """Compute by how much the instruction lowers the likelihood of every source token: where it asks for a change.
 
-        Experimental. The method runs two teacher-forced passes whose result is the source itself, one with the
-        instruction and one with the null text. Each token is judged after the source's own tokens, so the signal is
+        Experimental. A teacher-forced pass, whose result is the source itself, runs with the instruction and with the
+        null text. Each token is judged after the source's own tokens, so the signal is
         strongest where an edit begins, and may fade in its later rows.
 
         Args:
@@ -244,24 +244,23 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         """
         pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
         grid = self.compute_grid(*pixel_values.shape[-2:])
-        prompts = add_task_prefixes(prompt, task)
+        prompts = list_texts(apply_task_prefix(prompt, task))
         batch_size = compute_batch_size(image=pixel_values, prompt=prompts)
         tokens = repeat_rows(self.encode_pixel_values(pixel_values), batch_size)
         prompt_embeds = repeat_rows(self.encode_prompt(prompts), batch_size)
-        losses = []
-        for is_dropped in (False, True):
-            drop_prompt = torch.full((batch_size,), is_dropped, device=tokens.device)
-            logits = self.transformer(
-                tokens,
-                prompt_embeds,
-                target_image_tokens=tokens,
-                drop_prompt=drop_prompt,
-                grid_height=grid[0],
-                grid_width=grid[1],
-            ).logits
-            losses.append(F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none"))
+        # One batch: first with the instructions, then without.
+        twice = tokens.repeat(2, 1)
+        logits = self.transformer(
+            twice,
+            prompt_embeds.repeat(2, 1, 1),
+            target_image_tokens=twice,
+            drop_prompt=torch.arange(2 * batch_size, device=tokens.device) >= batch_size,
+            grid_height=grid[0],
+            grid_width=grid[1],
+        ).logits
+        losses = F.cross_entropy(logits.float().transpose(1, 2), twice, reduction="none")
         self.maybe_free_model_hooks()
-        return (losses[0] - losses[1]).unflatten(1, grid)
+        return (losses[:batch_size] - losses[batch_size:]).unflatten(1, grid)
 
     def resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Fill in the model's own height and width, in pixels, and refuse what its grid does not cover."""
@@ -296,14 +295,14 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         """Encode pixels `(batch, 3, height, width)` in [−1, 1] to tokens `(batch, N)`."""
         return self.vq_model.encode(pixel_values.to(self._execution_device)).image_tokens
 
-    def decode_pixel_values(self, image_tokens: torch.LongTensor, grid: tuple[int, int]) -> torch.Tensor:
+    def decode_pixel_values(self, image_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Decode tokens `(batch, N)` to pixels `(batch, 3, height, width)` around [−1, 1], in float32."""
         return self.vq_model.decode(image_tokens.to(self._execution_device), *grid).float()
 
     def compute_source_pixels(
         self,
         pixel_values: torch.Tensor | None,
-        source_image_tokens: torch.LongTensor | None,
+        source_image_tokens: torch.Tensor | None,
         num_rows: int,
         size: tuple[int, int],
     ) -> torch.Tensor:
@@ -315,8 +314,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         return torch.zeros(num_rows, 3, *size, device=self._execution_device)
 
     def complete_tokens(
-        self, image_tokens: torch.LongTensor, source_image_tokens: torch.LongTensor | None, size: tuple[int, int]
-    ) -> torch.LongTensor:
+        self, image_tokens: torch.Tensor, source_image_tokens: torch.Tensor | None, size: tuple[int, int]
+    ) -> torch.Tensor:
         """Add the tokens that an interrupted call did not reach: the source's, or those of a grey image."""
         num_tokens = image_tokens.shape[1]
         height, width = self.compute_grid(*size)
@@ -332,7 +331,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         output_type: str = "pil",
         *,
         images: list[Image.Image] | None,
-        source_pixel_values: torch.Tensor | None,
+        source_pixel_values: torch.Tensor,
         region: EditRegion | None,
         resize_mode: str,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
@@ -347,7 +346,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             image = images[index * len(images) // len(pixel_values)].copy()
             window, weights = (0, 0, *image.size), None
             if region is not None:
-                window, weights = region.windows[index].tolist(), region.weights[index, 0].cpu().numpy()
+                left, top, right, bottom = region.windows[index].tolist()
+                window, weights = (left, top, right, bottom), region.weights[index, 0].cpu().numpy()
             result = self.processor.image_processor.restore(result, image.crop(window), resize_mode, weights)
             image.paste(result, window[:2])
             composed.append(image)
@@ -480,7 +480,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             masked = images or [Image.new("RGB", size[::-1])]
             how = size, self.vq_model.config.stride, resize_mode, mask_blend, crop_to_mask
             region = EditRegion.from_masks(mask_image, masked, *how)
-            sources = region.crop(images) if crop_to_mask else images
+            sources = region.crop(masked) if crop_to_mask else images
         if sources is not None:
             pixel_values = self.processor.image_processor.compute_pixel_values(sources, *size, resize_mode)
         num_rows = num_images_per_prompt * compute_batch_size(
@@ -502,19 +502,21 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             pixel_values = source_cache.pixel_values if pixel_values is None else pixel_values
         elif source_image_tokens is None and pixel_values is not None:
             source_image_tokens = self.encode_pixel_values(pixel_values)
-        rows = {
+        if prompts:
+            prompt_embeds = self.encode_prompt(prompts)
+        if negative_prompts:
+            negative_prompt_embeds = self.encode_prompt(negative_prompts)
+        rows: dict[str, torch.Tensor | None] = {
             "source_image_tokens": source_image_tokens,
-            "prompt_embeds": self.encode_prompt(prompts) if prompts else prompt_embeds,
-            "negative_prompt_embeds": self.encode_prompt(negative_prompts)
-            if negative_prompts
-            else negative_prompt_embeds,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
         }
         for name, entries in rows.items():
             if entries is not None:
                 dtype = self.transformer.dtype if entries.is_floating_point() else entries.dtype
                 rows[name] = repeat_rows(entries.to(device, dtype), num_rows)
         region = None if region is None else region.repeat_rows(num_rows, device)
-        source_pixel_values = None
+        source_pixel_values: Any = None
         if region is not None or preview_every is not None:
             source_pixel_values = self.compute_source_pixels(pixel_values, rows["source_image_tokens"], num_rows, size)
 
