@@ -33,13 +33,13 @@ def draw_picture(height, width, channels=3, seed=0):
     return Image.fromarray(noisy)
 
 
-def publish_square(picture, size):
-    """The published preparation, square: shortest side to `size` with Lanczos, centre crop, to [−1, 1]."""
-    scale = size / min(picture.size)
-    picture = picture.resize(tuple(round(side * scale) for side in picture.size), Image.LANCZOS)
-    pixels = np.asarray(picture).astype(np.float64)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size].transpose(2, 0, 1) / 255 * 2 - 1
+def prepare_plainly(picture, height, width, is_stretched=False):
+    """The published preparation (resize to cover with Lanczos, centre crop, to [−1, 1]), or a plain resize."""
+    scale = max(height / picture.height, width / picture.width)
+    size = (width, height) if is_stretched else tuple(round(side * scale) for side in picture.size)
+    pixels = np.asarray(picture.resize(size, Image.LANCZOS)).astype(np.float64)
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width].transpose(2, 0, 1) / 127.5 - 1
 
 
 @pytest.fixture(scope="module")
@@ -56,33 +56,16 @@ def processor(tokenizer):
 # Pictures in
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 73), (97, 61), (20, 30), (64, 65), (99, 61)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 73), (97, 61), (20, 30), (64, 65), (40, 100), (100, 40)])
+@pytest.mark.parametrize("size", [(48, 48), (32, 64)])
+@pytest.mark.parametrize("resize_mode", ["crop", "stretch"])
 @pytest.mark.filterwarnings("ignore:More than")
-def test_crop_is_the_published_preparation(height, width):
+def test_pixels_are_those_of_the_published_preparation_or_of_a_plain_resize(height, width, size, resize_mode):
     picture = draw_picture(height, width)
-    pixel_values = EditARImageProcessor(size=48)(picture).pixel_values
+    pixel_values = EditARImageProcessor(size=size, resize_mode=resize_mode)(picture).pixel_values
     assert pixel_values.dtype == torch.float32
-    assert pixel_values.shape == (1, 3, 48, 48)
-    np.testing.assert_allclose(pixel_values[0].numpy(), publish_square(picture, 48), atol=1e-6)
-
-
-@pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (64, 64)])
-@pytest.mark.filterwarnings("ignore:More than")
-def test_crop_to_a_rectangle_covers_it_and_keeps_the_centre(height, width):
-    picture = draw_picture(height, width)
-    pixel_values = EditARImageProcessor()(picture, size={"height": 32, "width": 64}).pixel_values[0]
-    scale = max(32 / height, 64 / width)
-    resized = picture.resize((round(width * scale), round(height * scale)), Image.LANCZOS)
-    left, top = (resized.width - 64) // 2, (resized.height - 32) // 2
-    expected = np.asarray(resized)[top : top + 32, left : left + 64].transpose(2, 0, 1) / 127.5 - 1
-    np.testing.assert_allclose(pixel_values.numpy(), expected, atol=1e-6)
-
-
-def test_stretch_is_a_plain_resize():
-    picture = draw_picture(40, 100)
-    pixel_values = EditARImageProcessor(size=(32, 64), resize_mode="stretch")(picture).pixel_values[0]
-    expected = np.asarray(picture.resize((64, 32), Image.LANCZOS)).transpose(2, 0, 1) / 127.5 - 1
-    np.testing.assert_allclose(pixel_values.numpy(), expected, atol=1e-6)
+    expected = prepare_plainly(picture, *size, is_stretched=resize_mode == "stretch")
+    np.testing.assert_allclose(pixel_values[0].numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -117,20 +100,16 @@ def test_transparency_is_composited_over_white():
         assert np.abs(np.asarray(prepare_rgb_image(image)) - expected).max() <= 1
 
 
-def test_a_fully_transparent_pixel_is_white_in_every_mode_with_transparency():
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.putdata([0, 1])
-    palette.info["transparency"] = 0
-    grey = Image.new("LA", (2, 1))
-    grey.putdata([(99, 0), (50, 255)])
-    keyed = Image.new("RGB", (2, 1))
-    keyed.putdata([(1, 2, 3), (40, 50, 60)])
-    keyed.info["transparency"] = (1, 2, 3)
-    for image, solid in ((palette, (40, 50, 60)), (grey, (50, 50, 50)), (keyed, (40, 50, 60))):
-        prepared = prepare_rgb_image(image)
-        assert prepared.getpixel((0, 0)) == (255, 255, 255)
-        assert prepared.getpixel((1, 0)) == solid
+@pytest.mark.parametrize("mode", ["P", "LA", "RGB"])
+def test_a_fully_transparent_pixel_is_white_in_every_mode_with_transparency(mode):
+    values = {"P": [0, 1], "LA": [(99, 0), (50, 255)], "RGB": [(1, 2, 3), (50, 50, 50)]}[mode]
+    picture = Image.new(mode, (2, 1))
+    if mode == "P":
+        picture.putpalette([10, 20, 30, 50, 50, 50])
+    picture.putdata(values)
+    picture.info["transparency"] = {"P": 0, "LA": None, "RGB": (1, 2, 3)}[mode]
+    prepared = prepare_rgb_image(picture)
+    assert [prepared.getpixel((column, 0)) for column in (0, 1)] == [(255,) * 3, (50,) * 3]
 
 
 @pytest.mark.parametrize(
@@ -188,34 +167,25 @@ def test_all_256_values_survive_the_round_trip():
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image_processor = EditARImageProcessor(size=16)
     pixel_values = image_processor(values).pixel_values
-    assert pixel_values.min() == -1
-    assert pixel_values.max() == 1
+    assert (pixel_values.min(), pixel_values.max()) == (-1, 1)
     np.testing.assert_array_equal(np.asarray(image_processor.postprocess(pixel_values)[0])[..., 0], values)
     for output_type in ("np", "pt"):
-        again = image_processor(image_processor.postprocess(pixel_values, output_type)).pixel_values
-        assert torch.equal(again, pixel_values)
+        assert torch.equal(
+            image_processor(image_processor.postprocess(pixel_values, output_type)).pixel_values, pixel_values
+        )
 
 
-def test_pictures_round_to_the_nearest_value_and_clamp():
-    levels = torch.tensor([100.4, 100.6, -30.0, 400.0])
-    pixel_values = (levels / 127.5 - 1).expand(1, 3, 1, 4)
-    pictures = EditARImageProcessor().postprocess(pixel_values)
-    assert np.asarray(pictures[0])[0, :, 0].tolist() == [100, 101, 0, 255]
-
-
-def test_output_types_have_their_layout_and_range():
+def test_output_types_have_their_layout_and_range_and_round_to_the_nearest_value():
     image_processor = EditARImageProcessor()
     pixel_values = torch.linspace(-1.5, 1.5, 2 * 3 * 4 * 8).reshape(2, 3, 4, 8).bfloat16()
-    pictures = image_processor.postprocess(pixel_values, "pil")
-    array = image_processor.postprocess(pixel_values, "np")
-    tensor = image_processor.postprocess(pixel_values, "pt")
-    assert [picture.size for picture in pictures] == [(8, 4), (8, 4)]
-    assert array.shape == (2, 4, 8, 3)
-    assert tensor.shape == (2, 3, 4, 8)
-    assert tensor.dtype == torch.float32
     expected = (pixel_values.float().clamp(-1, 1) + 1) / 2
+    tensor = image_processor.postprocess(pixel_values, "pt")
+    assert tensor.dtype == torch.float32
     torch.testing.assert_close(tensor, expected)
-    np.testing.assert_allclose(array, expected.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    expected = expected.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(image_processor.postprocess(pixel_values, "np"), expected, atol=1e-6)
+    pictures = [np.asarray(picture) for picture in image_processor.postprocess(pixel_values)]
+    np.testing.assert_allclose(pictures, expected * 255, atol=0.51)
 
 
 # Back to the source's size
@@ -324,7 +294,7 @@ def test_processor_prepares_source_target_and_prompt_for_training(processor):
 def test_processor_takes_size_and_mode_per_call(processor):
     picture = draw_picture(40, 90)
     inputs = processor(images=picture, target_images=picture, height=48, resize_mode="stretch")
-    expected = np.asarray(picture.resize((32, 48), Image.LANCZOS)).transpose(2, 0, 1) / 127.5 - 1
+    expected = prepare_plainly(picture, 48, 32, is_stretched=True)
     np.testing.assert_allclose(inputs.source_pixel_values[0].numpy(), expected, atol=1e-6)
     assert torch.equal(inputs.source_pixel_values, inputs.target_pixel_values)
 

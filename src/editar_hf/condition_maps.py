@@ -64,7 +64,12 @@ def make_depth_map(
     """
     outputs, size = run_model(image, model, image_processor)
     if model.config.model_type == "zoedepth":  # whose processor does this with torchvision
-        depth = resize_padded_depth(outputs.predicted_depth[0].float(), size, image_processor.do_pad)
+        # Source: the padding of ZoeDepth (arXiv 2302.12288): 3 √(side / 2) pixels before and behind each side.
+        height, width = size
+        top, left = (int(3 * (side / 2) ** 0.5) * image_processor.do_pad for side in size)
+        padded_size = (height + 2 * top, width + 2 * left)
+        padded = F.interpolate(outputs.predicted_depth[None].float(), padded_size, mode="bicubic")[0, 0]
+        depth = padded[top : top + height, left : left + width]
     else:
         (result,) = image_processor.post_process_depth_estimation(outputs, target_sizes=[size])
         depth = result["predicted_depth"].float()
@@ -73,17 +78,6 @@ def make_depth_map(
     # A wall that is everywhere as far away has no range to spread.
     spread = (depth - depth.min()) / (depth.max() - depth.min()).clamp(min=torch.finfo(torch.float32).tiny)
     return Image.fromarray((spread * 255).round().byte().numpy()).convert("RGB")
-
-
-def resize_padded_depth(depth: torch.Tensor, size: tuple[int, int], is_padded: bool) -> torch.Tensor:
-    """Bring depth (rows, columns) of an image that was padded to that of its inside, of `size` (height, width).
-
-    Source: the padding of ZoeDepth (arXiv 2302.12288): 3 √(side / 2) pixels before and behind each side.
-    """
-    padding = [int(3 * (side / 2) ** 0.5) if is_padded else 0 for side in size]
-    padded_size = [side + 2 * before for side, before in zip(size, padding, strict=True)]
-    padded = F.interpolate(depth[None, None], padded_size, mode="bicubic")[0, 0]
-    return padded[padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
 
 
 @torch.no_grad()
