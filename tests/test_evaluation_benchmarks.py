@@ -352,8 +352,10 @@ def test_samples_whose_images_or_turns_do_not_fit_are_refused(monkeypatch):
         ({"previous": "three"}, "`previous` of two is 'three', not the sample before"),
     ):
         samples = [Sample("one", "p", draw_image(0)), Sample("two", "p", draw_image(0), **changes)]
-        reader = lambda source, samples=samples: ((sample.id, lambda sample=sample: sample) for sample in samples)  # noqa: E731
-        monkeypatch.setitem(BENCHMARKS, "folder", replace(BENCHMARKS["folder"], read=reader))
+        listed = {sample.id: sample for sample in samples}
+        functions = {"list_entries": lambda source, listed=listed: listed.items()}
+        functions["make_sample"] = lambda source, sample_id, entry: entry
+        monkeypatch.setitem(BENCHMARKS, "folder", replace(BENCHMARKS["folder"], **functions))
         with pytest.raises(ValueError, match=message):
             Benchmark("folder", "here")
 

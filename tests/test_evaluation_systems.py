@@ -290,9 +290,13 @@ def test_a_model_that_is_missing_is_called_missing(name, options):
     ("name", "options", "message"),
     [
         ("dance", {}, "`system` is 'dance'; choose one of 'editar', 'copy-source'"),
-        ("copy-source", {"model": "m"}, "`model` is 'm'; the system copy-source has no such option"),
-        ("editar", {"model": ".", "reconstruct": "c"}, "`reconstruct` is 'c'; the system editar has no such option"),
-        ("editar", {}, "`model` is missing; the system editar needs it"),
+        ("copy-source", {"model": "m"}, "`system` copy-source: got an unexpected keyword argument 'model'"),
+        (
+            "editar",
+            {"model": ".", "reconstruct": "c"},
+            "`system` editar: got an unexpected keyword argument 'reconstruct'",
+        ),
+        ("editar", {}, "`system` editar: missing a required argument: 'model'"),
         ("command", {"command": "edit"}, "`command` is 'edit'; it must hold {image} and {output}"),
         ("editar", {"model": ".", "dtype": "int8"}, "`dtype` is 'int8'; choose one of 'float32'"),
         ("editar", {"model": ".", "quantize": "ceil"}, "`quantize` is 'ceil'; choose one of"),

@@ -21,7 +21,7 @@ from stickers import TRANSLATIONS, compute_outside_psnr, score_sample
 
 from editar_hf import EditARPipeline
 from editar_hf.commands import main
-from editar_hf.evaluation.benchmarks import BENCHMARKS, Kind, Sample, Samples, decode_image, read_rows
+from editar_hf.evaluation.benchmarks import BENCHMARKS, Kind, Sample, decode_image, list_rows
 from editar_hf.evaluation.processes import get_process
 from editar_hf.evaluation.table import METRICS, Metric, Pair
 
@@ -39,13 +39,8 @@ TITLES = {
 }
 
 
-def read_stickers(source: str) -> Samples:
-    """Read the test split that `make_sticker_edits.py` wrote."""
-    for sample_id, row in read_rows(source, "test"):
-        yield sample_id, partial(make_sample, sample_id, row)
-
-
-def make_sample(sample_id: str, row: dict) -> Sample:
+def make_sample(source: str, sample_id: str, row: dict) -> Sample:
+    """Make a sample of the test split that `make_sticker_edits.py` wrote."""
     details = json.loads(row["details"])
     part = "" if details["part"] == "seen" else f" ({details['part'].replace('_', ' ')})"
     return Sample(
@@ -89,7 +84,7 @@ def make_metrics(vq_model: str | None) -> dict[str, Metric]:
 
     def pick(name: str):
         """Pick a score; it is NaN where it does not apply."""
-        return lambda pair, networks: score(pair).get(name, math.nan)
+        return lambda pair, network: score(pair).get(name, math.nan)
 
     shares = {name: Metric(title, pick(name), 1e2) for name, title in TITLES.items()}
     return shares | {"outside_psnr": Metric("PSNR outside", pick("outside_psnr"))}
@@ -103,7 +98,7 @@ def run(words: Sequence[str]) -> int:
     args, words = parser.parse_known_args(words)
     BENCHMARKS["sticker-edits"] = Kind(
         "stickers on photographs; a folder that projects/stickers/make_sticker_edits.py wrote",
-        read_stickers,
+        *(partial(list_rows, split="test"), make_sample),
         ("done", "inside", "outside", "psnr_unedited", "ssim_unedited", "psnr"),
         ("outside", "inside"),
     )

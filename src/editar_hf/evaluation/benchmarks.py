@@ -1,8 +1,9 @@
 """The benchmarks as generators of samples, read from what their authors published.
 
 `Benchmark(name, source)` reads and checks all samples once; `read()` then yields them as often as needed. `BENCHMARKS`
-lists the benchmarks by name, and a project may add its own. A reader takes the source and yields for each sample its id
-and a function that makes it. So samples that are not wanted are not decoded, and errors name the sample.
+lists the benchmarks by name, and a project may add its own. Each has a function that lists the ids of its samples with
+their entries in the source, and one that makes a sample of an entry. So samples that are not wanted are not decoded,
+and errors name the sample.
 
 The source of `folder` is any folder of images with a `metadata.jsonl`, whose lines are such as
 
@@ -19,10 +20,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -81,7 +83,7 @@ class Sample:
         return (self.target_image or self.source_image).size
 
 
-Samples = Iterator[tuple[str, Callable[[], Sample]]]
+Entries = Iterator[tuple[str, Any]]
 
 
 @contextmanager
@@ -118,18 +120,15 @@ PIE_CATEGORIES = {
 }
 
 
-def read_pie_bench(source: str) -> Samples:
-    """Read PIE-Bench from its authors' folder."""
-    folder = Path(source)
-    for key, entry in read_json(folder / "mapping_file.json").items():
-        yield key, partial(make_pie_sample, folder, key, entry)
+def list_pie_bench(source: str) -> Entries:
+    yield from read_json(Path(source) / "mapping_file.json").items()
 
 
-def make_pie_sample(folder: Path, key: str, entry: dict) -> Sample:
+def make_pie_sample(source: str, sample_id: str, entry: dict) -> Sample:
     return Sample(
-        id=key,
+        id=sample_id,
         prompt=entry["editing_instruction"],
-        source_image=open_image(folder / "annotation_images" / entry["image_path"]),
+        source_image=open_image(Path(source) / "annotation_images" / entry["image_path"]),
         category=list(PIE_CATEGORIES)[int(entry["editing_type_id"])],
         mask=Image.fromarray(decode_mask(entry["mask"])),
         target_prompt=entry["editing_prompt"].replace("[", "").replace("]", ""),
@@ -150,8 +149,8 @@ def decode_mask(runs: list[int]) -> np.ndarray:
 # Depth, canny, segmentation. Source: the evaluation sets of ControlNet++ (arXiv 2404.07987), which EditAR shares.
 
 
-def read_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Read the rows of a split with their ids, from a folder of parquet files or a data set on the Hub."""
+def list_rows(source: str, split: str = "validation") -> Entries:
+    """List the rows of a split, from a folder of parquet files or a data set on the Hub."""
     check_folder_or_hub_id(source, "source")
     folder = Path(source)
     if not folder.exists():
@@ -181,13 +180,7 @@ def crop(image: Image.Image, resolution: int, resampling=Image.Resampling.LANCZO
     return resized.crop((found.left, found.top, found.left + resolution, found.top + resolution))
 
 
-def read_translations(source: str, resolution: int = RESOLUTION, *, task: str) -> Samples:
-    """Read images, captions and condition maps."""
-    for sample_id, row in read_rows(source, "validation"):
-        yield sample_id, partial(make_translation, task, sample_id, row, resolution)
-
-
-def make_translation(task: str, sample_id: str, row: dict, resolution: int) -> Sample:
+def make_translation(task: str, source: str, sample_id: str, row: dict, resolution: int = RESOLUTION) -> Sample:
     def prepare(name: str) -> Image.Image:
         return crop(prepare_rgb_image(decode_image(row[name])), resolution)
 
@@ -218,54 +211,52 @@ def read_labels(image: Image.Image) -> Image.Image:
 # MagicBrush. Source: arXiv 2306.10012 and its evaluation code.
 
 
-def read_magicbrush(source: str, is_multi_turn: bool = False) -> Samples:
-    """Read MagicBrush's unzipped test set: every turn from its true source.
-
-    With `is_multi_turn`, a turn edits the result of the turn before, and only the last turn of a session counts.
-    """
-    folder = Path(source)
-    captions = read_json(folder / "local_descriptions.json")
-    for session, turns in read_json(folder / "edit_sessions.json").items():
-        for number, turn in enumerate(turns, 1):
-            chain = {}
-            if is_multi_turn:
-                chain["previous"] = f"{session}-{number - 1}" if number > 1 else None
-                chain["is_scored"] = number == len(turns)
-            images, sample_id = folder / "images" / session, f"{session}-{number}"
-            yield sample_id, partial(make_turn, sample_id, turn, images, captions.get(session, {}), chain)
+def list_turns(source: str) -> Entries:
+    """List the turns of MagicBrush's unzipped test set, with their sessions and the captions of these."""
+    captions = read_json(Path(source) / "local_descriptions.json")
+    for session, turns in read_json(Path(source) / "edit_sessions.json").items():
+        for number in range(1, len(turns) + 1):
+            yield f"{session}-{number}", (session, number, turns, captions.get(session, {}))
 
 
-def make_turn(sample_id: str, turn: dict, images: Path, captions: dict[str, str], chain: dict) -> Sample:
-    source, target = (open_image(images / turn[name]) for name in ("input", "output"))
+def make_turn(source: str, sample_id: str, entry: tuple[str, int, list, dict]) -> Sample:
+    """Make a turn from its true source."""
+    session, number, turns, captions = entry
+    turn = turns[number - 1]
+    image, target = (open_image(Path(source) / "images" / session / turn[name]) for name in ("input", "output"))
     return Sample(
         id=sample_id,
         prompt=turn["instruction"],
         # The evaluation code resizes predictions to the size of the truth, so the source is resized to it first.
-        source_image=source if source.size == target.size else source.resize(target.size, Image.Resampling.BICUBIC),
-        category=f"turn {sample_id.rpartition('-')[2]}",
+        source_image=image if image.size == target.size else image.resize(target.size, Image.Resampling.BICUBIC),
+        category=f"turn {number}",
         target_image=target,
         target_prompt=captions[turn["output"]],
-        **chain,
     )
+
+
+def make_chained_turn(source: str, sample_id: str, entry: tuple[str, int, list, dict]) -> Sample:
+    """Make a turn that edits the result of the turn before; only the last turn of a session counts."""
+    session, number, turns, _ = entry
+    previous = f"{session}-{number - 1}" if number > 1 else None
+    return replace(make_turn(source, sample_id, entry), previous=previous, is_scored=number == len(turns))
 
 
 # Any folder
 
 
-def read_folder(source: str) -> Samples:
-    """Read the samples that `metadata.jsonl` lists."""
+def list_lines(source: str) -> Entries:
     path = Path(source) / "metadata.jsonl"
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             with naming(f"line {number} of {path}"):
                 entry = {name: value for name, value in json.loads(line).items() if value is not None}
-            entry = {"id": f"{number:05}"} | entry
-            yield entry["id"], partial(make_folder_sample, Path(source), entry)
+            yield entry.setdefault("id", f"{number:05}"), entry
 
 
-def make_folder_sample(folder: Path, entry: dict) -> Sample:
+def make_folder_sample(source: str, sample_id: str, entry: dict) -> Sample:
     words = {name: value for name, value in entry.items() if not name.endswith("_file_name")}
-    files = {name.removesuffix("_file_name"): folder / entry[name] for name in entry.keys() - words.keys()}
+    files = {name.removesuffix("_file_name"): Path(source) / entry[name] for name in entry.keys() - words.keys()}
     mask = files.pop("mask", None)
     images = {name: open_image(file) for name, file in files.items()}
     if mask is not None:
@@ -289,7 +280,8 @@ class Kind:
 
     Args:
         summary (`str`): What it is.
-        read (`Callable`): Its reader.
+        list_entries (`Callable`): Yields the id and the entry of each sample of a source.
+        make_sample (`Callable`): Makes a sample from the source, its id and its entry.
         metrics (tuple of `str`): Its table's columns, keys of `table.METRICS`. The first ranks samples in reports.
         trade_off (tuple of two `str`): What guidance plots show: how much is kept, and how well it is edited.
         default_source (`str`, *optional*): The Hub id it is published under.
@@ -299,7 +291,8 @@ class Kind:
     """
 
     summary: str
-    read: Callable[..., Samples]
+    list_entries: Callable[[str], Entries]
+    make_sample: Callable[..., Sample]
     metrics: tuple[str, ...]
     trade_off: tuple[str, str]
     default_source: str | None = None
@@ -310,10 +303,10 @@ class Kind:
     def read_samples(self, source: str, wanted: Container[str] | None = None, **options) -> Iterator[Sample]:
         """Read the samples, or those whose ids are in `wanted`."""
         with naming(source):
-            for sample_id, make in self.read(source, **options):
+            for sample_id, entry in self.list_entries(source):
                 if wanted is None or sample_id in wanted:
                     with naming(f"sample {sample_id}"):
-                        sample = make()
+                        sample = self.make_sample(source, sample_id, entry, **options)
                         check_sample(sample)
                     yield sample
 
@@ -344,7 +337,7 @@ MAGICBRUSH = {
 BENCHMARKS = {
     "pie-bench": Kind(
         "PIE-Bench: 700 edits with masks; a folder with mapping_file.json and annotation_images/",
-        read_pie_bench,
+        *(list_pie_bench, make_pie_sample),
         (
             *("structure_distance", "psnr_unedited", "lpips_unedited", "mse_unedited", "ssim_unedited"),
             *("clip_whole", "clip_edited"),
@@ -354,30 +347,32 @@ BENCHMARKS = {
     ),
     "depth": Kind(
         "images from depth maps",
-        partial(read_translations, task="depth"),
+        *(list_rows, partial(make_translation, "depth")),
         *(("depth_rmse", "fid"), ("depth_rmse", "fid"), DEPTH_EVAL, 5000),
     ),
     "canny": Kind(
         "images from canny edges, those of the depth benchmark's images",
-        partial(read_translations, task="canny"),
+        *(list_rows, partial(make_translation, "canny")),
         *(("edge_f1", "edge_ms_ssim", "edge_psnr", "fid"), ("edge_f1", "fid"), DEPTH_EVAL, 5000),
     ),
     "segmentation": Kind(
         "images from COCOStuff segmentation maps",
-        partial(read_translations, task="segmentation"),
+        *(list_rows, partial(make_translation, "segmentation")),
         *(("mean_iou", "fid"), ("mean_iou", "fid"), CAPTIONED_COCO, 5000),
     ),
     "magicbrush": Kind(
-        "MagicBrush's test set, each turn from the true image; its unzipped folder", read_magicbrush, **MAGICBRUSH
+        "MagicBrush's test set, each turn from the true image; its unzipped folder",
+        *(list_turns, make_turn),
+        **MAGICBRUSH,
     ),
     "magicbrush-multi-turn": Kind(
         "MagicBrush's test set, each turn from the turn before, of which the last counts; its unzipped folder",
-        partial(read_magicbrush, is_multi_turn=True),
+        *(list_turns, make_chained_turn),
         **MAGICBRUSH,
     ),
     "folder": Kind(
         "any folder of images with metadata.jsonl",
-        read_folder,
+        *(list_lines, make_folder_sample),
         ("l1", "l2", "psnr", "ssim", "psnr_unedited", "ssim_unedited"),
         ("psnr_unedited", "l1"),
     ),
@@ -410,7 +405,7 @@ class Benchmark:
         check_choice("benchmark", name, BENCHMARKS)
         self.name, self.kind = name, BENCHMARKS[name]
         self.options = {} if resolution is None else {"resolution": check_integer("resolution", resolution)}
-        if self.options and "resolution" not in inspect.signature(self.kind.read).parameters:
+        if self.options and "resolution" not in inspect.signature(self.kind.make_sample).parameters:
             raise ValueError(f"`resolution` is {resolution}; the benchmark {name} has no such option.")
         source = source or self.kind.default_source
         if source is None:

@@ -29,12 +29,12 @@ def read_grey(path):
         return image.convert("L")
 
 
-# What a metric needs of a sample → the field of the sample that a reference fills, and how the reference is read.
-FIELDS: dict[str, tuple[str, Callable]] = {
-    "source": ("source_image", benchmarks.open_image),
-    "target": ("target_image", benchmarks.open_image),
-    "target_prompt": ("target_prompt", str),
-    "labels": ("labels", read_grey),
+# What a reference can be, and how it is read.
+READERS: dict[str, Callable] = {
+    "source_image": benchmarks.open_image,
+    "target_image": benchmarks.open_image,
+    "target_prompt": str,
+    "labels": read_grey,
 }
 
 
@@ -72,12 +72,12 @@ class EditMetric(evaluate.Metric):
         if spec.model:
             is_loaded = isinstance(model, features.Network)
             networks[spec.model] = model if is_loaded else features.load_network(spec.model, model, device)
-        field, read = FIELDS[next((name for name in spec.needs if name in FIELDS), "source")]
+        field = next((name for name in spec.needs if name in READERS), "source_image")
         found = []
         for index, (path, reference) in enumerate(zip(predictions, references, strict=True)):
             prediction = benchmarks.open_image(path)
             mask = read_grey(masks[index]) if masks else None
-            values: dict[str, Any] = {"source_image": prediction, "mask": mask, field: read(reference)}
+            values: dict[str, Any] = {"source_image": prediction, "mask": mask, field: READERS[field](reference)}
             pair = table.Pair(prediction, benchmarks.Sample("", "", **values), table.PROTOCOLS[protocol])
             found.append(spec.measure(pair, networks))
         figure = run.summarise_metric(metric, found)

@@ -112,9 +112,10 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
     config |= {"num_samples": len(benchmark.categories), **system.describe(), "seed": seed, "batch_size": batch_size}
     with process.main_process_first():
         check_config(output_dir, config | describe_environment())
+    batches = [benchmark.chains[start : start + batch_size] for start in range(0, len(benchmark.chains), batch_size)]
     batches = [
         batch
-        for batch in list(batched(benchmark.chains, batch_size))[process.process_index :: process.num_processes]
+        for batch in batches[process.process_index :: process.num_processes]
         if not all(find_image(output_dir, sample_id).exists() for chain in batch for sample_id in chain)
     ]
     edit = system.load() if batches else None
@@ -135,10 +136,6 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
                         image.save(unfinished, "PNG")
                 progress.update(len(turn))
     process.wait_for_everyone()
-
-
-def batched(items: Sequence, size: int) -> Iterable[Sequence]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def check_config(output_dir: Path, config: dict) -> None:

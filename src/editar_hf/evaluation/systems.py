@@ -75,13 +75,10 @@ def build_system(name: str, **options) -> System:
     """
     check_choice("system", name, SYSTEMS)
     given = {option: value for option, value in options.items() if value is not None}
-    known = inspect.signature(SYSTEMS[name]).parameters
-    for option, value in given.items():
-        if option not in known:
-            raise ValueError(f"`{option}` is {value!r}; the system {name} has no such option.")
-    for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in given:
-            raise ValueError(f"`{option}` is missing; the system {name} needs it.")
+    try:
+        inspect.signature(SYSTEMS[name]).bind(**given)
+    except TypeError as error:
+        raise ValueError(f"`system` {name}: {error}.") from error
     return SYSTEMS[name](**given)
 
 
