@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 
 import datasets
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -130,19 +129,6 @@ def test_the_first_step_is_logged_and_counts_in_the_first_means(editor, tokens, 
     assert joined[1] == alone[1]
     mean = sum(float(alone[step]["loss"]) for step in (1, 2, 3)) / 3
     assert float(joined[3]["loss"]) == pytest.approx(mean, rel=1e-3)
-
-
-def test_validation_pictures_show_source_edit_and_target_in_rows(get_run, pictures, editor):
-    (file,) = (get_run("whole")[0] / "validation").iterdir()
-    assert file.name == "step-0000003.png"
-    with Image.open(file) as sheet:
-        # Three pictures of 8 pixels a row, three rows, gaps of 4.
-        assert sheet.size == (40, 40)
-        corner = np.asarray(sheet.crop((4, 4, 12, 12)))
-    pipeline = EditARPipeline.from_pretrained(editor)
-    row = datasets.Dataset.from_parquet(str(pictures / "validation-00000-of-00001.parquet"))[0]
-    source = pipeline.encode_image(row["source_image"], height=8, width=8)
-    assert are_near(corner, pipeline.decode_image_tokens(source, height=8, width=8)[0])
 
 
 def test_card_says_what_the_pipeline_was_trained_on_and_how(get_run, tokens, editor):
@@ -396,8 +382,10 @@ def test_validation_loss_is_that_of_the_held_out_pairs(distilling_run):
     logits = pipeline.transformer(source, pipeline.encode_prompt(rows["instruction"][:2]), labels=target).logits
     expected = F.nll_loss(logits.log_softmax(-1).flatten(0, 1), target.flatten()).item()
     assert figures["validation_loss"] == pytest.approx(expected, rel=1e-3)
+    # Rows of source, edited and target, with gaps of 4 pixels.
     with Image.open(folder / "validation" / "step-0000001.png") as sheet:
         assert sheet.size == (3 * 20 + 4, 2 * 20 + 4)
+        assert are_near(sheet.crop((4, 24, 20, 40)), pipeline.decode_image_tokens(source)[1])
 
 
 @pytest.fixture(scope="module")
@@ -457,5 +445,5 @@ def test_training_refuses(options, message, refused, editor, pictures, tmp_path,
 def test_another_number_of_workers_cannot_resume(get_run, editor, tokens, tmp_path, train):
     shutil.copytree(get_run("whole")[0] / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     options = {"model": editor, "dataset": tokens, "resume_from_checkpoint": "latest", "num_workers": 2}
-    with pytest.raises(ValueError, match=r"`num_workers` is 2; .*checkpoint-2 was written with 0"):
+    with pytest.raises(ValueError, match=r"no dataloader-\S+with-2-workers\.pt, but \S+with-0-.* `num_workers`"):
         train("run", "--train_text_encoder", **options)

@@ -440,7 +440,7 @@ def test_seed_data_edit_rows_are_read_from_json_lines_and_a_folder_of_images(tmp
         ("- dataset: x", "needs a list `datasets`"),
         ("datasets: [{dataset: x, weight: 2}]", "'weight'.* any of dataset, split, .*probability"),
         ("datasets: [{task: edit}]", "'dataset'"),
-        ("datasets: [{dataset: ''}]", "`dataset` or `split` is empty"),
+        ("datasets: [{dataset: ''}]", "`dataset` is empty"),
         ("datasets: [{dataset: x, probability: 0}]", "`probability` of 'x' is 0; it must be positive"),
         ("datasets: [{dataset: x, task: sketch}]", "`task` is 'sketch'; choose one of 'edit'"),
         ("datasets: [{dataset: x, rewrite: blur}]", "`rewrite` is 'blur'; choose one of 'canny', 'removal'"),

@@ -1,23 +1,20 @@
-"""Training that uploads pipelines, adapters and tokenizers, loaded by id in a fresh process, against a played Hub."""
+"""Training that uploads pipelines, adapters and VQ models, loaded by id in a fresh process, against a played Hub."""
 
 import json
-from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
 import yaml
 from hub_server import TOKEN, HubServer, Repository
 from PIL import Image
 from processes import run_python
+from scripts import EXAMPLES, list_words, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import build_pipeline
+from tiny import build_pipeline, write_pairs
 
 from editar_hf import EditARPipeline
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-EDITOR, ADAPTER, TOKENIZER = "tester/editor", "tester/adapter", "tester/tokenizer"
+EDITOR, ADAPTER, VQ_MODEL = "tester/editor", "tester/adapter", "tester/vq-model"
 CARDS = {EDITOR: "editor/pipeline", ADAPTER: "adapter/adapter"}
 EDIT = """
 import json, os, sys
@@ -54,7 +51,7 @@ from PIL import Image
 from editar_hf import EditARVQModel
 
 seen = {}
-for name, source in (("pushed", "tester/tokenizer"), ("at hand", sys.argv[1])):
+for name, source in (("pushed", "tester/vq-model"), ("at hand", sys.argv[1])):
     pixel_values = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     seen[name] = EditARVQModel.from_pretrained(source).encode(pixel_values).image_tokens.tolist()
 os.chdir(os.environ["HF_HOME"])
@@ -69,21 +66,8 @@ print(try_to_upload_folder(sys.argv[1], "tester/editor"))
 """
 
 
-def write_pairs(path, num_rows, seed):
-    rng = np.random.default_rng(seed)
-    names = ("source_image", "target_image")
-    rows = {
-        name: [Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)) for _ in range(num_rows)]
-        for name in names
-    }
-    rows |= {"prompt": ["make it blue"] * num_rows, "task": ["edit", "depth"] * (num_rows // 2)}
-    words = dict.fromkeys(("prompt", "task"), datasets.Value("string"))
-    features = datasets.Features({**dict.fromkeys(names, datasets.Image()), **words})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
-
-
-def run(words, environment):
-    finished = run_python(*words, environment=environment)
+def run(code, *words, environment):
+    finished = run_python("-c", code, *words, environment=environment)
     assert finished.returncode == 0, finished.stderr
     return finished
 
@@ -98,73 +82,61 @@ def story(tmp_path_factory):
     home = tmp_path_factory.mktemp("hub")
     build_pipeline().save_pretrained(home / "start")
     (home / "pairs").mkdir()
-    for split, num_rows, seed in (("train", 4, 0), ("validation", 2, 1)):
-        write_pairs(home / "pairs" / f"{split}.parquet", num_rows, seed)
-    options = ["--dataset", home / "pairs", "--batch_size", 2, "--learning_rate", 0.1, "--max_train_steps", 2]
-    options += ["--validation_dataset", home / "pairs", "--validation_steps", 1]
-    options += ["--logging_steps", 2, "--log_with", "tensorboard"]
-    script = EXAMPLES / "train_editar.py"
+    for split, num_rows in (("train", 4), ("validation", 2)):
+        tasks = ["edit", "depth"] * (num_rows // 2)
+        write_pairs(home / "pairs" / f"{split}.parquet", num_rows, prompt=["make it blue"] * num_rows, task=tasks)
+    options = {"dataset": home / "pairs", "validation_dataset": home / "pairs", "validation_steps": 1}
+    options |= {"batch_size": 2, "learning_rate": 0.1, "max_train_steps": 2, "logging_steps": 2}
+    options |= {"log_with": "tensorboard"}
+    editor = options | {"model": home / "start", "output_dir": home / "editor", "license": "mit"}
+    editor |= {"push_to_hub": EDITOR, "push_steps": 1}
+    adapter = options | {"model": EDITOR, "output_dir": home / "adapter", "push_to_hub": ADAPTER, "lora_rank": 2}
     with HubServer() as hub:
         environment = {**hub.get_environment(home / "maker"), "ACCELERATE_USE_CPU": "true"}
-        where = ["--output_dir", home / "editor", "--push_to_hub", EDITOR, "--push_steps", 1]
-        pushed = run([script, "--model", home / "start", *where, "--license", "mit", *options], environment)
+        printed = run_script("train_editar.py", environment=environment, **editor)
         hub.repositories[f"models/{ADAPTER}"] = repository = Repository()
         repository.commit({"README.md": b"what the user says"})
-        where = ["--output_dir", home / "adapter", "--push_to_hub", ADAPTER]
-        command = [script, "--model", EDITOR, *where, "--lora_rank", 2, *options]
-        refused = run_python(*command, environment=environment)
-        run([*command, "--no_hub_private_repo"], environment)
+        words = list_words(adapter | {"output_dir": home / "refused"})
+        refused = run_python(EXAMPLES / "train_editar.py", *words, environment=environment)
+        run_script("train_editar.py", "--no_hub_private_repo", environment=environment, **adapter)
         cards = {name: (home / part / "README.md").read_text() for name, part in CARDS.items()}
         snippets = {"EDITOR_SNIPPET": read_snippet(cards[EDITOR]), "ADAPTER_SNIPPET": read_snippet(cards[ADAPTER])}
-        seen = json.loads(run(["-c", EDIT, home], {**hub.get_environment(home / "user"), **snippets}).stdout)
-    told = {"printed": pushed.stdout, "refused": refused}
-    return {"hub": hub, "home": home, "cards": cards, "seen": seen, "environment": environment, **told}
+        user = {**hub.get_environment(home / "user"), **snippets}
+        seen = json.loads(run(EDIT, home, environment=user).stdout)
+    told = {"printed": printed, "refused": refused, "environment": environment}
+    return {"hub": hub, "home": home, "cards": cards, "seen": seen, **told}
 
 
-def test_what_was_pushed_edits_as_what_is_at_hand(story):
+def test_what_was_pushed_edits_as_what_is_at_hand_and_snippets_run_as_pasted(story):
     seen = story["seen"]
     assert seen["pushed"] == seen["at hand"]
     assert seen["pushed adapter"] == seen["adapter at hand"]
     assert seen["pushed adapter"] != seen["pushed"]
+    assert seen["EDITOR_SNIPPET"] == seen["ADAPTER_SNIPPET"] == [512, 512]
+    editor, adapter = (set(story["hub"].read_files(name)) for name in (EDITOR, ADAPTER))
+    assert {"model_index.json", "transformer/model.safetensors", "validation.png", "README.md"} <= editor
+    assert {"adapter_config.json", "adapter_model.safetensors", "validation.png", "README.md"} <= adapter
 
 
-def test_new_repositories_are_private_and_the_run_says_so(story):
+def test_new_repositories_are_private_and_a_public_one_is_refused_before_the_training(story):
     assert story["hub"].repositories[f"models/{EDITOR}"].private
     line = f"Results will be uploaded to {EDITOR} (private; `--no-hub-private-repo` makes new ones public)."
     assert line in story["printed"].splitlines()
-
-
-def test_a_public_repository_is_refused_before_the_training_unless_it_is_asked_for(story):
-    assert not story["hub"].repositories[f"models/{ADAPTER}"].private
     last_line = story["refused"].stderr.strip().splitlines()[-1]
     assert last_line.startswith(f"ValueError: The repository {ADAPTER} is to be private, but it exists and is public.")
     assert "`--no-hub-private-repo`" in last_line
     assert "Training\n" not in story["refused"].stdout
 
 
-def test_snippets_of_the_cards_run_as_pasted(story):
-    assert story["seen"]["EDITOR_SNIPPET"] == [512, 512]
-    assert story["seen"]["ADAPTER_SNIPPET"] == [512, 512]
-
-
-def test_pushed_folders_are_complete(story):
-    editor, adapter = (set(story["hub"].read_files(name)) for name in (EDITOR, ADAPTER))
-    assert {"model_index.json", "transformer/model.safetensors", "validation.png", "README.md"} <= editor
-    assert {"adapter_config.json", "adapter_model.safetensors", "validation.png", "README.md"} <= adapter
-
-
 def test_cards_say_what_was_trained_on_what_how_well_and_under_which_terms(story):
     editor, adapter = (story["cards"][name] for name in (EDITOR, ADAPTER))
-    header = yaml.safe_load(editor.split("---")[1])
-    assert header["license"] == "mit"
+    assert yaml.safe_load(editor.split("---")[1])["license"] == "mit"
     assert "`mit`." in editor
     assert yaml.safe_load(adapter.split("---")[1])["base_model"] == EDITOR
     assert "Not stated yet" in adapter.partition("## Licence")[2]
     for card in (editor, adapter):
-        assert "4 pairs, for " in card
-        assert "train_editar.py --model" in card
-        assert "Loss on held-out pairs: " in card
-        assert "![source, edited, target](validation.png)" in card
+        for part in ("4 pairs, for ", "train_editar.py ", "![source, edited, target](validation.png)"):
+            assert part in card
 
 
 def test_the_last_upload_replaces_the_card_of_the_first_and_no_other(story):
@@ -190,7 +162,7 @@ def test_losses_of_training_of_each_task_and_of_validation_are_in_the_tensorboar
 
 def test_failed_upload_leaves_the_folder_and_says_how_to_try_again(story):
     folder = story["home"] / "editor" / "pipeline"
-    finished = run(["-c", FAIL, folder], {**story["environment"], "HF_ENDPOINT": "http://localhost:9"})
+    finished = run(FAIL, folder, environment={**story["environment"], "HF_ENDPOINT": "http://localhost:9"})
     assert finished.stdout.strip() == "None"
     assert f"hf upload tester/editor {folder}" in finished.stderr
     assert EditARPipeline.from_pretrained(folder).transformer is not None
@@ -204,48 +176,32 @@ def test_token_is_written_nowhere(story):
             assert not [name for name, content in files.items() if TOKEN.encode() in content]
 
 
-@pytest.fixture(scope="module")
-def tokenizer_story(tmp_path_factory):
-    """Train a tokenizer and push it, on the way too; load it elsewhere, and paste its card's snippet."""
-    home = tmp_path_factory.mktemp("tokenizer-hub")
-    write_pairs(home / "pairs.parquet", num_rows=6, seed=0)
-    sizes = ["--num_embeddings", 16, "--embedding_dim", 4, "--latent_channels", 8, "--base_channels", 8]
-    sizes += ["--channel_multipliers", 1, 1, 1, "--num_res_blocks", 1, "--norm_num_groups", 2, "--resolution", 16]
-    options = ["--dataset", home / "pairs.parquet", "--image_columns", "source_image,target_image"]
-    options += ["--validation_rows", 2, "--batch_size", 4, "--max_steps", 3, "--output_dir", home / "run"]
-    options += ["--push_to_hub", TOKENIZER, "--push_steps", 2, "--license", "mit"]
+def test_vq_model_is_pushed_on_the_way_and_at_the_end_with_a_card_whose_snippet_runs(tmp_path):
+    write_pairs(tmp_path / "pairs.parquet", num_rows=6)
+    options = {"num_embeddings": 16, "embedding_dim": 4, "latent_channels": 8, "base_channels": 8}
+    options |= {"channel_multipliers": [1, 1, 1], "num_res_blocks": 1, "norm_num_groups": 2, "resolution": 16}
+    options |= {"dataset": tmp_path / "pairs.parquet", "image_columns": "source_image,target_image"}
+    options |= {"validation_rows": 2, "batch_size": 4, "max_steps": 3, "output_dir": tmp_path / "run"}
+    options |= {"push_to_hub": VQ_MODEL, "push_steps": 2, "license": "mit"}
     with HubServer() as hub:
-        environment = {**hub.get_environment(home / "maker"), "ACCELERATE_USE_CPU": "true"}
-        run([EXAMPLES / "train_vq.py", *sizes, *options], environment)
-        card = hub.read_files(TOKENIZER)["README.md"].decode()
-        environment = {**hub.get_environment(home / "user"), "SNIPPET": read_snippet(card)}
-        seen = json.loads(run(["-c", ENCODE, home / "run" / "vq_model"], environment).stdout)
-    return {"hub": hub, "home": home, "card": card, "seen": seen}
-
-
-def test_pushed_tokenizer_encodes_as_the_one_at_hand_and_its_snippet_runs_as_pasted(tokenizer_story):
-    seen = tokenizer_story["seen"]
+        run_script("train_vq.py", environment=hub.get_environment(tmp_path / "maker"), **options)
+        files = hub.read_files(VQ_MODEL)
+        card = files["README.md"].decode()
+        user = {**hub.get_environment(tmp_path / "user"), "SNIPPET": read_snippet(card)}
+        seen = json.loads(run(ENCODE, tmp_path / "run" / "vq_model", environment=user).stdout)
     assert seen["pushed"] == seen["at hand"]
     assert seen["snippet"] == [16, 16]
-
-
-def test_tokenizer_is_pushed_on_the_way_and_at_the_end_without_its_checkpoints(tokenizer_story):
-    cards = [files.get("README.md", b"").decode() for files in tokenizer_story["hub"].commits_of(TOKENIZER)]
-    assert [card.partition(" steps of ")[0][-1:] for card in cards] == ["", "2", "3"]
-    files = set(tokenizer_story["hub"].read_files(TOKENIZER))
-    assert files == {".gitattributes", "README.md", "config.json", "model.safetensors", "validation.png"}
-    with Image.open(tokenizer_story["home"] / "run" / "vq_model" / "validation.png") as sheet:
+    assert set(files) == {".gitattributes", "README.md", "config.json", "model.safetensors", "validation.png"}
+    with Image.open(tmp_path / "run" / "vq_model" / "validation.png") as sheet:
         assert sheet.size == (4 * 20 + 4, 2 * 20 + 4)
+    cards = [commit.get("README.md", b"").decode() for commit in hub.commits_of(VQ_MODEL)]
+    assert [text.partition(" steps of ")[0][-1:] for text in cards] == ["", "2", "3"]
 
-
-def test_card_of_a_tokenizer_says_what_it_was_trained_on_and_how_well(tokenizer_story):
-    card, home = tokenizer_story["card"], tokenizer_story["home"]
     header = yaml.safe_load(card.split("---")[1])
-    assert header["license"] == "mit"
-    assert header["tags"] == ["editar", "vq-tokenizer"]
-    assert f"Trained on 8 images of `{home / 'pairs.parquet'}`, for 3 steps of 4, at 16 × 16 pixels." in card
+    assert (header["license"], header["tags"]) == ("mit", ["editar", "vq-tokenizer"])
+    assert f"Trained on 8 images of `{options['dataset']}`, for 3 steps of 4, at 16 × 16 pixels." in card
     assert "train_vq.py --num_embeddings 16" in card
-    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     psnr = next(line["psnr"] for line in reversed(lines) if "psnr" in line)
     assert f"On 4 held-out images: PSNR {psnr:.2f} dB" in card
     assert TOKEN not in card

@@ -77,8 +77,7 @@ def save_checkpoint(
     unfinished = folder.with_name(f"unfinished-{folder.name}")
     accelerator.save_state(unfinished)
     if dataloader is not None:
-        place = {"num_workers": dataloader.num_workers, "state": dataloader.state_dict()}
-        torch.save(place, unfinished / name_place_file(accelerator))
+        torch.save(dataloader.state_dict(), unfinished / name_place(accelerator, dataloader))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -90,8 +89,10 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def name_place_file(accelerator: Accelerator) -> str:
-    return f"dataloader-{accelerator.process_index}-of-{accelerator.num_processes}.pt"
+def name_place(accelerator: Accelerator, dataloader: StatefulDataLoader) -> str:
+    """Name the file with the place of a data loader, which fits no other number of processes or workers."""
+    process = f"process-{accelerator.process_index}-of-{accelerator.num_processes}"
+    return f"dataloader-{process}-with-{dataloader.num_workers}-workers.pt"
 
 
 def load_checkpoint(
@@ -113,7 +114,14 @@ def load_checkpoint(
         names = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
         raise ValueError(f"`resume_from_checkpoint` is {name!r}; the checkpoints in {output_dir} are: {names}.")
     if dataloader is not None:
-        load_place(accelerator, folder, dataloader)
+        place = folder / name_place(accelerator, dataloader)
+        if not place.exists():
+            others = ", ".join(file.name for file in folder.glob("dataloader-*"))
+            raise ValueError(
+                f"{folder} has no {place.name}, but {others}. Resume with as many processes and `num_workers`, or "
+                "begin a new run from its weights."
+            )
+        dataloader.load_state_dict(torch.load(place, weights_only=True))
     accelerator.load_state(folder)
     if accelerator.is_main_process:
         for later in checkpoints[checkpoints.index(folder) + 1 :]:
@@ -121,20 +129,3 @@ def load_checkpoint(
             logger.warning(f"The run resumes from before {later}, which is now called {renamed.name}.")
     accelerator.wait_for_everyone()
     return read_step(folder)
-
-
-def load_place(accelerator: Accelerator, folder: Path, dataloader: StatefulDataLoader):
-    """Set a data loader to its place in the checkpoint."""
-    file = folder / name_place_file(accelerator)
-    if not file.exists():
-        raise ValueError(
-            f"{folder} has no {file.name}: not {accelerator.num_processes} processes wrote it. Resume with as many as "
-            "did, or begin a new run from its weights."
-        )
-    place = torch.load(file, weights_only=True)
-    if place["num_workers"] != dataloader.num_workers:
-        raise ValueError(
-            f"`num_workers` is {dataloader.num_workers}; {folder} was written with {place['num_workers']}. Resume with "
-            "as many."
-        )
-    dataloader.load_state_dict(place["state"])

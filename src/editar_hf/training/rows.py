@@ -97,6 +97,8 @@ class RowReader:
         Raises:
             ValueError: If it has no prompt, an unknown task, or an image, tokens or states that cannot be used.
         """
+        image_processor = self.image_processor
+        height, width, mode = image_processor.size.height, image_processor.size.width, image_processor.resize_mode
         row = {**row, "dataset": spec.name, "task": spec.task or row.get("task") or "edit"}
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise ValueError("`prompt` is empty")
@@ -107,31 +109,25 @@ class RowReader:
         for name in ("source_image", "target_image"):
             if name in row:
                 row[name] = decode_image(row[name], name, spec.image_folder)
-                self.check_shape(row[name])
+                if mode == "crop":
+                    # Refuses an image that is too thin.
+                    compute_crop_geometry(row[name].height, row[name].width, height, width)
         if "mask" in row:
             # The mask has the source image's size, or the target's if edges become the source image.
             mask = open_stored_image(row.pop("mask"), "mask", spec.image_folder)
             image = row["source_image"] if "source_image" in row else row["target_image"]
-            row["edit_mask"] = self.read_mask(mask, image.size)
+            is_white = prepare_mask(mask, image.size)
+            row["edit_mask"] = compute_edit_mask(is_white, height, width, image_processor.stride, mode).flatten()
         if spec.rewrite == "canny":
-            row["source_image"] = self.find_edges(row["target_image"])
+            # Found at the size of training: resized edges would be grey.
+            pixel_values = image_processor(row["target_image"]).pixel_values
+            row["source_image"] = make_canny_map(image_processor.postprocess(pixel_values)[0])
         for name in ("source_image_tokens", "target_image_tokens", "edit_mask"):
             if name in row:
                 row[name] = self.read_tokens(name, row[name])
         if "prompt_embeds" in row:
             row["prompt_embeds"] = unpack_states(row["prompt_embeds"], *self.states_shape)
         return row
-
-    def check_shape(self, image: Image.Image) -> None:
-        """Refuse an image that is too thin to be cropped."""
-        size = self.image_processor.size
-        if self.image_processor.resize_mode == "crop":
-            compute_crop_geometry(image.height, image.width, size.height, size.width)
-
-    def read_mask(self, mask: Image.Image, source_size: tuple[int, int]) -> torch.Tensor:
-        size, stride = self.image_processor.size, self.image_processor.stride
-        is_white = prepare_mask(mask, source_size)
-        return compute_edit_mask(is_white, size.height, size.width, stride, self.image_processor.resize_mode).flatten()
 
     def read_tokens(self, name: str, values: Any) -> torch.Tensor:
         """Refuse tokens that do not fill the grid or are no codes of the model, such as those of another VQ model."""
@@ -146,10 +142,6 @@ class RowReader:
                 "Compute the tokens with the model's own VQ model."
             )
         return torch.from_numpy(tokens)
-
-    def find_edges(self, image: Image.Image) -> Image.Image:
-        """Find an image's edges at the size of training: resized edges would be grey."""
-        return make_canny_map(self.image_processor.postprocess(self.image_processor(image).pixel_values)[0])
 
 
 def ask_for_removal(instruction: str) -> str:
@@ -196,17 +188,14 @@ class BadRowCount:
             try:
                 prepared = prepare(row)
             except ValueError as error:
-                self.add(f"{name}, row {position}: {error}")
+                offender = f"{name}, row {position}: {error}"
+                self.num_bad += 1
+                self.offenders = [*self.offenders, offender][:NUM_OFFENDERS_NAMED]
+                logger.warning(f"Skipped {offender} ({self.num_bad} of {self.num_read} rows so far)")
+                if self.num_read >= MIN_ROWS_TO_JUDGE:
+                    self.judge()
             else:
                 yield prepared
-
-    def add(self, offender: str) -> None:
-        """Count and log a skipped row."""
-        self.num_bad += 1
-        self.offenders = [*self.offenders, offender][:NUM_OFFENDERS_NAMED]
-        logger.warning(f"Skipped {offender} ({self.num_bad} of {self.num_read} rows so far)")
-        if self.num_read >= MIN_ROWS_TO_JUDGE:
-            self.judge()
 
     def judge(self) -> None:
         """Raise a `ValueError` if too many rows were skipped so far."""
