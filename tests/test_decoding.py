@@ -328,8 +328,12 @@ def test_a_cache_made_with_an_adapter_is_of_the_decoder_that_has_it(modules_to_s
     check_caches(model, adapted, plain)
     with peft_model.disable_adapter():
         check_caches(model, plain, adapted)
-    model.model.layers[0].self_attn.q_proj.set_scale("default", 0.5)
-    check_caches(model, model.prepare_source_cache(SOURCE), adapted)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.set_scale("default", 0.5)
+    rescaled = model.prepare_source_cache(SOURCE)
+    check_caches(model, rescaled, adapted)
+    layer.lora_B["default"].weight.data += 0.1
+    check_caches(model, model.prepare_source_cache(SOURCE), rescaled)
 
 
 def change_slightly(weight):
