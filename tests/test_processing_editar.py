@@ -123,6 +123,7 @@ def test_a_fully_transparent_pixel_is_white_in_every_mode_with_transparency(mode
         (Image.new("I", (1, 1), 257 * 30), 30),
         (Image.new("F", (1, 1), 0.2), 51),
         (np.full((1, 1), 9, np.uint8), 9),
+        (np.ones((1, 1), bool), 255),
         (np.full((1, 1, 1), 257 * 9, np.uint16), 9),
         (np.full((1, 1, 3), 0.4999 / 255, np.float64), 0),
         (np.full((1, 1, 3), 0.5001 / 255, np.float64), 1),

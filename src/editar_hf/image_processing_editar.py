@@ -55,7 +55,7 @@ def make_image(array: np.ndarray, name: str = "images") -> Image.Image:
     """Make an 8-bit image of an array of shape (height, width) or (height, width, channels).
 
     Args:
-        array (`np.ndarray`): uint8, uint16, or floats in [0, 1]; other types than uint8 are rounded to nearest.
+        array (`np.ndarray`): bool, uint8, uint16, or floats in [0, 1]; uint16 and floats are rounded to nearest.
         name (`str`): The argument that brought the array, for messages.
 
     Raises:
@@ -67,6 +67,8 @@ def make_image(array: np.ndarray, name: str = "images") -> Image.Image:
             f"`{name}` holds an image of shape {array.shape}, read as (height, width, channels). Pass arrays of that "
             "layout, or tensors of (channels, height, width), with 1, 3 or 4 channels and at least one pixel."
         )
+    if array.dtype == bool:
+        array = array * np.uint8(255)
     if array.dtype == np.uint8:
         return Image.fromarray(array)
     if array.dtype == np.uint16:
@@ -105,7 +107,7 @@ def prepare_rgb_image(
     Args:
         image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): A PIL image ("I" is read as 16 bits,
             "F" as [0, 1]), an array (height, width, channels), a tensor (channels, height, width), a path or a URL.
-            Arrays and tensors hold uint8, uint16, or floats in [0, 1].
+            Arrays and tensors hold bool, uint8, uint16, or floats in [0, 1].
         background (`str`): The colour behind transparent pixels; *defaults to* white.
         name (`str`): The argument that brought the image, for messages.
 

@@ -37,17 +37,15 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
     """Read a mask as bool (height, width), True where it is white, at the size of its source.
 
     Args:
-        mask_image (`PIL.Image.Image`, array, tensor, path or URL): The mask; read as `prepare_rgb_image` does,
-            and arrays and tensors of bool as well. A pixel is white if its luminance is 128 or more of 255, whatever
-            its colour. Transparency is black: a white stroke on nothing frees the stroke.
+        mask_image (`PIL.Image.Image`, array, tensor, path or URL): The mask; see `prepare_rgb_image`. A pixel is white
+            if its luminance is 128 or more of 255, whatever its colour. Transparency is black: a white stroke on
+            nothing frees the stroke.
         source_size (`tuple[int, int]`): Width and height of the source, in pixels.
 
     Raises:
         ValueError: If it is no image, has other proportions than the source, or has transparent pixels beside opaque
             ones that are not white.
     """
-    if isinstance(mask_image, np.ndarray | torch.Tensor) and mask_image.dtype in (bool, torch.bool):
-        mask_image = mask_image * np.uint8(255) if isinstance(mask_image, np.ndarray) else mask_image.byte() * 255
     if isinstance(mask_image, str | Path):
         mask_image = open_image(mask_image, "mask_image")  # Once, for the two calls below.
     on_black, on_white = (prepare_rgb_image(mask_image, colour, "mask_image") for colour in ("black", "white"))
