@@ -5,9 +5,8 @@
         ...
         hub.read_files("tester/model")
 
-Plays: create a repository, preupload, commit (regular and LFS files), information, tree, paths, and download by branch
-or commit. Writing needs the token, and so does reading a private repository. A test names what it does; this file only
-answers.
+Plays: create a repository, preupload, commit (regular and LFS files), information, tree, and download by branch or
+commit. Writing needs the token, and so does reading a private repository.
 """
 
 import base64
@@ -18,14 +17,13 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 
 USER = "tester"
 TOKEN = "hf_tokenOfTheTests"
 # The real Hub decides by content; these are the kinds that matter here.
 LFS_SUFFIXES = (".safetensors", ".parquet", ".pt", ".arrow", ".png", ".jpg")
-KINDS = {"model": "models", "dataset": "datasets"}
 
 
 @dataclass
@@ -47,14 +45,10 @@ class Repository:
         return revision if revision in self.commits else None
 
 
-def compute_blob_id(content: bytes) -> str:
-    """Compute git's name for a file."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 def describe_file(path: str, content: bytes) -> dict:
-    """Describe a file as the tree of the Hub does."""
-    described = {"type": "file", "path": path, "size": len(content), "oid": compute_blob_id(content)}
+    """Describe a file as the tree of the Hub does, under git's name for its content."""
+    blob_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    described = {"type": "file", "path": path, "size": len(content), "oid": blob_id}
     if path.endswith(LFS_SUFFIXES):
         described["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     return described
@@ -66,7 +60,6 @@ class HubHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     # (method, pattern of the path, name of the method here)
     routes = (
-        ("GET", r"/api/whoami-v2", "answer_whoami"),
         ("POST", r"/api/repos/create", "answer_create"),
         ("POST", r"/api/validate-yaml", "answer_validate_yaml"),
         ("PUT", r"/lfs/(?P<oid>\w+)", "answer_lfs_upload"),
@@ -75,12 +68,7 @@ class HubHandler(BaseHTTPRequestHandler):
         ("POST", r"/api/{repo}/commit/(?P<revision>[^/]+)", "answer_commit"),
         ("GET", r"/api/{repo}(?:/revision/(?P<revision>[^/]+))?", "answer_information"),
         ("GET", r"/api/{repo}/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?", "answer_tree"),
-        ("POST", r"/api/{repo}/paths-info/(?P<revision>[^/]+)", "answer_paths"),
-        (
-            "GET|HEAD",
-            r"/(?P<dataset>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
-            "answer_file",
-        ),
+        ("GET|HEAD", r"/{repo}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "answer_file"),
     )
 
     def log_message(self, *arguments):
@@ -91,7 +79,7 @@ class HubHandler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.hub.requests.append((self.command, path))
         for methods, pattern, name in self.routes:
-            pattern = pattern.replace("{repo}", r"(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)")
+            pattern = pattern.replace("{repo}", r"(?P<id>(?:(?:models|datasets)/)?[^/]+/[^/]+)")
             match = re.fullmatch(pattern, path)
             if match and self.command in methods.split("|"):
                 return self.answer_match(name, match.groupdict())
@@ -103,8 +91,8 @@ class HubHandler(BaseHTTPRequestHandler):
         """Look up the repository a path names, check the token, and call the method that answers."""
         is_authorized = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if "id" in found:
-            kind = found.pop("kind", None) or ("datasets" if found.pop("dataset", None) else "models")
-            found["id"] = f"{kind}/{found['id']}"
+            if found["id"].count("/") == 1:
+                found["id"] = f"models/{found['id']}"
             repository = self.server.hub.repositories.get(found["id"])
             if repository is None or (repository.private and not is_authorized):
                 return self.send_json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
@@ -112,7 +100,7 @@ class HubHandler(BaseHTTPRequestHandler):
             if sha is None:
                 return self.send_json({"error": "Invalid rev"}, 404, {"X-Error-Code": "RevisionNotFound"})
             found |= {"repository": repository, "sha": sha}
-        if not is_authorized and (self.command == "POST" and name not in ("answer_paths", "answer_validate_yaml")):
+        if not is_authorized and (self.command == "POST" and name != "answer_validate_yaml"):
             return self.send_json({"error": "Invalid username or password."}, 401)
         return getattr(self, name)(**found)
 
@@ -127,14 +115,11 @@ class HubHandler(BaseHTTPRequestHandler):
     def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None):
         self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
-    def answer_whoami(self):
-        self.send_json({"type": "user", "name": USER, "fullname": USER, "orgs": []})
-
     def answer_create(self):
         asked = json.loads(self.body)
         kind, repo_id = asked.get("type") or "model", f"{asked.get('organization') or USER}/{asked['name']}"
         url = f"{self.server.hub.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
-        key, repositories = f"{KINDS[kind]}/{repo_id}", self.server.hub.repositories
+        key, repositories = f"{kind}s/{repo_id}", self.server.hub.repositories
         if key in repositories:
             return self.send_json({"error": "You already created this repo", "url": url}, 409)
         repositories[key] = Repository(private=asked.get("visibility") == "private")
@@ -156,15 +141,9 @@ class HubHandler(BaseHTTPRequestHandler):
         self.send(b"")
 
     def answer_preupload(self, repository: Repository, sha: str, id: str):
-        files = [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
-                "shouldIgnore": False,
-                "oid": None,
-            }
-            for file in json.loads(self.body)["files"]
-        ]
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        modes = {path: "lfs" if path.endswith(LFS_SUFFIXES) else "regular" for path in paths}
+        files = [{"path": p, "uploadMode": modes[p], "shouldIgnore": False, "oid": None} for p in paths]
         self.send_json({"files": files})
 
     def answer_commit(self, repository: Repository, sha: str, id: str):
@@ -176,8 +155,6 @@ class HubHandler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.server.hub.lfs_objects[value["oid"]]
-            elif entry["key"] == "deletedFile":
-                del files[value["path"]]
         commit = repository.commit(files)
         url = f"{self.server.hub.endpoint}/{id.removeprefix('models/')}/commit/{commit}"
         self.send_json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
@@ -190,17 +167,10 @@ class HubHandler(BaseHTTPRequestHandler):
     def answer_tree(self, repository: Repository, sha: str, id: str, path: str | None):
         folder = f"{path}/" if path else ""
         files = repository.commits[sha]
-        is_recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
         inside = [name for name in files if name.startswith(folder)]
-        if not is_recursive:
+        if "recursive=true" not in self.path.lower():
             inside = [name for name in inside if "/" not in name.removeprefix(folder)]
         self.send_json([describe_file(name, files[name]) for name in inside])
-
-    def answer_paths(self, repository: Repository, sha: str, id: str):
-        is_json = self.headers.get("Content-Type", "").startswith("application/json")
-        paths = json.loads(self.body)["paths"] if is_json else parse_qs(self.body.decode()).get("paths", [])
-        files = repository.commits[sha]
-        self.send_json([describe_file(path, files[path]) for path in paths if path in files])
 
     def answer_file(self, repository: Repository, sha: str, id: str, path: str):
         files = repository.commits[sha]
@@ -221,7 +191,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 class HubServer:
-    """The Hub, served from a thread between `__enter__` and `stop`."""
+    """The Hub, served from a thread between `__enter__` and `__exit__`."""
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
@@ -236,9 +206,6 @@ class HubServer:
         return self
 
     def __exit__(self, *exception):
-        self.stop()
-
-    def stop(self):
         """Go out of reach; what is stored stays to be looked at."""
         self.server.shutdown()
         self.server.server_close()
@@ -247,10 +214,9 @@ class HubServer:
         """List the files of every commit of a model repository, oldest first."""
         return list(self.repositories[f"models/{repo_id}"].commits.values())
 
-    def read_files(self, repo_id: str, kind: str = "model") -> dict[str, bytes]:
-        """Return the files at the head of a repository."""
-        repository = self.repositories[f"{KINDS[kind]}/{repo_id}"]
-        return repository.commits[repository.resolve("main")]
+    def read_files(self, repo_id: str) -> dict[str, bytes]:
+        """Return the files at the head of a model repository."""
+        return self.commits_of(repo_id)[-1]
 
     def get_environment(self, home: str | os.PathLike) -> dict[str, str]:
         """Return the environment of a subprocess for which this is the Hub, with its cache in `home`."""
