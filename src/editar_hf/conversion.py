@@ -326,19 +326,6 @@ def revert_vq_weights(model: EditARVQModel) -> dict[str, torch.Tensor]:
     return {**model.state_dict(), CODEBOOK_USAGE_KEY: torch.zeros(CODEBOOK_USAGE_SIZE)}
 
 
-def convert_text_encoder(source: str | Path, dtype: torch.dtype | None = None) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """Load the encoder half of a T5, and its tokenizer, from a Hub id or a folder.
-
-    Raises:
-        ValueError: If the source lacks weights of a T5 encoder.
-        OSError: If there is no such repository or folder.
-    """
-    model, report = T5EncoderModel.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True)
-    if missing := report["missing_keys"]:
-        raise ValueError(f"`{source}` is not a T5 encoder; it lacks {', '.join(sorted(missing))}.")
-    return model.eval(), T5Tokenizer.from_pretrained(source)
-
-
 # Pipelines
 
 
@@ -379,11 +366,14 @@ def convert_pipeline(
             f"`text_encoder` has states of width {text_width} and `transformer` reads "
             f"{decoder.config.text_hidden_size}; give the text encoder that the decoder was trained with."
         )
-    encoder, tokenizer = convert_text_encoder(text_encoder, dtype)
+    encoder, report = T5EncoderModel.from_pretrained(text_encoder, dtype=dtype or "auto", output_loading_info=True)
+    if missing := report["missing_keys"]:
+        raise ValueError(f"`{text_encoder}` is not a T5 encoder; it lacks {', '.join(sorted(missing))}.")
     stride = vq.config.stride
     image_processor = EditARImageProcessor(size=decoder.config.grid_size * stride, stride=stride)
+    tokenizer = T5Tokenizer.from_pretrained(text_encoder)
     processor = EditARProcessor(image_processor, tokenizer, num_text_tokens=decoder.config.num_text_tokens)
-    return EditARPipeline(transformer=decoder, vq_model=vq, text_encoder=encoder, processor=processor)
+    return EditARPipeline(transformer=decoder, vq_model=vq, text_encoder=encoder.eval(), processor=processor)
 
 
 def revert_pipeline(model: str | Path, output_dir: str | Path) -> None:
