@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from evaluation_data import evaluate, make_magicbrush_folder, make_picture_folder
+from pages import ROOT
 from PIL import Image
 from tiny import draw_image
 from tiny_metrics import build_dino
@@ -16,7 +17,7 @@ from editar_hf.evaluation import report
 from editar_hf.evaluation.benchmarks import BENCHMARKS, Benchmark
 from editar_hf.evaluation.run import decode_number, encode_number, generate, score
 from editar_hf.evaluation.systems import System
-from editar_hf.evaluation.table import METRICS
+from editar_hf.evaluation.table import METRICS, PROTOCOLS
 
 
 def brighten(guidance_scale):
@@ -107,53 +108,19 @@ def test_a_page_says_what_is_quoted_and_what_keeps_its_own_figures_apart(folders
     assert "quoted" not in report.compose_report([open_run(folders[0])], [])
 
 
-# Written down from the papers, in the order of the columns of METRICS; None where a paper has no figure.
-PUBLISHED = {
-    ("pie-bench", "pnp-2023"): {
-        "DDIM + Prompt-to-Prompt": (69.43, 17.87, 208.80, 219.88, 71.14, 25.01, 22.44),
-        "PnP-Inversion + Prompt-to-Prompt": (11.65, 27.22, 54.55, 32.86, 84.76, 25.02, 22.10),
-    },
-    ("pie-bench", "editar"): {
-        "InstructPix2Pix": (107.43, 16.69, 271.33, None, None, 23.49, 22.20),
-        "MGIE": (67.41, 21.20, 142.25, None, None, 24.28, 21.79),
-        "EditAR": (39.43, 21.32, 117.15, None, None, 24.87, 21.87),
-    },
-    ("canny", "editar"): {
-        "Uni-ControlNet": (27.32, None, None, 17.14),
-        "UniControl": (30.82, None, None, 19.94),
-        "ControlNet": (34.65, None, None, 14.73),
-        "ControlNet++": (37.04, None, None, 18.23),
-        "EditAR": (None, None, None, 13.91),
-    },
-    ("depth", "editar"): {
-        "Uni-ControlNet": (None, 20.27),
-        "UniControl": (None, 18.66),
-        "ControlNet": (None, 17.76),
-        "ControlNet++": (None, 16.66),
-        "EditAR": (None, 15.97),
-    },
-    ("segmentation", "editar"): {
-        "ControlNet": (27.46, 21.33),
-        "ControlNet++": (34.56, 19.29),
-        "EditAR": (None, 16.13),
-    },
-    ("magicbrush", "editar"): {"EditAR": (0.1028, 0.0285, 0.8679, 0.8042, None)},
-    ("magicbrush-multi-turn", "editar"): {"EditAR": (0.1341, 0.0433, 0.8256, 0.7200, None)},
-}
-
-
-@pytest.mark.parametrize("protocol", ["editar", "pnp-2023"])
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_quoted_figures_are_those_of_the_papers_and_stand_beside_their_protocol_alone(name, protocol):
-    rows = report.list_published(name, protocol, BENCHMARKS[name].metrics)
-    found = {row.partition(" (quoted")[0]: tuple(None if math.isnan(v) else v for v in values) for row, values in rows}
-    assert found == PUBLISHED.get((name, protocol), {})
-
-
-def test_every_quoted_row_belongs_to_a_benchmark_and_its_columns():
-    for row in report.PUBLISHED["rows"]:
-        assert set(row["values"]) <= set(BENCHMARKS[row["benchmark"]].metrics)
-        assert re.search(r"arXiv \d{4}\.\d{5}", row["source"])
+@pytest.mark.parametrize("row", report.PUBLISHED["rows"], ids=lambda row: f"{row['benchmark']}, {row['name']}")
+def test_quoted_figures_are_those_of_the_page_and_stand_beside_the_protocols_of_their_source_alone(row):
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith(f"| {row['name']}")]
+    figures = {METRICS[name].format(value) for name, value in row["values"].items()}
+    assert re.search(r"arXiv \d{4}\.\d{5}", row["source"])[0] in " ".join(page.split())
+    assert any(figures <= set(line.split()) for line in lines)
+    for protocol in PROTOCOLS:
+        names = [
+            name for name, _ in report.list_published(row["benchmark"], protocol, BENCHMARKS[row["benchmark"]].metrics)
+        ]
+        is_quoted = f"{row['name']} (quoted: {row['source']})" in names
+        assert is_quoted == (protocol in report.PUBLISHED["protocols"][row["source"]])
 
 
 def test_what_is_wrong_with_a_run_and_the_networks_that_judge_it_stand_beside_its_name(benchmark, folders, tmp_path):
