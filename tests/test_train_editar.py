@@ -422,10 +422,10 @@ def refused(tokens, editor, sticker_editor, get_run, tmp_path_factory) -> dict[s
         ({"distillation_model": "{editor}/text_encoder"}, "is of type 't5'"),
         (
             {"distillation_model": "{teacher}"},
-            f"features of width {2 * TEACHER_WIDTH}; .* head predicts {TEACHER_WIDTH}",
+            f"features of width {2 * TEACHER_WIDTH}; .* predicts {TEACHER_WIDTH}",
         ),
         ({"dataset": "{tokens}", "resolution": 8, "distillation_model": "unread"}, "`distillation_model` needs images"),
-        ({"model": "{sticker_editor}", "distillation_model": "unread"}, "needs a model with a distillation head"),
+        ({"model": "{sticker_editor}", "distillation_model": "{teacher}"}, "the distillation head .* predicts None"),
         ({"model": "{editor}/vq_model"}, "model_index.json"),
         ({"lora_rank": 0}, "`r` should be a positive integer"),
         ({"lora_rank": 4, "lora_target_modules": "query"}, "`target_modules` names query; the decoder has .*q_proj"),

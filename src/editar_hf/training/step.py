@@ -28,24 +28,16 @@ def encode_image_tokens(batch: dict[str, torch.Tensor], vq_model: EditARVQModel)
 # Dropout
 
 
-def draw_conditioning_dropout(
-    batch_size: int,
-    generator: torch.Generator,
-    prompt_prob: float = 0.05,
-    source_prob: float = 0.05,
-    both_prob: float = 0.05,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_conditioning_dropout(batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw `(drop_source, drop_prompt)`, each bool `(batch_size,)`, from one uniform draw per sample.
 
-    The published probabilities are 5 % both, 5 % source image only, 5 % text only. The result is on the generator's
+    The published probabilities are 5 % both, 5 % source image only, 5 % prompt only. The result is on the generator's
     device.
 
     Source: EditAR (arXiv 2501.04699), section 4.1, and its published training script.
     """
     draw = torch.rand(batch_size, generator=generator, device=generator.device)
-    drop_source = draw < both_prob + source_prob
-    drop_prompt = (draw < both_prob) | (draw >= 1 - prompt_prob)
-    return drop_source, drop_prompt
+    return draw < 0.10, (draw < 0.05) | (draw >= 0.95)
 
 
 def drop_target_tokens(
@@ -76,15 +68,8 @@ def draw_dropout(
 ) -> dict:
     """Draw the dropout of a batch of tokens; returns the keyword arguments of `TrainingStep`, with the batch.
 
-    The draws depend only on the seed and on the batch's place in the run, so that a resumed run draws the same as an
-    uninterrupted one.
-
-    Args:
-        batch (`Mapping`): Tokens and prompts.
-        seed (`int`): Seed of the run.
-        place (`int`): Index of the batch in the run, batches of other processes counted.
-        drops_conditioning (`bool`): Whether to drop source images and prompts, as published.
-        target_token_dropout (`float`): See `drop_target_tokens`.
+    The draws depend only on the seed and on the batch's place in the run, `place`, which counts the batches of all
+    processes. A resumed run therefore draws the same as an uninterrupted one.
     """
     # The generator uses only the low 32 bits of its seed. The prime keeps two seeds apart for a million batches.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + place)

@@ -90,8 +90,7 @@ class MixedRows(torch.utils.data.IterableDataset):
         opened (`Sequence`): What `open_dataset` returned for each.
         row_reader (`RowReader`): Makes rows ready.
         max_bad_rows_fraction (`float`): Fraction of rows that may be unusable before a `ValueError` stops the run.
-        seed (`int`): Seed of the orders and draws.
-        process, num_processes (`int`): Index of this process, and number of processes.
+        seed, process, num_processes (`int`): See `EndlessRows`.
     """
 
     def __init__(

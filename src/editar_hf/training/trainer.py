@@ -178,30 +178,26 @@ class EditARTrainer:
             raise ValueError("`distillation_model` needs images, and `dataset` holds tokens; give the images.")
 
     def build_teacher(self) -> DistillationTeacher | None:
-        model, width = self.args.distillation_model, self.pipeline.transformer.config.distillation_hidden_size
+        model, expected = self.args.distillation_model, self.pipeline.transformer.config.distillation_hidden_size
         if model is None:
             return None
-        if width is None:
-            raise ValueError(
-                "`distillation_model` needs a model with a distillation head; `distillation_hidden_size` in its "
-                "configuration is None."
-            )
         teacher = DistillationTeacher(model).to(self.accelerator.device)
-        if teacher.backbone.config.hidden_size != width:
+        width = teacher.backbone.config.hidden_size
+        if width != expected:
             raise ValueError(
-                f"`distillation_model` {model!r} has features of width {teacher.backbone.config.hidden_size}; the "
-                f"model's distillation head predicts {width}."
+                f"`distillation_model` {model!r} has features of width {width}; the distillation head of the model "
+                f"predicts {expected} (`distillation_hidden_size` in its configuration)."
             )
         return teacher
 
     def build_optimizers(self, module: nn.Module) -> list[torch.optim.Optimizer]:
         args = self.args
-        matrices: list[torch.Tensor] = []
-        others = list(module.parameters())
-        if args.optimizer == "muon":
-            matrices, others = split_hidden_matrices(module)
-        adamw = build_optimizer(others, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.weight_decay)
-        return [adamw, build_muon(matrices, args.muon_learning_rate, args.weight_decay)] if matrices else [adamw]
+        betas = args.adam_beta1, args.adam_beta2
+        if args.optimizer == "adamw":
+            return [build_optimizer(module.parameters(), args.learning_rate, betas, args.weight_decay)]
+        matrices, others = split_hidden_matrices(module)
+        adamw = build_optimizer(others, args.learning_rate, betas, args.weight_decay)
+        return [adamw, build_muon(matrices, args.muon_learning_rate, args.weight_decay)]
 
     # The loop
 
