@@ -233,7 +233,7 @@ BAD_INPUT = [
     ({"prompt_embeds": NEGATIVE.bfloat16()}, "`prompt_embeds` holds torch.bfloat16"),
     ({"prompt_embeds": NEGATIVE[:1]}, "`source_image_tokens` has batch size"),
     ({"negative_prompt_embeds": NEGATIVE[:, :1]}, r"`negative_prompt_embeds` has shape \(2, 1, 16\)"),
-    ({"negative_prompt_embeds": NEGATIVE[:1]}, "`negative_prompt_embeds` has batch size 1"),
+    ({"negative_prompt_embeds": NEGATIVE[:1]}, r"`negative_prompt_embeds` has shape \(1, 10, 16\)"),
     ({"source_image_tokens": torch.zeros(2, 8).long()}, r"`source_image_tokens` has shape \(2, 8\)"),
     ({"source_image_tokens": torch.zeros(16).long()}, r"`source_image_tokens` has shape \(16,\)"),
     ({"source_image_tokens": torch.zeros(2, 16)}, "`source_image_tokens` holds torch.float32"),

@@ -304,8 +304,8 @@ SOURCE, TEXT = torch.zeros(1, 16).long(), torch.zeros(1, 5, 16)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source_image_tokens": SOURCE[:, :15]}, "`source_image_tokens` holds 15 tokens.* has 16"),
-        ({"source_image_tokens": SOURCE, "grid_height": 2}, "holds 16 tokens.* has 8"),
+        ({"source_image_tokens": SOURCE[:, :15]}, r"`source_image_tokens` has shape \(1, 15\); .* needs \(batch, 16\)"),
+        ({"source_image_tokens": SOURCE, "grid_height": 2}, r"has shape \(1, 16\); .* needs \(batch, 8\)"),
         ({"source_image_tokens": SOURCE, "grid_height": 5}, "`grid_height` × `grid_width` is 5 × 4"),
         ({"source_image_tokens": SOURCE, "grid_width": 0}, "is 4 × 0"),
         ({"prompt_embeds": TEXT[..., :15]}, r"`prompt_embeds` has shape \(1, 5, 15\); expected \(batch, 5, 16\)"),

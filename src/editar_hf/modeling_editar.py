@@ -298,6 +298,7 @@ class EditARModel(EditARPreTrainedModel):
     ) -> EditARModelOutput:
         """Compute the final-norm hidden states of the given segments; arguments as of the model with a head."""
         grid_height, grid_width = self.resolve_grid(grid_height, grid_width)
+        self.check_shapes(source_image_tokens, prompt_embeds, grid_height, grid_width)
         segments = []
         if source_image_tokens is not None:
             segments.append(self.embed_source(source_image_tokens, drop_source, grid_height, grid_width))
@@ -335,13 +336,29 @@ class EditARModel(EditARPreTrainedModel):
             )
         return int(grid_height), int(grid_width)
 
+    def check_shapes(
+        self,
+        source_image_tokens: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        grid_height: int,
+        grid_width: int,
+    ):
+        """Refuse source tokens that do not fill the grid, and text states of another length or width."""
+        num_image_tokens = grid_height * grid_width
+        if source_image_tokens is not None and source_image_tokens.shape[1:] != (num_image_tokens,):
+            raise ValueError(
+                f"`source_image_tokens` has shape {tuple(source_image_tokens.shape)}; a grid of {grid_height} × "
+                f"{grid_width} needs (batch, {num_image_tokens}). Pass `grid_height` and `grid_width` for other sizes."
+            )
+        expected = (self.config.num_text_tokens, self.config.text_hidden_size)
+        if prompt_embeds is not None and prompt_embeds.shape[1:] != expected:
+            raise ValueError(
+                f"`prompt_embeds` has shape {tuple(prompt_embeds.shape)}; expected (batch, {expected[0]}, "
+                f"{expected[1]}), the states of the text encoder that belongs to this model, padded to its text length."
+            )
+
     def embed_source(self, source_image_tokens, drop_source, grid_height, grid_width) -> torch.Tensor:
         """Embed source tokens; samples in `drop_source` get the null image instead."""
-        if source_image_tokens.shape[1] != grid_height * grid_width:
-            raise ValueError(
-                f"`source_image_tokens` holds {source_image_tokens.shape[1]} tokens; a grid of {grid_height} × "
-                f"{grid_width} has {grid_height * grid_width}. Pass `grid_height` and `grid_width` for other sizes."
-            )
         source_embeds = self.embed_tokens(source_image_tokens)
         if drop_source is None:
             return source_embeds
@@ -351,12 +368,6 @@ class EditARModel(EditARPreTrainedModel):
 
     def embed_prompt(self, prompt_embeds, drop_prompt) -> torch.Tensor:
         """Project text states; samples in `drop_prompt` get the null text instead."""
-        expected = (self.config.num_text_tokens, self.config.text_hidden_size)
-        if prompt_embeds.shape[1:] != expected:
-            raise ValueError(
-                f"`prompt_embeds` has shape {tuple(prompt_embeds.shape)}; expected (batch, {expected[0]}, "
-                f"{expected[1]})."
-            )
         # Every sample passes through `where`, so that all ranks of a distributed run use the same parameters.
         if drop_prompt is not None:
             null_embeds = self.null_prompt_embeds.to(prompt_embeds.dtype)

@@ -6,7 +6,6 @@ import torch
 from transformers import GenerationConfig
 
 from ..checks import check_choice, check_flag, check_integer, check_number, check_tensor
-from ..configuration_editar import EditARConfig
 from .cache import SourceCache, sample_weights
 from .sampling import DecodingSettings
 
@@ -47,66 +46,46 @@ def resolve_settings(
     return settings
 
 
-def check_prompt_embeds(config: EditARConfig, name: str, prompt_embeds: torch.Tensor):
-    """Refuse text states that are not finite floats of shape `(batch, num_text_tokens, text_hidden_size)`."""
-    check_tensor(name, prompt_embeds)
-    expected = (config.num_text_tokens, config.text_hidden_size)
-    if prompt_embeds.ndim != 3 or prompt_embeds.shape[1:] != expected:
-        raise ValueError(
-            f"`{name}` has shape {tuple(prompt_embeds.shape)}; expected (batch, {expected[0]}, {expected[1]}), the "
-            "states of the text encoder that belongs to this model, padded to its text length."
-        )
-    if not prompt_embeds.isfinite().all():
-        raise ValueError(
-            f"`{name}` holds NaN or infinity. The text encoder may have overflowed in float16: encode the prompt in "
-            "bfloat16 or float32."
-        )
-
-
-def check_source_image_tokens(
-    config: EditARConfig, source_image_tokens: torch.Tensor, grid_height: int, grid_width: int
-):
-    """Refuse source tokens that are not `(batch, grid_height · grid_width)` codes of the vocabulary."""
+def check_source_image_tokens(source_image_tokens: torch.Tensor, vocab_size: int):
+    """Refuse source tokens that are no codes of the vocabulary."""
     check_tensor("source_image_tokens", source_image_tokens)
     if source_image_tokens.dtype != torch.long:
         raise ValueError(f"`source_image_tokens` holds {source_image_tokens.dtype}; pass tokens as torch.long.")
-    if source_image_tokens.ndim != 2 or source_image_tokens.shape[1] != grid_height * grid_width:
-        raise ValueError(
-            f"`source_image_tokens` has shape {tuple(source_image_tokens.shape)}; a grid of {grid_height} × "
-            f"{grid_width} needs (batch, {grid_height * grid_width}). Pass `grid_height` and `grid_width` for other "
-            "sizes."
-        )
     lowest, highest = source_image_tokens.min().item(), source_image_tokens.max().item()
-    if lowest < 0 or highest >= config.vocab_size:
+    if lowest < 0 or highest >= vocab_size:
         raise ValueError(
             f"`source_image_tokens` holds ids from {lowest} to {highest}; this model's vocabulary has 0 to "
-            f"{config.vocab_size - 1}. Encode the image with the tokenizer that belongs to the model."
+            f"{vocab_size - 1}. Encode the image with the tokenizer that belongs to the model."
         )
 
 
 def check_tensors(
-    model,
-    grid: dict[str, int],
     source_image_tokens: torch.Tensor | None,
     prompt_embeds: torch.Tensor,
     negative_prompt_embeds: torch.Tensor | None,
     edit_mask: torch.Tensor | None,
+    dtype: torch.dtype,
 ):
-    """Refuse tensors that do not fit the decoder or each other."""
-    if source_image_tokens is not None:
-        check_source_image_tokens(model.config, source_image_tokens, **grid)
+    """Refuse text states that are not finite or not of the model's `dtype`, and tensors that do not fit each other."""
+    if source_image_tokens is not None and len(source_image_tokens) != len(prompt_embeds):
+        raise ValueError(
+            f"`source_image_tokens` has batch size {len(source_image_tokens)} and `prompt_embeds` "
+            f"{len(prompt_embeds)}; repeat one of them so that every row has its partner."
+        )
+    if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
+        raise ValueError(
+            f"`negative_prompt_embeds` has shape {tuple(negative_prompt_embeds.shape)}; pass one of the shape of "
+            f"`prompt_embeds`, {tuple(prompt_embeds.shape)}."
+        )
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         if embeds is None:
             continue
-        check_prompt_embeds(model.config, name, embeds)
-        if embeds.dtype != model.dtype and not torch.is_autocast_enabled(embeds.device.type):
-            raise ValueError(f"`{name}` holds {embeds.dtype}; convert it to the model's {model.dtype}.")
-    pairs = {"source_image_tokens": source_image_tokens, "negative_prompt_embeds": negative_prompt_embeds}
-    for name, tensor in pairs.items():
-        if tensor is not None and len(tensor) != len(prompt_embeds):
+        if embeds.dtype != dtype and not torch.is_autocast_enabled(embeds.device.type):
+            raise ValueError(f"`{name}` holds {embeds.dtype}; convert it to the model's {dtype}.")
+        if not embeds.isfinite().all():
             raise ValueError(
-                f"`{name}` has batch size {len(tensor)} and `prompt_embeds` {len(prompt_embeds)}; repeat one of them "
-                "so that every row has its partner."
+                f"`{name}` holds NaN or infinity. The text encoder may have overflowed in float16: encode the prompt "
+                "in bfloat16 or float32."
             )
     if edit_mask is None:
         return
@@ -147,11 +126,9 @@ def check_decoding(decoding: str, num_draft_tokens: int | None, image_guidance_s
 
 
 def check_source_cache(
-    source_cache: SourceCache | None, dtype: torch.dtype, device: torch.device, grid_height: int, grid_width: int
+    source_cache: SourceCache, dtype: torch.dtype, device: torch.device, grid_height: int, grid_width: int
 ):
     """Refuse a cache of another grid, dtype or device."""
-    if source_cache is None:
-        return
     own, given = source_cache.keys[0], (source_cache.grid_height, source_cache.grid_width)
     if given != (grid_height, grid_width):
         raise ValueError(

@@ -171,7 +171,10 @@ class EditARGenerationMixin(GenerationMixin):
             check_source_cache(source_cache, self.dtype, device, **grid)
             check_weights(source_cache, self.model)
             source_image_tokens = source_cache.expand_tokens(source_image_tokens, prompt_embeds)
-        check_tensors(self, grid, source_image_tokens, prompt_embeds, negative_prompt_embeds, edit_mask)
+        if source_image_tokens is not None:
+            check_source_image_tokens(source_image_tokens, self.config.vocab_size)
+        self.model.check_shapes(source_image_tokens, prompt_embeds, grid_height, grid_width)
+        check_tensors(source_image_tokens, prompt_embeds, negative_prompt_embeds, edit_mask, self.dtype)
         check_generator(generator, batch_size)
         has_source = source_image_tokens is not None
         image_scale = 1 if image_guidance_scale is None else image_guidance_scale
@@ -250,7 +253,7 @@ class EditARGenerationMixin(GenerationMixin):
         """
         grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
         grid = {"grid_height": grid_height, "grid_width": grid_width}
-        check_source_image_tokens(self.config, source_image_tokens, **grid)
+        check_source_image_tokens(source_image_tokens, self.config.vocab_size)
         cache = compute_source_cache(self, source_image_tokens, grid)
         cache.weight_samples = sample_weights(self.model)
         return cache
