@@ -51,12 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     output = "image to write, such as edited.png; a folder if --image is a folder"
     add("--output", metavar="PATH", type=parse_path, required=True, help=output)
     add("--mask", metavar="FILE", type=parse_path, help="mask image, white where the image may change")
-    add(
-        "--task",
-        choices=("edit", "canny", "depth", "segmentation"),
-        default="edit",
-        help="kind of image (default: edit)",
-    )
+    tasks = ("edit", "canny", "depth", "segmentation")
+    add("--task", choices=tasks, default="edit", help="what the image is to the prompt (default: edit)")
     add("--seed", metavar="S", type=int, default=0, help="seed of the sampling (default: 0)")
     resize_mode = "how to resize images to the model's size: crop edits the centre, stretch edits the whole image"
     add("--resize-mode", choices=("crop", "stretch"), help=f"{resize_mode}; default: that of the model")
