@@ -255,13 +255,15 @@ def list_lines(source: str) -> Entries:
 
 
 def make_folder_sample(source: str, sample_id: str, entry: dict) -> Sample:
-    words = {name: value for name, value in entry.items() if not name.endswith("_file_name")}
-    files = {name.removesuffix("_file_name"): Path(source) / entry[name] for name in entry.keys() - words.keys()}
-    mask = files.pop("mask", None)
-    images = {name: open_image(file) for name, file in files.items()}
-    if mask is not None:
-        images["mask"] = open_mask(mask, images["source_image"].size)
-    return Sample(**words, **images)
+    fields: dict[str, Any] = {}
+    for name, value in entry.items():
+        field, is_file, _ = name.partition("_file_name")
+        fields[field] = Path(source) / value if is_file else value
+    for name in fields.keys() & {"source_image", "target_image"}:
+        fields[name] = open_image(fields[name])
+    if "mask" in fields:
+        fields["mask"] = open_mask(fields["mask"], fields["source_image"].size)
+    return Sample(**fields)
 
 
 def open_mask(path: Path, source_size: tuple[int, int]) -> Image.Image:
@@ -326,8 +328,8 @@ def check_sample(sample: Sample) -> None:
             raise ValueError(f"`{name}` has {image.size} pixels; the result has {sample.size}.")
 
 
-DEPTH_EVAL, CAPTIONED_COCO = "limingcv/MultiGen-20M_depth_eval", "limingcv/Captioned_COCOStuff"
-MAGICBRUSH = {
+DEPTH_EVAL, COCO = "limingcv/MultiGen-20M_depth_eval", "limingcv/Captioned_COCOStuff"
+MAGICBRUSH: dict[str, Any] = {
     "metrics": ("l1", "l2", "clip_i", "dino", "clip_t"),
     "trade_off": ("l1", "clip_t"),
     "expected": 1053,
@@ -337,44 +339,60 @@ MAGICBRUSH = {
 BENCHMARKS = {
     "pie-bench": Kind(
         "PIE-Bench: 700 edits with masks; a folder with mapping_file.json and annotation_images/",
-        *(list_pie_bench, make_pie_sample),
-        (
+        list_pie_bench,
+        make_pie_sample,
+        metrics=(
             *("structure_distance", "psnr_unedited", "lpips_unedited", "mse_unedited", "ssim_unedited"),
             *("clip_whole", "clip_edited"),
         ),
-        ("structure_distance", "clip_whole"),
+        trade_off=("structure_distance", "clip_whole"),
         expected=PIE_CATEGORIES,
     ),
     "depth": Kind(
         "images from depth maps",
-        *(list_rows, partial(make_translation, "depth")),
-        *(("depth_rmse", "fid"), ("depth_rmse", "fid"), DEPTH_EVAL, 5000),
+        list_rows,
+        partial(make_translation, "depth"),
+        metrics=("depth_rmse", "fid"),
+        trade_off=("depth_rmse", "fid"),
+        default_source=DEPTH_EVAL,
+        expected=5000,
     ),
     "canny": Kind(
         "images from canny edges, those of the depth benchmark's images",
-        *(list_rows, partial(make_translation, "canny")),
-        *(("edge_f1", "edge_ms_ssim", "edge_psnr", "fid"), ("edge_f1", "fid"), DEPTH_EVAL, 5000),
+        list_rows,
+        partial(make_translation, "canny"),
+        metrics=("edge_f1", "edge_ms_ssim", "edge_psnr", "fid"),
+        trade_off=("edge_f1", "fid"),
+        default_source=DEPTH_EVAL,
+        expected=5000,
     ),
     "segmentation": Kind(
         "images from COCOStuff segmentation maps",
-        *(list_rows, partial(make_translation, "segmentation")),
-        *(("mean_iou", "fid"), ("mean_iou", "fid"), CAPTIONED_COCO, 5000),
+        list_rows,
+        partial(make_translation, "segmentation"),
+        metrics=("mean_iou", "fid"),
+        trade_off=("mean_iou", "fid"),
+        default_source=COCO,
+        expected=5000,
     ),
     "magicbrush": Kind(
         "MagicBrush's test set, each turn from the true image; its unzipped folder",
-        *(list_turns, make_turn),
+        list_turns,
+        make_turn,
         **MAGICBRUSH,
     ),
     "magicbrush-multi-turn": Kind(
         "MagicBrush's test set, each turn from the turn before, of which the last counts; its unzipped folder",
-        *(list_turns, make_chained_turn),
+        list_turns,
+        make_chained_turn,
         **MAGICBRUSH,
     ),
     "folder": Kind(
         "any folder of images with metadata.jsonl",
-        *(list_lines, make_folder_sample),
-        ("l1", "l2", "psnr", "ssim", "psnr_unedited", "ssim_unedited"),
-        ("psnr_unedited", "l1"),
+        list_lines,
+        make_folder_sample,
+        metrics=("l1", "l2", "psnr", "ssim", "psnr_unedited", "ssim_unedited"),
+        trade_off=("psnr_unedited", "l1"),
     ),
 }
 

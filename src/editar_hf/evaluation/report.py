@@ -91,12 +91,12 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
     Raises:
         ValueError: If the runs are not scored, not of the same benchmark and protocol, or a folder is named twice.
     """
-    folders, output_dir = [Path(folder).resolve() for folder in folders], Path(output_dir)
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"`runs` has a folder twice, of {', '.join(map(str, folders))}; name each once.")
+    paths, output_dir = [Path(folder).resolve() for folder in folders], Path(output_dir)
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"`runs` has a folder twice, of {', '.join(map(str, paths))}; name each once.")
     # A run is called by its folder, and by as many folders around it as tell the runs apart.
-    common = os.path.commonpath([folder.parent for folder in folders])
-    runs = [read_run(folder, "-".join(folder.relative_to(common).parts)) for folder in folders]
+    common = os.path.commonpath([path.parent for path in paths])
+    runs = [read_run(path, "-".join(path.relative_to(common).parts)) for path in paths]
     for key in ("benchmark", "protocol", "num_samples", "sizes"):
         values = {run.name: run.metrics[key] for run in runs}
         if any(value != runs[0].metrics[key] for value in values.values()):
@@ -237,7 +237,7 @@ def draw_sheet(rows: Sequence[tuple[str, Sample, Image.Image]]) -> Image.Image:
         for place, image in enumerate(images):
             if image is not None:
                 scale = SIDE / max(image.size)
-                size = tuple(max(1, round(side * scale)) for side in image.size)
+                size = [max(1, round(side * scale)) for side in image.size]
                 resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
                 sheet.paste(image.convert("RGB").resize(size, resampling), (place * (SIDE + GAP), number * height))
         for line, text in enumerate((f"{sample.id} {title}", sample.prompt)):

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from PIL import Image
@@ -118,9 +119,9 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
         for batch in batches[process.process_index :: process.num_processes]
         if not all(find_image(output_dir, sample_id).exists() for chain in batch for sample_id in chain)
     ]
-    edit = system.load() if batches else None
     wanted = {sample_id for batch in batches for chain in batch for sample_id in chain}
     samples = benchmark.read(wanted)
+    edit: Any = system.load() if batches else None
     with show_progress(total=len(wanted), desc=system.name) as progress:
         for batch in batches:
             waiting = {sample.id: sample for sample in islice(samples, sum(map(len, batch)))}
@@ -267,14 +268,15 @@ def resolve_scoring(
     names, given = list(dict.fromkeys(metrics or benchmark.kind.metrics)), models or {}
     for name in names:
         check_choice("metrics", name, METRICS)
-    needed = list(dict.fromkeys(METRICS[name].model for name in names if METRICS[name].model))
+    needed = list(dict.fromkeys(model for name in names if (model := METRICS[name].model) is not None))
     for name in given:
         if name not in needed:
             raise ValueError(f"`{name}_model` is {given[name]!r}; none of the metrics asked for needs it.")
-    resolved = {name: (DEFAULT_MODELS | benchmark.kind.models | given)[name] for name in needed}
-    for name, model in resolved.items():
-        if model is None:
+    defaults, resolved = {**DEFAULT_MODELS, **benchmark.kind.models, **given}, {}
+    for name in needed:
+        if (model := defaults[name]) is None:
             raise ValueError(f"`{name}_model` is missing; pass {MISSING[name]}, or choose other `metrics`.")
+        resolved[name] = model
     return names, resolved
 
 
@@ -307,7 +309,7 @@ def find_predictions(ids: Iterable[str], images_dir: Path) -> dict[str, Path]:
 def summarise(category_of: Mapping[str, str], rows: Iterable[dict], names: Sequence[str]) -> dict:
     """Reduce the rows of samples to figures over all and by category."""
     rows = [row for row in rows if "values" in row]
-    categories = {category: {} for category in dict.fromkeys(category_of.values())}
+    categories: dict[str, dict] = {category: {} for category in dict.fromkeys(category_of.values())}
     for category in categories:
         group = [row["values"] for row in rows if category_of[row["id"]] == category]
         for name in names:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -165,24 +166,19 @@ def editar(
         pipeline.to(get_process().device)
 
         def edit(samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-            sources = [sample.source_image for sample in samples]
-            pixels = pipeline(
-                [sample.prompt for sample in samples],
-                image=sources,
-                task=[sample.task for sample in samples],
-                generator=make_generators(seeds),
-                output_type="pt",
-                **knobs,
-                **({"mask_image": [sample.mask for sample in samples]} if use_masks else {}),
-            ).images
-            return restore_images(pipeline, pixels, sources, quantize)
+            inputs: dict[str, Any] = {"image": [sample.source_image for sample in samples]}
+            if use_masks:
+                inputs["mask_image"] = [sample.mask for sample in samples]
+            prompts, inputs["task"] = [sample.prompt for sample in samples], [sample.task for sample in samples]
+            pixels = pipeline(prompts, **inputs, **knobs, generator=make_generators(seeds), output_type="pt")[0]
+            return restore_images(pipeline, pixels, inputs["image"], quantize)
 
         return edit
 
     return System("editar", load, options, needs="mask" if use_masks else None)
 
 
-def restore_images(pipeline, pixels: torch.Tensor, sources: list[Image.Image], quantize: str) -> list[Image.Image]:
+def restore_images(pipeline, pixels: Any, sources: list[Image.Image], quantize: str) -> list[Image.Image]:
     """Turn an EditAR pipeline's pixels (batch, 3, height, width) in [0, 1] into images of their sources' sizes."""
     steps = pixels.float().cpu().clamp(0, 1) * 255
     steps = (steps.round() if quantize == "round" else steps.floor()).to(torch.uint8)
@@ -220,7 +216,7 @@ def command(command: str) -> System:
     return System("command", lambda: edit, {"command": command})
 
 
-SYSTEMS = {
+SYSTEMS: dict[str, Callable[..., System]] = {
     "editar": editar,
     "copy-source": copy_source,
     "vq-reconstruction": vq_reconstruction,

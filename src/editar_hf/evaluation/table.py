@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -52,8 +52,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_pixels(image: Image.Image) -> torch.Tensor:
-    """Turn an image into pixels (1, channels, height, width) in [0, 1]."""
+def make_pixels(image: Any) -> torch.Tensor:
+    """Turn a PIL image into pixels (1, channels, height, width) in [0, 1]."""
     array = np.array(image)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)[None] / 255
 
@@ -84,7 +84,7 @@ class Pair:
         return torch.from_numpy(np.array(self.sample.labels)).long()[None]
 
     @property
-    def unedited(self) -> tuple:
+    def unedited(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         """The arguments of metrics that compare prediction and source outside the mask."""
         return self.pixels, self.source, self.mask, self.protocol["masked_mean"]
 
@@ -93,6 +93,11 @@ class Pair:
         """Edges (1, 3, height, width) of the prediction, and those asked for."""
         found, asked = metrics.apply_canny(self.pixels), (self.source[:, :1] > 0.5).float()
         return found.expand(-1, 3, -1, -1), asked.expand(-1, 3, -1, -1)
+
+    @property
+    def target_prompts(self) -> list[str]:
+        """What the prediction should show, for CLIP."""
+        return [str(self.sample.target_prompt)]
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Metric:
             return "–"
         return "∞" if math.isinf(value) else f"{value:.{self.digits}f}"
 
-    def measure(self, pair: Pair, networks: dict[str, features.Network]) -> Any:
+    def measure(self, pair: Pair, networks: Mapping[str, features.Network]) -> Any:
         """Compute the metric of a pair; `None` if it is undefined."""
         if any(getattr(pair.sample, name) is None for name in self.needs):
             return None
@@ -146,8 +151,9 @@ class Metric:
 
 
 def compare_structure(pair: Pair, dino: features.Network) -> torch.Tensor:
-    encode = partial(features.encode_keys, dino, **pair.protocol["structure"])
-    return metrics.compute_structure_distance(encode(pair.pixels), encode(pair.source))
+    switches = pair.protocol["structure"]
+    keys = [features.encode_keys(dino, pixels, **switches) for pixels in (pair.pixels, pair.source)]
+    return metrics.compute_structure_distance(*keys)
 
 
 def compare_target(encode: Callable, pair: Pair, network: features.Network) -> torch.Tensor:
@@ -157,11 +163,11 @@ def compare_target(encode: Callable, pair: Pair, network: features.Network) -> t
 
 def compare_prompt(pair: Pair, clip: features.Network) -> torch.Tensor:
     image_embeds = features.encode_images(clip, pair.prediction)
-    return metrics.compute_cosine_similarity(image_embeds, features.encode_prompts(clip, [pair.sample.target_prompt]))
+    return metrics.compute_cosine_similarity(image_embeds, features.encode_prompts(clip, pair.target_prompts))
 
 
 def score_prompt(pair: Pair, clip: features.Network, mask: torch.Tensor | None = None) -> torch.Tensor:
-    return features.compute_clip_score(clip, pair.pixels, [pair.sample.target_prompt], mask)
+    return features.compute_clip_score(clip, pair.pixels, pair.target_prompts, mask)
 
 
 def compare_depth(pair: Pair, network: features.Network) -> torch.Tensor:
@@ -178,7 +184,7 @@ def compute_fid(collected: list) -> float:
 
 
 def count_classes(pair: Pair, network: features.Network) -> torch.Tensor:
-    predicted = features.segment(network, pair.pixels, pair.labels.shape[1:])
+    predicted = features.segment(network, pair.pixels, pair.sample.size[::-1])
     matrix = metrics.compute_confusion_matrix(predicted, pair.labels, network.model.config.num_labels)
     return matrix.to_sparse()  # few pairs of classes occur in one image
 
@@ -197,7 +203,7 @@ METRICS = {
     ),
     "ssim_unedited": Metric(
         "SSIM unedited ×10²",
-        lambda pair, _: metrics.compute_ssim(*pair.unedited, pair.protocol["ssim_border"]),
+        lambda pair, _: metrics.compute_ssim(*pair.unedited, border=pair.protocol["ssim_border"]),
         1e2,
         needs=MASK,
     ),
