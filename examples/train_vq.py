@@ -150,7 +150,7 @@ def save(accelerator, args, vq_model, num_images, held_out, step):
 
     def make(name):
         origin = args.dataset, args.model, args.license
-        return make_card("tokenizer", name, *origin, training=training, figures=results, **facts)
+        return make_card("vq_model", name, *origin, training=training, figures=results, **facts)
 
     save_result(args, "vq_model", vq_model.save_pretrained, make, image)
 

@@ -39,7 +39,7 @@ from ..checks import check_path
 logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
-CARD_TAGS = {"adapter": ["image-editing", "lora"], "tokenizer": ["vq-tokenizer"]}
+CARD_TAGS = {"adapter": ["image-editing", "lora"], "vq_model": ["vq-tokenizer"]}
 INDEX_FILE = "model_index.json"
 # Files that a component has beside its weights: configurations, tokenizers, chat templates.
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
@@ -71,7 +71,7 @@ def make_card(
     A section that is left out says that it is not stated yet, and what its author can write there.
 
     Args:
-        template (`str`): `"base"` (a pipeline), `"adapter"`, `"tokenizer"` (a VQ model) or `"converted"`.
+        template (`str`): `"base"` (a pipeline), `"adapter"`, `"vq_model"` or `"converted"`.
         name (`str`): The Hub id or folder that the card's snippet loads.
         dataset, base_model (`str`, *optional*): What it was trained on and from. The header names Hub ids only.
         license (`str`, *optional*): Identifier of the licence.
