@@ -11,6 +11,7 @@ the package or of the published repository.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,52 +62,30 @@ class PublishedStyleDecoder:
         return attention.o_proj(output.transpose(1, 2).flatten(2))
 
 
-def embed_prefix(model, source: torch.Tensor, prompt_embeds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Embed [source][text][first target tokens] for both branches, conditional rows first."""
-    rows = []
-    for drop_prompt in (False, True):
-        drop = torch.full((len(source),), drop_prompt, device=source.device)
-        text = model.model.embed_prompt(prompt_embeds, drop)
-        rows.append(torch.cat([model.model.embed_tokens(source), text, model.model.embed_tokens(target)], dim=1))
-    return torch.cat(rows)
+# A feed runs target tokens from a position on; where the position is None, also the source and the text before them. It
+# returns the logits after the last token, conditional rows first.
+Feed = Callable[[torch.LongTensor, int | None], torch.Tensor]
 
 
-@torch.no_grad()
-def decode_like_published(
-    model,
-    source: torch.LongTensor,
-    prompt_embeds: torch.Tensor,
-    guidance_scale: float,
-    grid_size: int,
-    free_positions: Sequence[int],
-    on_token: Callable[[], None] | None = None,
-) -> torch.LongTensor:
-    """Decode the target tokens at `free_positions`; all others are the source's. `on_token` hears of each."""
+def build_published_feed(model, source: torch.LongTensor, prompt_embeds: torch.Tensor, grid_size: int) -> Feed:
     decoder = PublishedStyleDecoder(model, len(source), grid_size)
     num_prefix = source.shape[1] + model.config.num_text_tokens
 
     def feed(tokens: torch.LongTensor, start: int | None) -> torch.Tensor:
+        embed, first_slot = model.model.embed_tokens, 0
         if start is None:
-            hidden_states, first_slot = embed_prefix(model, source, prompt_embeds, tokens), 0
+            drops = [torch.full((len(source),), drop, device=source.device) for drop in (False, True)]
+            texts = [model.model.embed_prompt(prompt_embeds, drop) for drop in drops]
+            hidden_states = torch.cat([torch.cat([embed(source), text, embed(tokens)], dim=1) for text in texts])
         else:
-            hidden_states, first_slot = model.model.embed_tokens(tokens.repeat(2, 1)), num_prefix + start
+            hidden_states, first_slot = embed(tokens.repeat(2, 1)), num_prefix + start
         slots = torch.arange(first_slot, first_slot + hidden_states.shape[1], device=source.device)
         return decoder.run(hidden_states, slots)[:, -1]
 
-    return decode_greedily(feed, source, guidance_scale, free_positions, on_token)
+    return feed
 
 
-@torch.no_grad()
-def decode_with_library(
-    model,
-    source: torch.LongTensor,
-    prompt_embeds: torch.Tensor,
-    guidance_scale: float,
-    grid_size: int,
-    free_positions: Sequence[int],
-    on_token: Callable[[], None] | None = None,
-) -> torch.LongTensor:
-    """Decode the target tokens at `free_positions`; all others are the source's. `on_token` hears of each."""
+def build_library_feed(model, source: torch.LongTensor, prompt_embeds: torch.Tensor, grid_size: int) -> Feed:
     cache = DynamicCache(config=model.config)
     prefix = {
         "source_image_tokens": source.repeat(2, 1),
@@ -120,21 +99,22 @@ def decode_with_library(
             inputs["target_image_tokens"] = tokens.repeat(2, 1)
         return model(**inputs, past_key_values=cache, grid_height=grid_size, grid_width=grid_size).logits[:, -1]
 
-    return decode_greedily(feed, source, guidance_scale, free_positions, on_token)
+    return feed
 
 
+@torch.no_grad()
 def decode_greedily(
-    feed: Callable[[torch.LongTensor, int | None], torch.Tensor],
+    build_feed: Callable[..., Feed],
+    model,
     source: torch.LongTensor,
+    prompt_embeds: torch.Tensor,
     guidance_scale: float,
+    grid_size: int,
     free_positions: Sequence[int],
-    on_token: Callable[[], None] | None,
+    on_token: Callable[[], None] | None = None,
 ) -> torch.LongTensor:
-    """Choose the token at each free position.
-
-    `feed` runs target tokens from a position on, or the source, the text and all target tokens so far if it is None,
-    and returns the logits after the last of them.
-    """
+    """Decode the target tokens at `free_positions`; all others are the source's. `on_token` hears of each."""
+    feed = build_feed(model, source, prompt_embeds, grid_size)
     tokens, start = source.clone(), None
     for position in free_positions:
         logits = feed(tokens[:, start or 0 : position], start)
@@ -143,6 +123,10 @@ def decode_greedily(
         if on_token is not None:
             on_token()
     return tokens[:, list(free_positions)]
+
+
+decode_like_published = partial(decode_greedily, build_published_feed)
+decode_with_library = partial(decode_greedily, build_library_feed)
 
 
 def select_greedily(logits: torch.Tensor, guidance_scale: float) -> torch.LongTensor:

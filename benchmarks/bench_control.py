@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from generation_systems import build_inputs, build_model
-from report import describe_machine, format_table, time_call, write_result
+from report import describe_machine, format_ratios, format_table, time_call, time_in_turn, write_result
 
 from editar_hf import EditARPipeline, EditARVQConfig, EditARVQModel
 from editar_hf.pipelines.callbacks import RowPreview
@@ -40,23 +40,12 @@ WINDOWS = (1, 2, 4, 8, 16)
 SETTINGS = [(how, scale) for how in ("greedy", "sampled") for scale in (1.0, 3.0)]
 
 
-def time_in_turn(calls: dict[str, Callable], num_rounds: int, device: str) -> tuple[dict[str, list[float]], dict]:
-    """Time calls one after the other, then in the opposite order, …; return the seconds of each, and results."""
-    seconds, results = {name: [] for name in calls}, {}
-    for turn in range(num_rounds):
-        for name in list(calls)[:: -1 if turn % 2 else 1]:
-            spent, results[name] = time_call(calls[name], device)
-            seconds[name].append(spent)
-    return seconds, results
-
-
-def describe(seconds: dict[str, list[float]], name: str, base: str) -> list[str]:
-    """Give the median, and the ratio to another round by round as median (least – most)."""
-    ratios = [mine / other for mine, other in zip(seconds[name], seconds[base], strict=True)]
-    return [
-        f"{statistics.median(seconds[name]):.2f}",
-        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})",
-    ]
+def time_rows(calls: dict[str, Callable], num_rounds: int, device: str) -> tuple[list[list[str]], dict]:
+    """Time calls in turn: rows of the median, and the ratio to the first call as median (least – most); and results."""
+    seconds, results = time_in_turn(calls, num_rounds, device)
+    base = next(iter(seconds.values()))
+    rows = [[name, f"{statistics.median(times):.2f}", format_ratios(times, base)] for name, times in seconds.items()]
+    return rows, results
 
 
 # Random weights
@@ -73,17 +62,13 @@ def draw_square_mask(share: float) -> torch.BoolTensor:
 
 def benchmark_masks(model, source, prompt_embeds, num_rounds: int) -> str:
     """Time an edit of each mask against one without."""
-    masks = {f"{share:.0%}": draw_square_mask(share).to(source.device) for share in MASK_SHARES}
-    settings = {"do_sample": False, "return_dict_in_generate": True}
-    calls = {"no mask": lambda: model.generate(source, prompt_embeds, **settings)}
-    for name, mask in masks.items():
-        calls[name] = lambda mask=mask: model.generate(source, prompt_embeds, edit_mask=mask, **settings)
-    seconds, outputs = time_in_turn(calls, num_rounds, source.device.type)
-    rows = []
-    for name, output in outputs.items():
-        free = masks[name].sum().item() if name in masks else source.shape[1]
-        label = f"{free} ({free / source.shape[1]:.0%})" if name in masks else name
-        rows.append([label, str(output.num_decode_steps), *describe(seconds, name, "no mask")])
+    edit = partial(model.generate, source, prompt_embeds, do_sample=False, return_dict_in_generate=True)
+    calls = {"no mask": edit}
+    for share in MASK_SHARES:
+        mask = draw_square_mask(share).to(source.device)
+        calls[f"{mask.sum()} ({mask.float().mean():.0%})"] = partial(edit, edit_mask=mask)
+    rows, outputs = time_rows(calls, num_rounds, source.device.type)
+    rows = [[name, str(outputs[name].num_passes), *cells] for name, *cells in rows]
     return format_table(["tokens that may change", "passes", "s", "of an edit without mask"], rows)
 
 
@@ -93,23 +78,17 @@ def benchmark_second_edit(model, vq_model, source, prompt_embeds, num_rounds: in
     cache = model.prepare_source_cache(source)
     first_token = torch.zeros_like(source, dtype=torch.bool)
     first_token[:, 0] = True
-    how = {"prompt_embeds": prompt_embeds, "do_sample": False, "edit_mask": first_token}
-
-    def prepare_first():
-        vq_model.encode(pixels)
-        model.generate(source, **how)
-
+    edit = partial(model.generate, prompt_embeds=prompt_embeds, do_sample=False, edit_mask=first_token)
     calls = {
-        "first edit of a picture": prepare_first,
-        "second, with `source_cache`": lambda: model.generate(source_cache=cache, **how),
+        "first edit of an image": lambda: (vq_model.encode(pixels), edit(source_image_tokens=source)),
+        "second, with `source_cache`": lambda: edit(source_cache=cache),
     }
-    seconds, _ = time_in_turn(calls, num_rounds, source.device.type)
-    rows = [[name, *describe(seconds, name, "first edit of a picture")] for name in calls]
+    rows, _ = time_rows(calls, num_rounds, source.device.type)
     return format_table(["VQ encoder and prefill", "s", "of the first"], rows)
 
 
 def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_rounds: int) -> str:
-    """Time an edit, its picture included, and its previews of every row by themselves; and those of a larger one."""
+    """Time an edit, its image included, and its previews of every row by themselves; and those of a larger one."""
 
     def draw_previews(grid_size: int, num_rows: int):
         pixels = torch.zeros(1, 3, grid_size * STRIDE, grid_size * STRIDE, device=source.device)
@@ -123,17 +102,15 @@ def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_ro
         vq_model.decode(source)
 
     large = 2 * GRID_SIZE
+    name = f"{large} previews at {large * STRIDE}×{large * STRIDE}; the edit is at half of that"
     calls = {
         "an edit": edit,
-        "the first preview": lambda: draw_previews(GRID_SIZE, 1),
-        f"{GRID_SIZE} previews, of every row": lambda: draw_previews(GRID_SIZE, GRID_SIZE),
-        f"{large} previews at {large * STRIDE}×{large * STRIDE}; the edit is at half of that": lambda: draw_previews(
-            large, large
-        ),
+        "the first preview": partial(draw_previews, GRID_SIZE, 1),
+        f"{GRID_SIZE} previews, of every row": partial(draw_previews, GRID_SIZE, GRID_SIZE),
+        name: partial(draw_previews, large, large),
     }
     draw_previews(GRID_SIZE, 2)  # the first convolutions of a shape set libraries up
-    seconds, _ = time_in_turn(calls, num_rounds, source.device.type)
-    return format_table(["", "s", "of an edit"], [[name, *describe(seconds, name, "an edit")] for name in calls])
+    return format_table(["", "s", "of an edit"], time_rows(calls, num_rounds, source.device.type)[0])
 
 
 # The sticker editor
@@ -152,48 +129,38 @@ def make_samples(num_samples: int, resolution: int) -> dict[str, list[dict]]:
     }
 
 
-def edit_sample(pipe, tokens, embeds, **how):
-    generator = torch.Generator().manual_seed(0)
-    return pipe.transformer.generate(tokens, embeds, generator=generator, return_dict_in_generate=True, **how)
-
-
 def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
     """Count passes by way of choosing, guidance, kind of edit and window, and time the windows."""
     num_tokens = pipe.transformer.config.num_image_tokens
-    rows, seconds, num_different = [], {window: [] for window in (0, *WINDOWS)}, 0
+    ways = {0: {}} | {window: {"decoding": "speculative", "num_draft_tokens": window} for window in WINDOWS}
+    rows, seconds, num_different = [], {window: [] for window in ways}, 0
     for choice, scale in SETTINGS:
-        settings = {"do_sample": choice == "sampled", "guidance_scale": scale}
+        settings = {"do_sample": choice == "sampled", "guidance_scale": scale, "return_dict_in_generate": True}
         for task, of_task in samples.items():
-            passes = {window: [] for window in (0, *WINDOWS)}
-            kept = []
+            passes, kept = {window: [] for window in WINDOWS}, []
             for index, sample in enumerate(of_task):
                 tokens = pipe.encode_image(sample["source_image"])
                 embeds = pipe.encode_prompt(sample["prompt"], sample["task"])
                 exact = None
                 for window in (0, *WINDOWS) if index % 2 == 0 else (0, *WINDOWS[::-1]):
-                    how = {"decoding": "speculative", "num_draft_tokens": window} if window else {}
-                    edit = partial(edit_sample, pipe, tokens, embeds, **settings, **how)
+                    how = {"generator": torch.Generator().manual_seed(0), **settings, **ways[window]}
+                    edit = partial(pipe.transformer.generate, tokens, embeds, **how)
                     spent, output = time_call(edit, tokens.device.type)
                     seconds[window].append(spent)
-                    passes[window].append(output.num_decode_steps)
-                    exact = output.sequences if window == 0 else exact
+                    if window:
+                        passes[window].append(output.num_passes)
+                    else:
+                        exact = output.sequences
                     num_different += (output.sequences != exact).any().item()
                 kept.append((exact == tokens).float().mean().item())
-            means = [statistics.mean(passes[window]) for window in WINDOWS]
+            means = [statistics.mean(counts) for counts in passes.values()]
             cells = [f"{mean:.1f} ({(num_tokens - 1) / mean:.2f})" for mean in means]
             rows.append([choice, f"{scale:g}", task, f"{statistics.mean(kept):.0%}", *cells])
-    windows = [f"window {window}" for window in WINDOWS]
-    header = ["tokens are", "guidance", "kind of edit", "source tokens kept", *windows]
-    times = [
-        [str(window), f"{statistics.median(seconds[window]):.3f}", describe_ratio_of_medians(seconds, window)]
-        for window in (0, *WINDOWS)
-    ]
+    header = ["tokens are", "guidance", "kind of edit", "source tokens kept", *(f"window {w}" for w in WINDOWS)]
+    medians = {window: statistics.median(times) for window, times in seconds.items()}
+    times = [[str(window), f"{median:.3f}", f"{median / medians[0]:.2f}"] for window, median in medians.items()]
     note = f"{num_different} of the speculative results differ from the exact ones in any token."
-    return format_table(header, rows) + "\n\n" + note, format_table(["window", "s", "of exact"], times)
-
-
-def describe_ratio_of_medians(seconds: dict[int, list[float]], window: int) -> str:
-    return f"{statistics.median(seconds[window]) / statistics.median(seconds[0]):.2f}"
+    return f"{format_table(header, rows)}\n\n{note}", format_table(["window", "s", "of exact"], times)
 
 
 def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
@@ -202,32 +169,27 @@ def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
     As many tokens as truly change are taken, those of the highest values: an IoU without a threshold to choose.
     """
     grid = pipe.transformer.config.grid_size
-    rows, by_row, all_ious = [], {}, []
+    ious, by_row = {task: [] for task in OPERATIONS}, {}
     for task in OPERATIONS:
-        ious = []
         for sample in samples[task]:
             side = sample["mask"].height // grid
             is_white = prepare_mask(sample["mask"], sample["source_image"].size)
             changed = is_white.reshape(grid, side, grid, side).any(axis=(1, 3))
             edit_map = pipe.compute_edit_map(sample["source_image"], sample["prompt"], sample["task"])[0].cpu().numpy()
             guess = edit_map >= np.sort(edit_map, axis=None)[-changed.sum()]
-            ious.append((guess & changed).sum() / (guess | changed).sum())
-            first = changed.any(axis=1).nonzero()[0][0]
-            for row in changed.any(axis=1).nonzero()[0]:
-                found = (guess & changed)[row].sum(), (guess | changed)[row].sum()
-                by_row.setdefault(int(row - first), []).append(found)
-        rows.append([task, str(len(ious)), f"{np.mean(ious):.2f}"])
-        all_ious += ious
-    rows.append(["all", str(len(all_ious)), f"{np.mean(all_ious):.2f}"])
+            hits, all_tokens = guess & changed, guess | changed
+            ious[task].append(hits.sum() / all_tokens.sum())
+            rows = changed.any(axis=1).nonzero()[0]
+            for row in rows:
+                by_row.setdefault(int(row - rows[0]), []).append((hits[row].sum(), all_tokens[row].sum()))
+    ious["all"] = [iou for values in ious.values() for iou in values]
+    kinds = [[task, str(len(values)), f"{np.mean(values):.2f}"] for task, values in ious.items()]
     places = [
-        [str(place + 1), str(len(found)), f"{sum(f for f, _ in found) / sum(u for _, u in found):.2f}"]
+        [str(place + 1), str(len(found)), f"{np.divide(*np.sum(found, axis=0)):.2f}"]
         for place, found in sorted(by_row.items())
     ]
-    return (
-        format_table(["kind of edit", "samples", "IoU"], rows)
-        + "\n\n"
-        + format_table(["row of the edit", "samples", "IoU"], places)
-    )
+    tables = (["kind of edit", "samples", "IoU"], kinds), (["row of the edit", "samples", "IoU"], places)
+    return "\n\n".join(format_table(*table) for table in tables)
 
 
 def main():

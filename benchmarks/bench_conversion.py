@@ -9,7 +9,6 @@ them in a process of their own, self-check included, converts back, compares eve
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from report import describe_machine, format_table, write_result
 from transformers import T5Config, T5EncoderModel
 
 from editar_hf import EditARConfig, EditARForConditionalGeneration, EditARVQConfig, EditARVQModel
@@ -30,7 +30,6 @@ from editar_hf.conversion import (
 from editar_hf.training.tokenizer import train_tokenizer
 
 
-RESULT = Path(__file__).parent / "results" / "conversion.md"
 TRANSFORMER = EditARConfig.from_preset("GPT-XL")
 VQ_MODEL = EditARVQConfig()
 # Source: the configuration of google/flan-t5-xl.
@@ -82,15 +81,6 @@ def count_equal_tensors(before: Path, after: Path) -> tuple[int, int]:
     return sum(torch.equal(old[name], new[name]) for name in names), len(names)
 
 
-def describe_machine() -> str:
-    """Name the processor, the memory and the versions that the figures stand for."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, "
-        f"{torch.get_num_threads()} torch threads, Python {platform.python_version()}, torch {torch.__version__}"
-    )
-
-
 def measure(folder: Path) -> str:
     """Convert there and back in `folder`; return the report as Markdown."""
     write_random_files(folder)
@@ -100,26 +90,22 @@ def measure(folder: Path) -> str:
     backward = run_command("--reverse", "--model", folder / "pipeline", "--output-dir", folder / "back")
     names = (REVERTED_TRANSFORMER, REVERTED_VQ_MODEL)
     counts = [count_equal_tensors(folder / name, folder / "back" / name) for name in names]
-    return "\n".join(
-        [
-            "# Conversion at the true size",
-            "",
-            "GPT-XL, VQ-16 and the encoder of FLAN-T5-XL's configuration, random bf16 weights; the files hold "
-            f"{size:.1f} GiB.",
-            f"Device: {describe_machine()}.",
-            "Peak memory is resident memory, the pages of memory-mapped files included. Made by",
-            "`python benchmarks/bench_conversion.py`.",
-            "",
-            "| direction | time | peak memory |",
-            "|---|---|---|",
-            f"| published files → pipeline folder, self-check included | {forward[0]:.0f} s | {forward[1]:.1f} GiB |",
-            f"| pipeline folder → published files | {backward[0]:.0f} s | {backward[1]:.1f} GiB |",
-            "",
-            f"Tensors that came back bit for bit: decoder {counts[0][0]} of {counts[0][1]}, "
-            f"tokenizer {counts[1][0]} of {counts[1][1]}.",
-            "",
-        ]
-    )
+    rows = [
+        [direction, f"{seconds:.0f} s", f"{memory:.1f} GiB"]
+        for direction, (seconds, memory) in (
+            ("published files → pipeline folder, self-check included", forward),
+            ("pipeline folder → published files", backward),
+        )
+    ]
+    parts = [
+        "# Conversion at the true size",
+        f"{describe_machine()} GPT-XL, VQ-16 and the encoder of FLAN-T5-XL's configuration, random bf16 weights; the "
+        f"files hold {size:.1f} GiB. Peak memory is resident memory, the pages of memory-mapped files included. Made "
+        "by `python benchmarks/bench_conversion.py`.",
+        format_table(["direction", "time", "peak memory"], rows),
+        "Tensors that came back bit for bit: decoder {} of {}, VQ model {} of {}.".format(*counts[0], *counts[1]),
+    ]
+    return "\n\n".join(parts)
 
 
 def main():
@@ -128,10 +114,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
-        report = measure(Path(folder))
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(report, encoding="utf-8")
-    print(report)
+        write_result("conversion", measure(Path(folder)))
 
 
 if __name__ == "__main__":

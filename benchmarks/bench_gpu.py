@@ -11,11 +11,13 @@ figures so far are written to `generation-gpu.md` and `generation-gpu.json` afte
 import argparse
 import json
 import signal
+import statistics
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +26,6 @@ from generation_gpu import (
     NUM_WATCHED,
     CapturedDecoding,
     Device,
-    extrapolate_edit,
     measure_floors,
     time_captured,
     time_decoding,
@@ -52,7 +53,7 @@ FULL = {
     "small": ("GPT-B", 16),
     "parity_tokens": 32,
     "timed": 32,
-    # Edits at once, and the pictures that they are of.
+    # Edits at once, and the sources that they share.
     "batches": ((4, 4), (16, 16), (16, 1)),
     "training_batch_size": 8,
     "training_seconds": 6.0,
@@ -122,27 +123,26 @@ class Benchmark:
     # Parity, at the small size
 
     def check_eager(self):
-        size, tokens, device = self.sizes["small"], self.sizes["parity_tokens"], self.device.name
-        self.check("fp32", lambda: check_parity(*size, torch.float32, tokens, 1, device))
-        self.check("bf16", lambda: check_parity(*size, torch.bfloat16, tokens, 1, device))
-        self.check("bf16, 4 edits", lambda: check_parity(*size, torch.bfloat16, tokens, 4, device))
+        self.check("fp32", check_parity, torch.float32)
+        self.check("bf16", check_parity, torch.bfloat16)
+        self.check("bf16, 4 edits", check_parity, torch.bfloat16, batch_size=4)
         self.check("fp32, captured", self.compare_captured)
-        self.check("fp32, paths", lambda: check_paths(*size, 2 * tokens, device, is_compiled=False))
+        self.check("fp32, paths", check_paths, num_tokens=2 * self.sizes["parity_tokens"], is_compiled=False)
 
     def check_compiled(self):
-        size, tokens, options = self.sizes["small"], self.sizes["parity_tokens"], self.sizes["compile_options"]
-        compare = lambda: check_parity(*size, torch.float32, tokens, 1, self.device.name, True, **options)  # noqa: E731
-        self.check("fp32, compiled", compare)
+        options = self.sizes["compile_options"]
+        self.check("fp32, compiled", check_parity, torch.float32, is_compiled=True, **options)
 
     def check_compiled_paths(self):
-        size, tokens, options = self.sizes["small"], self.sizes["parity_tokens"], self.sizes["compile_options"]
-        self.check("fp32, compiled paths", lambda: check_paths(*size, 2 * tokens, self.device.name, **options))
+        num_tokens, options = 2 * self.sizes["parity_tokens"], self.sizes["compile_options"]
+        self.check("fp32, compiled paths", check_paths, num_tokens=num_tokens, **options)
 
-    def check(self, name: str, compare: Callable[[], str]):
+    def check(self, name: str, compare: Callable[..., str], *dtype: torch.dtype, **how):
         """Note what a comparison finds, or how it fails."""
         start = time.monotonic()
+        how = {"num_tokens": self.sizes["parity_tokens"], "device": self.device.name, **how}
         try:
-            finding = compare()
+            finding = compare(*self.sizes["small"], *dtype, **how)
         except Exception as error:
             traceback.print_exc()
             finding = f"FAILED, {describe_error(error)}"
@@ -150,30 +150,36 @@ class Benchmark:
         print(f"{name}: {finding} ({time.monotonic() - start:.1f} s)", flush=True)
 
     @torch.no_grad()
-    def compare_captured(self) -> str:
+    def compare_captured(self, preset: str, grid_size: int, num_tokens: int, device: str) -> str:
         """Compare the tokens of the captured step with those of `generate`, in fp32."""
-        (preset, grid_size), count = self.sizes["small"], self.sizes["parity_tokens"]
-        model = build_model(preset, grid_size, torch.float32, self.device.name)
-        inputs = build_inputs(model, 1, self.device.name)
-        expected = DECODERS["editar_hf"](model, *inputs, GUIDANCE_SCALE, grid_size, range(count))
-        tokens = CapturedDecoding(model, model, *inputs, self.device).decode(count)
+        model = build_model(preset, grid_size, torch.float32, device)
+        inputs = build_inputs(model, 1, device)
+        expected = DECODERS["editar_hf"](model, *inputs, GUIDANCE_SCALE, grid_size, range(num_tokens))
+        tokens = CapturedDecoding(model, model, *inputs, self.device).decode(num_tokens)
         num_different = (tokens != expected).sum().item()
-        assert num_different == 0, f"{num_different} of {count} tokens differ from those of `generate`"
-        return f"captured by hand, the {count} tokens are those of `generate`"
+        assert num_different == 0, f"{num_different} of {num_tokens} tokens differ from those of `generate`"
+        return f"captured by hand, the {num_tokens} tokens are those of `generate`"
 
     # Time, at the large size
 
     def time_one_edit(self):
         self.time_systems(1, 1, rounds=2)
 
+    def time_captured_compiled(self):
+        self.time_system(CAPTURED_COMPILED, 1, 1)
+
+    def time_batches(self):
+        for num_edits, num_sources in self.sizes["batches"]:
+            self.time_systems(num_edits, num_sources, rounds=1)
+
     def time_compiled(self):
         model = self.get_large_model()
         model.compile_decoding(**self.sizes["compile_options"])
         try:
             self.time_system("editar_hf, compiled", 1, 1)
-            decode, inputs = DECODERS["editar_hf, compiled"], build_inputs(model, 1, self.device.name)
-            grid_size, positions = model.config.grid_size, range(model.config.num_image_tokens)
-            edit = lambda: decode(model, *inputs, GUIDANCE_SCALE, grid_size, positions)  # noqa: E731
+            inputs, positions = build_inputs(model, 1, self.device.name), range(model.config.num_image_tokens)
+            decode = partial(DECODERS["editar_hf, compiled"], model, *inputs, GUIDANCE_SCALE)
+            edit = partial(decode, model.config.grid_size, positions)
             self.results["whole_edits"] = [time_call(edit, self.device.name)[0] for _ in range(2)]
             print("whole edits, compiled:", self.results["whole_edits"], flush=True)
             self.watch("compiled")
@@ -181,31 +187,24 @@ class Benchmark:
             model.compiled_decoding = None
             torch.compiler.reset()  # frees the graphs and their memory
 
-    def time_captured_compiled(self):
-        self.time_system(CAPTURED_COMPILED, 1, 1)
-
-    def time_batches(self):
-        for num_edits, num_pictures in self.sizes["batches"]:
-            self.time_systems(num_edits, num_pictures, rounds=1)
-
-    def time_systems(self, num_edits: int, num_pictures: int, rounds: int):
+    def time_systems(self, num_edits: int, num_sources: int, rounds: int):
         """Time what needs no compilation on a batch; one that fails, as for want of memory, does not end the next."""
         for system in ("editar_hf", CAPTURED, "published style", "library"):
             try:
-                self.time_system(system, num_edits, num_pictures, rounds)
+                self.time_system(system, num_edits, num_sources, rounds)
             except Exception as error:
                 traceback.print_exc()
                 self.results["failures"].append(f"{system}, {num_edits} edits: {describe_error(error)}")
 
-    def time_system(self, system: str, num_edits: int, num_pictures: int, rounds: int = 2):
+    def time_system(self, system: str, num_edits: int, num_sources: int, rounds: int = 2):
         """Time a system on a batch, and add the row to the results."""
         model, device, num_timed = self.get_large_model(), self.device, self.sizes["timed"]
         source, prompt_embeds = build_inputs(model, num_edits, device.name)
-        source = source[:num_pictures].repeat_interleave(num_edits // num_pictures, dim=0)
-        row = {"edits": num_edits, "pictures": num_pictures, "system": system}
+        source = source[:num_sources].repeat_interleave(num_edits // num_sources, dim=0)
+        row = {"edits": num_edits, "sources": num_sources, "system": system}
         if system in (CAPTURED, CAPTURED_COMPILED):
-            compiled = compile_apart(model.forward, **self.sizes["compile_options"])
-            forward = model if system == CAPTURED else compiled
+            options = self.sizes["compile_options"]
+            forward = model if system == CAPTURED else compile_apart(model.forward, **options)
             # Its prefill is that of `generate`, which was timed before.
             (eager,) = (r for r in self.results["edits"] if r == {**r, **row, "system": "editar_hf"})
             row["prefill"] = eager["prefill"]
@@ -213,28 +212,21 @@ class Benchmark:
             torch.compiler.reset()
         else:
             row |= time_decoding(DECODERS[system], model, source, prompt_embeds, device, num_timed, rounds)
-        num_tokens = source.shape[1]
-        bandwidth = self.results["bandwidth"]
-        token_floor = compute_decode_floor(model, num_edits, num_pictures, model.dtype, bandwidth)
-        row |= {"edit": extrapolate_edit(row, num_tokens), "floor": (num_tokens - 1) * token_floor}
+        num_others = source.shape[1] - 1
+        floor = compute_decode_floor(model, num_edits, num_sources, model.dtype, self.results["bandwidth"])
+        row |= {"edit": row["prefill"] + num_others * statistics.mean(row["tokens"]), "floor": num_others * floor}
         self.results["edits"].append(row)
         print(" | ".join(format_row(row)), flush=True)
 
-    def watch_eager(self):
-        self.watch("eager")
-
-    def watch(self, name: str):
+    def watch(self, name: str = "eager"):
         """Note where `generate` waits for the device, and what runs there, per token."""
         model, waits, kernels, host_calls = self.get_large_model(), Counter(), [], []
         inputs = build_inputs(model, 1, self.device.name)
         watch_tokens(model, *inputs, self.device.count_waits(waits))
         watch_tokens(model, *inputs, self.device.profile(kernels, host_calls))
-        for call in (*kernels, *host_calls):
-            call["calls"], call["us"] = call["calls"] / NUM_WATCHED, call["us"] / NUM_WATCHED
         found = {
             "waits": {place: count / NUM_WATCHED for place, count in waits.items()},
-            "calls": sum(kernel["calls"] for kernel in kernels),
-            "us": sum(kernel["us"] for kernel in kernels),
+            **{unit: sum(kernel[unit] for kernel in kernels) for unit in ("calls", "us")},
             "host": {call["name"]: call["calls"] for call in host_calls[:5]},
             "kernels": kernels[:NUM_KERNELS],
             "cuda_graphs_skipped": counters["inductor"]["cudagraph_skips"],
@@ -306,7 +298,7 @@ STAGES = {
     "floors": (Benchmark.measure_floors, 3, 20),
     "parity": (Benchmark.check_eager, 5, 30),
     "one edit": (Benchmark.time_one_edit, 8, 40),
-    "watch": (Benchmark.watch_eager, 3, 15),
+    "watch": (Benchmark.watch, 3, 15),
     "parity, compiled": (Benchmark.check_compiled, 10, 45),
     "one edit, compiled": (Benchmark.time_compiled, 25, 80),
     "batches": (Benchmark.time_batches, 5, 45),
@@ -326,7 +318,7 @@ def compose_page(results: dict) -> str:
     parity = [f"* {name}: {finding}" for name, finding in results["parity"].items()]
     parts += ["## Parity, GPT-B at 256×256", "\n".join(parity)] if parity else []
     if results["edits"]:
-        header = ["edits", "pictures", "system", "prefill, ms", "token, ms, at the places"]
+        header = ["edits", "sources", "system", "prefill, ms", "token, ms, at the places"]
         header += ["edit, s", "images/s", "of the floor", "first call, s", "peak, GiB"]
         rows = [format_row(row) for row in results["edits"]]
         parts += ["## Time", format_table(header, rows), *(f"Failed: {failure}" for failure in results["failures"])]
@@ -369,7 +361,7 @@ def format_row(row: dict) -> list[str]:
     tokens = " / ".join(f"{1000 * seconds:.2f}" for seconds in row["tokens"])
     cells = [f"{1000 * row['prefill']:.1f}", tokens, f"{row['edit']:.3f}", f"{row['edits'] / row['edit']:.2f}"]
     cells += [f"{row['floor'] / row['edit']:.0%}", f"{row['first_call']:.1f}", f"{row['memory']:.2f}"]
-    return [str(row["edits"]), str(row["pictures"]), row["system"], *cells]
+    return [str(row["edits"]), str(row["sources"]), row["system"], *cells]
 
 
 def describe_training(results: dict) -> str:

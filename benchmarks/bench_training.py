@@ -1,28 +1,35 @@
 """Speed and memory of a training step: ours against a plain loop, on the same networks with the same data.
 
-The plain loop encodes both pictures and the prompt in every step, computes logits of every position, and waits for the
-loss. Ours encodes both pictures at once, computes the logits of target positions and waits for nothing; or it reads
+The plain loop encodes both images and the prompt in every step, computes logits of every position, and waits for the
+loss. Ours encodes both images at once, computes the logits of target positions and waits for nothing; or it reads
 tokens and text states that `examples/precompute_tokens.py` made in advance. Reading and decoding files is not in it.
 
     python benchmarks/bench_training.py           # a small decoder on one CPU thread, a few minutes
     python benchmarks/bench_training.py --full    # GPT-XL at 512×512 in bf16, on a GPU
 
-Every sample is a process of its own; the ways take turns, forth and back; the losses of the first steps must agree
-before a speed counts. Writes `results/training.md`, or `results/training-full.md`.
+Every sample is a process of its own. The ways take turns, forth and back. The losses must agree, or no speed counts.
+Writes `results/training.md`, or `results/training-full.md`.
 """
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-import time
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from report import describe_machine, format_table, measure_peak_memory, write_result
+from report import (
+    describe_machine,
+    format_range,
+    format_ratios,
+    format_table,
+    measure_matrix_rate,
+    measure_peak_memory,
+    run_sample,
+    take_turns,
+    time_call,
+    write_result,
+)
 from transformers import T5Config, T5EncoderModel
 
 from editar_hf import EditARConfig, EditARForConditionalGeneration, EditARVQConfig, EditARVQModel
@@ -30,9 +37,9 @@ from editar_hf.training.optimization import build_optimizer
 from editar_hf.training.step import TrainingStep, draw_dropout, encode_image_tokens
 
 
-WAYS = {"plain": "plain loop", "pictures": "ours, from pictures", "tokens": "ours, from tokens and text states"}
+WAYS = {"plain": "plain loop", "images": "ours, from images", "tokens": "ours, from tokens and text states"}
 NO_DROPOUT = {"text_dropout": 0.0, "residual_dropout": 0.0, "mlp_dropout": 0.0, "distillation_hidden_size": None}
-# The tokenizer and the text encoder take about the share of a step that they take at the published size.
+# The VQ model and the text encoder take about the share of a step that they take at the published size.
 SMALL = {
     "transformer": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "grid_size": 16},
     "vq_model": {"base_channels": 32, "norm_num_groups": 2},
@@ -61,14 +68,14 @@ def build_networks(sizes: dict) -> tuple[EditARForConditionalGeneration, EditARV
 
 
 def draw_batch(sizes: dict, transformer: EditARForConditionalGeneration, stride: int, place: int) -> dict:
-    """Draw a batch of smooth pictures and prompts."""
+    """Draw a batch of smooth images and prompts."""
     generator = torch.Generator().manual_seed(place)
     side, batch_size = transformer.config.grid_size * stride, sizes["batch_size"]
     coarse = torch.rand(2 * batch_size, 3, 8, 8, generator=generator) * 2 - 1
     source, target = F.interpolate(coarse, (side, side), mode="bilinear").chunk(2)
     ids = torch.randint(2, 32100, (batch_size, transformer.config.num_text_tokens), generator=generator)
-    pictures = {"source_pixel_values": source, "target_pixel_values": target}
-    return {**pictures, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    images = {"source_pixel_values": source, "target_pixel_values": target}
+    return {**images, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def compute_plain_loss(transformer, vq_model, text_encoder, batch: dict, drop_source, drop_prompt) -> torch.Tensor:
@@ -101,10 +108,9 @@ def measure_way(way: str, is_full: bool) -> dict:
         batches = [encode_image_tokens(batch, vq_model) for batch in batches]
         with torch.no_grad(), accelerator.autocast():
             batches = [{**batch, "prompt_embeds": module.encode_prompts(batch)} for batch in batches]
-    losses, start = [], None
-    for place, batch in enumerate(batches):
-        if place == num_warm:
-            start = read_clocks(accelerator.device)
+    losses = []
+
+    def take_step(place: int, batch: dict):
         if way == "plain":
             drops = {name: draw_dropout(batch, 0, place)[name] for name in ("drop_source", "drop_prompt")}
             with accelerator.autocast():
@@ -116,32 +122,18 @@ def measure_way(way: str, is_full: bool) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item() if way == "plain" else loss.detach())
-    seconds = [(end - begin) / num_timed for begin, end in zip(start, read_clocks(accelerator.device), strict=True)]
+
+    for place in range(num_warm):
+        take_step(place, batches[place])
+    device, timed = accelerator.device.type, range(num_warm, num_warm + num_timed)
+    seconds, _ = time_call(lambda: [take_step(place, batches[place]) for place in timed], device)
+    matrices = (torch.bfloat16, 8192) if is_full else (torch.float32, 2048)
     return {
         "losses": [float(loss) for loss in losses],
-        "cpu_seconds": seconds[0],
-        "seconds": seconds[1],
+        "seconds": seconds / num_timed,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if is_full else measure_peak_memory(),
-        "flops_per_second": measure_matrix_rate(accelerator.device, torch.bfloat16 if is_full else torch.float32),
+        "flops_per_second": measure_matrix_rate(device, *matrices),
     }
-
-
-def read_clocks(device: torch.device) -> tuple[float, float]:
-    """Read the process's CPU time and the wall clock, once the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.process_time(), time.perf_counter()
-
-
-def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure how many operations a second a product of large square matrices gets; CPU seconds on a CPU."""
-    side, clock = (8192, 1) if device.type == "cuda" else (2048, 0)
-    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
-    left @ right
-    start = read_clocks(device)[clock]
-    for _ in range(3):
-        left @ right
-    return 3 * 2 * side**3 / (read_clocks(device)[clock] - start)
 
 
 def count_operations(config: EditARConfig) -> float:
@@ -155,15 +147,6 @@ def count_operations(config: EditARConfig) -> float:
     return 3 * (layers + attention + head)
 
 
-def run_way(way: str, is_full: bool) -> dict:
-    words = [sys.executable, "-W", "ignore", __file__, "--way", way, *(["--full"] if is_full else [])]
-    environment = os.environ if is_full else {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise SystemExit(f"The way {way!r} failed:\n{finished.stderr}")
-    return json.loads(finished.stdout.splitlines()[-1])
-
-
 def check_parity(samples: dict[str, list[dict]], tolerance: float):
     """Stop if the ways' losses differ: the speed of another computation says nothing."""
     for way, measured in samples.items():
@@ -174,18 +157,17 @@ def check_parity(samples: dict[str, list[dict]], tolerance: float):
 
 def compose_report(samples: dict[str, list[dict]], is_full: bool, machine: str) -> str:
     """Lay the samples out as Markdown: medians, and ratios to the plain loop of the same round."""
-    sizes, clock = (FULL, "seconds") if is_full else (SMALL, "cpu_seconds")
+    sizes = FULL if is_full else SMALL
     config = EditARConfig(**{**sizes["transformer"], **NO_DROPOUT})
     operations = sizes["batch_size"] * count_operations(config)
     side = config.grid_size * EditARVQConfig(**sizes["vq_model"]).stride
     rows = []
     for way, measured in samples.items():
-        speeds = [sizes["batch_size"] / sample[clock] for sample in measured]
-        ratios = [plain[clock] / sample[clock] for plain, sample in zip(samples["plain"], measured, strict=True)]
-        share = statistics.median(operations / s[clock] / s["flops_per_second"] for s in measured)
+        seconds, plain = ([sample["seconds"] for sample in run] for run in (measured, samples["plain"]))
+        speeds = format_range([sizes["batch_size"] / second for second in seconds], ".3g")
+        share = statistics.median(operations / s["seconds"] / s["flops_per_second"] for s in measured)
         memory = max(sample["memory_gib"] for sample in measured)
-        figures = [f"{statistics.median(v):.3g} ({min(v):.3g} – {max(v):.3g})" for v in (speeds, ratios)]
-        rows.append([WAYS[way], *figures, f"{share:.0%}", f"{memory:.1f} GiB"])
+        rows.append([WAYS[way], speeds, format_ratios(plain, seconds), f"{share:.0%}", f"{memory:.1f} GiB"])
     header = ["way", "samples/s", "against the plain loop", "share of the matrix rate", "peak memory"]
     parts = [
         f"# Training step, {'GPT-XL' if is_full else 'a small decoder'} at {side}×{side}",
@@ -213,11 +195,11 @@ def main():
         print(json.dumps(measure_way(args.way, args.full)))
         return
     machine, samples = describe_machine(), {way: [] for way in WAYS}
-    for turn in range(args.rounds):
-        for way in list(WAYS)[:: -1 if turn % 2 else 1]:
-            samples[way].append(run_way(way, args.full))
-            print(f"round {turn + 1}, {WAYS[way]}: {samples[way][-1]}", flush=True)
-        check_parity(samples, tolerance=0.02 if args.full else 1e-4)
+    for way in take_turns(WAYS, args.rounds):
+        words = ["--way", way, *(["--full"] if args.full else [])]
+        samples[way].append(run_sample(__file__, *words, is_one_thread=not args.full))
+        print(f"{WAYS[way]}: {samples[way][-1]}", flush=True)
+    check_parity(samples, tolerance=0.02 if args.full else 1e-4)
     write_result(f"training{'-full' if args.full else ''}", compose_report(samples, args.full, machine))
 
 

@@ -5,7 +5,6 @@ decodes fewer. Where the name of the device is "cpu", as in a rehearsal, every c
 """
 
 import gc
-import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from baselines import select_greedily
 from generation_systems import GUIDANCE_SCALE, PLACES, build_edit_mask
-from report import measure_peak_memory, time_call
+from report import measure_matrix_rate, measure_peak_memory, time_call
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from transformers import StoppingCriteria
@@ -86,7 +85,7 @@ class Device:
     def profile(self, kernels: list[dict], host_calls: list[dict]):
         """List the kernels that ran, and the calls to the driver; on a CPU the operations, and nothing.
 
-        Each has a name, calls and microseconds; the longest comes first.
+        Each has a name, calls and microseconds per token; the longest comes first.
         """
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_gpu else [])]
         with torch.profiler.profile(activities=activities) as profiler:
@@ -94,14 +93,13 @@ class Device:
             if self.is_gpu:
                 torch.cuda.synchronize()
         for event in profiler.key_averages():
-            found = {"name": event.key, "calls": event.count}
-            if event.device_type == DeviceType.CUDA:
-                if not event.is_user_annotation:
-                    kernels.append({**found, "us": event.self_device_time_total})
-            elif not self.is_gpu:
-                kernels.append({**found, "us": event.self_cpu_time_total})
-            elif event.key.startswith("cu"):
-                host_calls.append({**found, "us": event.self_cpu_time_total})
+            is_kernel = event.device_type == DeviceType.CUDA
+            spent = event.self_device_time_total if is_kernel else event.self_cpu_time_total
+            found = {"name": event.key, "calls": event.count / NUM_WATCHED, "us": spent / NUM_WATCHED}
+            if not self.is_gpu or (is_kernel and not event.is_user_annotation):
+                kernels.append(found)
+            elif not is_kernel and event.key.startswith("cu"):
+                host_calls.append(found)
         for listed in (kernels, host_calls):
             listed.sort(key=lambda one: -one["us"])
 
@@ -109,14 +107,11 @@ class Device:
 def measure_floors(device: Device) -> tuple[float, float]:
     """Measure copy bandwidth in bytes per second, read and write, and FLOP per second of an 8192³ product in bf16."""
     size, num_bytes = (8192, 2**32) if device.is_gpu else (256, 2**20)
-    left, right = (torch.randn(size, size, device=device.name, dtype=torch.bfloat16) for _ in range(2))
     block = torch.randint(256, (num_bytes,), device=device.name, dtype=torch.uint8)
     target = torch.empty_like(block)
-
-    def time_one(call: Callable) -> float:
-        return min(time_call(lambda: [call() for _ in range(10)], device.name)[0] for _ in range(4)) / 10
-
-    return 2 * num_bytes / time_one(lambda: target.copy_(block)), 2 * size**3 / time_one(lambda: left @ right)
+    copies = lambda: [target.copy_(block) for _ in range(10)]  # noqa: E731
+    seconds = min(time_call(copies, device.name)[0] for _ in range(4)) / 10
+    return 2 * num_bytes / seconds, measure_matrix_rate(device.name, torch.bfloat16, size)
 
 
 def time_decoding(decode, model, source, prompt_embeds, device: Device, num_timed: int, rounds: int = 2) -> dict:
@@ -142,11 +137,6 @@ def time_decoding(decode, model, source, prompt_embeds, device: Device, num_time
         tokens.append(min(spent) / num_timed)
     memory = device.measure_peak_memory()
     return {"first_call": first_call, "prefill": prefill, "tokens": tokens, "memory": memory}
-
-
-def extrapolate_edit(timed: dict, num_tokens: int) -> float:
-    """Return the seconds of an edit: the prefill, and the mean token for all tokens after the first."""
-    return timed["prefill"] + (num_tokens - 1) * statistics.mean(timed["tokens"])
 
 
 class CapturedDecoding:

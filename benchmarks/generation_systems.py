@@ -114,7 +114,7 @@ def compute_decode_floor(model, batch_size: int, num_sources: int, dtype: torch.
     Args:
         model (`EditARForConditionalGeneration`): The decoder, of which the sizes alone matter.
         batch_size (`int`): Images, in two guidance branches.
-        num_sources (`int`): Pictures that they edit.
+        num_sources (`int`): Source images that they edit.
         dtype (`torch.dtype`): Of weights, keys and values.
         bandwidth (`float`): Bytes read per second.
     """

@@ -1,9 +1,13 @@
-"""What every benchmark writes: where it ran, tables, a file in `results/`."""
+"""What the benchmarks share: where they run, how they take turns and time, and what they write."""
 
+import json
 import os
 import platform
+import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +33,9 @@ def describe_machine() -> str:
     return f"Device: {device}. Python {platform.python_version()}, {versions}. {date.today()}. {beside}"
 
 
+# Measuring
+
+
 def time_call(call: Callable[[], Any], device: str) -> tuple[float, Any]:
     """Time a call and return its result too: processor time on a CPU; on a GPU, the clock until its work is done."""
     clock = time.process_time if device == "cpu" else time.perf_counter
@@ -40,11 +47,54 @@ def time_call(call: Callable[[], Any], device: str) -> tuple[float, Any]:
     return clock() - start, result
 
 
+def take_turns(names: Iterable[str], num_rounds: int) -> Iterator[str]:
+    """Yield all names in their order, then in the opposite order, and so on."""
+    for turn in range(num_rounds):
+        yield from list(names)[:: -1 if turn % 2 else 1]
+
+
+def time_in_turn(calls: dict[str, Callable], num_rounds: int, device: str) -> tuple[dict[str, list[float]], dict]:
+    """Time calls that take turns; return the seconds of each, and the last result of each."""
+    seconds, results = {name: [] for name in calls}, {}
+    for name in take_turns(calls, num_rounds):
+        spent, results[name] = time_call(calls[name], device)
+        seconds[name].append(spent)
+    return seconds, results
+
+
+def run_sample(script: str, *words: str, is_one_thread: bool = True) -> dict:
+    """Run `python script *words` in a process of its own, and read the JSON that it prints last."""
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if is_one_thread else {}
+    command = [sys.executable, "-W", "ignore", script, *words]
+    result = subprocess.run(command, env=os.environ | threads, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 def measure_peak_memory() -> float:
     """Measure the most memory this process has held, in GiB, on Linux; `getrusage` would begin with its parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
     return int(peak) / 2**20
+
+
+def measure_matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """Measure the FLOP per second of a product of square matrices; by processor time on a CPU."""
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    seconds = min(time_call(lambda: [left @ right for _ in range(3)], device)[0] for _ in range(4))
+    return 3 * 2 * size**3 / seconds
+
+
+# Writing
+
+
+def format_range(values: list[float], digits: str = ".2f") -> str:
+    """Give the median (least – most)."""
+    return f"{statistics.median(values):{digits}} ({min(values):{digits}} – {max(values):{digits}})"
+
+
+def format_ratios(values: list[float], bases: list[float]) -> str:
+    """Give the ratios of two lists, round by round, as median (least – most)."""
+    return format_range([value / base for value, base in zip(values, bases, strict=True)])
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
@@ -55,6 +105,5 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
 
 def write_result(name: str, text: str):
     """Write `results/<name>.md` and print it."""
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     print(text)

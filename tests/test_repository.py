@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pages import PAGES, ROOT
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, HfArgumentParser
+from transformers import AutoImageProcessor, AutoModel, HfArgumentParser
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 import editar_hf
@@ -27,7 +27,13 @@ from editar_hf.training.arguments import TrainingArguments
 PACKAGE = ROOT / "src" / "editar_hf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
-STICKERS = ROOT / "projects" / "stickers"
+# Files that may show commands.
+COMMANDS = [
+    path
+    for folder in ("examples", "projects")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".md", ".py", ".sh")
+]
 SCRIPTS = [
     *EXAMPLES,
     *(p for folder in ("tests", "benchmarks", "projects") for p in sorted((ROOT / folder).rglob("*.py"))),
@@ -66,20 +72,20 @@ def list_other_packages() -> list[Requirement]:
 
 def collect_closure(requirements: list[Requirement]) -> set[str]:
     """Collect the names of everything the requirements bring along on this machine."""
-    waiting = [(canonicalize_name(requirement.name), frozenset(requirement.extras)) for requirement in requirements]
-    seen = set()
+    waiting, seen = list(requirements), set()
     while waiting:
-        name, extras = item = waiting.pop()
+        requirement = waiting.pop()
+        item = (canonicalize_name(requirement.name), frozenset(requirement.extras))
         if item in seen:
             continue
         seen.add(item)
         try:
-            required = [Requirement(line) for line in metadata.requires(name) or []]
+            required = map(Requirement, metadata.requires(item[0]) or [])
         except metadata.PackageNotFoundError:
             continue  # Meant for another platform.
-        for requirement in required:
-            if any(requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in {"", *extras}):
-                waiting.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+        for other in required:
+            if other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in {"", *item[1]}):
+                waiting.append(other)
     return {name for name, _ in seen}
 
 
@@ -100,36 +106,23 @@ def test_first_public_name_registers_the_auto_classes(first_import):
     assert first_import[0] == "True editar_vq"
 
 
-def test_auto_classes_map_to_ours_and_registering_again_changes_nothing():
+def test_auto_classes_map_to_ours_and_registering_again_changes_nothing(tmp_path):
+    editar_hf.EditARImageProcessor().save_pretrained(tmp_path)
     for _ in range(2):
         assert AutoModel._model_mapping[editar_hf.EditARConfig] is editar_hf.EditARModel
         assert AutoModel._model_mapping[editar_hf.EditARVQConfig] is editar_hf.EditARVQModel
-        assert type(AutoConfig.for_model("editar")) is editar_hf.EditARConfig
-        assert type(AutoConfig.for_model("editar_vq")) is editar_hf.EditARVQConfig
+        assert PROCESSOR_MAPPING[editar_hf.EditARConfig] is editar_hf.EditARProcessor
+        assert type(AutoImageProcessor.from_pretrained(tmp_path)) is editar_hf.EditARImageProcessor
         editar_hf._register_auto_classes.__wrapped__()
 
 
-def test_auto_image_processor_loads_ours(tmp_path):
-    editar_hf.EditARImageProcessor().save_pretrained(tmp_path)
-    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is editar_hf.EditARImageProcessor
-
-
-def test_auto_processor_knows_ours():
-    assert PROCESSOR_MAPPING[editar_hf.EditARConfig] is editar_hf.EditARProcessor
-
-
-@pytest.mark.parametrize("name", editar_hf.__all__)
-def test_public_name_has_a_docstring_of_its_own(name):
-    documented = vars(getattr(editar_hf, name))["__doc__"]
-    assert documented
-    assert not documented.startswith(f"{name}("), "this is the docstring dataclasses write"
-
-
-def test_public_names_agree_with_what_is_loaded_and_listed():
-    assert set(editar_hf.__all__) == set(editar_hf._MODULE_OF)
-    assert set(editar_hf.__all__) <= set(dir(editar_hf))
+def test_public_names_are_those_of_their_modules_and_have_docstrings_of_their_own():
+    assert set(editar_hf.__all__) == set(editar_hf._MODULE_OF) <= set(dir(editar_hf))
     for name, module in editar_hf._MODULE_OF.items():
-        assert getattr(editar_hf, name) is getattr(import_module(module, "editar_hf"), name)
+        public = getattr(editar_hf, name)
+        assert public is getattr(import_module(module, "editar_hf"), name)
+        # Dataclasses write a docstring that begins with their call.
+        assert not (vars(public)["__doc__"] or f"{name}(").startswith(f"{name}("), name
 
 
 def test_unknown_attribute_raises_attribute_error():
@@ -146,7 +139,10 @@ def test_diffusers_finds_out_how_to_load_a_component_recorded_under_editar_hf(na
     assert [base for base in candidates.values() if base is not None and issubclass(component, base)]
 
 
-READ_SWITCHES = """
+@pytest.fixture(scope="module")
+def first_import() -> list[str]:
+    """What an interpreter prints that has imported nothing of ours before."""
+    code = f"""
 import pkgutil, sys
 from importlib import import_module
 import torch
@@ -157,13 +153,6 @@ def read_switches():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic, torch.backends.mkldnn.enabled,
     ]
-"""
-
-
-@pytest.fixture(scope="module")
-def first_import() -> list[str]:
-    """What an interpreter prints that has imported nothing of ours before."""
-    code = f"""{READ_SWITCHES}
 first = read_switches()
 from editar_hf import EditARConfig
 from transformers import AutoConfig
@@ -182,12 +171,8 @@ print(read_switches() == first)
 
 def test_neither_importing_nor_editing_sets_a_global_switch_of_torch(first_import):
     assert first_import[1:] == ["True", "True"]
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=name_path)
-def test_no_line_sets_a_global_switch_of_torch(path):
-    """In modules that the test above does not import, and in functions that it does not call."""
-    text = path.read_text()
+    # Nor does any line in modules and functions that have not run.
+    text = "\n".join(path.read_text() for path in SOURCES)
     assert not re.findall(r"torch\.(?:set_(?!grad_enabled)\w+|use_deterministic_algorithms|(?:manual_)?seed)\(", text)
     assert not re.findall(r"torch\.backends[\w.]* = |^ *torch\.set_grad_enabled", text, flags=re.MULTILINE)
 
@@ -195,12 +180,12 @@ def test_no_line_sets_a_global_switch_of_torch(path):
 # Requirements
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=name_path)
-def test_every_import_is_declared_in_setup_cfg(path):
+def test_every_import_is_declared_in_setup_cfg():
     declared = {canonicalize_name(requirement.name) for requirement in list_other_packages()}
     local = {"editar_hf", *(script.stem for script in SCRIPTS)}
-    for package in find_packages(path) - local - sys.stdlib_module_names:
-        assert {canonicalize_name(owner) for owner in DISTRIBUTIONS[package]} & declared, package
+    for path in (*SOURCES, *SCRIPTS):
+        for package in find_packages(path) - local - sys.stdlib_module_names:
+            assert {canonicalize_name(owner) for owner in DISTRIBUTIONS[package]} & declared, (name_path(path), package)
 
 
 def test_torchvision_is_required_by_nothing_we_require():
@@ -269,22 +254,14 @@ def list_flags(script: Path) -> set[str]:
             flags |= {f"--no_{item.target.id}" for item in fields if ast.unparse(item.annotation) == "bool"}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
             flags |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
-    return {spell_with_underscores(flag) for flag in flags}
+    return {f"--{flag[2:].replace('-', '_')}" for flag in flags}
 
 
-def spell_with_underscores(flag: str) -> str:
-    """Spell a flag as `--with_underscores`; transformers' parser takes `--with-hyphens` too."""
-    return f"--{flag.removeprefix('--').replace('-', '_')}"
-
-
-@pytest.mark.parametrize(
-    "page",
-    [*PAGES, *EXAMPLES, *sorted(STICKERS.glob("*.py")), *sorted(ROOT.glob("[ep]*/**/*.sh"))],
-    ids=name_path,
-)
+@pytest.mark.parametrize("page", [*PAGES, *COMMANDS], ids=name_path)
 def test_flags_in_the_commands_of_a_page_exist(page):
     text = page.read_text().replace("\\\n", " ")
-    for name, words in re.findall(r"((?:examples|projects/stickers)/\w+\.py)((?: +[^\n`]*)?)", text):
+    for name, words in re.findall(r"((?:examples|projects/\w+)/\w+\.py)((?: +[^\n`]*)?)", text):
         script = ROOT / name
-        flags = {spell_with_underscores(flag) for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", words)}
+        # Transformers' parser takes flags with hyphens, too.
+        flags = {f"--{flag.replace('-', '_')}" for flag in re.findall(r"(?<!\S)--([a-z][\w-]*)", words)}
         assert flags <= list_flags(script), (name, flags - list_flags(script))
