@@ -272,9 +272,10 @@ def test_an_edit_is_made_again_where_anything_it_depends_on_has_changed(model, i
     draw_image(7).save("images/a.png")
     assert [count_done(), count_done()] == [1, 0]
     assert np.array_equal(read("out/a.png"), edit_directly("images/a.png")[0])
+    before = (tmp_path / "out" / "a.png").read_bytes()
     (images / "a.png").unlink()
     assert [count_done(), count_done()] == [0, 0]
-    assert not (tmp_path / "out" / "a.png").exists(), "an edit that fails leaves no older result in its place"
+    assert (tmp_path / "out" / "a.png").read_bytes() == before, "an edit that fails costs no older result"
 
 
 def test_a_killed_run_costs_one_edit(model, images, capsys, monkeypatch):

@@ -502,6 +502,10 @@ BAD_INPUT = {
         {"crop_to_mask": True, "mask_image": MASK, "source_image_tokens": TOKENS},
         "`crop_to_mask` is True; it needs",
     ),
+    "window and resize mode": (
+        {"crop_to_mask": True, "mask_image": MASK, "resize_mode": "crop"},
+        "`resize_mode` is 'crop' beside `crop_to_mask`",
+    ),
     "window as an array": (
         {"crop_to_mask": True, "mask_image": MASK, "output_type": "np"},
         "`output_type` is 'np' with `crop_to_mask`",

@@ -97,9 +97,11 @@ def run(args: argparse.Namespace) -> int:
     failures = []
     for job in tqdm(waiting, unit="edit", disable=None if is_folder else True):
         if is_folder:
-            start_record(folder, job)
+            write_record(folder, job, None)
         try:
             edit(pipeline, job)
+            if is_folder:
+                write_record(folder, job, describe_job(job))
         except Exception as error:  # whatever is wrong with one image, the others are not
             failures.append(f"{job.image}: {type(error).__name__}: {error}")
     for failure in failures:
@@ -240,13 +242,11 @@ def read_record(folder: Path) -> dict:
     return record
 
 
-def start_record(folder: Path, job: argparse.Namespace) -> None:
-    """Delete the old outputs of a job and record the new ones, so that a killed run leaves no wrong record."""
-    for path in list_outputs(job):
-        path.unlink(missing_ok=True)
+def write_record(folder: Path, job: argparse.Namespace, made_from: dict | None) -> None:
+    """Record what the outputs of a job were made from: None while they are made, so a killed edit is made again."""
     with (folder / RECORD_FILE).open("a") as file:
         # A line break first, because a killed run may have left a part of a line.
-        file.write("\n" + json.dumps({os.path.relpath(job.output, folder): describe_job(job)}) + "\n")
+        file.write("\n" + json.dumps({os.path.relpath(job.output, folder): made_from}) + "\n")
 
 
 # The work

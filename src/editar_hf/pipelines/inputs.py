@@ -71,6 +71,7 @@ def check_source(
     source_cache: SourceCache | None,
     mask_image: ImageInput | None,
     crop_to_mask: bool,
+    resize_mode: str | None,
     restore_size: bool | None,
     task: str | Sequence[str],
 ) -> None:
@@ -93,6 +94,11 @@ def check_source(
         raise ValueError(
             "`crop_to_mask` is True; it needs `image` and `mask_image`, and neither `source_image_tokens` nor "
             "`source_cache`, which stand for the whole image."
+        )
+    if crop_to_mask and resize_mode is not None:
+        raise ValueError(
+            f"`resize_mode` is {resize_mode!r} beside `crop_to_mask`, whose window has the model's proportions; "
+            "pass one of them."
         )
     if image is not None or given:
         if TEXT_TO_IMAGE in list_texts(task):

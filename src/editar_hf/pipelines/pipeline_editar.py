@@ -413,8 +413,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             mask_blend (`bool`): Blend the result into the source's own pixels. The feather ends at most one token
                 beyond the tokens that may change; outside it, no pixel differs from the source.
             crop_to_mask (`bool`): Edit a window around the mask, of the proportions of `height` × `width`, at the
-                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`;
-                `resize_mode` has no effect.
+                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`,
+                and no `resize_mode`.
             guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance. This and the four
                 settings of sampling *default to* those in `transformer/generation_config.json`.
             image_guidance_scale (`float`, *optional*): Weight of the source image, beside that of the prompt; 1 is the
@@ -453,7 +453,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         """
         # 1. Check the inputs, and fill in the defaults
         check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
-        check_source(image, source_image_tokens, source_cache, mask_image, crop_to_mask, restore_size, task)
+        check_source(
+            image, source_image_tokens, source_cache, mask_image, crop_to_mask, resize_mode, restore_size, task
+        )
         has_source = any(source is not None for source in (image, source_image_tokens, source_cache))
         check_decoding(decoding, None, 1 if image_guidance_scale is None else image_guidance_scale, has_source)
         size = self.resolve_size(height, width)
