@@ -380,7 +380,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=130, help="for all stages together")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="some of them alone")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where the page and the figures go")
+    parser.add_argument("--output-dir", "--output_dir", type=Path, default=RESULTS, help="for the page and the figures")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     args = parser.parse_args()
     if not (args.rehearse or torch.cuda.is_available()):

@@ -1,8 +1,8 @@
 """Benchmarks, then the training of the scene editor, on a GPU that is at hand for some minutes.
 
     bash benchmarks/gpu_slot.sh --stages benchmarks
-    bash benchmarks/gpu_slot.sh --stages benchmarks training --seconds 120 --bank bank --text_encoder FOLDER \
-        --features FILE --vq_minutes 2.5 --editor_minutes 4
+    bash benchmarks/gpu_slot.sh --stages benchmarks training --seconds 120 --bank bank --text-encoder FOLDER \
+        --features FILE --vq-minutes 2.5 --editor-minutes 4
     bash benchmarks/gpu_slot.sh --rehearse --stages benchmarks    # tiny sizes on the CPU
 
 `gpu_slot.sh` unpacks what `make wheels` packed and starts this. Options that are unknown here go to
@@ -38,7 +38,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--stages", nargs="+", choices=("benchmarks", "training"), default=["benchmarks", "training"])
     parser.add_argument("--seconds", type=float, default=130, help="for all benchmarks together")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the results of all stages go")
+    parser.add_argument("--output-dir", "--output_dir", type=Path, required=True, help="for the results of all stages")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     args, training_words = parser.parse_known_args()
     output_dir, rehearse = args.output_dir.absolute(), ["--rehearse"] if args.rehearse else []
