@@ -10,6 +10,7 @@ checkpoints.
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,9 +61,7 @@ class Arguments(RunArguments):
     resolution: int = HfArg(default=256, help="pixels per side")
 
     model: str | None = HfArg(default=None, help="VQ model to start from; the sizes below do not apply")
-    freeze_codes: bool = HfArg(
-        default=False, help="train only the image decoder, so that precomputed tokens stay valid"
-    )
+    freeze_codes: bool = HfArg(default=False, help="train the image decoder alone; precomputed tokens stay valid")
     num_embeddings: int = HfArg(default=16384, help="number of codes")
     embedding_dim: int = HfArg(default=8, help="dimension of a code")
     latent_channels: int = HfArg(default=256, help="channels of the latents")
@@ -74,9 +73,7 @@ class Arguments(RunArguments):
     num_res_blocks: int = HfArg(default=2, help="residual blocks per level")
     norm_num_groups: int = HfArg(default=32, help="groups of the norms; base_channels / 16 is much faster on CPUs")
     commitment_loss_weight: float = HfArg(default=0.25, help="weight of the distance from latents to codes")
-    squared_error_weight: float = HfArg(
-        default=1.0, help="more keeps contrasting shapes sharp, but blurs faint texture"
-    )
+    squared_error_weight: float = HfArg(default=1.0, help="more sharpens contrasting shapes and blurs faint texture")
 
     max_steps: int = HfArg(default=40_000, help="total number of steps")
     learning_rate: float = HfArg(default=4e-4, help="learning rate of AdamW")
@@ -98,10 +95,9 @@ def load_pixels(args):
             raise ValueError(f"`validation_rows` is {num_held_out}, but the data set has {len(training)} rows.")
         held_out = training.select(range(len(training) - num_held_out, len(training)))
         training = training.select(range(len(training) - num_held_out))
-    parts = training, held_out
-    bad_rows = [BadRowCount(args.max_bad_rows_fraction) for _ in parts]
     return [
-        decode_images(part, args.resolution, args.output_dir, bad) for part, bad in zip(parts, bad_rows, strict=True)
+        decode_images(part, args.resolution, args.output_dir, BadRowCount(args.max_bad_rows_fraction))
+        for part in (training, held_out)
     ]
 
 
@@ -145,14 +141,19 @@ def save(accelerator, args, vq_model, num_images, held_out, step):
         f"codes used, with a perplexity of {figures['perplexity']:,.0f}. Some of them, above their reconstructions:\n\n"
         f"![images and reconstructions]({VALIDATION_IMAGE})"
     )
-    config = vq_model.config
-    facts = {"stride": config.stride, "num_codes": config.num_embeddings, "resolution": args.resolution}
-
-    def make(name):
-        origin = args.dataset, args.model, args.license
-        return make_card("vq_model", name, *origin, training=training, figures=results, **facts)
-
-    save_result(args, "vq_model", vq_model.save_pretrained, make, image)
+    card = partial(
+        make_card,
+        "vq_model",
+        dataset=args.dataset,
+        base_model=args.model,
+        license=args.license,
+        training=training,
+        figures=results,
+        stride=vq_model.config.stride,
+        num_codes=vq_model.config.num_embeddings,
+        resolution=args.resolution,
+    )
+    save_result(args, "vq_model", vq_model.save_pretrained, card, image)
 
 
 def train(accelerator, args, vq_model, pixels, held_out):
