@@ -1,6 +1,7 @@
 """Runs: the same figures however often they were stopped and by however many processes they were made."""
 
 import json
+import math
 import signal
 
 import numpy as np
@@ -23,6 +24,7 @@ from editar_hf.evaluation.benchmarks import BENCHMARKS, Benchmark
 from editar_hf.evaluation.features import load_network
 from editar_hf.evaluation.run import derive_seed, generate, score
 from editar_hf.evaluation.systems import System
+from editar_hf.evaluation.table import METRICS
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of a picture")
@@ -337,6 +339,7 @@ def test_depth_rmse_and_fid_are_those_of_all_samples(models, tmp_path):
     fid = metrics.compute_frechet_distance(*(features.encode_inception(inception, one) for one in (images, targets)))
     assert summary["overall"]["fid"]["mean"] == pytest.approx(fid, rel=1e-3)
     assert summary["overall"]["fid"]["n"] == 4
+    assert math.isnan(METRICS["fid"].reduce(["features of one sample"]))
     distances = metrics.compute_depth_rmse(features.estimate_depth(depth, images), maps[:, :1])
     assert summary["overall"]["depth_rmse"]["mean"] == pytest.approx(distances.mean().item(), rel=1e-4)
 

@@ -69,9 +69,7 @@ def write_bomb(path):
 
 UNREADABLE = {
     "a folder": Path.mkdir,
-    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
     "a bomb": write_bomb,
-    "an empty file": Path.touch,
     "a text": lambda path: path.write_text("no picture"),
 }
 

@@ -34,6 +34,7 @@ def load():
     # The safety checker would blacken images.
     options = {"controlnet": controlnet, "dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
     pipe = StableDiffusionControlNetPipeline.from_pretrained(args.model, **options)
+    pipe.set_progress_bar_config(disable=True)
     return partial(edit_batch, pipe.to("cuda" if torch.cuda.is_available() else "cpu"), **knobs)
 
 

@@ -24,6 +24,7 @@ args = parser.parse_args()
 
 def load():
     pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    pipe.set_progress_bar_config(disable=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def edit(samples, seeds):

@@ -29,6 +29,7 @@ def load():
     # The safety checker would blacken images.
     options = {"dtype": getattr(torch, args.dtype), "safety_checker": None, "requires_safety_checker": False}
     pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(args.model, **options)
+    pipe.set_progress_bar_config(disable=True)
     return partial(edit_batch, pipe.to("cuda" if torch.cuda.is_available() else "cpu"), **knobs)
 
 
