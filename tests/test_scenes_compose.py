@@ -51,7 +51,7 @@ def test_a_pair_depends_on_its_arguments_alone(bank, bank_folder):
 
 @pytest.mark.parametrize("operation", compose.OPERATIONS)
 def test_every_operation_has_every_shape(bank, operation):
-    for shape in compose.SHAPES:
+    for shape in ((128, 128), (96, 128), (128, 96), (72, 128), (128, 72)):
         for index in range(3):
             pair = compose.compose_pair(bank, 0, index, "train", *shape, operation)
             assert pair.source.shape == pair.target.shape == (*shape, 3)

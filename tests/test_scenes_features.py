@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny import needs_compiler
 
 
 def draw_pixels(batch=2, height=64, width=96, seed=0):
@@ -92,12 +91,3 @@ def test_a_mask_limits_the_distance_to_its_positions():
     assert torch.allclose(features.compute_feature_distance(first, second), torch.tensor([2.0, 2.0]))
     assert torch.allclose(features.compute_feature_distance(first, second, mask), torch.tensor([0.0, 4.0]))
     assert not features.compute_feature_distance(first, second, torch.zeros(2, 1, 16, 16)).any()
-
-
-@needs_compiler
-@torch.no_grad()
-def test_the_network_compiles_without_breaks():
-    network = features.load_features(None, strides=(2, 4))
-    compiled = torch.compile(network, fullgraph=True)
-    for got, expected in zip(compiled(draw_pixels()), network(draw_pixels()), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

@@ -51,8 +51,6 @@ MIX = {
 OPERATIONS = tuple(MIX)
 MAPS = ("canny", "depth", "segmentation")
 SPLITS = ("train", "test")
-# Height and width in pixels, multiples of the stride 8.
-SHAPES = ((128, 128), (96, 128), (128, 96), (72, 128), (128, 72))
 
 # Pairs whose objects change their color by less than this mean difference of RGB are drawn anew.
 CLEAR_COLOR_DISTANCE = 46
