@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def test_the_commands_of_the_evaluation_page_run_in_their_order(tmp_path, monkey
     make_folder(folder, models)
     calls = list_calls("docs/evaluate.md", folder)
     monkeypatch.chdir(folder)
+    # One of the systems is a command that begins with `python`.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for program, *words in calls:
         if program == "python" and words[0] == "projects/stickers/make_sticker_edits.py":
             make_sticker_data(Path(words[words.index("--output_dir") + 1]), 3)

@@ -193,10 +193,8 @@ def test_shares_that_are_no_parts_of_a_whole_are_refused_before_anything_is_writ
 
 
 def test_shares_that_make_up_the_whole_leave_no_translations(tmp_path):
-    """These five add up to a little more than 1 in floating point."""
-    shares = (0.1, 0.2, 0.3, 0.3, 0.1)
-    assert sum(shares) > 1
-    run_main(tmp_path, shares=shares)
+    """Before Python 3.12, the sum of these five in floating point is a little above 1."""
+    run_main(tmp_path, shares=(0.1, 0.2, 0.3, 0.3, 0.1))
     rows = load_dataset("parquet", data_files=str(tmp_path / "train-*"), cache_dir=str(tmp_path / "cache"))["train"]
     assert set(rows["task"]) == {"edit"}
 
