@@ -3,7 +3,7 @@
 Both are typed: a field of the wrong type, or sizes that do not fit together, raise on construction.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -93,7 +93,7 @@ class EditARConfig(PreTrainedConfig):
     distillation_hidden_size: int | None = 768
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = compute_intermediate_size(self.hidden_size)
         super().__post_init__(**kwargs)
@@ -109,7 +109,7 @@ class EditARConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it is a probability in [0, 1).")
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> "EditARConfig":
+    def from_preset(cls, name: str, **overrides: Any) -> "EditARConfig":
         """Build the configuration of a published size: GPT-B, GPT-L, GPT-XL, GPT-XXL or GPT-3B.
 
         Raises:
@@ -171,7 +171,7 @@ class EditARVQConfig(PreTrainedConfig):
     norm_num_groups: int = 32
     commitment_loss_weight: float | int = 0.25
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         check_sizes(self, "num_embeddings embedding_dim latent_channels base_channels num_res_blocks norm_num_groups")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:

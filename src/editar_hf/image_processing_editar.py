@@ -6,7 +6,7 @@ images to the size the model works at, as pixels in [−1, 1], and back.
 
 import warnings
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict, overload
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import numpy as np
 import torch
@@ -253,14 +253,14 @@ class EditARImageProcessor(PilBackend):
     resize_mode = "crop"
     stride = 16
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._check_arguments(self.size, self.resize_mode)
 
-    def _standardize_kwargs(self, **kwargs) -> dict:
+    def _standardize_kwargs(self, **kwargs: Any) -> dict:
         return super()._standardize_kwargs(**{"default_to_square": True, **kwargs})  # a number is both sides
 
-    def _check_arguments(self, size: SizeDict, resize_mode: str):
+    def _check_arguments(self, size: SizeDict, resize_mode: str) -> None:
         check_integer("stride", self.stride)
         for name in ("height", "width"):
             check_integer(name, getattr(size, name), minimum=self.stride, step=self.stride)

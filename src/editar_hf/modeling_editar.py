@@ -13,6 +13,7 @@ Source: EditAR (arXiv 2501.04699), LlamaGen (arXiv 2406.06525).
 
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,13 +139,13 @@ class EditARAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states,
-        attention_mask,
-        position_embeddings,
-        past_key_values=None,
-        attn_implementation=None,
-        **kwargs,
-    ):
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
@@ -183,7 +184,7 @@ class EditARMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.mlp_dropout = nn.Dropout(config.mlp_dropout)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return self.mlp_dropout(self.down_proj(hidden_states))
 
@@ -198,7 +199,14 @@ class EditARDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, attention_mask, position_embeddings, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         attention_output, _ = self.self_attn(
             self.input_layernorm(hidden_states), attention_mask, position_embeddings, past_key_values, **kwargs
         )
@@ -214,7 +222,7 @@ class EditARTextProjection(nn.Module):
         self.fc1 = nn.Linear(config.text_hidden_size, config.hidden_size, bias=False)
         self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, prompt_embeds):
+    def forward(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(prompt_embeds), approximate="tanh"))
 
 
@@ -236,7 +244,7 @@ class EditARPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": EditARDecoderLayer, "attentions": EditARAttention}  # noqa: RUF012
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """Draw normal(0, initializer_range) weights, null embeddings of the published scale and a zero output head."""
         super()._init_weights(module)
         if isinstance(module, EditARModel):
@@ -294,7 +302,7 @@ class EditARModel(EditARPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         grid_height: int | None = None,
         grid_width: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> EditARModelOutput:
         """Compute the final-norm hidden states of the given segments; arguments as of the model with a head."""
         grid_height, grid_width = self.resolve_grid(grid_height, grid_width)
@@ -342,7 +350,7 @@ class EditARModel(EditARPreTrainedModel):
         prompt_embeds: torch.Tensor | None,
         grid_height: int,
         grid_width: int,
-    ):
+    ) -> None:
         """Refuse source tokens that do not fill the grid, and text states of another length or width."""
         num_image_tokens = grid_height * grid_width
         if source_image_tokens is not None and source_image_tokens.shape[1:] != (num_image_tokens,):
@@ -357,7 +365,9 @@ class EditARModel(EditARPreTrainedModel):
                 f"{expected[1]}), the states of the text encoder that belongs to this model, padded to its text length."
             )
 
-    def embed_source(self, source_image_tokens, drop_source, grid_height, grid_width) -> torch.Tensor:
+    def embed_source(
+        self, source_image_tokens: torch.Tensor, drop_source: torch.Tensor | None, grid_height: int, grid_width: int
+    ) -> torch.Tensor:
         """Embed source tokens; samples in `drop_source` get the null image instead."""
         source_embeds = self.embed_tokens(source_image_tokens)
         if drop_source is None:
@@ -366,7 +376,7 @@ class EditARModel(EditARPreTrainedModel):
         null_embeds = null_grid[:grid_height, :grid_width].flatten(0, 1).to(source_embeds.dtype)
         return torch.where(drop_source[:, None, None], null_embeds, source_embeds)
 
-    def embed_prompt(self, prompt_embeds, drop_prompt) -> torch.Tensor:
+    def embed_prompt(self, prompt_embeds: torch.Tensor, drop_prompt: torch.Tensor | None) -> torch.Tensor:
         """Project text states; samples in `drop_prompt` get the null text instead."""
         # Every sample passes through `where`, so that all ranks of a distributed run use the same parameters.
         if drop_prompt is not None:
@@ -421,7 +431,7 @@ class EditARForConditionalGeneration(EditARGenerationMixin, EditARPreTrainedMode
         grid_width: int | None = None,
         output_distillation_features: bool = False,
         logits_to_keep: int | torch.LongTensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> EditAROutput:
         """Compute logits of the target positions, and the loss where `labels` are given.
 

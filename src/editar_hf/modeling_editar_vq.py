@@ -296,7 +296,7 @@ class EditARVQModel(PreTrainedModel):
         self.decoder = EditARVQDecoder(config)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         """Draw convolutions as PyTorch does by default, codes as random directions."""
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))

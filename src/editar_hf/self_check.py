@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .image_processing_editar import compute_psnr
+from .pipelines.pipeline_editar import EditARPipeline
 
 
 # A uniformly grey image has 10 dB; the published VQ model reaches more than 20 dB on photographs.
@@ -93,7 +94,7 @@ class SelfCheckReport:
 
 
 @torch.no_grad()
-def check_pipeline(pipeline) -> SelfCheckReport:
+def check_pipeline(pipeline: EditARPipeline) -> SelfCheckReport:
     """Measure a pipeline on the bundled photograph, with one pass of the VQ model and one of the decoder.
 
     Args:
@@ -122,7 +123,7 @@ def check_pipeline(pipeline) -> SelfCheckReport:
     )
 
 
-def compute_branch_logits(pipeline, image_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def compute_branch_logits(pipeline: EditARPipeline, image_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Compute logits (3, N, vocab_size) of the source's tokens: with prompt and source, source alone, and neither."""
     transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
     inputs = pipeline.processor(text=PROMPT).to(text_encoder.device)

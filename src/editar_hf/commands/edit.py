@@ -7,9 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..io import atomic_path
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..pipelines.pipeline_editar import EditARPipeline
 
 
 # Options that go to the pipeline under the same names.
@@ -252,7 +258,7 @@ def write_record(folder: Path, job: argparse.Namespace, made_from: dict | None) 
 # The work
 
 
-def load_pipeline(args: argparse.Namespace):
+def load_pipeline(args: argparse.Namespace) -> "EditARPipeline":
     """Load the pipeline, and the adapter if one was given."""
     import torch
 
@@ -266,7 +272,7 @@ def load_pipeline(args: argparse.Namespace):
     return pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def edit(pipeline, job: argparse.Namespace) -> None:
+def edit(pipeline: Any, job: argparse.Namespace) -> None:
     """Edit one image and write the results."""
     import torch
 
@@ -277,7 +283,7 @@ def edit(pipeline, job: argparse.Namespace) -> None:
         save_image(image, path, choose_save_options(job))
 
 
-def save_image(image, path: Path, options: dict[str, Any]) -> None:
+def save_image(image: "Image.Image", path: Path, options: dict[str, Any]) -> None:
     """Save an image with its colour profile, which not every format takes from the image itself."""
     with atomic_path(path) as unfinished:
         image.save(unfinished, icc_profile=image.info.get("icc_profile"), **options)

@@ -5,7 +5,14 @@
 
 import argparse
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from ..evaluation.benchmarks import Benchmark
+    from ..evaluation.systems import System
 
 
 # Options that several steps, and the scripts in `examples/baselines/`, share.
@@ -78,7 +85,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("evaluate", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     steps = parser.add_subparsers(metavar="step", required=True)
 
-    def add_step(name: str, run_step, parents: list[argparse.ArgumentParser], summary: str) -> argparse.ArgumentParser:
+    def add_step(
+        name: str, run_step: Callable, parents: list[argparse.ArgumentParser], summary: str
+    ) -> argparse.ArgumentParser:
         step = steps.add_parser(name, help=summary, parents=parents, description=f"{summary.capitalize()}.")
         step.set_defaults(run=run_step)
         return step
@@ -94,13 +103,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_step("run", run_all, [BENCHMARK, SYSTEM, SCORING], summary)
 
 
-def open_benchmark(args: argparse.Namespace):
+def open_benchmark(args: argparse.Namespace) -> "Benchmark":
     from ..evaluation.benchmarks import Benchmark
 
     return Benchmark(args.benchmark, args.source, args.allow_partial, args.resolution)
 
 
-def build_system(args: argparse.Namespace):
+def build_system(args: argparse.Namespace) -> "System":
     from ..evaluation.systems import SYSTEMS, build_system
 
     name = args.system or ("editar" if args.command is None else "command")
@@ -122,7 +131,7 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_score(args: argparse.Namespace, benchmark=None) -> int:
+def run_score(args: argparse.Namespace, benchmark: "Benchmark | None" = None) -> int:
     """Score predictions; print the figures and what is wrong with any; return 1 if something is."""
     from ..evaluation.run import IMAGES, decode_number, score
     from ..evaluation.table import METRICS

@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """Open an image as upright RGB."""
     with Image.open(path) as image:
         return prepare_rgb_image(image)
@@ -170,7 +170,7 @@ def decode_image(stored: dict) -> Image.Image:
     return Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
 
 
-def crop(image: Image.Image, resolution: int, resampling=Image.Resampling.LANCZOS) -> Image.Image:
+def crop(image: Image.Image, resolution: int, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """Resize the shortest side of an image, then crop the centre.
 
     Source: the image preparation of EditAR (arXiv 2501.04699).
@@ -302,7 +302,7 @@ class Kind:
     models: Mapping[str, str] = field(default_factory=dict)
     takes_any_size: bool = False
 
-    def read_samples(self, source: str, wanted: Container[str] | None = None, **options) -> Iterator[Sample]:
+    def read_samples(self, source: str, wanted: Container[str] | None = None, **options: Any) -> Iterator[Sample]:
         """Read the samples, or those whose ids are in `wanted`."""
         with naming(source):
             for sample_id, entry in self.list_entries(source):

@@ -59,7 +59,7 @@ class Network:
     processor: Any = None
     tokenizer: Any = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.model.eval()
 
     @property
@@ -124,7 +124,7 @@ def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
 # What they see
 
 
-def prepare_inputs(network: Network, images: torch.Tensor, processor: Any = None, **options) -> Any:
+def prepare_inputs(network: Network, images: torch.Tensor, processor: Any = None, **options: Any) -> Any:
     """Prepare images, rounded to 8 bits, by an image processor; defaults to the network's own."""
     processor = processor or network.processor
     images_8bit = [prepare_rgb_image(image) for image in images]

@@ -23,7 +23,7 @@ import editar_hf.evaluation.run as run
 import editar_hf.evaluation.table as table
 
 
-def read_grey(path):
+def read_grey(path: str) -> PIL.Image.Image:
     """Read a mask or a label map."""
     with PIL.Image.open(path) as image:
         return image.convert("L")
@@ -50,7 +50,16 @@ class EditMetric(evaluate.Metric):
             features=datasets.Features(columns),
         )
 
-    def _compute(self, predictions, references, metric, masks=None, protocol="editar", model=None, device=None):
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str],
+        metric: str,
+        masks: list[str] | None = None,
+        protocol: str = "editar",
+        model: Any = None,
+        device: str | None = None,
+    ) -> dict[str, float]:
         """Compute the mean over all pairs for which the metric is defined.
 
         Args:

@@ -2,6 +2,7 @@
 
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -15,7 +16,7 @@ def get_process() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
-def show_progress(*args, **options) -> tqdm:
+def show_progress(*args: Any, **options: Any) -> tqdm:
     """Show `tqdm`'s progress in the first process: always on a terminal, every 30 seconds in a log."""
     interval = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30}
     return tqdm(*args, unit="image", disable=not get_process().is_main_process, **interval, **options)

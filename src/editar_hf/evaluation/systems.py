@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,6 +21,10 @@ from ..checks import check_choice
 from ..pipelines.hub import check_folder_or_hub_id
 from .benchmarks import Sample, open_image
 from .processes import get_process
+
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_editar import EditARPipeline
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,7 +48,7 @@ class System:
     options: dict = field(default_factory=dict)
     needs: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for option in ("model", "lora", "controlnet"):
             if (model := self.options.get(option)) is not None:
                 check_folder_or_hub_id(model, option)
@@ -67,7 +71,7 @@ def find_commit(model: str | Path) -> str | None:
     return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
 
 
-def build_system(name: str, **options) -> System:
+def build_system(name: str, **options: Any) -> System:
     """Build a system from its name and those options that are not `None`.
 
     Raises:
@@ -88,7 +92,7 @@ def make_generators(seeds: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def edit_batch(pipe: Callable, samples: list[Sample], seeds: list[int], **options) -> list[Image.Image]:
+def edit_batch(pipe: Callable, samples: list[Sample], seeds: list[int], **options: Any) -> list[Image.Image]:
     """Edit a batch with a pipeline of diffusers, and bring each image to the size of its source."""
     prompts, sources = zip(*((sample.prompt, sample.source_image) for sample in samples), strict=True)
     images = pipe(list(prompts), image=list(sources), generator=make_generators(seeds), **options).images
@@ -178,7 +182,9 @@ def editar(
     return System("editar", load, options, needs="mask" if use_masks else None)
 
 
-def restore_images(pipeline, pixels: Any, sources: list[Image.Image], quantize: str) -> list[Image.Image]:
+def restore_images(
+    pipeline: "EditARPipeline", pixels: Any, sources: list[Image.Image], quantize: str
+) -> list[Image.Image]:
     """Turn an EditAR pipeline's pixels (batch, 3, height, width) in [0, 1] into images of their sources' sizes."""
     steps = pixels.float().cpu().clamp(0, 1) * 255
     steps = (steps.round() if quantize == "round" else steps.floor()).to(torch.uint8)

@@ -16,7 +16,7 @@ from .mixin import EditARGenerateOutput, EditARGenerationMixin
 __all__ = ["DecodingCache", "EditARGenerateOutput", "EditARGenerationMixin", "SourceCache"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> type:
     if name == "EditARGenerationConfig":
         warnings.warn("`EditARGenerationConfig` is now `transformers.GenerationConfig`.", FutureWarning, stacklevel=2)
         return GenerationConfig

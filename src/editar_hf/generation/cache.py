@@ -10,6 +10,7 @@ Source: attention in a shared and a private part, Hydragen (arXiv 2402.05099).
 import math
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
@@ -77,7 +78,10 @@ class SourceCache:
 
 
 def compute_source_cache(
-    model, source_image_tokens: torch.Tensor, grid: dict[str, int], drop_source: torch.Tensor | None = None
+    model: torch.nn.Module,
+    source_image_tokens: torch.Tensor,
+    grid: dict[str, int],
+    drop_source: torch.Tensor | None = None,
 ) -> SourceCache:
     """Run source images through the decoder; `drop_source` marks those that are the null image."""
     outputs = model(source_image_tokens=source_image_tokens, drop_source=drop_source, use_cache=True, **grid)
@@ -129,7 +133,7 @@ class DecodingCache(Cache):
         self.sources = [copy_source(source) for source in sources] if is_static else sources
         self.slots = torch.arange(0, device=keys.device)
 
-    def reuse(self, sources: list[SourceCache]):
+    def reuse(self, sources: list[SourceCache]) -> None:
         """Copy other sources of the same shapes into the buffers; the next pass starts anew with the text."""
         for own, given in zip(self.sources, sources, strict=True):
             for buffer, states in zip(own.keys + own.values, given.keys + given.values, strict=True):
@@ -154,7 +158,9 @@ class DecodingCache(Cache):
             "sources": self.sources,
         }
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values of a layer; return those that the pass attends to."""
         keys, values = self.layers[layer_idx].keys, self.layers[layer_idx].values
         keys[:, :, self.slots], values[:, :, self.slots] = key_states, value_states
@@ -170,14 +176,14 @@ def copy_source(source: SourceCache) -> SourceCache:
 
 
 def attend_to_sources(
-    module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float,
     sources: list[SourceCache],
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend from each query to the source of its row and to the row's own keys, as transformers' attention functions.
 
@@ -194,7 +200,14 @@ def attend_to_sources(
     return torch.cat(outputs).transpose(1, 2), None
 
 
-def attend_in_one_softmax(query, source: SourceCache, layer_idx: int, key, value, bias) -> torch.Tensor:
+def attend_in_one_softmax(
+    query: torch.Tensor,
+    source: SourceCache,
+    layer_idx: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+) -> torch.Tensor:
     """Compute the scores of source and own keys, one softmax over both in float32, and two weighted sums."""
     source_scores = torch.einsum("bsghqd,shnd->bsghqn", source.split_rows(query), source.keys[layer_idx])
     own_scores = (query @ key.transpose(2, 3)).float() + bias

@@ -15,6 +15,7 @@ Jacobi decoding (arXiv 2410.01699).
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ class PassRunner:
     branches: list[GuidanceBranch]
     grid: dict[str, int]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.compiled: CompiledDecoding | None = self.model.compiled_decoding
         self.num_image_tokens = self.grid["grid_height"] * self.grid["grid_width"]
         self.cache: DecodingCache | None = None
@@ -118,7 +119,7 @@ class PassRunner:
             logits = self.model(**inputs).logits.float()
         return logits.unflatten(0, (len(self.branches), -1))
 
-    def close(self):
+    def close(self) -> None:
         """Keep a static cache for the next call of its shape."""
         if self.cache is not None and self.compiled is not None:
             self.compiled.caches[describe_sources(self.cache.sources)] = self.cache
@@ -174,17 +175,17 @@ class CompiledDecoding:
     they belong to the weights of the first.
     """
 
-    def __init__(self, forward: Callable, **options):
+    def __init__(self, forward: Callable, **options: Any) -> None:
         self.forward = forward
         self.options = options
         self.compiled: dict[tuple, Callable] = {}
         self.caches: dict[tuple, DecodingCache] = {}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         """Copy and pickle as None."""
         return type(None), ()
 
-    def run(self, **inputs) -> torch.Tensor:
+    def run(self, **inputs: Any) -> torch.Tensor:
         """Run the forward, compiled for the shapes of these inputs; return its logits."""
         key = describe_sources(inputs["sources"]), inputs["target_image_tokens"].shape
         key += inputs["grid_height"], inputs["grid_width"]
@@ -202,14 +203,14 @@ class CompiledDecoding:
         return cache
 
 
-def compile_apart(forward: Callable, **options) -> Callable:
+def compile_apart(forward: Callable, **options: Any) -> Callable:
     """Compile a function apart from its other compilations.
 
     torch counts compilations by code object and refuses the ninth, so each one gets a code object of its own.
     `torch.compile(isolate_recompiles=True)` does the same in torch 2.13, but 2.11 is still supported.
     """
 
-    def run(**inputs):
+    def run(**inputs: Any) -> Any:
         return forward(**inputs)
 
     apart = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)

@@ -46,7 +46,7 @@ def resolve_settings(
     return settings
 
 
-def check_source_image_tokens(source_image_tokens: torch.Tensor, vocab_size: int):
+def check_source_image_tokens(source_image_tokens: torch.Tensor, vocab_size: int) -> None:
     """Refuse source tokens that are no codes of the vocabulary."""
     check_tensor("source_image_tokens", source_image_tokens)
     if source_image_tokens.dtype != torch.long:
@@ -65,7 +65,7 @@ def check_tensors(
     negative_prompt_embeds: torch.Tensor | None,
     edit_mask: torch.Tensor | None,
     dtype: torch.dtype,
-):
+) -> None:
     """Refuse text states that are not finite or not of the model's `dtype`, and tensors that do not fit each other."""
     if source_image_tokens is not None and len(source_image_tokens) != len(prompt_embeds):
         raise ValueError(
@@ -98,7 +98,7 @@ def check_tensors(
         )
 
 
-def check_generator(generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int):
+def check_generator(generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int) -> None:
     """Refuse what is no generator, and a list of generators that is not one per image."""
     generators = generator if isinstance(generator, list | tuple) else [generator]
     if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
@@ -109,7 +109,7 @@ def check_generator(generator: torch.Generator | Sequence[torch.Generator] | Non
         )
 
 
-def check_decoding(decoding: str, num_draft_tokens: int | None, image_guidance_scale: float, has_source: bool):
+def check_decoding(decoding: str, num_draft_tokens: int | None, image_guidance_scale: float, has_source: bool) -> None:
     """Refuse a way of decoding that does not exist, and what needs a source where there is none."""
     check_choice("decoding", decoding, ("exact", "speculative"))
     if decoding == "speculative" and not has_source:
@@ -127,7 +127,7 @@ def check_decoding(decoding: str, num_draft_tokens: int | None, image_guidance_s
 
 def check_source_cache(
     source_cache: SourceCache, dtype: torch.dtype, device: torch.device, grid_height: int, grid_width: int
-):
+) -> None:
     """Refuse a cache of another grid, dtype or device."""
     own, given = source_cache.keys[0], (source_cache.grid_height, source_cache.grid_width)
     if given != (grid_height, grid_width):
@@ -142,7 +142,7 @@ def check_source_cache(
         )
 
 
-def check_weights(source_cache: SourceCache, decoder: torch.nn.Module):
+def check_weights(source_cache: SourceCache, decoder: torch.nn.Module) -> None:
     """Refuse a cache of another decoder, or of this one before its weights or adapters changed."""
     own, given = sample_weights(decoder), source_cache.weight_samples
     if own.keys() != given.keys() or any(own[name] and given[name] not in ([], own[name]) for name in own):

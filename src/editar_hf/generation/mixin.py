@@ -8,7 +8,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -68,7 +68,7 @@ class EditARGenerationMixin(GenerationMixin):
     compiled_decoding: CompiledDecoding | None = None
 
     @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads the signature to see what may be passed
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         # Each setting that is None is saved with its published value. Greedy settings leave out those of sampling,
         # which transformers would refuse to save.
         settings = resolve_settings(self.generation_config, None, {})._asdict()
@@ -211,7 +211,7 @@ class EditARGenerationMixin(GenerationMixin):
             return sequences
         return EditARGenerateOutput(sequences=sequences, num_decode_steps=max(run_pass.num_passes - 1, 0))
 
-    def compile_decoding(self, **options):
+    def compile_decoding(self, **options: Any) -> None:
         """Compile the decoding steps of `generate` for all later calls; the first calls then take longer.
 
         One compilation serves all calls with equally many rows and the same grid, whatever their prompts, masks and
@@ -225,12 +225,12 @@ class EditARGenerationMixin(GenerationMixin):
             options = {"mode": "reduce-overhead", **options}
         self.compiled_decoding = CompiledDecoding(self.forward, **options)
 
-    def compile_passes(self, **options):
+    def compile_passes(self, **options: Any) -> None:
         """Call `compile_decoding`, the new name."""
         warnings.warn("`compile_passes` is now called `compile_decoding`.", FutureWarning, stacklevel=2)
         self.compile_decoding(**options)
 
-    def free_compiled_caches(self):
+    def free_compiled_caches(self) -> None:
         """Free the caches that compiled decoding keeps between calls."""
         if self.compiled_decoding is not None:
             self.compiled_decoding.caches.clear()

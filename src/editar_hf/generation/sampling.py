@@ -169,7 +169,7 @@ class TokenSelector:
     noise_keys: torch.Tensor | None
     edit_mask: torch.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         warpers = [] if self.noise_keys is None else build_logits_warpers(self.settings)
         self.processors = LogitsProcessorList([*self.logits_processor, *warpers])
         # Stays finite as long as all guided logits are; read once, at the end, so that no token waits for the device.
@@ -206,7 +206,7 @@ class TokenSelector:
             return chosen
         return torch.where(self.edit_mask[:, index], chosen, tokens[:, index])
 
-    def check_logits(self):
+    def check_logits(self) -> None:
         """Raise a `RuntimeError` if the guided logits of any pass so far were NaN or infinite."""
         if not math.isfinite(self.sum_of_highest):
             raise RuntimeError(

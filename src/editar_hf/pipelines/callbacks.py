@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import StoppingCriteria
 
@@ -79,13 +80,13 @@ class StepReporter(StoppingCriteria):
 
     def __init__(
         self,
-        pipeline,
-        progress_bar,
+        pipeline: DiffusionPipeline,
+        progress_bar: Any,
         callback: Callable | None,
         names: Sequence[str],
         tensors: dict[str, torch.Tensor | None],
         preview: RowPreview | None,
-    ):
+    ) -> None:
         self.pipeline = pipeline
         self.progress_bar = progress_bar
         self.callback = callback
@@ -93,7 +94,7 @@ class StepReporter(StoppingCriteria):
         self.names = names
         self.preview = preview
 
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.progress_bar.update()
         if self.callback is not None:
             step = input_ids.shape[1] - 1

@@ -64,7 +64,7 @@ def make_card(
     dataset: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
-    **sections,
+    **sections: Any,
 ) -> str:
     """Make a model card from a template of this package, `editar_hf/model_cards/`.
 
@@ -103,7 +103,7 @@ def is_hub_id(name: str) -> bool:
     return not os.path.exists(name)
 
 
-def check_folder_or_hub_id(value: str | os.PathLike, argument: str):
+def check_folder_or_hub_id(value: str | os.PathLike, argument: str) -> None:
     """Refuse what is neither a folder or file nor a Hub id, before the Hub is asked for it.
 
     Args:
@@ -155,7 +155,7 @@ def upload_folder(
     previous_card: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
-    **options,
+    **options: Any,
 ) -> str:
     """Upload a folder to the Hub without overwriting a hand-written model card.
 
@@ -329,7 +329,7 @@ def describe_key_problems(found: Mapping[str, Sequence[int]], expected: Mapping[
 class EditARHubMixin(DiffusionPipeline):
     """Load, save and push a pipeline: what `EditARPipeline` does differently from diffusers' pipelines."""
 
-    def register_to_config(self, **kwargs):
+    def register_to_config(self, **kwargs: Any) -> None:
         """Record our components under the name of the package; the modules they sit in may move."""
         package = __name__.partition(".")[0]
         for name, value in kwargs.items():
@@ -338,7 +338,7 @@ class EditARHubMixin(DiffusionPipeline):
         super().register_to_config(**kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a folder or from the Hub.
 
         Args:
@@ -395,7 +395,7 @@ class EditARHubMixin(DiffusionPipeline):
         token: str | bool | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> str:
         """Download the files of a Hub repository that the pipeline needs, and return the cached folder.
 
@@ -426,7 +426,7 @@ class EditARHubMixin(DiffusionPipeline):
 
     def save_pretrained(
         self, save_directory: str | Path, variant: str | None = None, max_shard_size: int | str | None = None
-    ):
+    ) -> None:
         """Write the pipeline as a folder, and a model card if the folder has none.
 
         Args:

@@ -141,7 +141,7 @@ class EditARLoraMixin(LoraBaseMixin):
         self,
         pretrained_model_name_or_path: str | Path,
         adapter_name: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Load an adapter in addition to those already there, and make it the only active one.
 
@@ -354,7 +354,7 @@ class EditARLoraMixin(LoraBaseMixin):
         if not self.list_adapters():
             self.unload_lora_weights()
 
-    def _activate(self, names: list[str], scale: float = 1.0):
+    def _activate(self, names: list[str], scale: float = 1.0) -> None:
         """Make adapters the active ones, each with `scale` times its own weight."""
         weights = vars(self.transformer).get("adapter_weights", {})
         for _, layer in list_layers(self.transformer):
@@ -363,7 +363,7 @@ class EditARLoraMixin(LoraBaseMixin):
             for name in present:
                 set_weight(layer, name, scale * weights.get(name, 1.0))
 
-    def _enable(self, enabled: bool):
+    def _enable(self, enabled: bool) -> None:
         for _, layer in list_layers(self.transformer):
             layer.enable_adapters(enabled)
         self._activate(self.get_active_adapters())  # PEFT's `enable_adapters` makes them trainable.
@@ -388,11 +388,11 @@ class EditARLoraMixin(LoraBaseMixin):
                 raise ValueError(f"`adapter_names`: {' and '.join(both)} both replace `{path}`; choose one of them.")
         return names
 
-    def _check_not_fused(self):
+    def _check_not_fused(self) -> None:
         if fused := self.fused_loras:
             raise ValueError(f"Adapters are fused ({', '.join(sorted(fused))}); call `unfuse_lora()` first.")
 
-    def _check_not_offloaded(self):
+    def _check_not_offloaded(self) -> None:
         # accelerate's offload leaves weights on the meta device; diffusers' group offload does not know new layers.
         is_grouped = any(hasattr(module, "_diffusers_hook") for module in self.transformer.modules())
         if is_grouped or any(parameter.is_meta for parameter in self.transformer.parameters()):

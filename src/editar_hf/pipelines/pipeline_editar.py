@@ -114,15 +114,15 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         )
         self._interrupt = False
 
-    def interrupt(self):
+    def interrupt(self) -> None:
         """Stop the call in progress, from a callback or another thread, within one decoder pass."""
         self._interrupt = True
 
-    def compile(self, **options):
+    def compile(self, **options: Any) -> None:
         """Compile decoding, for many edits of one size; see `EditARForConditionalGeneration.compile_decoding`."""
         self.transformer.compile_decoding(**options)
 
-    def free_compiled_caches(self):
+    def free_compiled_caches(self) -> None:
         """Free the caches that compiled decoding keeps between calls."""
         self.transformer.free_compiled_caches()
 

@@ -55,7 +55,7 @@ class RunArguments:
     push_steps: int | None = HfArg(default=None, help="steps between uploads; default: only at the end")
     license: str | None = HfArg(default=None, help="identifier of the weights' licence, for the card")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.push_steps is not None and self.push_to_hub is None:
             raise ValueError("`push_steps` goes with `push_to_hub`, the id of the repository to upload to.")
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
@@ -170,7 +170,7 @@ class TrainingArguments(PairArguments, RunArguments):
         aliases=["--num_validation_pictures", "--num-validation-pictures"],
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_folder_or_hub_id(self.model, "model")
         if self.distillation_model is not None:

@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +33,7 @@ def read_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def start_accelerator(args: RunArguments, **options) -> Accelerator:
+def start_accelerator(args: RunArguments, **options: Any) -> Accelerator:
     """Make the folder of a run, and start Accelerate with its trackers; `options` are further ones of `Accelerator`.
 
     Raises:
@@ -68,7 +69,7 @@ def save_checkpoint(
     step: int,
     total_limit: int,
     dataloader: StatefulDataLoader | None = None,
-):
+) -> None:
     """Save the state of a run as `checkpoint-<step>`. A kill meanwhile leaves the previous checkpoint usable.
 
     Every process also saves the place of its data loader.

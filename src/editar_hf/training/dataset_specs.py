@@ -81,7 +81,7 @@ class DatasetSpec:
     image_folder: str | None = None
     streaming: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.dataset:
             raise ValueError("`dataset` is empty; give a Hub id, a folder or a pattern of files.")
         self.name = self.name or self.dataset

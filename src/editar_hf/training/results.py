@@ -26,7 +26,7 @@ def save_result(
     make_card: Callable[[str], str],
     validation_image: Path | None = None,
     suffix: str = "",
-):
+) -> None:
     """Write trained weights with their card to a folder, completely or not at all, and upload it if asked to.
 
     Args:
@@ -57,7 +57,7 @@ def describe_command() -> str:
     return f"The command:\n\n```\n{command}\n```\n\nWith Python {platform.python_version()}, {versions}."
 
 
-def create_repositories(accelerator: Accelerator, args: RunArguments, *suffixes: str):
+def create_repositories(accelerator: Accelerator, args: RunArguments, *suffixes: str) -> None:
     """Create the repositories to upload to, if asked to, and print who will see them.
 
     Called before training, so that a missing token is noticed at once.

@@ -165,7 +165,7 @@ class EditARTrainer:
         is_counted = all(isinstance(dataset, datasets.Dataset) for dataset in opened)
         return dataloader, held_out, sum(map(len, opened)) if is_counted else None
 
-    def check_columns(self, column_names: list[list[str]]):
+    def check_columns(self, column_names: list[list[str]]) -> None:
         """Refuse columns that do not fit the arguments."""
         for column in ("source_image_tokens", "prompt_embeds"):
             if len({column in names for names in column_names}) > 1:
@@ -201,7 +201,7 @@ class EditARTrainer:
 
     # The loop
 
-    def train(self):
+    def train(self) -> None:
         """Train, from a checkpoint if asked to, until the last step or the time limit, and save a checkpoint."""
         args, accelerator, start_time = self.args, self.accelerator, time.monotonic()
         if args.resume_from_checkpoint is not None:
@@ -232,7 +232,7 @@ class EditARTrainer:
             if args.push_steps is not None and self.step % args.push_steps == 0 and not is_last:
                 self.save_result()
 
-    def take_step(self, batches: list[tuple[int, dict]], log: LossLog):
+    def take_step(self, batches: list[tuple[int, dict]], log: LossLog) -> None:
         """Step the weights once, on the gradients of all batches."""
         total, inputs = torch.zeros((), device=self.accelerator.device), []
         for index, batch in batches:
@@ -270,7 +270,7 @@ class EditARTrainer:
 
     # Validation and results
 
-    def validate(self):
+    def validate(self) -> None:
         """Log the loss on the held-out pairs, and save some of them as rows source | edited | target."""
         self.module.eval()
         batches = [{name: value for name, value in batch.items() if name != "groups"} for batch in self.held_out]
@@ -291,7 +291,7 @@ class EditARTrainer:
                 sheet.save(folder / f"step-{self.step:07d}.png")
         self.module.train()
 
-    def save_result(self):
+    def save_result(self) -> None:
         """Save the trained pipeline or adapter, and the averaged weights beside it if there are any."""
         with whole_parameters(self.module):
             if self.accelerator.is_main_process:
@@ -304,7 +304,7 @@ class EditARTrainer:
             self.ema.restore(trained)
         self.accelerator.wait_for_everyone()
 
-    def save_weights(self, suffix: str = ""):
+    def save_weights(self, suffix: str = "") -> None:
         """Save the weights with their card, and upload them if asked to."""
         name, save = "pipeline", self.pipeline.save_pretrained
         if self.args.lora_rank is not None:

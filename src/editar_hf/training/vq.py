@@ -53,11 +53,12 @@ def decode_images(dataset: datasets.Dataset, resolution: int, folder: str | Path
         ValueError: If too many rows cannot be used.
     """
 
-    def prepare(row):
+    def prepare(row: dict) -> list[np.ndarray]:
         images = [decode_image(value, name) for name, value in row.items()]
         for image in images:
             compute_crop_geometry(image.height, image.width, resolution, resolution)  # refuses what is too thin
-        return [ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS) for image in images]
+        size = resolution, resolution
+        return [np.asarray(ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)) for image in images]
 
     shape = (len(dataset) * len(dataset.column_names), resolution, resolution, 3)
     with tempfile.TemporaryFile(dir=folder) as file:
