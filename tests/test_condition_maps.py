@@ -140,7 +140,7 @@ def test_edges_without_kornia_name_the_extra(photograph, monkeypatch):
 
 
 def test_thresholds_out_of_order_and_a_palette_of_another_shape_are_refused(photograph, segmentation_model):
-    with pytest.raises(ValueError, match=r"`low_threshold` is 0\.3 and `high_threshold` 0\.2"):
+    with pytest.raises(ValueError, match=r"`low_threshold` is 0\.3 and `high_threshold` is 0\.2"):
         make_canny_map(photograph, 0.3, 0.2)
     with pytest.raises(ValueError, match=r"`palette` has shape \(6, 3\); the model has 7 classes"):
         make_segmentation_map(photograph, *segmentation_model, palette=np.zeros((6, 3)))

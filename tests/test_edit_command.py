@@ -151,7 +151,7 @@ def test_an_image_can_be_replaced_by_its_edit(model, images):
 def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
     (images / "cut.png").write_bytes((images / "b.png").read_bytes()[:500])
     for options, image, message in (
-        ([], "images/broken.png", "ValueError: `image` is 'images/broken.png', from which no image opens"),
+        ([], "images/broken.png", "ValueError: `image` is 'images/broken.png', which does not open as an image"),
         ([], "images/cut.png", "ValueError: `image` holds "),
         (["--mask", "mask.png"], "images/a.png", "ValueError: `mask_image` is 40×24 pixels and its image 16×16"),
         (["--guidance-scale", 1e38], "images/a.png", "RuntimeError: The decoder's logits were NaN or infinite"),

@@ -336,7 +336,7 @@ def test_paths_and_urls_are_opened(tmp_path):
         Thread(target=server.serve_forever, daemon=True).start()
         urls = [f"http://127.0.0.1:{server.server_port}/{name}" for name in ("scene.png", "gone.png")]
         pixel_values = EditARImageProcessor(size=32)([path, str(path), urls[0]]).pixel_values
-        with pytest.raises(ValueError, match=r"`images` is 'http://127.*gone.png', from which no image opens"):
+        with pytest.raises(ValueError, match=r"`images` is 'http://127.*gone.png', which does not open as an image"):
             EditARImageProcessor(size=32)(urls[1])
         server.shutdown()
     assert torch.equal(pixel_values, expected.expand(3, -1, -1, -1))
@@ -378,7 +378,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, file_format):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("no-such-scene.png", "'no-such-scene.png', from which no image opens"),
+        ("no-such-scene.png", "'no-such-scene.png', which does not open as an image"),
         (5, "holds a int; pass PIL images"),
         ([], "`images` is an empty list"),
         (torch.zeros(8, 8, 3), r"shape \(8, 3, 8\).*channels, height, width"),

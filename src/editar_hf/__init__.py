@@ -1,8 +1,8 @@
 """EditAR as a Hugging Face model and pipeline: edit images by instruction with one autoregressive model.
 
-`import editar_hf` costs next to nothing: torch, transformers and diffusers are imported when a public name is first
-used. That is also when our classes join transformers' Auto classes, so write `from editar_hf import ...` before
-`AutoModel.from_pretrained(...)`; a bare `import editar_hf` does not register anything.
+`import editar_hf` is fast, because it imports neither torch nor transformers nor diffusers. The first use of a public
+name imports them and registers our classes with the Auto classes of transformers. Therefore write
+`from editar_hf import ...` before `AutoModel.from_pretrained(...)`; `import editar_hf` alone registers nothing.
 """
 
 from functools import cache
@@ -44,16 +44,16 @@ _MODULE_OF = {
     "EditARPipelineOutput": ".pipelines.pipeline_editar",
 }
 
-# `model_index.json` records our components under "editar_hf". To load one, diffusers asks that module for the base
-# class that says how (`LOADABLE_CLASSES` in diffusers/pipelines/pipeline_loading_utils.py), so it must find it here.
+# `model_index.json` records our components under "editar_hf". To find out how to load a component, diffusers looks up
+# its base class in this module (`LOADABLE_CLASSES` in diffusers/pipelines/pipeline_loading_utils.py).
 _LOADABLE_BASE_CLASSES = ("ImageProcessingMixin", "PreTrainedModel", "ProcessorMixin")
 
 
 @cache
 def _register_auto_classes() -> None:
-    """Make `AutoConfig`, `AutoModel`, `AutoImageProcessor` and `AutoProcessor` know the classes of this package.
+    """Register the classes of this package with `AutoConfig`, `AutoModel`, `AutoImageProcessor` and `AutoProcessor`.
 
-    `AutoModel` maps a configuration to the network without its head, as everywhere in transformers: `EditARModel`.
+    `AutoModel` gives `EditARModel`, the decoder without its head, as it does for all models of transformers.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
@@ -63,7 +63,7 @@ def _register_auto_classes() -> None:
     from .modeling_editar_vq import EditARVQModel
     from .processing_editar import EditARProcessor
 
-    # exist_ok: reloading the package registers again, and an attempt that failed half-way may be repeated.
+    # exist_ok: a reload of the package registers again, and so does a second attempt after an error.
     for config_class, model_class in ((EditARConfig, EditARModel), (EditARVQConfig, EditARVQModel)):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, model_class, exist_ok=True)
@@ -73,17 +73,17 @@ def _register_auto_classes() -> None:
 
 
 def __getattr__(name: str) -> type:
-    """Import a public name on its first use, and with the first of them register the Auto classes."""
+    """Import a public name on its first use. The first import also registers the Auto classes."""
     if name in _LOADABLE_BASE_CLASSES:
         return getattr(import_module("transformers"), name)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _register_auto_classes()
-    # Kept as a plain attribute, so that this function is not called for the name again.
+    # Python calls this function only for missing attributes, so the name is stored as one.
     globals()[name] = getattr(import_module(_MODULE_OF[name], __name__), name)
     return globals()[name]
 
 
 def __dir__() -> list[str]:
-    """List the public names, loaded or not."""
+    """List the public names, including those that are not imported yet."""
     return sorted({*globals(), *__all__})

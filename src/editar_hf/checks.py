@@ -1,4 +1,4 @@
-"""Checks of single arguments, shared by several modules. Errors name the argument, its value and the remedy."""
+"""Checks of single arguments that several modules use. Errors name the argument, its value and the remedy."""
 
 import math
 import numbers
@@ -10,16 +10,16 @@ import torch
 
 
 def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None, step: int = 1) -> int:
-    """Return `value` as an `int`. Integers of numpy pass, `True` does not.
+    """Check an integer and return it as an `int`. numpy integers are accepted; booleans are not.
 
     Args:
-        name (`str`): The argument, for the message.
+        name (`str`): Name of the argument, for the message.
         value: The value.
         minimum, maximum (`int`): The smallest and largest allowed value.
-        step (`int`): Every allowed value is a multiple of it.
+        step (`int`): Every allowed value is a multiple of `step`.
 
     Raises:
-        ValueError: If it is no integer, or not in the range.
+        ValueError: If `value` is not an integer, not in the range, or not a multiple of `step`.
     """
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or value < minimum or value % step or (maximum is not None and value > maximum):
@@ -30,33 +30,33 @@ def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None =
 
 
 def check_number(name: str, value: Any) -> float:
-    """Return `value` as a `float`; refuse what is no number, NaN and infinity."""
+    """Check a number and return it as a `float`. NaN and infinity are refused."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"`{name}` is {value!r}; pass a finite number.")
     return float(value)
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False: `"False"` would count as true."""
+    """Check that a value is True or False. A string such as `"False"` is refused, because Python treats it as true."""
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` is {value!r}; pass True or False.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuse what is none of the strings in `choices`."""
+    """Check that a value is one of the strings in `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
 def check_texts(name: str, texts: Any) -> None:
-    """Refuse what is neither a string nor a non-empty list of strings."""
+    """Check that a value is a string or a non-empty list of strings."""
     listed = [texts] if isinstance(texts, str) else texts
     if not (isinstance(listed, list | tuple) and listed and all(isinstance(text, str) for text in listed)):
         raise ValueError(f"`{name}` is {texts!r}; pass a string or a list of strings.")
 
 
 def check_path(name: str, value: Any) -> None:
-    """Refuse what is neither a string nor a path, and an empty string, which would be the current folder."""
+    """Check that a value is a path. An empty string is refused, because it would mean the current folder."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"`{name}` is {value!r:.80}; pass a path as a string or `Path`.")
     if not os.fspath(value):
@@ -64,8 +64,8 @@ def check_path(name: str, value: Any) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Refuse what is no tensor, and an empty one."""
+    """Check that a value is a tensor with at least one row."""
     if not isinstance(value, torch.Tensor):
-        raise ValueError(f"`{name}` is {value!r:.80}; pass a tensor with a row for each image.")
+        raise ValueError(f"`{name}` is {value!r:.80}; pass a tensor with one row per image.")
     if value.ndim == 0 or not len(value):
-        raise ValueError(f"`{name}` is empty, of shape {tuple(value.shape)}; pass a tensor with a row for each image.")
+        raise ValueError(f"`{name}` has shape {tuple(value.shape)}; pass a tensor with one row per image.")

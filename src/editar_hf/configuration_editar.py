@@ -1,6 +1,6 @@
-"""Configurations of the two networks: the EditAR decoder and its VQ tokenizer.
+"""Configurations of the two networks: the EditAR decoder and its VQ model.
 
-Both are typed: a field of the wrong type, or sizes that do not fit together, raise on construction.
+Both check their fields on construction: a field of the wrong type, or sizes that do not fit together, raise an error.
 """
 
 from typing import Any, Literal
@@ -20,42 +20,42 @@ PRESETS = {
 
 
 def check_sizes(config: PreTrainedConfig, names: str) -> None:
-    """Refuse sizes that are not positive; `names` are separated by spaces."""
+    """Check that sizes are positive. `names` holds the names of the fields, separated by spaces."""
     for name in names.split():
         if getattr(config, name) < 1:
-            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be at least 1.")
+            raise ValueError(f"`{name}` is {getattr(config, name)}; pass at least 1.")
 
 
 def compute_intermediate_size(hidden_size: int) -> int:
-    """Compute the SwiGLU width of the published decoders: two thirds of 4·hidden, rounded up to a multiple of 256."""
+    """Compute the SwiGLU width of the published decoders: 8/3 · hidden_size, rounded up to a multiple of 256."""
     return -(-int(2 * 4 * hidden_size / 3) // 256) * 256
 
 
 @strict
 class EditARConfig(PreTrainedConfig):
-    """Configuration of the EditAR decoder; the defaults are the published model (GPT-XL at 512×512 pixels).
+    """Configuration of the EditAR decoder; the defaults are those of the published model (GPT-XL at 512×512 pixels).
 
     Args:
-        vocab_size (`int`): Number of codes of the VQ tokenizer.
+        vocab_size (`int`): Number of codes of the VQ model.
         hidden_size (`int`): Width of the decoder.
-        intermediate_size (`int`, *optional*): Width of the SwiGLU layer; two thirds of 4·hidden, rounded up to a
-            multiple of 256, when left out.
+        intermediate_size (`int`, *optional*): Width of the SwiGLU layer; *defaults to* 8/3 · `hidden_size`, rounded up
+            to a multiple of 256.
         num_hidden_layers (`int`): Number of decoder layers.
         num_attention_heads (`int`): Number of attention heads.
-        grid_size (`int`): Most image tokens per side. Pictures may be smaller, and rectangular.
-        num_text_tokens (`int`): Text positions between the source and the target image.
+        grid_size (`int`): Largest number of image tokens per side. Images may be smaller, and rectangular.
+        num_text_tokens (`int`): Number of text positions between the source and the target image.
         text_hidden_size (`int`): Width of the text encoder's states.
-        text_rotary (`str`): `"zero"` multiplies text queries and keys with zero, as the published weights were
-            trained; `"identity"` leaves them unrotated, which suits models trained from scratch.
+        text_rotary (`str`): `"zero"` multiplies text queries and keys by zero, as in the training of the published
+            weights; `"identity"` leaves them unrotated, which suits models trained from scratch.
         distillation_hidden_size (`int`, *optional*): Width of the features that the distillation head predicts
-            (768: DINOv2-base); `None` builds no head.
-        text_dropout, residual_dropout, mlp_dropout, attention_dropout (`float`): Probabilities of dropping projected
-            text states, the output of the attention projection, the output of the feed-forward layer and attention
-            weights, in training.
+            (768: DINOv2-base); `None` means no distillation head.
+        text_dropout, residual_dropout, mlp_dropout, attention_dropout (`float`): Dropout probabilities in training: of
+            the projected text states, of the output of the attention layer, of the output of the feed-forward layer,
+            and of the attention weights.
 
     Raises:
-        ValueError: If a size is not positive, the heads do not divide the width, a head does not split into row and
-            column rotations, or a probability is outside [0, 1).
+        ValueError: If a size is not positive, `hidden_size` / `num_attention_heads` is not a multiple of 4, or a
+            probability is outside [0, 1).
         StrictDataclassError: If a field has the wrong type.
 
     Source: EditAR (arXiv 2501.04699) and LlamaGen (arXiv 2406.06525).
@@ -101,19 +101,20 @@ class EditARConfig(PreTrainedConfig):
         check_sizes(self, "num_text_tokens text_hidden_size")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
             raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) over `num_attention_heads` ({self.num_attention_heads}) must be a "
-                "multiple of 4: half of a head's rotation pairs turn with the row, half with the column."
+                f"`hidden_size` is {self.hidden_size} and `num_attention_heads` is {self.num_attention_heads}; their "
+                "quotient must be a multiple of 4, because half of a head's rotation pairs encode the row and half "
+                "encode the column."
             )
         for name in ("text_dropout", "residual_dropout", "mlp_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a probability in [0, 1).")
+                raise ValueError(f"`{name}` is {getattr(self, name)}; pass a probability in [0, 1).")
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "EditARConfig":
         """Build the configuration of a published size: GPT-B, GPT-L, GPT-XL, GPT-XXL or GPT-3B.
 
         Raises:
-            ValueError: If `name` is none of these.
+            ValueError: If `name` is not one of these.
         """
         if name not in PRESETS:
             raise ValueError(f"`name` is {name!r}; choose one of {', '.join(PRESETS)}.")
@@ -125,21 +126,21 @@ class EditARConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of the largest picture, `grid_size` squared."""
+        """Number of tokens of the largest image, `grid_size` squared."""
         return self.grid_size**2
 
 
 @strict
 class EditARVQConfig(PreTrainedConfig):
-    """Configuration of the VQ tokenizer; the defaults are LlamaGen's VQ-16 (stride 16, 16384 codes of 8 numbers).
+    """Configuration of the VQ model; the defaults are those of LlamaGen's VQ-16 (stride 16, 16384 codes of width 8).
 
     Args:
         num_embeddings (`int`): Number of codes.
-        embedding_dim (`int`): Numbers per code.
+        embedding_dim (`int`): Width of a code.
         latent_channels (`int`): Channels between the convolutions and the codes.
         base_channels (`int`): Channels at full resolution.
-        channel_multipliers (`tuple[int, ...]`): Channels of each level, in units of `base_channels`; every level but
-            the last halves the resolution. `(1, 1, 2, 2, 4)` is VQ-16, `(1, 2, 2, 4)` VQ-8.
+        channel_multipliers (`tuple[int, ...]`): Channels of each level, in units of `base_channels`. Every level except
+            the last halves the resolution. `(1, 1, 2, 2, 4)` is VQ-16, and `(1, 2, 2, 4)` is VQ-8.
         num_res_blocks (`int`): Residual blocks per level of the encoder (the decoder has one more).
         norm_num_groups (`int`): Groups of every group normalisation.
         commitment_loss_weight (`float`): Weight of the commitment loss in training.
@@ -175,13 +176,15 @@ class EditARVQConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         check_sizes(self, "num_embeddings embedding_dim latent_channels base_channels num_res_blocks norm_num_groups")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(f"`channel_multipliers` is {self.channel_multipliers}; give one positive number a level.")
+            raise ValueError(
+                f"`channel_multipliers` is {self.channel_multipliers}; pass one positive integer for each level."
+            )
         if self.base_channels % self.norm_num_groups:
             raise ValueError(
-                f"`norm_num_groups` ({self.norm_num_groups}) must divide `base_channels` ({self.base_channels})."
+                f"`norm_num_groups` is {self.norm_num_groups}; pass a divisor of `base_channels`, {self.base_channels}."
             )
 
     @property
     def stride(self) -> int:
-        """Pixels per token and side."""
+        """Pixels per side of a token."""
         return 2 ** (len(self.channel_multipliers) - 1)

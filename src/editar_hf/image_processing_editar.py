@@ -1,7 +1,7 @@
-"""Images in, pixels out, and pixels back to images.
+"""Convert images to pixels, and pixels to images.
 
-`prepare_rgb_image` is the one way to make an upright RGB image of what a user passes. `EditARImageProcessor` brings
-images to the size the model works at, as pixels in [−1, 1], and back.
+`prepare_rgb_image` converts everything that a user can pass as an image to an upright RGB image.
+`EditARImageProcessor` converts images to pixels in [−1, 1] at the size the model works at, and converts pixels back.
 """
 
 import warnings
@@ -29,7 +29,7 @@ MAX_SILENT_CUT = 0.02
 
 
 def list_images(images: ImageInput) -> list:
-    """List the single images of an image, a batch, or a list of either."""
+    """List the single images of an image, of a batch, or of a list of images and batches."""
     listed: list = []
     for one in images if isinstance(images, list | tuple) else [images]:
         listed.extend(one if isinstance(one, np.ndarray | torch.Tensor) and one.ndim == 4 else [one])
@@ -37,35 +37,36 @@ def list_images(images: ImageInput) -> list:
 
 
 def open_image(source: str | Path, name: str = "images") -> Image.Image:
-    """Open the image at a path or a URL that starts with `http://` or `https://`.
+    """Open the image at a path, or at a URL that starts with `http://` or `https://`.
 
     Raises:
-        ValueError: If no image opens; the message names the argument `name`, and the path or URL.
+        ValueError: If the image does not open; the message names the argument `name`, and the path or URL.
     """
     try:
         if str(source).startswith(("http://", "https://")):
             return load_image(str(source), convert_method=lambda image: image)
         return Image.open(Path(source).expanduser())
-    # Networks, file systems and PIL's readers raise errors of many kinds.
+    # Networks, file systems and PIL's readers raise many types of errors.
     except Exception as error:
-        raise ValueError(f"`{name}` is {str(source)!r}, from which no image opens: {error}") from error
+        raise ValueError(f"`{name}` is {str(source)!r}, which does not open as an image: {error}") from error
 
 
 def make_image(array: np.ndarray, name: str = "images") -> Image.Image:
-    """Make an 8-bit image of an array of shape (height, width) or (height, width, channels).
+    """Convert an array of shape (height, width) or (height, width, channels) to an 8-bit image.
 
     Args:
         array (`np.ndarray`): bool, uint8, uint16, or floats in [0, 1]; uint16 and floats are rounded to nearest.
-        name (`str`): The argument that brought the array, for messages.
+        name (`str`): Name of the argument that holds the array, for messages.
 
     Raises:
-        ValueError: If the shape, the type or the range does not fit.
+        ValueError: If the array has another shape or dtype, or floats outside [0, 1].
     """
     array = array[:, :, 0] if array.shape[2:] == (1,) else array
     if 0 in array.shape or not (array.ndim == 2 or array.shape[2:] in ((3,), (4,))):
         raise ValueError(
-            f"`{name}` holds an image of shape {array.shape}, read as (height, width, channels). Pass arrays of that "
-            "layout, or tensors of (channels, height, width), with 1, 3 or 4 channels and at least one pixel."
+            f"`{name}` holds an image of shape {array.shape}, read as (height, width, channels). Pass arrays of shape "
+            "(height, width, channels) or tensors of shape (channels, height, width), with 1, 3 or 4 channels and at "
+            "least one pixel."
         )
     if array.dtype == bool:
         array = array * np.uint8(255)
@@ -75,7 +76,7 @@ def make_image(array: np.ndarray, name: str = "images") -> Image.Image:
         return Image.fromarray(((array.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if array.dtype.kind != "f":
         raise ValueError(f"`{name}` holds pixels of type {array.dtype}; pass uint8, uint16, or floats in [0, 1].")
-    if not (array.min() >= 0 and array.max() <= 1):  # written so that NaN is refused too
+    if not (array.min() >= 0 and array.max() <= 1):  # This form also refuses NaN.
         raise ValueError(
             f"`{name}` holds floats in [{array.min()}, {array.max()}]; scale them to [0, 1], or pass uint8 pixels."
         )
@@ -83,11 +84,11 @@ def make_image(array: np.ndarray, name: str = "images") -> Image.Image:
 
 
 def turn_upright(image: Image.Image, name: str) -> Image.Image:
-    """Read the pixels of an image and turn it as its EXIF block says; if that block is damaged, warn and leave it."""
+    """Read the pixels of an image, and rotate it as its EXIF block says; if that block is damaged, warn instead."""
     file_name = getattr(image, "filename", None) or "a file"
     try:
         image.load()
-    # PIL reads the pixels of a file late, and its decoders raise errors of many kinds for damaged data.
+    # PIL reads the pixels of a file only now, and its decoders raise many types of errors for damaged data.
     except Exception as error:
         raise ValueError(f"`{name}` holds {file_name!r}, which does not decode: {error}.") from error
     try:
@@ -102,17 +103,17 @@ def turn_upright(image: Image.Image, name: str) -> Image.Image:
 def prepare_rgb_image(
     image: Image.Image | np.ndarray | torch.Tensor | str | Path, background: str = "white", name: str = "images"
 ) -> Image.Image:
-    """Make an upright 8-bit RGB image without transparency; the result shares no memory with the input.
+    """Convert an image to an upright 8-bit RGB image without transparency. The result shares no memory with the input.
 
     Args:
-        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): A PIL image ("I" is read as 16 bits,
-            "F" as [0, 1]), an array (height, width, channels), a tensor (channels, height, width), a path or a URL.
-            Arrays and tensors hold bool, uint8, uint16, or floats in [0, 1].
+        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): A PIL image (mode "I" is read as 16
+            bits, mode "F" as [0, 1]), an array (height, width, channels), a tensor (channels, height, width), a path or
+            a URL. Arrays and tensors hold bool, uint8, uint16, or floats in [0, 1].
         background (`str`): The colour behind transparent pixels; *defaults to* white.
-        name (`str`): The argument that brought the image, for messages.
+        name (`str`): Name of the argument that holds the image, for messages.
 
     Raises:
-        ValueError: If it is none of these, does not decode, is empty, or its values are out of range.
+        ValueError: If `image` has another type, does not decode, has no pixels, or has values out of range.
     """
     if isinstance(image, str | Path):
         image = open_image(image, name)
@@ -134,7 +135,9 @@ def prepare_rgb_image(
             "list of them."
         )
     if 0 in image.size:
-        raise ValueError(f"`{name}` holds an image of {image.width}×{image.height} pixels; it needs at least one.")
+        raise ValueError(
+            f"`{name}` holds an image of {image.width}×{image.height} pixels; pass images of at least 1×1 pixel."
+        )
     profile = image.info.get("icc_profile") or b""
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -147,7 +150,7 @@ def prepare_rgb_image(
 
 
 def prepare_rgb_images(images: ImageInput, name: str = "images") -> list[Image.Image]:
-    """Make upright RGB images of an image, a batch (4-D array or tensor), or a list of either."""
+    """Convert an image, a batch (4-D array or tensor), or a list of images and batches to upright RGB images."""
     prepared = [prepare_rgb_image(image, name=name) for image in list_images(images)]
     if not prepared:
         raise ValueError(f"`{name}` is an empty list; pass at least one image.")
@@ -158,13 +161,13 @@ def prepare_rgb_images(images: ImageInput, name: str = "images") -> list[Image.I
 
 
 class CropGeometry(NamedTuple):
-    """Which part of an image the model sees, and at which scale.
+    """The part of an image that the model sees, and its scale.
 
     Attributes:
-        resized_height, resized_width (`int`): Size of the whole image at the crop's scale, in pixels.
-        top, left (`int`): The crop's corner in the resized image, in pixels.
-        box (`tuple[int, int, int, int]`): Left, top, right and bottom of the original pixels that lie wholly inside
-            the crop, as PIL counts them.
+        resized_height, resized_width (`int`): Size of the whole image after the resize and before the crop, in pixels.
+        top, left (`int`): Top left corner of the crop in the resized image, in pixels.
+        box (`tuple[int, int, int, int]`): Left, top, right and bottom of the original pixels that lie completely inside
+            the crop, as in PIL.
         cut_fraction (`float`): Fraction of the image's area that is cut away, in [0, 1).
     """
 
@@ -179,12 +182,12 @@ class CropGeometry(NamedTuple):
 def compute_crop_geometry(
     source_height: int, source_width: int, height: int, width: int, resize_mode: str = "crop"
 ) -> CropGeometry:
-    """Compute what of an image is left at `height`×`width` pixels: its centre, or all of it if it is stretched.
+    """Compute which part of an image is kept at `height`×`width` pixels: its centre, or all of it if it is stretched.
 
-    Source: the image preparation of LlamaGen (arXiv 2406.06525), which EditAR shares: shortest side, centre crop.
+    Source: LlamaGen (arXiv 2406.06525) and EditAR, which resize the shortest side and crop the centre.
 
     Raises:
-        ValueError: If the image is so thin that the crop would hold less than one whole pixel of it.
+        ValueError: If the image is so thin that no pixel lies completely inside the crop.
     """
     if resize_mode == "stretch":
         return CropGeometry(height, width, 0, 0, (0, 0, source_width, source_height), 0.0)
@@ -199,8 +202,8 @@ def compute_crop_geometry(
     )
     if box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError(
-            f"An image has {source_width}×{source_height} pixels, of which a crop to {width}×{height} keeps less than "
-            'one. Pass `resize_mode="stretch"`.'
+            f"An image has {source_width}×{source_height} pixels; a crop to {width}×{height} would keep less than one "
+            'of them. Pass `resize_mode="stretch"`.'
         )
     cut_fraction = 1 - height * width / (resized_height * resized_width)
     return CropGeometry(resized_height, resized_width, top, left, box, cut_fraction)
@@ -218,19 +221,19 @@ class EditARImageProcessorKwargs(TypedDict, total=False):
 
 
 class EditARImageProcessor(PilBackend):
-    """Bring images to pixels in [−1, 1] at the size the model works at, and pixels back to images.
+    """Convert images to pixels in [−1, 1] at the size the model works at, and convert pixels back to images.
 
     Args:
         size (`int` or `dict[str, int]`, *optional*): `height` and `width` in pixels; *defaults to* 512×512.
-        resize_mode (`str`, *optional*): `"crop"` (default, published) scales the image until it covers the size and
-            keeps the centre; `"stretch"` resizes it without keeping its proportions.
-        stride (`int`, *optional*): Pixels per side of the VQ model's tokens; *defaults to* 16. It divides every
-            height and width.
+        resize_mode (`str`, *optional*): `"crop"` (default, as published) scales the image until it covers the size, and
+            keeps the centre; `"stretch"` resizes the image to the size and changes its proportions.
+        stride (`int`, *optional*): Pixels per side of a token of the VQ model; *defaults to* 16. Every height and width
+            must be a multiple of it.
 
     Raises:
         ValueError: If `stride` does not divide the size, or `resize_mode` is unknown.
 
-    Source: LlamaGen (arXiv 2406.06525), whose image preparation EditAR (arXiv 2501.04699) shares.
+    Source: LlamaGen (arXiv 2406.06525) and EditAR (arXiv 2501.04699), which prepare images in the same way.
 
     Example:
 
@@ -258,7 +261,7 @@ class EditARImageProcessor(PilBackend):
         self._check_arguments(self.size, self.resize_mode)
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict:
-        return super()._standardize_kwargs(**{"default_to_square": True, **kwargs})  # a number is both sides
+        return super()._standardize_kwargs(**{"default_to_square": True, **kwargs})  # One number sets both sides.
 
     def _check_arguments(self, size: SizeDict, resize_mode: str) -> None:
         check_integer("stride", self.stride)
@@ -273,16 +276,17 @@ class EditARImageProcessor(PilBackend):
         resize_mode: str | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Bring images to `pixel_values` (batch, 3, height, width) in [−1, 1].
+        """Convert images to `pixel_values` (batch, 3, height, width) in [−1, 1].
 
         Args:
-            images: An image, a batch (4-D array or tensor), or a list of either; see `prepare_rgb_image`.
-            size (`int` or `dict[str, int]`, *optional*): `height` and `width` in pixels; *defaults to* the processor's.
-            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* the processor's.
+            images: An image, a batch (4-D array or tensor), or a list of images and batches; see `prepare_rgb_image`.
+            size (`int` or `dict[str, int]`, *optional*): `height` and `width` in pixels; *defaults to* `self.size`.
+            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* `self.resize_mode`.
             return_tensors (`str`): `"pt"` or `"np"`.
 
         Raises:
-            ValueError: If the size or the mode does not fit, or `images` is empty or holds what is not an image.
+            ValueError: If the size is not a multiple of the stride, the mode is unknown, or `images` is empty or holds
+                something that is not an image.
         """
         size = self.size if size is None else self._standardize_kwargs(size=size)["size"]
         resize_mode = self.resize_mode if resize_mode is None else resize_mode
@@ -301,10 +305,10 @@ class EditARImageProcessor(PilBackend):
     def _resize(self, image: Image.Image, height: int, width: int, resize_mode: str) -> Image.Image:
         crop = compute_crop_geometry(image.height, image.width, height, width, resize_mode)
         if crop.cut_fraction > MAX_SILENT_CUT:
-            # The text is fixed, so that Python shows it once, however many images follow.
+            # The message is the same for all images, so Python shows it only once.
             warnings.warn(
-                f"More than {MAX_SILENT_CUT:.0%} of an image is cut away by the centre crop; pass "
-                '`resize_mode="stretch"`, or a `height` and `width` of its proportions, to keep all of it.',
+                f"The centre crop cuts away more than {MAX_SILENT_CUT:.0%} of an image. To keep the whole image, pass "
+                '`resize_mode="stretch"`, or a `height` and `width` with the proportions of the image.',
                 stacklevel=2,
             )
         resized = image.resize((crop.resized_width, crop.resized_height), Image.Resampling.LANCZOS)
@@ -319,7 +323,7 @@ class EditARImageProcessor(PilBackend):
     def postprocess(
         self, pixel_values: torch.Tensor, output_type: str = "pil"
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Turn `pixel_values` (batch, 3, height, width) back into images; values outside [−1, 1] are clamped.
+        """Convert `pixel_values` (batch, 3, height, width) to images; values outside [−1, 1] are clamped.
 
         Args:
             pixel_values (`torch.Tensor`): Pixels, nominally in [−1, 1].
@@ -327,13 +331,14 @@ class EditARImageProcessor(PilBackend):
                 (batch, height, width, 3) in [0, 1], `"pt"` for a tensor (batch, 3, height, width) in [0, 1].
 
         Raises:
-            ValueError: If `output_type` is none of these.
+            ValueError: If `output_type` is unknown.
             RuntimeError: If the pixels hold NaN.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if pixel_values.isnan().any():
             raise RuntimeError(
-                "`pixel_values` holds NaN: the VQ model overflowed in float16, or its weights are damaged."
+                "`pixel_values` holds NaN: the VQ model overflowed in float16, or its weights are damaged. Load it in "
+                "bfloat16 or float32."
             )
         pixels = ((pixel_values.detach().float() + 1) / 2).clamp(0, 1)
         if output_type == "pt":
@@ -350,17 +355,18 @@ class EditARImageProcessor(PilBackend):
         resize_mode: str | None = None,
         weights: np.ndarray | None = None,
     ) -> Image.Image:
-        """Bring an edited image back to the size of its source.
+        """Resize an edited image to the size of its source, and put it into the source.
 
-        After a crop, the edited part returns to its place, and the source's pixels around it stay as they are (upright
-        RGB, transparency over white). A stretch is undone by the inverse resize.
+        With `"crop"`, the edited image replaces the part of the source that was cropped, and the source's pixels around
+        it stay unchanged (in upright RGB, with transparency over white). With `"stretch"`, it replaces the whole
+        source.
 
         Args:
-            edited_image (`PIL.Image.Image`): The edited image, of the size the model worked at.
+            edited_image (`PIL.Image.Image`): The edited image, at the size the model worked at.
             source_image: The image that was edited; see `prepare_rgb_image`.
-            resize_mode (`str`, *optional*): How the source was brought to that size; *defaults to* the processor's.
-            weights (`np.ndarray` of shape `(height, width)`, *optional*): Share of the edited image in each pixel, in
-                [0, 1]; where it is 0, the source's pixels stay exactly. *Defaults to* 1 everywhere.
+            resize_mode (`str`, *optional*): How the source was resized for the model; *defaults to* `self.resize_mode`.
+            weights (`np.ndarray` of shape `(height, width)`, *optional*): Weight of the edited image in each pixel, in
+                [0, 1]; where it is 0, the source's pixels stay unchanged. *Defaults to* 1 everywhere.
 
         Raises:
             ValueError: If the mode is unknown, or `source_image` is not an image.
@@ -371,14 +377,14 @@ class EditARImageProcessor(PilBackend):
         width, height = restored.size
         crop = compute_crop_geometry(height, width, edited_image.height, edited_image.width, resize_mode)
         place = left, top, right, bottom = crop.box
-        # The same box in the edited image, to a fraction of a pixel, so that what was edited returns to its place.
+        # The same box in the edited image, in fractions of a pixel, so that the content does not move.
         columns = [(x * crop.resized_width - crop.left * width) / width for x in (left, right)]
         rows = [(y * crop.resized_height - crop.top * height) / height for y in (top, bottom)]
         box = (columns[0], rows[0], columns[1], rows[1])
         size = right - left, bottom - top
         edited = edited_image.resize(size, Image.Resampling.LANCZOS, box)
         if weights is not None:
-            # Neither filter reaches further than one pixel of the larger image, so weights of 0 stay 0.
+            # Both filters read at most one pixel beyond a pixel of the larger image, so weights of 0 stay 0.
             is_smaller = size[0] < edited_image.width or size[1] < edited_image.height
             resample = Image.Resampling.BOX if is_smaller else Image.Resampling.BILINEAR
             shares = np.asarray(Image.fromarray(weights.astype(np.float32)).resize(size, resample, box))
@@ -393,9 +399,9 @@ class EditARImageProcessor(PilBackend):
 
 
 def compute_psnr(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Compute the peak signal-to-noise ratio of each image in dB, (batch_size,), from pixels in [−1, 1].
+    """Compute the peak signal-to-noise ratio of each image in dB, shape (batch_size,), from pixels in [−1, 1].
 
-    The reconstruction is clamped to this range. Equal images have 100 dB.
+    The reconstruction is clamped to this range. The value is at most 100 dB, which equal images have.
     """
     error = (reconstruction.float().clamp(-1, 1) - pixel_values.float()) / 2
     return -10 * error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10()

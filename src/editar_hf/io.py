@@ -1,4 +1,4 @@
-"""Write files and folders so that each is either complete or absent."""
+"""Write files and folders atomically: each is either complete or absent."""
 
 import os
 import shutil
@@ -11,12 +11,12 @@ from pathlib import Path
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path to write a file or a folder to, and move it to `path` when the block ends.
 
-    The temporary path is in the same folder, which is made if it does not exist, and has the same suffix. A file or
-    folder that is already at `path` is replaced. If the block raises an error, what it wrote is deleted and `path`
-    stays as it was.
+    The temporary path is in the same folder as `path` and has the same suffix. The folder is created if it does not
+    exist. A file or folder that already exists at `path` is replaced. If the block raises an error, the temporary file
+    or folder is deleted and `path` stays unchanged.
 
     Args:
-        path (`str` or `os.PathLike`): Where the file or folder belongs.
+        path (`str` or `os.PathLike`): Final path of the file or folder.
 
     Example:
 
@@ -34,7 +34,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two processes that write the same path apart.
+    # The process id gives two processes that write the same path different temporary paths.
     unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
     try:
         yield unfinished

@@ -1,6 +1,6 @@
-"""Prompts and images in, tensors out: task prefixes, token ids and pixels.
+"""Turn prompts and images into tensors: task prefixes, token ids and pixels.
 
-Training, the pipeline and `AutoProcessor` share `EditARProcessor`.
+Training, the pipeline and `AutoProcessor` all use `EditARProcessor`.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from .checks import check_choice, check_integer, check_texts
 from .image_processing_editar import EditARImageProcessor
 
 
-# The task of a prompt without a source image.
+# The task of a prompt that has no source image.
 TEXT_TO_IMAGE = "text-to-image"
 # Source: EditAR (arXiv 2501.04699), the prompts of its training data.
 TASK_PREFIXES = {
@@ -31,7 +31,7 @@ TASK_PREFIXES = {
 
 
 def apply_task_prefix(text: str | Sequence[str], task: str | Sequence[str] = "edit") -> str | list[str]:
-    """Put the published prefix of each task before its text; one text serves many tasks, and one task many texts.
+    """Put the published prefix of each task before its text. One text or one task is repeated to match the other.
 
     Args:
         text (`str` or sequence of `str`): The prompts.
@@ -39,7 +39,7 @@ def apply_task_prefix(text: str | Sequence[str], task: str | Sequence[str] = "ed
             `"text-to-image"` (no prefix).
 
     Returns:
-        A string for a text and a task, otherwise a list.
+        A string if `text` and `task` are strings, otherwise a list.
 
     Raises:
         ValueError: If a text is not a string, a task is unknown, or the numbers of tasks and texts differ.
@@ -50,7 +50,9 @@ def apply_task_prefix(text: str | Sequence[str], task: str | Sequence[str] = "ed
         check_choice("task", one_task, TASK_PREFIXES)
     count = max(len(texts), len(tasks))
     if any(len(entries) not in (1, count) for entries in (texts, tasks)):
-        raise ValueError(f"`task` has {len(tasks)} entries for {len(texts)} texts; pass one task, or one per text.")
+        raise ValueError(
+            f"`task` has {len(tasks)} entries for {len(texts)} texts; pass one task, or one for each text."
+        )
     prompts = [TASK_PREFIXES[tasks[i % len(tasks)]] + texts[i % len(texts)] for i in range(count)]
     return prompts[0] if isinstance(text, str) and isinstance(task, str) else prompts
 
@@ -59,9 +61,9 @@ class EditARProcessor(ProcessorMixin):
     """Prepare images and prompts for EditAR, and turn pixels back into images.
 
     Args:
-        image_processor (`EditARImageProcessor`): Brings images to pixels in [−1, 1].
-        tokenizer (`T5Tokenizer`): Splits prompts.
-        num_text_tokens (`int`): Length every prompt is padded (on the right) or cut to, its end token included.
+        image_processor (`EditARImageProcessor`): Converts images to pixels in [−1, 1].
+        tokenizer (`T5Tokenizer`): Splits prompts into tokens.
+        num_text_tokens (`int`): Every prompt is padded on the right, or cut, to this length, including its end token.
 
     Raises:
         ValueError: If `num_text_tokens` is not positive.
@@ -103,24 +105,24 @@ class EditARProcessor(ProcessorMixin):
         target_images: ImageInput | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Prepare source images, prompts and target images, whichever are given.
+        """Prepare source images, prompts and target images. At least one of the three must be given.
 
         Args:
             images (*optional*): Source images or condition maps; see `EditARImageProcessor.preprocess`.
             text (`str` or sequence of `str`, *optional*): The prompts.
-            task (`str` or sequence of `str`): Whose prefix goes before the prompts; see `apply_task_prefix`.
-            height, width (`int`, *optional*): Pixels of the result; *defaults to* the image processor's.
-            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* the image processor's.
+            task (`str` or sequence of `str`): The tasks whose prefixes go before the prompts; see `apply_task_prefix`.
+            height, width (`int`, *optional*): Size of the result in pixels; *defaults to* that of the image processor.
+            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* that of the image processor.
             target_images (*optional*): Edited images, for training.
             return_tensors (`str`): `"pt"` or `"np"`.
 
         Returns:
             `BatchFeature` with `source_pixel_values` and `target_pixel_values` (batch, 3, height, width) in [−1, 1],
-            and with `input_ids` and `attention_mask` (batch, num_text_tokens). It leaves out what was not given. A
-            prompt that is too long is cut, and a warning says what was lost.
+            and with `input_ids` and `attention_mask` (batch, num_text_tokens). Entries of inputs that are not given
+            are absent. A prompt that is too long is cut, and a warning quotes the part that was cut.
 
         Raises:
-            ValueError: If nothing is given, or an argument does not fit (a size, a mode, a task, an image, a text).
+            ValueError: If nothing is given, or a size, a mode, a task, an image or a text cannot be used.
         """
         if images is None and text is None and target_images is None:
             raise ValueError("`images`, `text` and `target_images` are all None; pass at least one of them.")
@@ -146,12 +148,13 @@ class EditARProcessor(ProcessorMixin):
             return_offsets_mapping=True,
             return_tensors="pt",
         )
-        # The end and padding tokens point at character 0, so the largest offset is where the kept text ends.
+        # The end token and the padding tokens have offset 0, so the largest offset is the end of the kept text.
         ends = tokens.pop("offset_mapping")[..., 1].amax(dim=1).tolist()
         for prompt, end in zip(prompts, ends, strict=True):
             if cut := prompt[end:].strip():
                 warnings.warn(
-                    f"A prompt is longer than {self.num_text_tokens} tokens; this part was cut: {cut!r}", stacklevel=3
+                    f"A prompt is longer than {self.num_text_tokens} tokens; this part was cut off: {cut!r}",
+                    stacklevel=3,
                 )
         return dict(tokens)
 
