@@ -296,7 +296,7 @@ BAD_SOURCES = {
     "unexpected": (T, {"layers.0.extra": torch.ones(1)}, "1 unexpected (layers.0.extra)"),
     "shape": (T, {"output.weight": torch.ones(60, 32)}, "1 wrongly shaped (output.weight (60, 32) instead of"),
     "no sizes": (T, {"tok_embeddings.weight": None}, "`tok_embeddings.weight` is missing"),
-    "text-to-image": (T, TEXT_TO_IMAGE, "LlamaGen text-to-image decoder, which cannot edit. To start"),
+    "text-to-image": (T, TEXT_TO_IMAGE, "LlamaGen text-to-image decoder, which cannot edit. To use"),
     "no square": (T, {"img_uncond_embedding": torch.ones(15, 32)}, "`img_uncond_embedding` has 15 rows"),
     "VQ missing": (V, {"decoder.norm_out.weight": None}, "1 missing (decoder.norm_out.weight)"),
     "VQ shape": (V, {"post_quant_conv.bias": torch.ones(3)}, "post_quant_conv.bias (3,) instead of (24,)"),
@@ -343,7 +343,7 @@ def test_a_text_model_without_an_encoder_is_refused(published, tmp_path, capsys)
         (["--num-attention-heads", "7"], "`num_attention_heads` is 7"),
         (["--num-attention-heads", "0"], "`num_attention_heads` is 0"),
         (["--num-attention-heads", "16"], "`num_attention_heads` is 16"),
-        (["--grid-size", "4"], "`grid_size` goes with a LlamaGen text-to-image decoder"),
+        (["--grid-size", "4"], "`grid_size` is 4, but this is an EditAR decoder"),
     ],
 )
 def test_options_that_do_not_fit_the_file_are_refused(published, tmp_path, capsys, options, message):
@@ -374,7 +374,7 @@ def test_the_card_holds_the_figures_and_the_sources_but_no_licence_and_no_path_o
     front_matter, text = read_card(folder)
     assert "license" not in front_matter
     assert "stated no licence" in text
-    for line in ("| photograph through", "* decoder: editar_release.pt", "* text encoder: t5\n"):
+    for line in ("| PSNR of the photograph", "* decoder: editar_release.pt", "* text encoder: t5\n"):
         assert line in text
     assert str(published.folder) not in text
     assert str(folder.parent) not in text
@@ -386,7 +386,7 @@ def test_convert_warns_loudly_where_the_self_check_fails_and_still_writes_the_fo
     front_matter, text = read_card(tmp_path / "pipeline")
     assert front_matter["license"] == "cc-by-nc-4.0"
     assert "`cc-by-nc-4.0`, as stated by whoever converted" in text
-    assert "Tokens are hardly likelier than chance" in text
+    assert "The decoder predicts tokens hardly better than chance" in text
     assert main(["check", str(tmp_path / "pipeline")]) == 1
 
 

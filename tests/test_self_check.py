@@ -66,9 +66,9 @@ def break_source(pipeline):
 
 
 FAULTS = {
-    "The VQ model loses the photograph": lambda pipe: pipe.vq_model.decoder.conv_out.weight.neg_(),
-    "Tokens are hardly likelier than chance": lambda pipe: pipe.transformer.lm_head.weight.zero_(),
-    "The source image does not help": break_source,
+    "The VQ model does not reconstruct the photograph": lambda pipe: pipe.vq_model.decoder.conv_out.weight.neg_(),
+    "The decoder predicts tokens hardly better than chance": lambda pipe: pipe.transformer.lm_head.weight.zero_(),
+    "The source image does not improve the prediction": break_source,
     "Guidance changes no token": lambda pipe: pipe.transformer.model.text_projection.fc2.weight.zero_(),
     "Not finite: text_encoder.": lambda pipe: pipe.text_encoder.shared.weight[-1].fill_(math.inf),
     "Not finite: logits, transformer.lm_head": lambda pipe: pipe.transformer.lm_head.weight[5].fill_(math.nan),

@@ -1,8 +1,9 @@
 """Convert published EditAR files to a pipeline folder, and back.
 
-A published file is a pickle with the weights of one network. The VQ model's weights have the same names as here. The
-decoder's have others; query, key and value are one matrix, and the two rows of a rotation pair are neighbours. Sizes
-are read off the tensors, every key is accounted for, and converting back gives the same bits.
+A published file is a pickle with the weights of one network. The VQ model's weights have the same names in both
+formats. The decoder's weights differ in three ways: they have other names; query, key and value are one matrix; and the
+two rows of a rotation pair are adjacent. The conversion reads all sizes from the shapes of the tensors, refuses
+missing and unexpected keys, and is bit-exact in both directions.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from .pipelines.pipeline_editar import EditARPipeline
 from .processing_editar import EditARProcessor
 
 
-# Where the published weights are on the Hub.
+# The published weights on the Hub.
 PUBLISHED_TRANSFORMER = {
     "repo_id": "JitengMu/CVPR2025_EditAR_release",
     "filename": "editar_release.pt",
@@ -38,13 +39,13 @@ PUBLISHED_TRANSFORMER = {
 PUBLISHED_VQ_MODEL = {"repo_id": "peizesun/llamagen_t2i", "filename": "vq_ds16_t2i.pt"}
 PUBLISHED_TEXT_ENCODER = "google/flan-t5-xl"
 
-# What converting back writes.
+# The files that `revert_pipeline` writes.
 REVERTED_TRANSFORMER, REVERTED_VQ_MODEL = "editar.pt", "vq.pt"
 
-# Where the published files keep their weights, in the order of looking.
+# The keys under which published files store their weights, in the order in which they are tried.
 WEIGHTS_KEYS = ("model", "module", "state_dict")
 
-# Published name → ours, outside the layers.
+# Published name → our name, outside the layers.
 TRANSFORMER_NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "cls_embedding.cap_proj.fc1.weight": "model.text_projection.fc1.weight",
@@ -56,7 +57,7 @@ TRANSFORMER_NAMES = {
     "alignment.weight": "distillation_head.weight",
     "alignment.bias": "distillation_head.bias",
 }
-# Published name → ours, inside `layers.{i}.` and `model.layers.{i}.`. The first matrix holds three of ours.
+# Published name → our names, inside `layers.{i}.` and `model.layers.{i}.`. `wqkv` holds three of our matrices.
 LAYER_NAMES = {
     "attention.wqkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "attention.wo.weight": ("self_attn.o_proj.weight",),
@@ -66,16 +67,16 @@ LAYER_NAMES = {
     "attention_norm.weight": ("input_layernorm.weight",),
     "ffn_norm.weight": ("post_attention_layernorm.weight",),
 }
-# Ours whose rows are rotated in pairs.
+# Our matrices whose output rows are rotated in pairs.
 ROTATED_NAMES = ("q_proj.weight", "k_proj.weight")
-# What a LlamaGen text-to-image decoder lacks: the training of EditAR begins with these drawn anew.
+# Weights that a LlamaGen text-to-image decoder lacks. They are initialised at random before the training of EditAR.
 NEW_NAMES = ("img_uncond_embedding", "alignment.weight", "alignment.bias")
 
-# Training statistics of the published VQ model, of no use to anyone else.
+# Training statistics of the published VQ model, which are not used after training.
 CODEBOOK_USAGE_KEY = "quantize.codebook_used"
 CODEBOOK_USAGE_SIZE = 65536
 
-# What the published formats take for granted and therefore cannot carry.
+# Settings that are constant in the published code and therefore not stored in its files.
 TRANSFORMER_CONSTANTS = ("text_rotary", "rope_theta", "rms_norm_eps", "hidden_act")
 VQ_CONSTANTS = ("norm_num_groups",)
 
@@ -84,27 +85,27 @@ VQ_CONSTANTS = ("norm_num_groups",)
 
 
 def open_checkpoint(path: str | Path) -> Any:
-    """Open a pickle without running any code in it, memory-mapped where the format allows.
+    """Open a pickle without running any code in it. It is memory-mapped if its format allows that.
 
     Raises:
-        ValueError: If the file is absent or does not open safely.
+        ValueError: If the file does not exist or does not open safely.
     """
     if not Path(path).is_file():
-        raise ValueError(f"`{path}` is not a file; give the path of published weights.")
+        raise ValueError(f"`{path}` is not a file; pass the path of published weights.")
     try:
-        # LlamaGen's training script stores its options beside the weights: a bag of values, safe to open.
+        # LlamaGen's training script stores its options in the same file, as a `Namespace`, which is safe to open.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        # PyTorch's own message advises to open the file unsafely.
+        # PyTorch's own message recommends to open the file unsafely, so it is replaced.
         raise ValueError(
-            f"`{path}` does not open safely as a checkpoint: it is damaged, unreadable, of another kind (a TorchScript "
-            "program, for one), or holds code. Download it anew from its authors."
+            f"`{path}` does not open safely as a checkpoint: it is damaged, cannot be read, has another format (such "
+            "as TorchScript), or contains code. Download it again from its authors."
         ) from error
 
 
 def is_weights(found: Any) -> bool:
-    """Tell whether what a checkpoint holds is named tensors."""
+    """Return True if an object is a dictionary of named tensors."""
     return isinstance(found, dict) and all(isinstance(tensor, torch.Tensor) for tensor in found.values())
 
 
@@ -112,12 +113,14 @@ def load_published_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Load the weights of a published file.
 
     Raises:
-        ValueError: If the file is absent, does not open safely, or holds no weights.
+        ValueError: If the file does not exist, does not open safely, or holds no weights.
     """
     checkpoint = open_checkpoint(path)
     found = [checkpoint[key] for key in WEIGHTS_KEYS if isinstance(checkpoint, dict) and key in checkpoint]
     if not found or not is_weights(found[0]):
-        raise ValueError(f"`{path}` holds no weights under any of {', '.join(WEIGHTS_KEYS)}; is it a published file?")
+        raise ValueError(
+            f"`{path}` holds no weights under any of the keys {', '.join(WEIGHTS_KEYS)}; pass a published file."
+        )
     return dict(found[0])
 
 
@@ -125,17 +128,17 @@ def load_published_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def get_shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size:
-    """Get the shape of a tensor from which sizes are read."""
+    """Get the shape of a tensor, from which the caller reads sizes."""
     if name not in weights:
         raise ValueError(
-            f"`{name}` is missing: this is not a published file of that network. It holds {len(weights)} tensors, the "
-            f"first of them {', '.join(list(weights)[:3]) or 'absent'}."
+            f"`{name}` is missing, so this is not a published file of that network. Its {len(weights)} tensors begin "
+            f"with: {', '.join(list(weights)[:3]) or 'none'}."
         )
     return weights[name].shape
 
 
 def count_indices(weights: Mapping[str, torch.Tensor], pattern: str) -> int:
-    """Count the modules of a list: one more than the largest index that `pattern` finds in a name."""
+    """Count the modules of a list: return 1 + the largest index that `pattern` finds in the names."""
     matches = (re.match(pattern, name) for name in weights)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
@@ -143,17 +146,18 @@ def count_indices(weights: Mapping[str, torch.Tensor], pattern: str) -> int:
 def read_transformer_config(
     weights: Mapping[str, torch.Tensor], num_attention_heads: int | None = None, grid_size: int | None = None
 ) -> EditARConfig:
-    """Read the decoder's sizes off its published tensors.
+    """Read the decoder's sizes from the shapes of its published tensors.
 
     Args:
         weights (`dict[str, torch.Tensor]`): Published names and tensors.
-        num_attention_heads (`int`, *optional*): The one size that no tensor shows; *defaults to* heads 64 wide, and 100
-            wide in a decoder of width 3200.
-        grid_size (`int`, *optional*): Tokens per side of a LlamaGen text-to-image decoder, which none of its tensors
-            shows; an EditAR decoder's do.
+        num_attention_heads (`int`, *optional*): Number of heads, which no tensor shows; *defaults to* width / 64, or
+            width / 100 if the width is 3200.
+        grid_size (`int`, *optional*): Tokens per side. Pass it for a LlamaGen text-to-image decoder, whose tensors do
+            not show it, and only for that; the grid of an EditAR decoder is read from its tensors.
 
     Raises:
-        ValueError: If the tensors are not a decoder's, the heads do not fit, or the grid is unknown or known twice.
+        ValueError: If the tensors are not those of a decoder, the heads do not fit its width, or `grid_size` is missing
+            for a LlamaGen decoder or given for an EditAR decoder.
 
     Source: LlamaGen (arXiv 2406.06525), table 1, for the width of heads.
     """
@@ -162,29 +166,35 @@ def read_transformer_config(
     sizes = {}
     if "img_uncond_embedding" in weights:
         if grid_size is not None:
-            raise ValueError("`grid_size` goes with a LlamaGen text-to-image decoder; this EditAR file says its own.")
+            raise ValueError(
+                f"`grid_size` is {grid_size}, but this is an EditAR decoder, whose grid is read from the file; leave "
+                "`grid_size` out."
+            )
         num_image_tokens = len(weights["img_uncond_embedding"])
         grid_size = math.isqrt(num_image_tokens)
         if grid_size**2 != num_image_tokens:
-            raise ValueError(f"`img_uncond_embedding` has {num_image_tokens} rows; a square grid was expected.")
+            raise ValueError(
+                f"`img_uncond_embedding` has {num_image_tokens} rows, which is not a square number; pass a file of a "
+                "decoder with a square grid."
+            )
         alignment = weights.get("alignment.weight")
         sizes["distillation_hidden_size"] = None if alignment is None else len(alignment)
     elif grid_size is None:
         raise ValueError(
-            "`img_uncond_embedding` is missing: this is a LlamaGen text-to-image decoder, which cannot edit. To start "
-            "EditAR's training from it, say how many tokens a side it was trained for: --grid-size 32 for 512 pixels."
+            "`img_uncond_embedding` is missing, so this is a LlamaGen text-to-image decoder, which cannot edit. To use "
+            "it as the start of EditAR's training, pass its number of tokens per side: --grid-size 32 for 512 pixels."
         )
     if num_attention_heads is None:
         num_attention_heads, rest = divmod(hidden_size, 100 if hidden_size == 3200 else 64)
         if rest:
             raise ValueError(
-                f"`num_attention_heads` does not follow from a width of {hidden_size}; give --num-attention-heads."
+                f"`num_attention_heads` cannot be computed from a width of {hidden_size}; give --num-attention-heads."
             )
-    # Four numbers a head: a rotation pair for the row and one for the column.
+    # A head needs multiples of four numbers: one rotation pair for the row and one for the column.
     elif num_attention_heads < 1 or hidden_size % (4 * num_attention_heads):
         raise ValueError(
-            f"`num_attention_heads` is {num_attention_heads}; heads must split a width of {hidden_size} into multiples "
-            "of 4."
+            f"`num_attention_heads` is {num_attention_heads}; the width of a head, {hidden_size} / "
+            "`num_attention_heads`, must be a multiple of 4."
         )
     return EditARConfig(
         vocab_size=vocab_size,
@@ -200,10 +210,10 @@ def read_transformer_config(
 
 
 def read_vq_config(weights: Mapping[str, torch.Tensor]) -> EditARVQConfig:
-    """Read the VQ model's sizes off its published tensors.
+    """Read the VQ model's sizes from the shapes of its published tensors.
 
     Raises:
-        ValueError: If the tensors are not a VQ model's.
+        ValueError: If the tensors are not those of a VQ model.
     """
     num_embeddings, embedding_dim = get_shape(weights, "quantize.embedding.weight")
     base_channels = get_shape(weights, "encoder.conv_in.weight")[0]
@@ -223,7 +233,7 @@ def read_vq_config(weights: Mapping[str, torch.Tensor]) -> EditARVQConfig:
 
 
 def map_names(config: EditARConfig) -> dict[str, tuple[str, ...]]:
-    """Map the published name of each of the decoder's tensors to ours; a published tensor can hold three of ours."""
+    """Map the published name of each decoder tensor to our names; one published tensor can hold three of ours."""
     names: dict[str, tuple[str, ...]] = {theirs: (ours,) for theirs, ours in TRANSFORMER_NAMES.items()}
     for layer in range(config.num_hidden_layers):
         for theirs, ours in LAYER_NAMES.items():
@@ -232,7 +242,7 @@ def map_names(config: EditARConfig) -> dict[str, tuple[str, ...]]:
 
 
 def split_rotation_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder a projection's rows, head by head, from adjacent rotation pairs (2i, 2i + 1) to (i, i + head_dim / 2)."""
+    """Reorder the rows of each head of a projection from rotation pairs (2i, 2i + 1) to (i, i + head_dim / 2)."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -242,10 +252,10 @@ def join_rotation_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights whose names and shapes are not exactly the expected ones."""
+    """Check that weights have exactly the expected names and shapes."""
     found, wanted = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (weights, expected))
     if problems := describe_key_problems(found, wanted):
-        raise ValueError(f"The file's keys do not fit its sizes: {problems}.")
+        raise ValueError(f"The keys of the file do not match the network: {problems}.")
 
 
 def convert_transformer(
@@ -254,16 +264,16 @@ def convert_transformer(
     dtype: torch.dtype | None = None,
     grid_size: int | None = None,
 ) -> EditARForConditionalGeneration:
-    """Build the decoder that published weights describe, on their memory where nothing changes.
+    """Build the decoder from published weights. Tensors that need no change share memory with the given weights.
 
     Args:
-        weights (`dict[str, torch.Tensor]`): Published names and tensors, of EditAR or of LlamaGen's text-to-image
-            decoder; what this one lacks is drawn anew.
+        weights (`dict[str, torch.Tensor]`): Published names and tensors of EditAR, or of LlamaGen's text-to-image
+            decoder. Weights that the LlamaGen decoder lacks are initialised at random.
         num_attention_heads, grid_size (`int`, *optional*): See `read_transformer_config`.
         dtype (`torch.dtype`, *optional*): *Defaults to* that of the file.
 
     Raises:
-        ValueError: If keys are missing, unexpected or wrongly shaped; the message lists them.
+        ValueError: If keys are missing, unexpected or have the wrong shape; the message lists them.
     """
     with torch.device("meta"):
         model = EditARForConditionalGeneration(read_transformer_config(weights, num_attention_heads, grid_size))
@@ -282,19 +292,19 @@ def convert_transformer(
 
 
 def draw_new_parts(model: EditARForConditionalGeneration) -> None:
-    """Draw what a LlamaGen text-to-image decoder lacks, as in a new model; what is there stays."""
+    """Initialise the weights that a LlamaGen text-to-image decoder lacks as in a new model; keep all others."""
     dtype = model.lm_head.weight.dtype
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = tensor.device.type != "meta"
     null_image_embeds = model.model.null_image_embeds
     model.model.null_image_embeds = nn.Buffer(torch.empty_like(null_image_embeds, device="cpu", dtype=dtype))
-    assert model.distillation_head is not None  # A start has the default configuration.
+    assert model.distillation_head is not None  # `read_transformer_config` gives a LlamaGen decoder the default head.
     model.distillation_head.to_empty(device="cpu").to(dtype)
     model.initialize_weights()
 
 
 def revert_transformer_weights(model: EditARForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """Rename and join the decoder's weights as they are published; on the meta device, this gives shapes alone."""
+    """Rename and join the decoder's weights as in a published file. On the meta device, this gives only the shapes."""
     own, published = model.state_dict(), {}
     for theirs, names in map_names(model.config).items():
         parts = [
@@ -308,10 +318,10 @@ def revert_transformer_weights(model: EditARForConditionalGeneration) -> dict[st
 
 
 def convert_vq_model(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> EditARVQModel:
-    """Build the VQ model that published weights describe.
+    """Build the VQ model from published weights.
 
     Raises:
-        ValueError: If keys are missing, unexpected or wrongly shaped; the message lists them.
+        ValueError: If keys are missing, unexpected or have the wrong shape; the message lists them.
     """
     weights = {name: weight for name, weight in weights.items() if name != CODEBOOK_USAGE_KEY}
     with torch.device("meta"):
@@ -322,7 +332,7 @@ def convert_vq_model(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | N
 
 
 def revert_vq_weights(model: EditARVQModel) -> dict[str, torch.Tensor]:
-    """Give the VQ model's weights as they are published, with usage statistics of zero."""
+    """Return the VQ model's weights as in a published file. All usage statistics are zero."""
     return {**model.state_dict(), CODEBOOK_USAGE_KEY: torch.zeros(CODEBOOK_USAGE_SIZE)}
 
 
@@ -337,17 +347,17 @@ def convert_pipeline(
     dtype: torch.dtype | None = None,
     grid_size: int | None = None,
 ) -> EditARPipeline:
-    """Build a pipeline from published files; what is left out is downloaded from the Hub.
+    """Build a pipeline from published files. Files that are not given are downloaded from the Hub.
 
     Args:
         transformer (`str` or `Path`, *optional*): File of the EditAR decoder.
         vq_model (`str` or `Path`, *optional*): File of the VQ model.
-        text_encoder (`str` or `Path`, *optional*): Hub id or folder of a T5; only its encoder is kept.
+        text_encoder (`str` or `Path`, *optional*): Hub id or folder of a T5 model; only its encoder is kept.
         num_attention_heads, grid_size (`int`, *optional*): See `read_transformer_config`.
-        dtype (`torch.dtype`, *optional*): *Defaults to* those of the files.
+        dtype (`torch.dtype`, *optional*): *Defaults to* the dtypes of the files.
 
     Raises:
-        ValueError: If a file is not what it should be, or the three do not fit together.
+        ValueError: If a file is not of its network, or the three networks do not fit together.
     """
     text_encoder = text_encoder or PUBLISHED_TEXT_ENCODER
     check_folder_or_hub_id(text_encoder, "text_encoder")
@@ -363,7 +373,7 @@ def convert_pipeline(
     text_width = T5Config.from_pretrained(text_encoder).d_model
     if decoder.config.text_hidden_size != text_width:
         raise ValueError(
-            f"`text_encoder` has states of width {text_width} and `transformer` reads "
+            f"`text_encoder` has states of width {text_width} and `transformer` needs width "
             f"{decoder.config.text_hidden_size}; give the text encoder that the decoder was trained with."
         )
     encoder, report = T5EncoderModel.from_pretrained(text_encoder, dtype=dtype or "auto", output_loading_info=True)
@@ -380,13 +390,14 @@ def revert_pipeline(model: str | Path, output_dir: str | Path) -> None:
     """Write the decoder and the VQ model of a pipeline folder as `editar.pt` and `vq.pt`, in the published formats.
 
     Raises:
-        ValueError: If `model` is no pipeline or cannot be said in the published formats, or a file is already there.
+        ValueError: If `model` is not a pipeline, has settings that the published formats cannot store, or one of the
+            two files already exists.
     """
     output_dir = Path(output_dir)
     check_folder_or_hub_id(model, "model")
     for name in (REVERTED_TRANSFORMER, REVERTED_VQ_MODEL):
         if (output_dir / name).exists():
-            raise ValueError(f"`output_dir` already holds {name}; give another folder.")
+            raise ValueError(f"`output_dir` is {output_dir}, which already holds {name}; give another folder.")
     pipeline = EditARPipeline.from_pretrained(model, dtype="auto", text_encoder=None, processor=None)
     check_constants(pipeline.transformer.config, TRANSFORMER_CONSTANTS)
     check_constants(pipeline.vq_model.config, VQ_CONSTANTS)
@@ -399,12 +410,12 @@ def revert_pipeline(model: str | Path, output_dir: str | Path) -> None:
 
 
 def check_constants(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
-    """Refuse a network that differs from the published ones in what their format cannot say."""
+    """Check the settings that the published format cannot store: they must be those of the published networks."""
     published = type(config)()
     for name in names:
         if getattr(config, name) != getattr(published, name):
             raise ValueError(
-                f"`{name}` is {getattr(config, name)!r}. Published files store weights alone, and the published code "
-                f"always computes with {getattr(published, name)!r} (see `{type(config).__name__}`): it would load "
-                "these weights without an error and make other images. Share this model as a pipeline folder instead."
+                f"`{name}` is {getattr(config, name)!r}. Published files do not store `{name}`, and the published code "
+                f"always uses {getattr(published, name)!r} (see `{type(config).__name__}`): it would load these "
+                "weights without an error and make wrong images. Share this model as a pipeline folder instead."
             )
