@@ -308,7 +308,7 @@ SOURCE, TEXT = torch.zeros(1, 16).long(), torch.zeros(1, 5, 16)
         ({"source_image_tokens": SOURCE, "grid_height": 2}, r"has shape \(1, 16\); .* needs \(batch, 8\)"),
         ({"source_image_tokens": SOURCE, "grid_height": 5}, "`grid_height` × `grid_width` is 5 × 4"),
         ({"source_image_tokens": SOURCE, "grid_width": 0}, "is 4 × 0"),
-        ({"prompt_embeds": TEXT[..., :15]}, r"`prompt_embeds` has shape \(1, 5, 15\); expected \(batch, 5, 16\)"),
+        ({"prompt_embeds": TEXT[..., :15]}, r"`prompt_embeds` has shape \(1, 5, 15\); pass \(batch, 5, 16\)"),
         ({"prompt_embeds": TEXT[:, :4]}, r"`prompt_embeds` has shape \(1, 4, 16\)"),
         (
             {"source_image_tokens": SOURCE, "prompt_embeds": TEXT, "labels": SOURCE[:, :12]},
@@ -317,7 +317,7 @@ SOURCE, TEXT = torch.zeros(1, 16).long(), torch.zeros(1, 5, 16)
         ({"source_image_tokens": SOURCE, "labels": SOURCE}, "`labels` holds 16 tokens"),
         (
             {"prompt_embeds": TEXT, "target_image_tokens": SOURCE[:, :5], "output_distillation_features": True},
-            "16 target positions; this call has 6",
+            "this call has 6 target positions; pass all 16",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -1,12 +1,13 @@
-"""The EditAR decoder: source-image tokens and text states in, logits of the target-image tokens out.
+"""The EditAR decoder: it reads source tokens and text states, and computes the logits of the target tokens.
 
-One causal sequence per sample, `[source image][text][target image]`, through a Llama-style decoder whose image
-positions rotate in two dimensions. This file is `forward` only, deterministic given its inputs: it knows nothing of
-guidance, sampling or pixels. It reads bottom-up: rotary → attention → MLP → layer → model → head.
+Each sample is one causal sequence, `[source image][text][target image]`. The decoder is Llama-style, with a rotary
+embedding in two dimensions for image tokens. This file contains only `forward`; guidance and sampling are in
+`generation/`, and pixels are handled by the VQ model. Read it from top to bottom: rotary → attention → MLP → layer →
+model → head.
 
-A call may bring any of the three segments. Without a cache they are the whole sequence; with one they continue it, so a
-source prefix can be computed once and shared. Positions are slots of that sequence: 0 … N−1 source, N … N+L−1 text,
-from N+L on target.
+A call may pass any of the three segments. Without a cache, the segments are the whole sequence. With a cache, they
+continue the cached sequence, so a source can be computed once and shared. A slot is a position in the sequence: with N
+image tokens and L text tokens, slots 0 … N−1 are the source, N … N+L−1 the text, and the slots from N+L the target.
 
 Source: EditAR (arXiv 2501.04699), LlamaGen (arXiv 2406.06525).
 """
@@ -34,7 +35,7 @@ from .generation import EditARGenerationMixin
 
 
 class OutputWithCache(ModelOutput):
-    """Outputs whose cache has both of transformers' names for it: `cache`, since 5.24, and `past_key_values`."""
+    """Outputs with a cache under both of its names in transformers: `cache` (since 5.24) and `past_key_values`."""
 
     @property
     def past_key_values(self) -> Cache | None:
@@ -43,12 +44,12 @@ class OutputWithCache(ModelOutput):
 
 @dataclass
 class EditARModelOutput(OutputWithCache):
-    """What `EditARModel.forward` returns.
+    """Output of `EditARModel.forward`.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, positions, hidden_size)`): States after the final norm.
-        cache (`Cache`, *optional*): Keys and values of all slots so far; `past_key_values` is the same.
-        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): Per layer, on request.
+        cache (`Cache`, *optional*): Keys and values of all slots so far; `past_key_values` is the same object.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): One tensor for each layer, on request.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -59,16 +60,16 @@ class EditARModelOutput(OutputWithCache):
 
 @dataclass
 class EditAROutput(OutputWithCache):
-    """What `EditARForConditionalGeneration.forward` returns.
+    """Output of `EditARForConditionalGeneration.forward`.
 
     Args:
-        loss (`torch.Tensor`, *optional*): Mean cross-entropy of the target tokens, in nats. Given `labels` only.
-        logits (`torch.Tensor` of shape `(batch, positions, vocab_size)`, *optional*): Predictions of target tokens;
-            `None` when the call brought nothing but a source image.
-        cache (`Cache`, *optional*): Keys and values of all slots so far; `past_key_values` is the same.
-        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): Per layer, on request.
-        distillation_features (`torch.Tensor` of shape `(batch, cells, distillation_hidden_size)`, *optional*): What the
-            distillation head predicts, in raster order, on request.
+        loss (`torch.Tensor`, *optional*): Mean cross-entropy of the target tokens, in nats; `None` without `labels`.
+        logits (`torch.Tensor` of shape `(batch, positions, vocab_size)`, *optional*): Logits of the target tokens;
+            `None` if the call passes only a source image.
+        cache (`Cache`, *optional*): Keys and values of all slots so far; `past_key_values` is the same object.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): One tensor for each layer, on request.
+        distillation_features (`torch.Tensor` of shape `(batch, cells, distillation_hidden_size)`, *optional*): Output
+            of the distillation head in raster order, on request.
     """
 
     loss: torch.Tensor | None = None
@@ -80,10 +81,10 @@ class EditAROutput(OutputWithCache):
 
 
 class EditARRotaryEmbedding(nn.Module):
-    """Look up the cosines and sines of slots: row and column for image tokens, a constant for text.
+    """Compute the cosines and sines of slots: from row and column for image tokens, constant for text.
 
-    Source token (r, c) has position (r, c), target token (r, c) has (r + grid_size, c + grid_size). The first half of a
-    head's rotation pairs turns with the row, the second half with the column.
+    The source token at row r and column c has position (r, c); the target token there has position (r + grid_size,
+    c + grid_size). The first half of a head's rotation pairs encodes the row, the second half encodes the column.
     """
 
     def __init__(self, config: EditARConfig):
@@ -100,15 +101,15 @@ class EditARRotaryEmbedding(nn.Module):
         offset = is_target * self.config.grid_size
         row, column = cell // grid_width + offset, cell % grid_width + offset
 
-        # Computed, not kept in a buffer: a non-persistent buffer would be lost when weights load from the meta device.
+        # Computed in each call: a non-persistent buffer would be lost when weights are loaded on the meta device.
         pairs_per_axis = self.config.head_dim // 4
         exponents = torch.arange(pairs_per_axis, device=slots.device, dtype=torch.float32) / pairs_per_axis
         frequencies = self.config.rope_theta**-exponents
         angles = torch.cat([row[..., None] * frequencies, column[..., None] * frequencies], dim=-1)
         angles = torch.cat([angles, angles], dim=-1)
 
-        # Parity: the published weights were trained with cos = sin = 0 for text, which makes text queries and keys
-        # zero vectors (not "unrotated"): every query sees all text keys alike.
+        # Parity: the published weights were trained with cos = sin = 0 for text. This makes text queries and keys zero
+        # vectors, which is not the same as unrotated ones: every query gives the same score to all text keys.
         text_cos = 0.0 if self.config.text_rotary == "zero" else 1.0
         cos = torch.where(is_text[..., None], text_cos, angles.cos())
         sin = torch.where(is_text[..., None], 0.0, angles.sin())
@@ -177,7 +178,7 @@ class EditARMLP(nn.Module):
 
     def __init__(self, config: EditARConfig):
         super().__init__()
-        assert config.intermediate_size is not None  # the configuration fills it in
+        assert config.intermediate_size is not None  # `EditARConfig` always sets it.
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -190,7 +191,7 @@ class EditARMLP(nn.Module):
 
 
 class EditARDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and feed-forward, each with a residual."""
+    """Pre-norm attention and feed-forward layer, each with a residual connection."""
 
     def __init__(self, config: EditARConfig, layer_idx: int):
         super().__init__()
@@ -215,7 +216,7 @@ class EditARDecoderLayer(GradientCheckpointingLayer):
 
 
 class EditARTextProjection(nn.Module):
-    """Map text states to the decoder's width."""
+    """Project text states to the decoder's width."""
 
     def __init__(self, config: EditARConfig):
         super().__init__()
@@ -227,7 +228,7 @@ class EditARTextProjection(nn.Module):
 
 
 class EditARPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and what transformers needs to know of the decoder."""
+    """Initialise the weights, and declare to transformers which features the decoder supports."""
 
     config_class = EditARConfig
     config: EditARConfig
@@ -245,7 +246,7 @@ class EditARPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw normal(0, initializer_range) weights, null embeddings of the published scale and a zero output head."""
+        """Draw weights from N(0, initializer_range²), null embeddings at the published scale, and zero the LM head."""
         super()._init_weights(module)
         if isinstance(module, EditARModel):
             init.normal_(module.null_prompt_embeds, std=self.config.text_hidden_size**-0.5)
@@ -255,7 +256,7 @@ class EditARPreTrainedModel(PreTrainedModel):
 
 
 class EditARModel(EditARPreTrainedModel):
-    """Run the decoder without its output head: hidden states of every position given.
+    """Run the decoder without its LM head, and return the hidden states of all positions of the call.
 
     Example:
 
@@ -304,7 +305,10 @@ class EditARModel(EditARPreTrainedModel):
         grid_width: int | None = None,
         **kwargs: Any,
     ) -> EditARModelOutput:
-        """Compute the final-norm hidden states of the given segments; arguments as of the model with a head."""
+        """Compute the hidden states of the given segments after the final norm.
+
+        The arguments are those of `EditARForConditionalGeneration.forward`.
+        """
         grid_height, grid_width = self.resolve_grid(grid_height, grid_width)
         self.check_shapes(source_image_tokens, prompt_embeds, grid_height, grid_width)
         segments = []
@@ -321,8 +325,8 @@ class EditARModel(EditARPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = past_length + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
 
-        # The mask is built from slots, never from grid coordinates: those start anew with the target image, which
-        # transformers would take for a second packed sequence.
+        # The mask is built from slots, not from grid coordinates. Grid coordinates start again with the target image,
+        # which transformers would treat as a second packed sequence.
         causal_mask = create_causal_mask(
             self.config, hidden_states, attention_mask, past_key_values, position_ids=position_ids
         )
@@ -333,14 +337,14 @@ class EditARModel(EditARPreTrainedModel):
         return EditARModelOutput(last_hidden_state=self.norm(hidden_states), cache=past_key_values)
 
     def resolve_grid(self, grid_height: int | None, grid_width: int | None) -> tuple[int, int]:
-        """Fill in the model's own grid for a side left out, and refuse a grid that the rotary table does not cover."""
+        """Use `config.grid_size` for a side that is None, and check that no side is larger than it."""
         grid_size = self.config.grid_size
         grid_height = grid_size if grid_height is None else grid_height
         grid_width = grid_size if grid_width is None else grid_width
         if not all(isinstance(side, numbers.Integral) and 1 <= side <= grid_size for side in (grid_height, grid_width)):
             raise ValueError(
-                f"`grid_height` × `grid_width` is {grid_height} × {grid_width}; this model covers 1 to {grid_size} "
-                "tokens a side."
+                f"`grid_height` × `grid_width` is {grid_height} × {grid_width}; pass 1 to {grid_size} tokens per side, "
+                "which is what this model supports."
             )
         return int(grid_height), int(grid_width)
 
@@ -351,24 +355,25 @@ class EditARModel(EditARPreTrainedModel):
         grid_height: int,
         grid_width: int,
     ) -> None:
-        """Refuse source tokens that do not fill the grid, and text states of another length or width."""
+        """Check that the source tokens fill the grid, and that the text states have the right length and width."""
         num_image_tokens = grid_height * grid_width
         if source_image_tokens is not None and source_image_tokens.shape[1:] != (num_image_tokens,):
             raise ValueError(
                 f"`source_image_tokens` has shape {tuple(source_image_tokens.shape)}; a grid of {grid_height} × "
-                f"{grid_width} needs (batch, {num_image_tokens}). Pass `grid_height` and `grid_width` for other sizes."
+                f"{grid_width} needs (batch, {num_image_tokens}). For another grid, pass `grid_height` and "
+                "`grid_width`."
             )
         expected = (self.config.num_text_tokens, self.config.text_hidden_size)
         if prompt_embeds is not None and prompt_embeds.shape[1:] != expected:
             raise ValueError(
-                f"`prompt_embeds` has shape {tuple(prompt_embeds.shape)}; expected (batch, {expected[0]}, "
-                f"{expected[1]}), the states of the text encoder that belongs to this model, padded to its text length."
+                f"`prompt_embeds` has shape {tuple(prompt_embeds.shape)}; pass (batch, {expected[0]}, {expected[1]}): "
+                f"the states of this model's text encoder, padded to {expected[0]} positions."
             )
 
     def embed_source(
         self, source_image_tokens: torch.Tensor, drop_source: torch.Tensor | None, grid_height: int, grid_width: int
     ) -> torch.Tensor:
-        """Embed source tokens; samples in `drop_source` get the null image instead."""
+        """Embed source tokens. Samples whose `drop_source` is True get the null image instead."""
         source_embeds = self.embed_tokens(source_image_tokens)
         if drop_source is None:
             return source_embeds
@@ -377,8 +382,8 @@ class EditARModel(EditARPreTrainedModel):
         return torch.where(drop_source[:, None, None], null_embeds, source_embeds)
 
     def embed_prompt(self, prompt_embeds: torch.Tensor, drop_prompt: torch.Tensor | None) -> torch.Tensor:
-        """Project text states; samples in `drop_prompt` get the null text instead."""
-        # Every sample passes through `where`, so that all ranks of a distributed run use the same parameters.
+        """Project text states. Samples whose `drop_prompt` is True get the null text instead."""
+        # Null texts are projected too, so that all ranks of a distributed run use the same parameters.
         if drop_prompt is not None:
             null_embeds = self.null_prompt_embeds.to(prompt_embeds.dtype)
             prompt_embeds = torch.where(drop_prompt[:, None, None], null_embeds, prompt_embeds)
@@ -386,7 +391,7 @@ class EditARModel(EditARPreTrainedModel):
 
 
 class EditARForConditionalGeneration(EditARGenerationMixin, EditARPreTrainedModel):
-    """Predict the tokens of an edited image from those of its source and the states of an instruction.
+    """Predict the tokens of an edited image from the tokens of its source and the text states of an instruction.
 
     Example:
 
@@ -433,45 +438,47 @@ class EditARForConditionalGeneration(EditARGenerationMixin, EditARPreTrainedMode
         logits_to_keep: int | torch.LongTensor = 0,
         **kwargs: Any,
     ) -> EditAROutput:
-        """Compute logits of the target positions, and the loss where `labels` are given.
+        """Compute logits of the target tokens, and the loss if `labels` are given.
 
-        A whole sequence of T target tokens gives min(T + 1, N) logits: the positions that predict target tokens
-        0 … min(T, N − 1). A call that only continues a cache with T target tokens gives T logits.
+        A call with text and T target tokens gives min(T + 1, N) logits: those of the target tokens 0 … min(T, N − 1).
+        A call that only continues a cache with T target tokens gives T logits.
 
         Args:
             source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): Codes of the source image in
                 raster order.
             prompt_embeds (`torch.Tensor` of shape `(batch, num_text_tokens, text_hidden_size)`, *optional*): States of
                 the text encoder, padded positions included.
-            labels (`torch.LongTensor` of shape `(batch, N)`, *optional*): Codes of the target image. They suffice for
-                training: the shift happens inside. −100 leaves a position out of the loss if the tokens themselves
-                come as `target_image_tokens`.
-            target_image_tokens (`torch.LongTensor` of shape `(batch, T)`, *optional*): Target codes known so far.
-            drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): Samples whose source image or
-                text is replaced by its null embedding: conditioning dropout in training, guidance at inference.
-            past_key_values (`Cache`, *optional*): What this call continues.
-            use_cache (`bool`): Return a cache although none was given.
-            attention_mask (`torch.Tensor` of shape `(batch, slots)`, *optional*): 1 for slots that may be attended;
-                needed with a static cache, whose unwritten slots are 0. A mask of four dimensions reaches the
-                attention function as it is.
+            labels (`torch.LongTensor` of shape `(batch, N)`, *optional*): Codes of the target image, not shifted. In
+                training, they are also used as `target_image_tokens` if those are not given. Label −100 excludes a
+                position from the loss; then pass `target_image_tokens` too.
+            target_image_tokens (`torch.LongTensor` of shape `(batch, T)`, *optional*): The first T target codes.
+            drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): True for samples whose source
+                image or text is replaced by its null embedding, for condition dropout in training and for guidance.
+            past_key_values (`Cache`, *optional*): The cache that this call continues.
+            use_cache (`bool`): Create and return a cache if none is given.
+            attention_mask (`torch.Tensor` of shape `(batch, slots)`, *optional*): 1 for slots that may be attended to.
+                A static cache needs it, with 0 for slots that are not written yet. A mask of four dimensions is passed
+                to the attention function unchanged.
             position_ids (`torch.LongTensor` of shape `(batch, positions)`, *optional*): Slots of the given positions;
-                default: those that follow the cache.
-            grid_height, grid_width (`int`, *optional*): Tokens per column and row; default `config.grid_size`.
+                *defaults to* the slots that follow the cache.
+            grid_height, grid_width (`int`, *optional*): Tokens per column and per row; *defaults to*
+                `config.grid_size`.
             output_distillation_features (`bool`): Also run the distillation head, over all N target positions.
-            logits_to_keep (`int` or `torch.LongTensor`): Of the predictions, compute only the last so many, or those at
-                the given indices; 0 means all.
-            kwargs: Arguments of the attention function. `attn_implementation` names another one for this call.
+            logits_to_keep (`int` or `torch.LongTensor`): Compute only the last `logits_to_keep` logits, or those at the
+                given indices; 0 means all.
+            kwargs: Arguments of the attention function. `attn_implementation` selects an attention function for this
+                call.
 
         Raises:
-            ValueError: If a shape does not fit the configuration or the grid, or the distillation head is asked for
-                where there is none, or where the call does not bring all target positions.
+            ValueError: If a shape does not fit the configuration or the grid, or distillation features are requested
+                but the model has no distillation head or the call does not pass all target positions.
         """
         grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
         num_image_tokens = grid_height * grid_width
         if target_image_tokens is None:
             target_image_tokens = labels
         if target_image_tokens is not None:
-            # The last target token predicts nothing.
+            # The last target token is not needed: no token follows it.
             target_image_tokens = target_image_tokens[:, : num_image_tokens - 1]
         outputs = self.model(
             source_image_tokens,
@@ -497,7 +504,7 @@ class EditARForConditionalGeneration(EditARGenerationMixin, EditARPreTrainedMode
         if labels is not None:
             if logits is None or labels.shape[1] != num_predicting:
                 raise ValueError(
-                    f"`labels` holds {labels.shape[1]} tokens for {num_predicting} predictions; give one label per "
+                    f"`labels` holds {labels.shape[1]} tokens for {num_predicting} predictions; pass one label per "
                     "token of the grid, together with `source_image_tokens` and `prompt_embeds`."
                 )
             loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
@@ -513,16 +520,21 @@ class EditARForConditionalGeneration(EditARGenerationMixin, EditARPreTrainedMode
         )
 
     def compute_distillation_features(self, states: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
-        """Lay the states that predict target tokens out on the grid and convolve them to (batch, cells, width).
+        """Arrange the states that predict target tokens as a grid, and convolve them to (batch, cells, width).
 
-        Source: EditAR (arXiv 2501.04699), section 3.3; the cells halve the grid.
+        The grid of cells has half as many rows and columns as the grid of tokens.
+
+        Source: EditAR (arXiv 2501.04699), section 3.3.
         """
         if self.distillation_head is None:
-            raise ValueError("`output_distillation_features` needs `config.distillation_hidden_size`; it is None.")
+            raise ValueError(
+                "`output_distillation_features` is True, but `config.distillation_hidden_size` is None, so the model "
+                "has no distillation head; leave it out."
+            )
         if states.shape[1] != grid_height * grid_width:
             raise ValueError(
-                f"`output_distillation_features` needs all {grid_height * grid_width} target positions; this call has "
-                f"{states.shape[1]}."
+                f"`output_distillation_features` is True, but this call has {states.shape[1]} target positions; pass "
+                f"all {grid_height * grid_width}."
             )
         grid = states.transpose(1, 2).unflatten(2, (grid_height, grid_width))
         return self.distillation_head(grid).flatten(2).transpose(1, 2)

@@ -1,10 +1,10 @@
-"""The VQ tokenizer: pixels to tokens and back.
+"""The VQ model: it encodes pixels as tokens, and decodes tokens to pixels.
 
-A convolutional encoder brings a picture to one latent vector per `stride` × `stride` pixels; each vector becomes the
-index of the codebook row that points most nearly in its direction; a decoder, the encoder's mirror image, draws the
-picture back from the normalised rows. Modules carry the names of the published checkpoint's keys.
+A convolutional encoder computes one latent vector for each `stride` × `stride` pixels. The token of a latent vector is
+the index of the codebook row with the highest cosine similarity. A decoder, which mirrors the encoder, reconstructs the
+image from the normalised codebook rows. Modules have the names of the keys in the published checkpoint.
 
-Source: LlamaGen (arXiv 2406.06525), section 2.1; the convolution stack is VQGAN's (arXiv 2012.09841).
+Source: LlamaGen (arXiv 2406.06525), section 2.1; VQGAN (arXiv 2012.09841) for the convolutional networks.
 """
 
 import math
@@ -25,7 +25,7 @@ from .checks import check_tensor
 from .configuration_editar import EditARVQConfig
 
 
-# Positions compared with the codebook at once: 128 MiB of fp32 similarities with 16384 codes.
+# Number of positions that are compared with the codebook at once. For 16384 codes, 2048 positions need 128 MiB in fp32.
 POSITIONS_PER_CHUNK = 2048
 
 
@@ -36,7 +36,7 @@ class EditARVQEncoderOutput(ModelOutput):
     Args:
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`): Codebook indices in raster order.
         latents (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, embedding_dim)`): The fp32 unit vectors
-            that the indices stand for.
+            before quantisation.
     """
 
     image_tokens: torch.Tensor | None = None
@@ -50,9 +50,10 @@ class EditARVQOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor`): Reconstruction loss + codebook loss + `commitment_loss_weight` · commitment loss.
         reconstruction (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): Decoded pixels, not clamped.
-        reconstruction_loss (`torch.FloatTensor`): Mean absolute plus mean squared error of the pixels.
-        codebook_loss (`torch.FloatTensor`): Mean squared distance from code to latent; moves the codes.
-        commitment_loss (`torch.FloatTensor`): The same distance; moves the encoder.
+        reconstruction_loss (`torch.FloatTensor`): Mean absolute error plus mean squared error of the pixels.
+        codebook_loss (`torch.FloatTensor`): Mean squared distance between codes and latents, with gradients for the
+            codes only.
+        commitment_loss (`torch.FloatTensor`): The same distance, with gradients for the encoder only.
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`): Codebook indices in raster order.
         latents (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, embedding_dim)`): Unit vectors.
     """
@@ -69,23 +70,23 @@ class EditARVQOutput(ModelOutput):
 def compute_nearest_codes(
     latents: torch.Tensor, codebook: torch.Tensor, chunk_size: int = POSITIONS_PER_CHUNK
 ) -> torch.Tensor:
-    """Compute, for each of the latents (positions, dim), the index of the codebook row (codes, dim) of highest cosine.
+    """Compute for each latent (positions, dim) the index of the codebook row (codes, dim) of highest cosine similarity.
 
-    Only the rows need unit length: the length of a latent does not change which row is nearest. Positions go through
-    in chunks, so that (positions × codes) similarities never exist at once.
+    Only the codebook rows must have unit length: the length of a latent does not change which row is nearest. The
+    positions are processed in chunks, which limits the memory for similarities.
     """
     return torch.cat([(chunk @ codebook.T).argmax(dim=-1) for chunk in latents.split(chunk_size)])
 
 
 class EditARVQNorm(nn.GroupNorm):
-    """Group normalisation as the tokenizer uses it everywhere."""
+    """Group normalisation with the settings of the VQ model."""
 
     def __init__(self, config: EditARVQConfig, channels: int):
         super().__init__(config.norm_num_groups, channels, eps=1e-6)
 
 
 class EditARVQResBlock(nn.Module):
-    """Two normalised, swish-activated 3×3 convolutions beside a shortcut."""
+    """Residual block: two 3×3 convolutions, each after group normalisation and SiLU."""
 
     def __init__(self, config: EditARVQConfig, in_channels: int, out_channels: int):
         super().__init__()
@@ -103,7 +104,7 @@ class EditARVQResBlock(nn.Module):
 
 
 class EditARVQAttnBlock(nn.Module):
-    """Single-head attention of every position to every other, beside a shortcut."""
+    """Residual block: single-head self-attention over all positions."""
 
     def __init__(self, config: EditARVQConfig, channels: int):
         super().__init__()
@@ -126,19 +127,19 @@ class EditARVQAttnBlock(nn.Module):
 
 def build_downsample(channels: int) -> nn.Sequential:
     """Build a convolution that halves height and width."""
-    # Parity: the published tokenizer pads on the right and at the bottom only.
+    # Parity: the published VQ model pads on the right and at the bottom only.
     pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, kernel_size=3, stride=2)
     return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
 def build_upsample(channels: int) -> nn.Sequential:
-    """Build a nearest-neighbour doubling of height and width, then a convolution."""
+    """Build an upsampling that doubles height and width (nearest neighbour), followed by a convolution."""
     conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
 class EditARVQLevel(nn.Module):
-    """The blocks of one resolution; `attention` puts an attention block after each residual block."""
+    """The blocks of one resolution. With `attention`, an attention block follows each residual block."""
 
     def __init__(
         self, config: EditARVQConfig, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool
@@ -157,7 +158,7 @@ class EditARVQLevel(nn.Module):
 
 
 class EditARVQEncoderLevel(EditARVQLevel):
-    """A level of the encoder: its blocks, then half the resolution unless it is the last."""
+    """A level of the encoder: its blocks, followed by a downsampling except in the last level."""
 
     def __init__(self, config: EditARVQConfig, in_channels: int, out_channels: int, is_last: bool):
         super().__init__(config, in_channels, out_channels, config.num_res_blocks, attention=is_last)
@@ -168,7 +169,7 @@ class EditARVQEncoderLevel(EditARVQLevel):
 
 
 class EditARVQDecoderLevel(EditARVQLevel):
-    """A level of the decoder: one block more than the encoder's, then twice the resolution unless it is the last."""
+    """A level of the decoder: one block more than in the encoder, then an upsampling except in the last level."""
 
     def __init__(self, config: EditARVQConfig, in_channels: int, out_channels: int, is_first: bool, is_last: bool):
         super().__init__(config, in_channels, out_channels, config.num_res_blocks + 1, attention=is_first)
@@ -179,7 +180,7 @@ class EditARVQDecoderLevel(EditARVQLevel):
 
 
 def build_middle(config: EditARVQConfig, channels: int) -> nn.Sequential:
-    """Build the blocks in the middle of encoder and decoder, at the lowest resolution."""
+    """Build the blocks at the lowest resolution, which are the same in the encoder and the decoder."""
     return nn.Sequential(
         EditARVQResBlock(config, channels, channels),
         EditARVQAttnBlock(config, channels),
@@ -188,7 +189,7 @@ def build_middle(config: EditARVQConfig, channels: int) -> nn.Sequential:
 
 
 class EditARVQEncoder(nn.Module):
-    """Pixels (batch_size, 3, height, width) to latents (batch_size, latent_channels, grid_height, grid_width)."""
+    """Map pixels (batch_size, 3, height, width) to latents (batch_size, latent_channels, grid_height, grid_width)."""
 
     def __init__(self, config: EditARVQConfig):
         super().__init__()
@@ -212,7 +213,7 @@ class EditARVQEncoder(nn.Module):
 
 
 class EditARVQDecoder(nn.Module):
-    """Latents (batch_size, latent_channels, grid_height, grid_width) to pixels; level 0 is the lowest resolution."""
+    """Map latents (batch_size, latent_channels, grid_height, grid_width) to pixels. Level 0 is the lowest resolution."""
 
     def __init__(self, config: EditARVQConfig):
         super().__init__()
@@ -238,15 +239,15 @@ class EditARVQDecoder(nn.Module):
 
 
 class EditARVQQuantizer(nn.Module):
-    """The codebook. Its rows are stored as they were learned; only their directions matter."""
+    """The codebook. Its rows are stored without normalisation, but only their directions are used."""
 
     def __init__(self, config: EditARVQConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.num_embeddings, config.embedding_dim)
 
     def encode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the nearest code of each latent; (..., embedding_dim) to (...)."""
-        # Through the module's forward: under sequential offload the weight itself is on the meta device.
+        """Return the index of the nearest code of each latent; (..., embedding_dim) to (...)."""
+        # Read the codebook through the module's forward: under sequential offload, its weight is on the meta device.
         rows = self.embedding(torch.arange(self.embedding.num_embeddings, device=latents.device))
         with maybe_autocast(latents.device.type, enabled=False):
             codebook = F.normalize(rows.float(), dim=-1)
@@ -258,9 +259,9 @@ class EditARVQQuantizer(nn.Module):
 
 
 class EditARVQModel(PreTrainedModel):
-    """Tokenize pictures: `encode` turns pixels into codebook indices, `decode` draws them back.
+    """Encode images as tokens with `encode`, and decode tokens to pixels with `decode`. Tokens are codebook indices.
 
-    Pictures may have any height and width that the stride divides; pixels are in [−1, 1].
+    Height and width of an image must be multiples of the stride. Pixels are in [−1, 1].
 
     Source: LlamaGen (arXiv 2406.06525), section 2.1.
 
@@ -297,7 +298,7 @@ class EditARVQModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw convolutions as PyTorch does by default, codes as random directions."""
+        """Initialise convolutions as PyTorch does by default, and codes as random directions."""
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             bound = 1 / math.sqrt(module.weight[0].numel())
@@ -310,13 +311,13 @@ class EditARVQModel(PreTrainedModel):
 
     @apply_forward_hook
     def encode(self, pixel_values: torch.Tensor) -> EditARVQEncoderOutput:
-        """Encode pictures as codebook indices in raster order.
+        """Encode images as codebook indices in raster order.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Pixels in [−1, 1].
 
         Raises:
-            ValueError: If the shape is another, or the stride does not divide height and width.
+            ValueError: If `pixel_values` has another shape, or height or width is not a multiple of the stride.
         """
         image_tokens, latents = self._encode(pixel_values)
         return EditARVQEncoderOutput(image_tokens=image_tokens, latents=latents)
@@ -325,29 +326,29 @@ class EditARVQModel(PreTrainedModel):
     def decode(
         self, image_tokens: torch.Tensor, grid_height: int | None = None, grid_width: int | None = None
     ) -> torch.Tensor:
-        """Decode codebook indices to pixels (batch_size, 3, height, width), about [−1, 1] but not clamped.
+        """Decode codebook indices to pixels (batch_size, 3, height, width), nominally in [−1, 1] but not clamped.
 
         Args:
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`): Indices in raster order.
-            grid_height (`int`, *optional*): Rows of tokens; follows from `grid_width`. The grid is square without both.
-            grid_width (`int`, *optional*): Tokens in a row; follows from `grid_height`.
+            grid_height, grid_width (`int`, *optional*): Tokens per column and per row. If one is None, it is computed
+                from the other. If both are None, the grid is square.
 
         Raises:
-            ValueError: If the tokens do not fill the grid, or are no codebook indices.
+            ValueError: If the tokens do not fill the grid, or are not codebook indices.
         """
         grid_height, grid_width = self._resolve_grid(image_tokens, grid_height, grid_width)
         return self._decode(self.quantize.decode(image_tokens), grid_height, grid_width)
 
     def forward(self, pixel_values: torch.Tensor) -> EditARVQOutput:
-        """Reconstruct pictures and compute the losses that train the tokenizer.
+        """Reconstruct images and compute the training losses of the VQ model.
 
-        Gradients pass the choice of codes straight through, from the decoder's input to the encoder's output.
+        A straight-through estimator copies gradients from the decoder's input to the encoder's output.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Pixels in [−1, 1].
 
         Raises:
-            ValueError: If the shape is another, or the stride does not divide height and width.
+            ValueError: If `pixel_values` has another shape, or height or width is not a multiple of the stride.
 
         Source: VQ-VAE (arXiv 1711.00937), equation 3, on unit vectors as in LlamaGen (arXiv 2406.06525), section 2.1.
         """
@@ -374,14 +375,14 @@ class EditARVQModel(PreTrainedModel):
         check_tensor("pixel_values", pixel_values)
         shape, stride = tuple(pixel_values.shape), self.config.stride
         if len(shape) != 4 or shape[1] != 3:
-            raise ValueError(f"`pixel_values` has shape {shape}; give (batch_size, 3, height, width).")
+            raise ValueError(f"`pixel_values` has shape {shape}; pass shape (batch_size, 3, height, width).")
         if not shape[2] or not shape[3] or shape[2] % stride or shape[3] % stride:
             raise ValueError(
-                f"`pixel_values` is {shape[2]} pixels high and {shape[3]} wide; the tokenizer needs multiples of its "
-                f"stride, {stride}: resize or crop the picture."
+                f"`pixel_values` is {shape[2]} pixels high and {shape[3]} pixels wide; resize or crop the images to "
+                f"multiples of the VQ model's stride, {stride}."
             )
         latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
-        # Unit length and the choice of codes are fp32 whatever the network computes in: near-ties are common.
+        # Normalisation and the choice of codes always run in fp32, because near-ties between codes are common.
         latents = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)
         return self.quantize.encode(latents.detach()), latents
 
@@ -395,8 +396,8 @@ class EditARVQModel(PreTrainedModel):
         check_tensor("image_tokens", image_tokens)
         if image_tokens.ndim != 2 or image_tokens.dtype not in (torch.int, torch.long):
             raise ValueError(
-                f"`image_tokens` is {image_tokens.dtype} of shape {tuple(image_tokens.shape)}; give torch.long of "
-                "shape (batch_size, tokens)."
+                f"`image_tokens` is {image_tokens.dtype} of shape {tuple(image_tokens.shape)}; pass torch.long of "
+                "shape (batch_size, num_image_tokens)."
             )
         num_image_tokens = image_tokens.shape[1]
         if grid_height is None:
@@ -406,13 +407,14 @@ class EditARVQModel(PreTrainedModel):
             grid_width = num_image_tokens // max(grid_height, 1)
         if not num_image_tokens or grid_height * grid_width != num_image_tokens:
             raise ValueError(
-                f"`image_tokens` holds {num_image_tokens} tokens a picture, which do not fill a grid of "
-                f"{grid_height}×{grid_width}; give `grid_height` and `grid_width` whose product is their number."
+                f"`image_tokens` holds {num_image_tokens} tokens per image, which do not fill a grid of "
+                f"{grid_height}×{grid_width}; pass `grid_height` and `grid_width` whose product is the number of "
+                "tokens."
             )
         lowest, highest = image_tokens.min().item(), image_tokens.max().item()
         if lowest < 0 or highest >= self.config.num_embeddings:
             raise ValueError(
-                f"`image_tokens` runs from {lowest} to {highest}; codebook indices are 0 to "
+                f"`image_tokens` holds values from {lowest} to {highest}; pass codebook indices from 0 to "
                 f"{self.config.num_embeddings - 1}."
             )
         return grid_height, grid_width
