@@ -213,7 +213,10 @@ class EditARVQEncoder(nn.Module):
 
 
 class EditARVQDecoder(nn.Module):
-    """Map latents (batch_size, latent_channels, grid_height, grid_width) to pixels. Level 0 is the lowest resolution."""
+    """Map latents (batch_size, latent_channels, grid_height, grid_width) to pixels.
+
+    Level 0 has the lowest resolution.
+    """
 
     def __init__(self, config: EditARVQConfig):
         super().__init__()
