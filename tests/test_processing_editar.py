@@ -125,6 +125,7 @@ def test_a_fully_transparent_pixel_is_white_in_every_mode_with_transparency(mode
         (np.full((1, 1), 9, np.uint8), 9),
         (np.ones((1, 1), bool), 255),
         (np.full((1, 1, 1), 257 * 9, np.uint16), 9),
+        (np.full((1, 1), 257 * 9, ">u2"), 9),
         (np.full((1, 1, 3), 0.4999 / 255, np.float64), 0),
         (np.full((1, 1, 3), 0.5001 / 255, np.float64), 1),
         (torch.full((1, 1, 1), 0.2, dtype=torch.bfloat16), 51),

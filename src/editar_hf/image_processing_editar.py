@@ -72,7 +72,7 @@ def make_image(array: np.ndarray, name: str = "images") -> Image.Image:
         array = array * np.uint8(255)
     if array.dtype == np.uint8:
         return Image.fromarray(array)
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         return Image.fromarray(((array.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if array.dtype.kind != "f":
         raise ValueError(f"`{name}` holds pixels of type {array.dtype}; pass uint8, uint16, or floats in [0, 1].")
