@@ -178,6 +178,8 @@ def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
         (["--image", "images", "--output", "images"], "a.png, or it is one of the images to read"),
         (["--image", "empty", "--output", "out"], "`--image` is empty, a folder without images"),
         ([[LINE]], "`--image` is images/b.png, which is not a folder"),
+        (["--prompt", " "], "The prompt for images/b.png is empty"),
+        (["--image", "images", "--prompts", "images/a.png"], "`--prompts` is images/a.png, which is not UTF-8"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(words, message, images, tmp_path, capsys):
@@ -232,6 +234,11 @@ def test_a_folder_is_edited_line_by_line(model, images, tmp_path, capsys):
     assert "images/missing.png: ValueError: `image` is" in captured.err
 
 
+def test_a_file_without_lines_asks_for_no_edit(images, capsys):
+    assert run_folder("no-such-model", []) == 0
+    assert "0 edits" in capsys.readouterr().out
+
+
 WRONG_LINES = [{"prompt": PROMPT}, {**LINE, "sed": 1}, {**LINE, "seed": "one"}, {**LINE, "seed": True}]
 WRONG_LINES += ['"text"', '{"image": "a.png", "prompt"', {**LINE, "mask": ""}]
 
@@ -240,6 +247,7 @@ WRONG_LINES += ['"text"', '{"image": "a.png", "prompt"', {**LINE, "mask": ""}]
     ("line", "message"),
     [
         *((line, "prompts.jsonl, line 2 is") for line in WRONG_LINES),
+        ({**LINE, "prompt": " "}, "The prompt for images/a.png is empty"),
         ({**LINE, "output": "a.psd"}, "a.psd; end it in an image format"),
         ({**LINE, "output": "b.png"}, "two edits would write"),
         ({**LINE, "output": "../images/a.png"}, "a.png, or it is one of the images to read"),

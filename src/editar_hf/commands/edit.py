@@ -123,8 +123,11 @@ def run(args: argparse.Namespace) -> int:
 def list_jobs(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
     """List the edits: one, one for each image of a folder in alphabetical order, or one for each line of a file."""
     if args.prompts is not None:
-        with args.prompts.open(encoding="utf-8-sig") as file:
-            yield from (read_line(args, number, line) for number, line in enumerate(file, 1) if line.strip())
+        try:
+            lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`--prompts` is {args.prompts}, which is not UTF-8: {error}") from error
+        yield from (read_line(args, number, line) for number, line in enumerate(lines, 1) if line.strip())
     elif args.image.is_dir():
         from PIL import Image
 
@@ -161,7 +164,7 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
 
     if args.prompts is not None and not args.image.is_dir():
         raise ValueError(f"`--image` is {args.image}, which is not a folder; `--prompts` names images in a folder.")
-    if not jobs:
+    if args.prompts is None and not jobs:
         raise ValueError(f"`--image` is {args.image}, a folder without images; give an image, or a folder of some.")
     for option in ("image", "mask"):
         path = getattr(args, option)
@@ -176,6 +179,8 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
             raise ValueError(f"`--device` is {args.device!r}, which torch cannot use here: {error}") from error
     for job in jobs:
         choose_save_options(job)
+        if not job.prompt.strip():
+            raise ValueError(f"The prompt for {job.image} is empty; say what to change.")
     if args.image.is_dir():
         taken = {os.path.abspath(path) for job in jobs for path in (job.image, job.mask) if path is not None}
         for path in (os.path.abspath(path) for job in jobs for path in list_outputs(job)):
