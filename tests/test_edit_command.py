@@ -97,6 +97,13 @@ def test_options_are_passed_on_to_the_pipeline(model, images, tmp_path):
     assert not (tmp_path / "EDITED.PNG").exists()
 
 
+def test_an_image_of_a_condition_map_is_not_put_into_the_map(model, images):
+    assert run(model, "--task", "canny") == 0
+    (expected,) = edit_directly("images/b.png", task="canny", restore_size=None)
+    assert np.array_equal(read("edited.png"), expected)
+    assert expected.shape != read("images/b.png").shape
+
+
 def test_an_adapter_and_a_dtype_are_loaded(model, images, tmp_path):
     torch.manual_seed(0)
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -226,7 +233,8 @@ def test_a_folder_is_edited_line_by_line(model, images, tmp_path, capsys):
     ]
     assert run_folder(model, lines) == 1
     assert np.array_equal(read("out/a.png"), edit_directly("images/a.png")[0])
-    assert np.array_equal(read("out/maps/b.bmp"), edit_directly("images/b.png", "a man", 3, task="canny")[0])
+    expected = edit_directly("images/b.png", "a man", 3, task="canny", restore_size=None)[0]
+    assert np.array_equal(read("out/maps/b.bmp"), expected)
     expected = edit_directly("images/b.png", "make the\u2028circle blue", mask_image="mask.png")[0]
     assert np.array_equal(read("out/b.png"), expected)
     captured = capsys.readouterr()

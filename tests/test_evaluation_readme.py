@@ -90,7 +90,7 @@ def test_the_commands_of_the_evaluation_page_run_in_their_order(tmp_path, monkey
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for program, *words in calls:
         if program == "python" and words[0] == "projects/stickers/make_sticker_edits.py":
-            make_sticker_data(Path(words[words.index("--output_dir") + 1]), 3)
+            make_sticker_data(Path(words[words.index("--output-dir") + 1]), 3)
         elif program == "python" and words[0] == "projects/stickers/evaluate_stickers.py":
             assert evaluate_stickers(*words[1:]) == 0, words
         elif program == "python":

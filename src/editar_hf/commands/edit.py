@@ -64,8 +64,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--resize-mode", choices=("crop", "stretch"), help=f"{resize_mode}; default: that of the model")
     crop_to_mask = "cut out a window around the mask, and edit it at the model's size"
     add("--crop-to-mask", action="store_true", help=crop_to_mask)
-    restore_size = "write results at the size of the image (default), or at the model's size"
-    add("--restore-size", action=argparse.BooleanOptionalAction, default=True, help=restore_size)
+    restore_size = "write results at the size of the image (default for --task edit), or at that of the model"
+    add("--restore-size", action=argparse.BooleanOptionalAction, help=restore_size)
     add("--guidance-scale", metavar="X", type=float, help="weight of the prompt; default: that of the model")
     add("--image-guidance-scale", metavar="X", type=float, help="weight of the source image; default: none")
     add("--negative-prompt", metavar="P", help="what the result should not show")
