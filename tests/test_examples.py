@@ -73,7 +73,7 @@ def test_tokens_are_of_the_size_of_the_pipeline_and_know_their_pictures(pictures
     rows = open_dataset(DatasetSpec(str(tmp_path)))
     assert len(rows[0]["source_image_tokens"]) == 16
     check_held_out([DatasetSpec(str(tmp_path))], DatasetSpec(str(pictures), "validation"))
-    with pytest.raises(ValueError, match=r"`validation_dataset` .* holds what is trained on"):
+    with pytest.raises(ValueError, match=r"`validation_dataset` .* contains training data"):
         check_held_out([DatasetSpec(str(tmp_path))], DatasetSpec(str(pictures), "train"))
 
 

@@ -124,8 +124,8 @@ def launched_on_shards(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--ema_decay", "0.9"), "`ema_decay`: a checkpoint of FSDP2 would hold one part .* use DDP"),
-        (("--optimizer", "muon"), "`optimizer` is 'muon', .*FSDP holds one. Use adamw, or DDP"),
+        (("--ema_decay", "0.9"), "`ema_decay`: an FSDP2 checkpoint would hold .* use DDP"),
+        (("--optimizer", "muon"), "`optimizer` is 'muon', .*FSDP supports only one. Use adamw, or DDP"),
     ],
     ids=["averages", "muon"],
 )

@@ -119,7 +119,7 @@ def test_frozen_codes_stay_while_the_decoding_half_learns(straight_run, train, t
         ({"image_columns": "photo"}, r"\['photo'\].*source_image"),
         ({"validation_rows": 12}, "`validation_rows` is 12, but the data set has 12 rows"),
         ({"model": "nowhere/at/all"}, "`model` is 'nowhere/at/all'"),
-        ({"push_steps": 5}, "`push_steps` goes with `push_to_hub`"),
+        ({"push_steps": 5}, "`push_steps` needs `push_to_hub`"),
         ({"push_to_hub": "my-vq-model"}, "`push_to_hub` is 'my-vq-model'; give a full id"),
     ],
 )

@@ -166,7 +166,7 @@ def test_steps_without_finite_loss_are_skipped_until_they_are_many(accelerator, 
     assert not guard.admits(nan, one)
     assert not guard.admits(one, torch.tensor(math.inf))
     guard.skip(3, [{"batch": {"input_ids": one}}])
-    assert "step 3: skipped, no finite loss" in capsys.readouterr().out
+    assert "step 3: skipped, because the loss or gradient is not finite" in capsys.readouterr().out
     with pytest.raises(FloatingPointError, match=r"2 steps .* `max_nonfinite_steps` 1 .*step-7-process-0\.pt"):
         guard.skip(7, [{"batch": {"input_ids": one}}])
     (saved,) = torch.load(tmp_path / "nonfinite-step-7-process-0.pt", weights_only=True)
@@ -453,7 +453,7 @@ def test_many_epochs_are_remarked_upon(accelerator, capsys):
         print_banner(accelerator, {}, nn.Linear(2, 2), 0, num_steps, samples_per_step=64, num_samples=640)
         line = capsys.readouterr().out.splitlines()[-1]
         assert line.startswith(f"{num_steps:,} steps are {num_steps / 10:,.1f} epochs.")
-        assert ("memorises a small data set" in line and "1,000 are 100 epochs" in line) == is_remarked
+        assert ("memorises a small data set" in line and "1,000 steps are 100 epochs" in line) == is_remarked
 
 
 def test_time_limit_stops_a_run(accelerator):

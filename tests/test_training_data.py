@@ -161,7 +161,7 @@ def test_validation_on_what_is_trained_on_is_refused(training, validation, share
     if shared is None:
         check_held_out(*specs)
     else:
-        with pytest.raises(ValueError, match=f"`validation_dataset` '.*' holds what is trained on, such as .*{shared}"):
+        with pytest.raises(ValueError, match=f"`validation_dataset` '.*' contains training data, such as .*{shared}"):
             check_held_out(*specs)
 
 
@@ -438,7 +438,7 @@ def test_seed_data_edit_rows_are_read_from_json_lines_and_a_folder_of_images(tmp
         ("datasets: [", "does not load"),
         ("datasets: []", "lists no `datasets`"),
         ("- dataset: x", "needs a list `datasets`"),
-        ("datasets: [{dataset: x, weight: 2}]", "'weight'.* any of dataset, split, .*probability"),
+        ("datasets: [{dataset: x, weight: 2}]", "'weight'.* fields are dataset, split, .*probability"),
         ("datasets: [{task: edit}]", "'dataset'"),
         ("datasets: [{dataset: ''}]", "`dataset` is empty"),
         ("datasets: [{dataset: x, probability: 0}]", "`probability` of 'x' is 0; it must be positive"),

@@ -1,1 +1,1 @@
-"""What the training scripts in `examples/` share: data, batches, losses, optimiser, checkpoints."""
+"""The code that the training scripts in `examples/` share: data, batches, losses, optimisers, checkpoints."""

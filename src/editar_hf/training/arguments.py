@@ -22,7 +22,8 @@ COLUMNS = ("source_image", "target_image", "prompt", "mask", "task")
 def parse_arguments(dataclass_type: Any) -> Any:
     """Parse the command line into a dataclass. Flags are spelled `--with-hyphens` or `--with_underscores`.
 
-    Old names of a flag are the `aliases` in its field's metadata; a `FutureWarning` names the new one.
+    The metadata of a field lists the old names of its flag as `aliases`. An old name raises a `FutureWarning` that
+    gives the new name.
     """
     (arguments,) = HfArgumentParser(dataclass_type).parse_args_into_dataclasses()
     typed = {word.partition("=")[0] for word in sys.argv[1:]}
@@ -37,61 +38,61 @@ def parse_arguments(dataclass_type: Any) -> Any:
 class RunArguments:
     """Arguments of every training script; the `help` of each field describes it."""
 
-    output_dir: str = HfArg(help="folder for checkpoints and for what is trained")
-    batch_size: int = HfArg(default=64, help="samples per batch and process")
+    output_dir: str = HfArg(help="folder for checkpoints and trained weights")
+    batch_size: int = HfArg(default=64, help="samples per batch in each process")
     max_train_minutes: float = HfArg(default=math.inf, help="save a checkpoint and stop after this many minutes")
     max_bad_rows_fraction: float = HfArg(default=0.05, help="fraction of rows that may be unusable")
-    weight_decay: float = HfArg(default=0.05, help="weight decay of matrices")
+    weight_decay: float = HfArg(default=0.05, help="weight decay of parameters with two or more dimensions")
     mixed_precision: str = HfArg(default="no", help="no, bf16 or fp16")
-    seed: int = HfArg(default=0, help="seed of the order of samples, of dropout and of new weights")
+    seed: int = HfArg(default=0, help="seed of the sample order, of dropout and of new weights")
 
     checkpointing_steps: int = HfArg(default=1000, help="steps between checkpoints")
     checkpoints_total_limit: int = HfArg(default=2, help="number of checkpoints to keep")
     resume_from_checkpoint: str | None = HfArg(default=None, help="`latest` or the name of a checkpoint")
-    logging_steps: int = HfArg(default=20, help="steps between lines of the log")
+    logging_steps: int = HfArg(default=20, help="steps between log lines")
     log_with: str | None = HfArg(default=None, help="tensorboard, wandb, ...")
     push_to_hub: str | None = HfArg(default=None, help="repository id to upload the result to")
     hub_private_repo: bool = HfArg(default=True, help="make a new repository private")
     push_steps: int | None = HfArg(default=None, help="steps between uploads; default: only at the end")
-    license: str | None = HfArg(default=None, help="identifier of the weights' licence, for the card")
+    license: str | None = HfArg(default=None, help="licence identifier of the weights, for the model card")
 
     def __post_init__(self) -> None:
         if self.push_steps is not None and self.push_to_hub is None:
-            raise ValueError("`push_steps` goes with `push_to_hub`, the id of the repository to upload to.")
+            raise ValueError("`push_steps` needs `push_to_hub`; give the id of the repository to upload to.")
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
-            raise ValueError(f"`push_to_hub` is {self.push_to_hub!r}; give a full id, owner and name, for the card.")
+            raise ValueError(f"`push_to_hub` is {self.push_to_hub!r}; give a full repository id, `owner/name`.")
 
 
 @dataclass(kw_only=True)
 class PairArguments:
-    """Arguments of scripts that read pairs."""
+    """Arguments of scripts that read pairs of a source image and a target image."""
 
-    dataset: str | None = HfArg(default=None, help="Hub id, folder or pattern of files")
+    dataset: str | None = HfArg(default=None, help="Hub id, folder or file pattern of the pairs")
     recipe: str | None = HfArg(default=None, help="YAML file that describes several data sets")
-    source_image_column: str = HfArg(default="source_image", help="column of the images to edit")
-    target_image_column: str = HfArg(default="target_image", help="column of the edited images")
+    source_image_column: str = HfArg(default="source_image", help="column of the source images")
+    target_image_column: str = HfArg(default="target_image", help="column of the target images")
     prompt_column: str = HfArg(default="prompt", help="column of the instructions")
-    mask_column: str = HfArg(default="mask", help="column of the masks, if it exists")
-    task_column: str = HfArg(default="task", help="column of the tasks, if it exists")
-    resolution: int | None = HfArg(default=None, help="pixels per side; default: the model's")
+    mask_column: str = HfArg(default="mask", help="column of the masks; may be missing")
+    task_column: str = HfArg(default="task", help="column of the tasks; may be missing")
+    resolution: int | None = HfArg(default=None, help="pixels per side; default: the resolution of the model")
     resize_mode: str = HfArg(default="crop", help="how images are resized: crop (keep the centre) or stretch")
 
     def describe_dataset(self, dataset: str, split: str, streaming: bool) -> DatasetSpec:
-        """Describe a data set that has the columns of the arguments."""
+        """Describe a data set whose columns have the names in these arguments."""
         columns = {name: getattr(self, f"{name}_column") for name in COLUMNS}
         columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
         return DatasetSpec(dataset, split, columns=columns, streaming=streaming)
 
     def describe_datasets(self, split: str = "train", streaming: bool = True) -> list[DatasetSpec]:
-        """List the data sets to read: those of the recipe, or the one given by its columns."""
+        """List the data sets to read: the data sets of `recipe`, or `dataset` alone."""
         if self.dataset is not None and self.recipe is None:
             return [self.describe_dataset(self.dataset, split, streaming)]
         if self.recipe is not None and self.dataset is None:
             return load_recipe(self.recipe)
-        raise ValueError("Give `dataset` or `recipe`: one of them, and not both.")
+        raise ValueError("Give either `dataset` or `recipe`, and not both.")
 
     def build_image_processor(self, stride: int, pipeline: EditARPipeline | None = None) -> EditARImageProcessor:
-        """Build the image processor for `resolution`, which defaults to that of the pipeline.
+        """Build the image processor for `resolution`, which defaults to the resolution of the pipeline.
 
         Raises:
             ValueError: If the VQ model or the pipeline does not support the resolution.
@@ -115,18 +116,18 @@ class TrainingArguments(PairArguments, RunArguments):
 
     model: str = HfArg(help="pipeline folder or Hub id to start from")
     streaming: bool = HfArg(default=True, help="read a data set of the Hub while it is downloaded")
-    validation_dataset: str | None = HfArg(default=None, help="like --dataset; its split `validation` is read")
+    validation_dataset: str | None = HfArg(default=None, help="like --dataset; the split `validation` is read")
 
     train_text_encoder: bool = HfArg(default=False, help="also train the text encoder")
     edit_region_weight: float = HfArg(default=1.0, help="loss weight of tokens inside the mask")
     conditioning_dropout: bool = HfArg(
-        default=True, help="drop source image or prompt: 5 %% of pairs each, and 5 %% both"
+        default=True, help="drop conditions: in 5 %% of pairs the source image, in 5 %% the prompt, in 5 %% both"
     )
     target_token_dropout: float = HfArg(
         default=0.0, help="fraction of pairs in which source tokens replace some input target tokens"
     )
     lora_rank: int | None = HfArg(default=None, help="train only a LoRA adapter of this rank")
-    lora_alpha: float | None = HfArg(default=None, help="scale of the adapter times its rank; default: the rank")
+    lora_alpha: float | None = HfArg(default=None, help="adapter updates are scaled by alpha / rank; default: the rank")
     lora_dropout: float = HfArg(default=0.0, help="dropout of the adapter's inputs")
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(TARGET_MODULES), metadata={"help": "names of the linear layers to adapt"}
@@ -134,33 +135,33 @@ class TrainingArguments(PairArguments, RunArguments):
     lora_modules_to_save: list[str] = field(
         default_factory=list, metadata={"help": "modules to train in full, such as text_projection"}
     )
-    distillation_model: str | None = HfArg(default=None, help="folder or Hub id of a DINOv2")
+    distillation_model: str | None = HfArg(default=None, help="folder or Hub id of a DINOv2 model")
     distillation_loss_weight: float = HfArg(
-        default=0.5, help="loss weight of the distance to the features of the DINOv2"
+        default=0.5, help="weight of the distillation loss, the distance to DINOv2 features"
     )
 
-    gradient_accumulation_steps: int = HfArg(default=1, help="batches per step")
+    gradient_accumulation_steps: int = HfArg(default=1, help="batches per optimiser step")
     max_train_steps: int = HfArg(default=40000, help="total number of steps")
     optimizer: Literal["adamw", "muon"] = HfArg(
         default="adamw", help="muon: Muon for hidden matrices, AdamW for the rest; learns much faster from scratch"
     )
     learning_rate: float = HfArg(default=1e-4, help="learning rate of AdamW")
-    muon_learning_rate: float = HfArg(default=1e-3, help="learning rate of Muon, whose steps are as large as AdamW's")
-    lr_scheduler: str = HfArg(default="constant_with_warmup", help="name of a schedule of transformers")
+    muon_learning_rate: float = HfArg(default=1e-3, help="learning rate of Muon, on the same scale as AdamW's")
+    lr_scheduler: str = HfArg(default="constant_with_warmup", help="name of a learning-rate schedule of transformers")
     lr_warmup_steps: int = HfArg(default=0, help="steps in which the learning rate rises")
     adam_beta1: float = HfArg(default=0.9, help="first beta of AdamW")
     adam_beta2: float = HfArg(default=0.95, help="second beta of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="norm to which longer gradients are clipped")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients with a larger norm are clipped to this norm")
     max_nonfinite_steps: int = HfArg(
-        default=10, help="steps without a finite loss or gradient that are skipped before the run stops"
+        default=10, help="number of steps with a non-finite loss or gradient that are skipped before the run stops"
     )
     ema_decay: float | None = HfArg(
-        default=None, help="also average the weights with this decay per step, and save `pipeline-ema/`"
+        default=None, help="also keep an average of the weights with this decay per step, saved as `pipeline-ema/`"
     )
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
     compile: bool = HfArg(default=False, help="compile the networks with torch.compile")
     attn_implementation: str = HfArg(default="sdpa", help="eager is faster on CPUs, with --compile")
-    num_workers: int = HfArg(default=0, help="processes that read and decode, per training process")
+    num_workers: int = HfArg(default=0, help="worker processes that load data, per training process")
 
     validation_steps: int = HfArg(default=1000, help="steps between validations")
     num_validation_batches: int = HfArg(default=4, help="batches of held-out pairs")
@@ -176,7 +177,10 @@ class TrainingArguments(PairArguments, RunArguments):
         if self.distillation_model is not None:
             check_folder_or_hub_id(self.distillation_model, "distillation_model")
         if self.lora_rank is not None and self.train_text_encoder:
-            raise ValueError("`train_text_encoder` and `lora_rank`: an adapter is for the decoder alone; drop one.")
+            raise ValueError(
+                "`train_text_encoder` and `lora_rank` are both set, but an adapter trains the decoder alone; remove "
+                "one of them."
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be between 0 and 1.")
 

@@ -1,7 +1,8 @@
-"""Start a run, save checkpoints that survive a kill, and resume.
+"""Start a run, save its checkpoints, and resume it.
 
-A checkpoint is written under another name and renamed when complete; older ones are removed afterwards. All processes
-write into the same folder, so `atomic_path`, whose names are for one process, does not serve here.
+A checkpoint is written under a temporary name and renamed when it is complete, so a killed run leaves no partial
+checkpoint. Older checkpoints are removed afterwards. `atomic_path` cannot be used here: it gives each process its own
+name, and all processes write into the same checkpoint folder.
 """
 
 import math
@@ -24,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """List the complete checkpoints of a run, oldest first. A folder such as `checkpoint-5-copy` is not one."""
+    """List the complete checkpoints of a run, oldest first. A folder such as `checkpoint-5-copy` is not listed."""
     folders = [folder for folder in Path(output_dir).glob(f"{PREFIX}*") if folder.is_dir()]
     return sorted((folder for folder in folders if folder.name.removeprefix(PREFIX).isdecimal()), key=read_step)
 
@@ -34,10 +35,10 @@ def read_step(checkpoint: Path) -> int:
 
 
 def start_accelerator(args: RunArguments, **options: Any) -> Accelerator:
-    """Make the folder of a run, and start Accelerate with its trackers; `options` are further ones of `Accelerator`.
+    """Create the folder of a run, and start Accelerate and its trackers. `options` are passed to `Accelerator`.
 
     Raises:
-        ValueError: If the run is new, and its folder holds checkpoints.
+        ValueError: If the run is new, but its folder already holds checkpoints.
     """
     checkpoints = list_checkpoints(args.output_dir)
     if checkpoints and args.resume_from_checkpoint is None:
@@ -55,7 +56,7 @@ def start_accelerator(args: RunArguments, **options: Any) -> Accelerator:
 
 
 def is_out_of_time(accelerator: Accelerator, start_time: float, max_minutes: float) -> bool:
-    """Ask whether the time of any process is up, so that all of them stop at the same step."""
+    """Return whether any process has reached the time limit, so that all processes stop at the same step."""
     if math.isinf(max_minutes):
         return False
     if time.monotonic() - start_time > 60 * max_minutes:
@@ -70,9 +71,9 @@ def save_checkpoint(
     total_limit: int,
     dataloader: StatefulDataLoader | None = None,
 ) -> None:
-    """Save the state of a run as `checkpoint-<step>`. A kill meanwhile leaves the previous checkpoint usable.
+    """Save the state of a run as `checkpoint-<step>`. If the run is killed meanwhile, the previous checkpoint remains.
 
-    Every process also saves the place of its data loader.
+    Every process also saves the position of its data loader.
     """
     folder = Path(output_dir) / f"{PREFIX}{step}"
     unfinished = folder.with_name(f"unfinished-{folder.name}")
@@ -83,7 +84,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        # A kill may have left a part of a checkpoint that the resumed run did not reach again.
+        # An earlier run that was killed may have left a partial checkpoint of another step.
         leftovers = Path(output_dir).glob(f"unfinished-{PREFIX}*")
         for old in (*leftovers, *list_checkpoints(output_dir)[:-total_limit]):
             shutil.rmtree(old)
@@ -91,7 +92,10 @@ def save_checkpoint(
 
 
 def name_place(accelerator: Accelerator, dataloader: StatefulDataLoader) -> str:
-    """Name the file with the place of a data loader, which fits no other number of processes or workers."""
+    """Name the file that holds the position of a data loader.
+
+    The name includes the numbers of processes and workers, because the position is valid only for these numbers.
+    """
     process = f"process-{accelerator.process_index}-of-{accelerator.num_processes}"
     return f"dataloader-{process}-with-{dataloader.num_workers}-workers.pt"
 
@@ -101,11 +105,10 @@ def load_checkpoint(
 ) -> int:
     """Restore a run from `"latest"` or a named checkpoint and return its step, or 0 if `"latest"` finds none.
 
-    Later checkpoints than a named one are renamed, so that `"latest"` does not mean them and none is deleted.
+    Checkpoints that are later than the named one are renamed, so that `"latest"` ignores them. They are not deleted.
 
     Raises:
-        ValueError: If the named checkpoint does not exist, or if it was written with another number of processes or
-            workers.
+        ValueError: If the named checkpoint does not exist, or was written with another number of processes or workers.
     """
     checkpoints = list_checkpoints(output_dir)
     if name == "latest" and not checkpoints:
@@ -119,14 +122,14 @@ def load_checkpoint(
         if not place.exists():
             others = ", ".join(file.name for file in folder.glob("dataloader-*"))
             raise ValueError(
-                f"{folder} has no {place.name}, but {others}. Resume with as many processes and `num_workers`, or "
-                "begin a new run from its weights."
+                f"`resume_from_checkpoint`: {folder} has no {place.name}; it has {others}. Resume with the same number "
+                "of processes and the same `num_workers`, or start a new run from the weights of the checkpoint."
             )
         dataloader.load_state_dict(torch.load(place, weights_only=True))
     accelerator.load_state(folder)
     if accelerator.is_main_process:
         for later in checkpoints[checkpoints.index(folder) + 1 :]:
             renamed = later.rename(f"{later}-set-aside-{int(time.time())}")
-            logger.warning(f"The run resumes from before {later}, which is now called {renamed.name}.")
+            logger.warning(f"The run resumes from an earlier step than {later}. This checkpoint is now {renamed.name}.")
     accelerator.wait_for_everyone()
     return read_step(folder)

@@ -1,6 +1,6 @@
-"""Open data sets of pairs, on the Hub or on disk, under our column names; and read recipes that mix several of them.
+"""Open data sets of pairs, on the Hub or on disk, and rename their columns; read recipes that mix several data sets.
 
-Images stay encoded here and `rows.py` decodes them. A broken file is then one bad row, and does not end the run.
+Images stay encoded here, and `rows.py` decodes them. A broken file is therefore one bad row and does not end the run.
 """
 
 import glob
@@ -24,14 +24,15 @@ from ..processing_editar import TASK_PREFIXES
 logger = logging.get_logger(__name__)
 PIXEL_COLUMNS = ("source_image", "target_image", "prompt")
 TOKEN_COLUMNS = ("source_image_tokens", "target_image_tokens", "prompt")
-# `mask` is an image and `edit_mask` holds a flag for each token. `task` chooses the prefix of the prompt.
-# `prompt_embeds` holds precomputed text states.
+# `mask` is an image, and `edit_mask` holds a flag for each token. `task` chooses the prefix of the prompt.
+# `prompt_embeds` holds precomputed states of the text encoder.
 OPTIONAL_COLUMNS = ("mask", "edit_mask", "task", "prompt_embeds")
-# How `rows.py` rewrites a row: "canny" computes the source image.
+# How `rows.py` rewrites a row: "canny" computes the source image, "removal" changes the prompt.
 REWRITES = ("canny", "removal")
-# Suffixes of the files that data sets are read from, and what `datasets` calls these formats.
+# Suffix of the data files → name of the format in `datasets`.
 FILE_KINDS = {"parquet": "parquet", "tar": "webdataset", "jsonl": "json"}
-# Metadata key of a parquet file of tokens that names what they were computed from, one place per line.
+# Metadata key in a parquet file of tokens. Its value names the files or splits that the tokens were computed from, one
+# per line.
 MADE_FROM_KEY = b"editar_made_from"
 
 
@@ -39,7 +40,7 @@ MADE_FROM_KEY = b"editar_made_from"
 class DatasetSpec:
     """Describe a data set of pairs and how to read it.
 
-    The published PIPE pairs, read backwards:
+    This example reads the published PIPE pairs backwards:
 
     ```python
     DatasetSpec(
@@ -53,21 +54,21 @@ class DatasetSpec:
     Args:
         dataset (`str`): Hub id; a folder or a pattern of parquet files or of webdataset tars; a pattern of JSON-lines
             files; or an image folder with `metadata.jsonl`.
-        split (`str`): Its split. In a folder, the files whose names start with the split's name are read. An image
-            folder may have a folder for each split.
+        split (`str`): The split to read. In a folder, files whose names start with the name of the split are read. An
+            image folder may have a subfolder for each split.
         config_name (`str`, *optional*): The configuration of a data set on the Hub.
-        name (`str`, *optional*): Its name in logs; defaults to `dataset`.
-        probability (`float`): How often rows are drawn from it, relative to the other data sets of a recipe.
-        columns (`Mapping`): Maps our column names to those of the data set where they differ. A list names
-            alternatives, of which the first that exists is read.
+        name (`str`, *optional*): The name of the data set in logs; defaults to `dataset`.
+        probability (`float`): How often rows are drawn from this data set, relative to the others of a recipe.
+        columns (`Mapping`): Maps our column names to the column names of the data set where the two differ. If the
+            value is a list, the first column that exists is read.
         task (`str`, *optional*): The task of every row; defaults to the column `task`, or else to `"edit"`.
         rewrite (`str`, *optional*): `"canny"` computes the source image from the edges of the target image.
             `"removal"` turns an instruction "add …" into "Remove …".
-        image_folder (`str`, *optional*): The folder that paths in image columns start from.
-        streaming (`bool`): Whether to read a data set of the Hub while it is downloaded, and tars without unpacking.
+        image_folder (`str`, *optional*): The folder that paths in image columns are relative to.
+        streaming (`bool`): Whether to read a data set of the Hub during its download, and tars without unpacking.
 
     Raises:
-        ValueError: If there is no data set, the probability is not positive, or the task or rewrite is unknown.
+        ValueError: If `dataset` is empty, `probability` is not positive, or `task` or `rewrite` is unknown.
     """
 
     dataset: str
@@ -97,19 +98,19 @@ def load_recipe(path: str | Path) -> list[DatasetSpec]:
     """Read a recipe: a YAML file with a list `datasets`, whose items have the fields of `DatasetSpec`.
 
     Raises:
-        ValueError: If the file is not such a recipe.
+        ValueError: If the file does not load or is not a recipe.
     """
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         if "sources" in recipe:
-            logger.warning(f"`recipe` {str(path)!r}: rename `sources` to `datasets`; the next version reads only that.")
+            logger.warning(f"`recipe` {str(path)!r}: rename `sources` to `datasets`; the next version drops `sources`.")
             recipe["datasets"] = recipe["sources"]
         specs = [DatasetSpec(**item) for item in recipe["datasets"]]
     except (OSError, RecursionError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         names = ", ".join(item.name for item in fields(DatasetSpec))
         raise ValueError(
-            f"`recipe` {str(path)!r} does not load: {error}. It needs a list `datasets`, whose items have `dataset` "
-            f"and any of {names}."
+            f"`recipe` {str(path)!r} does not load: {error}. It needs a list `datasets`. Each item needs the field "
+            f"`dataset`; the possible fields are {names}."
         ) from error
     if not specs:
         raise ValueError(f"`recipe` {str(path)!r} lists no `datasets`.")
@@ -117,10 +118,10 @@ def load_recipe(path: str | Path) -> list[DatasetSpec]:
 
 
 def open_dataset(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset:
-    """Open a data set with the columns that training reads, under our names and with its images still encoded.
+    """Open a data set, keep only the columns that training reads, and give them our names. Images stay encoded.
 
     Raises:
-        ValueError: If nothing is found or a column is missing. The message lists the columns that exist.
+        ValueError: If no data is found, or if a column is missing; the message then lists the columns that exist.
     """
     dataset = load_split(spec)
     if isinstance(dataset, datasets.IterableDataset) and dataset.column_names is None:
@@ -130,7 +131,7 @@ def open_dataset(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDatas
     for name in dataset.column_names:
         if isinstance(dataset.features[name], datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
-    # In two steps: a stream refuses to give a column a name that another column has now.
+    # Two steps, because a streamed data set refuses to rename a column to the current name of another column.
     steps = {name: f"{name} → {ours}" for ours, name in theirs.items() if name != ours}
     if steps:
         dataset = dataset.rename_columns(steps)
@@ -139,7 +140,7 @@ def open_dataset(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDatas
 
 
 def find_columns(spec: DatasetSpec, present: Sequence[str]) -> dict[str, str]:
-    """Map our column names to those of the data set's columns."""
+    """Map our column names to the column names of the data set."""
     wanted = TOKEN_COLUMNS if "source_image_tokens" in present else PIXEL_COLUMNS
     wanted = tuple(name for name in wanted if not (spec.rewrite == "canny" and name == "source_image"))
     found, missing = {}, []
@@ -152,14 +153,14 @@ def find_columns(spec: DatasetSpec, present: Sequence[str]) -> dict[str, str]:
             missing.append(" or ".join(theirs))
     if missing:
         raise ValueError(
-            f"`dataset` {spec.dataset!r} lacks {', '.join(missing)}; it has {', '.join(present)}. Name the columns "
-            "that hold source image, target image and prompt."
+            f"`dataset` {spec.dataset!r} lacks {', '.join(missing)}; it has {', '.join(present)}. Give the names of "
+            "the columns that hold source image, target image and prompt."
         )
     return found
 
 
 def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset:
-    """Load a split with all its columns; a `ValueError` says what was not found and why."""
+    """Load a split with all its columns. A `ValueError` says which split did not load and why."""
     path, split, streaming = spec.dataset, spec.split, spec.streaming
     files = list_files(spec)
     if not files:
@@ -171,7 +172,7 @@ def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset
             return load_files("imagefolder", files, split)
         kind = files[0].rpartition(".")[2]
         return load_files(FILE_KINDS[kind], files, split, streaming and kind == "tar")
-    except Exception as error:  # `datasets` passes on what its many readers raise
+    except Exception as error:  # the readers of `datasets` raise errors of many classes
         cause = error.__cause__ or error
         raise ValueError(
             f"`dataset` {path!r} does not load: {error} ({type(cause).__name__}: {cause}). Give a Hub id, a folder of "
@@ -180,7 +181,7 @@ def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset
 
 
 def list_files(spec: DatasetSpec) -> list[str]:
-    """List the local files that a data set is read from, in their order. The list is empty for a data set on the Hub.
+    """List the local files of a data set in reading order. The list is empty for a data set on the Hub.
 
     Raises:
         ValueError: If a folder or a pattern has no file of the split.
@@ -203,10 +204,10 @@ def list_files(spec: DatasetSpec) -> list[str]:
 
 
 def find_files(path: str, split: str) -> list[str]:
-    """Find the files that `path` names: a file, a pattern, or a folder's parquet or tar files of this split."""
+    """Find the files of `path`, which is a file, a pattern, or a folder with parquet or tar files of the split."""
     folder = Path(path)
     if not folder.is_dir():
-        # Brackets and stars in the part that exists are no pattern.
+        # Brackets and stars in the names of existing folders are not part of the pattern.
         present = next(parent for parent in (folder, *folder.parents) if parent.exists())
         pattern = Path(glob.escape(str(present)), *folder.parts[len(present.parts) :])
         return sorted(file for file in glob.glob(str(pattern)) if file.rpartition(".")[2] in FILE_KINDS)
@@ -216,7 +217,7 @@ def find_files(path: str, split: str) -> list[str]:
 
 
 def find_image_folder(path: str, split: str) -> str:
-    """Find the folder of a split's images: one of the split's name inside `path`, or else `path`."""
+    """Find the image folder of a split: the subfolder of `path` with the name of the split, or else `path`."""
     folder = os.path.join(path, split)
     return folder if os.path.isdir(folder) else path
 
@@ -225,23 +226,23 @@ def find_image_folder(path: str, split: str) -> str:
 
 
 def check_held_out(training: Sequence[DatasetSpec], validation: DatasetSpec) -> None:
-    """Refuse validation on training data: the same files or split, or images that training tokens were computed from.
+    """Refuse to validate on training data: on the same files or split, or on the images behind training tokens.
 
     Raises:
-        ValueError: If training reads a file or split of `validation` too.
+        ValueError: If training also reads a file or a split of `validation`.
     """
     trained_on = [Path(place) for spec in training for place in (*list_places(spec), *list_origins(spec))]
     for place in map(Path, list_places(validation)):
         if any(place.is_relative_to(other) or other.is_relative_to(place) for other in trained_on):
             raise ValueError(
-                f"`validation_dataset` {validation.dataset!r} holds what is trained on, such as {place}; no pair would "
-                "be held out. Move some pairs into a folder `validation` beside a folder `train`, each with its "
-                "`metadata.jsonl`, or into files whose names start so."
+                f"`validation_dataset` {validation.dataset!r} contains training data, such as {place}. Hold out some "
+                "pairs: either use two subfolders `train` and `validation`, each with its own `metadata.jsonl`, or "
+                "two files whose names start with `train` and `validation`."
             )
 
 
 def list_places(spec: DatasetSpec) -> list[str]:
-    """List the files, or name the folder of images or the split on the Hub, that a data set is read from."""
+    """List where a data set is read from: its files, its image folder, or its split on the Hub."""
     split = name_split(spec.split)
     if files := find_files(spec.dataset, split):
         return [os.path.realpath(file) for file in files]
@@ -251,7 +252,7 @@ def list_places(spec: DatasetSpec) -> list[str]:
 
 
 def list_origins(spec: DatasetSpec) -> list[str]:
-    """List what the tokens of a data set were computed from, if its files say so."""
+    """List the files or splits that the tokens of a data set were computed from, if its files record them."""
     origins = set()
     for file in find_files(spec.dataset, name_split(spec.split)):
         if file.endswith(".parquet"):

@@ -16,26 +16,26 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DistillationTeacher(nn.Module):
-    """Compute a frozen DINOv2's patch features of target images.
+    """Compute the patch features of target images with a frozen DINOv2 model.
 
     Args:
-        model (`str`): Hub id or folder of a DINOv2 of any size, with or without register tokens.
+        model (`str`): Hub id or folder of a DINOv2 model of any size, with or without register tokens.
 
     Raises:
-        ValueError: If `model` is not a DINOv2.
+        ValueError: If `model` is not a DINOv2 model.
     """
 
     def __init__(self, model: str):
         super().__init__()
         model_type = AutoConfig.from_pretrained(model).model_type
         if model_type not in MODEL_TYPES:
-            raise ValueError(f"`model` {model!r} is of type {model_type!r}; give a DINOv2: {' or '.join(MODEL_TYPES)}.")
+            raise ValueError(f"`model` {model!r} has type {model_type!r}; give a model of {' or '.join(MODEL_TYPES)}.")
         self.backbone = AutoModel.from_pretrained(model).eval().requires_grad_(False)
         self.num_patches = (CROPPED_SIDE // self.backbone.config.patch_size) ** 2
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Compute features (batch, cells, width) in raster order of pixels (batch, 3, height, width) in [−1, 1]."""
+        """Turn pixels (batch, 3, height, width) in [−1, 1] into features (batch, cells, width) in raster order."""
         pixels = prepare_teacher_pixels(pixel_values).to(self.backbone.dtype)
         states = self.backbone(pixel_values=pixels).last_hidden_state
         # The class token and any register tokens come first.
@@ -47,7 +47,7 @@ def prepare_teacher_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
     scale = RESIZED_SIDE / min(pixel_values.shape[-2:])
     size = [round(side * scale) for side in pixel_values.shape[-2:]]
     pixels = F.interpolate(pixel_values.float() / 2 + 0.5, size, mode="bicubic", antialias=True, align_corners=False)
-    # Parity: the teacher sees the centre 87.5 % of the image, and the student's grid all of it.
+    # Parity: the teacher sees only the centre, 87.5 % of each side, while the decoder's grid covers the whole image.
     top, left = ((side - CROPPED_SIDE) // 2 for side in size)
     pixels = pixels[:, :, top : top + CROPPED_SIDE, left : left + CROPPED_SIDE].clamp(0, 1)
     mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -57,12 +57,12 @@ def prepare_teacher_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
 def compute_distillation_loss(
     features: torch.Tensor, teacher_features: torch.Tensor, grid_height: int, grid_width: int
 ) -> torch.Tensor:
-    """Compute the mean squared error. The teacher's grid is resized bilinearly if the grids differ.
+    """Compute the mean squared error. If the two grids differ, the teacher's grid is resized bilinearly.
 
     Args:
         features (`torch.Tensor` of shape `(batch, grid_height · grid_width, width)`): Predictions of the decoder.
         teacher_features (`torch.Tensor` of shape `(batch, cells, width)`): Features of the teacher.
-        grid_height, grid_width (`int`): Cells of the decoder's features per column and row.
+        grid_height, grid_width (`int`): Rows and columns of the decoder's feature grid.
 
     Source: EditAR (arXiv 2501.04699), section 3.3.
     """

@@ -17,7 +17,7 @@ MANY_EPOCHS = 100
 
 
 def log_figures(accelerator: Accelerator, figures: dict[str, float], step: int) -> None:
-    """Print figures with four digits, send them to the trackers, and append them to `metrics.jsonl`."""
+    """Print numbers with four digits, send them to the trackers, and append them to `metrics.jsonl`."""
     accelerator.log(figures, step=step)
     line = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     if accelerator.is_main_process:
@@ -37,12 +37,15 @@ def print_banner(
     samples_per_step: int,
     num_samples: int | None,
 ) -> None:
-    """Print what is trained on what, and warn if the steps are many epochs; `num_samples` may be unknown."""
+    """Print the model, the data and the number of steps, and warn if the run takes many epochs.
+
+    `num_samples` is `None` if it is unknown.
+    """
     parameters = list(module.parameters())
     num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     facts = dict(facts) | {
         "samples": "streamed, their number is unknown" if num_samples is None else f"{num_samples:,}",
-        "steps": f"{step:,} to {num_steps:,}, of {samples_per_step:,} samples",
+        "steps": f"{step:,} to {num_steps:,}, each of {samples_per_step:,} samples",
         "trained": f"{num_trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters",
         "devices": f"{accelerator.num_processes} × {accelerator.device}, mixed precision {accelerator.mixed_precision}",
     }
@@ -51,40 +54,40 @@ def print_banner(
         line = f"{num_steps:,} steps are {num_steps * samples_per_step / num_samples:,.1f} epochs."
         if num_steps * samples_per_step > MANY_EPOCHS * num_samples:
             line += (
-                " A model memorises a small data set long before: watch the loss on held-out samples, or take fewer "
-                f"steps; {MANY_EPOCHS * num_samples // samples_per_step:,} are {MANY_EPOCHS} epochs."
+                " In so many epochs a model memorises a small data set. Watch the loss on held-out samples, or take "
+                f"fewer steps: {MANY_EPOCHS * num_samples // samples_per_step:,} steps are {MANY_EPOCHS} epochs."
             )
         accelerator.print(line, flush=True)
 
 
 def measure_peak_memory(device: torch.device) -> float:
-    """Measure the peak memory in GiB: allocations on the GPU, or else of the process."""
+    """Measure the peak memory in GiB: allocated GPU memory, or the memory of the process if there is no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Kilobytes; on macOS bytes.
+    # `ru_maxrss` is in kilobytes, but in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class LossLog:
-    """Keep losses on the device, and log their means and the speed. No step waits for a number.
+    """Keep losses on the device, so that steps do not wait for them, and log their means and the speed.
 
     Args:
         accelerator (`Accelerator`): Accelerator of the run.
-        tokens_per_sample (`int`): Tokens that a network reads per sample.
+        tokens_per_sample (`int`): Tokens per sample in the input of the network.
         num_steps (`int`): Total number of steps, for the progress bar.
         step (`int`): Steps already done.
     """
 
     def __init__(self, accelerator: Accelerator, tokens_per_sample: int, num_steps: int, step: int = 0):
         self.accelerator, self.tokens_per_sample = accelerator, tokens_per_sample
-        # None hides the bar if the output is not a terminal.
+        # With `None`, tqdm hides the bar if the output is not a terminal.
         disable = None if accelerator.is_main_process else True
         self.progress_bar = tqdm(total=num_steps, initial=step, desc="steps", disable=disable)
         self.clear()
 
     def clear(self) -> None:
         self.losses: dict[str, list[torch.Tensor]] = {}
-        # The losses of samples, and for each sample the groups that it is in.
+        # One loss for each sample, and the groups of each sample.
         self.token_losses: list[torch.Tensor] = []
         self.groups: list[tuple[str, ...]] = []
         self.num_samples = 0
@@ -94,9 +97,9 @@ class LossLog:
         """Add a batch of `batch_size` samples per process. Every batch has the same weight.
 
         Args:
-            losses (`Mapping`): Scalars by name; and, with groups, `token_losses`, one for each sample.
+            losses (`Mapping`): Scalars by name. With groups, also `token_losses`, one loss for each sample.
             batch_size (`int`): Samples per process.
-            groups (`Sequence[str]`): Group of each sample: `task=("edit", …)` logs `token_loss/task/edit`.
+            groups (`Sequence[str]`): The group of each sample. `task=("edit", …)` logs `token_loss/task/edit`.
         """
         for name, loss in losses.items():
             if loss.ndim == 0:
@@ -126,7 +129,7 @@ class LossLog:
             self.clear()
 
     def average_groups(self) -> dict[str, float]:
-        """Average the losses of each group over processes; a single task or data set is left out."""
+        """Average the losses of each group over processes. If all samples have the same task, tasks are left out."""
         token_losses = torch.cat(self.token_losses).tolist() if self.token_losses else []
         members: dict[str, list[float]] = {}
         for loss, names in gather_object(list(zip(token_losses, self.groups, strict=True))):

@@ -9,7 +9,7 @@ from ..pipelines.lora import attach_adapter
 
 
 ADAPTER_NAME = "default"
-# All matrices of a layer: fine-tuning on few pairs gains from the feed-forward ones too.
+# All matrices of a layer: on few pairs, fine-tuning the feed-forward matrices helps too.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -22,18 +22,19 @@ def add_lora(
     target_modules: Sequence[str] = TARGET_MODULES,
     modules_to_save: Sequence[str] = (),
 ) -> None:
-    """Freeze a decoder and add an adapter, which changes nothing before it is trained.
+    """Freeze a decoder and add an adapter. Before training, the adapter does not change the output.
 
     Args:
         transformer (`EditARForConditionalGeneration`): The decoder.
         base_model (`str`): Folder or Hub id of the model that the adapter is for.
-        rank, alpha (`int`, `float`): The updates have rank `rank` and are scaled by `alpha / rank`, by default 1.
+        rank (`int`): Rank of the updates.
+        alpha (`float`, *optional*): The updates are scaled by `alpha / rank`; defaults to `rank`, a scale of 1.
         dropout (`float`): Dropout of the adapter's inputs.
         target_modules (sequence of `str`): Names of the linear layers to adapt.
         modules_to_save (sequence of `str`): Names of modules to train in full, such as `"text_projection"`.
 
     Raises:
-        ValueError: If the rank is not positive, or the decoder has no module of such a name.
+        ValueError: If the rank is not positive, or if the decoder has no module with one of the names.
 
     Source: LoRA (arXiv 2106.09685), section 4.1.
     """

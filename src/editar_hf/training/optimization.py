@@ -1,4 +1,4 @@
-"""Optimisers, AdamW as published and Muon for training from scratch; and which steps are left out."""
+"""Build the optimisers (AdamW as published, Muon for training from scratch), and skip steps that are not finite."""
 
 import math
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def build_optimizer(
 
 
 def split_hidden_matrices(module: nn.Module) -> tuple[list[torch.Tensor], list[nn.Parameter]]:
-    """Split trained parameters into the matrices of hidden layers, for Muon, and all others.
+    """Split the trained parameters into the matrices of hidden layers, for Muon, and all others, for AdamW.
 
     Muon is not meant for embeddings, the output head and vectors. Source: Jordan et al., "Muon" (2024).
     """
@@ -43,7 +43,7 @@ def split_hidden_matrices(module: nn.Module) -> tuple[list[torch.Tensor], list[n
 
 
 def build_muon(parameters: Iterable[torch.Tensor], learning_rate: float, weight_decay: float) -> torch.optim.Muon:
-    """Build Muon with steps as large as AdamW's, so that their learning rates compare.
+    """Build Muon. Its steps are as large as the steps of AdamW, so learning rates of the two are comparable.
 
     Source: Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2.
     """
@@ -51,11 +51,11 @@ def build_muon(parameters: Iterable[torch.Tensor], learning_rate: float, weight_
 
 
 class NonFiniteGuard:
-    """Skip and count steps without a finite loss or gradient, the same in every process, and stop after too many.
+    """Skip and count steps with a non-finite loss or gradient, and stop after too many. All processes agree.
 
     Args:
         accelerator (`Accelerator`): Accelerator of the run.
-        output_dir (`Path`): Folder for the last batches when the run stops.
+        output_dir (`Path`): Folder where the batches of the last step are saved when the run stops.
         max_steps (`int`): Number of steps that may be skipped.
     """
 
@@ -64,13 +64,13 @@ class NonFiniteGuard:
         self.num_skipped = 0
 
     def admits(self, loss: torch.Tensor, gradient_norm: torch.Tensor | float | None) -> bool:
-        """Tell whether the weights may be stepped. In fp16 the loss scaler handles infinite gradients.
+        """Return whether the weights may be updated. In fp16 the loss scaler handles infinite gradients.
 
-        This waits for the device at every step. Only then can the host leave weights, moments, step counts and
-        averages exactly as they were, whatever the optimiser.
+        The host waits for the device at every step. Otherwise it could not skip the whole update, which covers the
+        weights, the moments, the step counts and the averaged weights, with every optimiser.
         """
         figures = [loss.detach().float()]
-        # DeepSpeed gives a plain number, or none.
+        # DeepSpeed returns a plain number or `None`.
         if self.accelerator.scaler is None and gradient_norm is not None:
             figures.append(gather(torch.as_tensor(gradient_norm)).to(loss.device).float())
         return math.isfinite(self.accelerator.reduce(torch.stack(figures), "sum").sum().item())
@@ -79,17 +79,17 @@ class NonFiniteGuard:
         """Count and log a skipped step.
 
         Raises:
-            FloatingPointError: If more than `max_steps` were skipped; the batches of the last one are saved first.
+            FloatingPointError: If more than `max_steps` steps were skipped. The batches of the last are saved first.
         """
         self.num_skipped += 1
         self.accelerator.print(
-            f"step {step}: skipped, no finite loss or gradient; {self.num_skipped} such steps so far"
+            f"step {step}: skipped, because the loss or gradient is not finite; {self.num_skipped} skipped so far"
         )
         if self.num_skipped > self.max_steps:
             path = self.output_dir / f"nonfinite-step-{step}-process-{self.accelerator.process_index}.pt"
             torch.save(batches, path)
             raise FloatingPointError(
-                f"{self.num_skipped} steps had no finite loss, more than `max_nonfinite_steps` {self.max_steps} "
-                f"allows. The batches of the last one are in {path}; the last checkpoint is from before. Lower the "
-                "learning rate, or look at the data."
+                f"{self.num_skipped} steps had a non-finite loss or gradient, more than `max_nonfinite_steps` "
+                f"{self.max_steps} allows. The batches of the last of these steps are in {path}. Check the data or "
+                "lower the learning rate, then resume from the last checkpoint."
             )

@@ -1,4 +1,4 @@
-"""Save what a run has trained, with its card, and upload it to the Hub."""
+"""Save trained weights with their model card, and upload them to the Hub."""
 
 import platform
 import shlex
@@ -27,15 +27,15 @@ def save_result(
     validation_image: Path | None = None,
     suffix: str = "",
 ) -> None:
-    """Write trained weights with their card to a folder, completely or not at all, and upload it if asked to.
+    """Write trained weights and their model card to a folder, completely or not at all. Upload it if `args` say so.
 
     Args:
-        args (`RunArguments`): Where to, and whether to upload. A failed upload is logged and raises nothing.
-        name (`str`): The folder in `output_dir`. An earlier result is replaced.
-        save (`Callable`): Writes the weights into the folder that it is given.
-        make_card (`Callable`): Makes the card, given what the weights load under: a Hub id or the folder.
-        validation_image (`Path`, *optional*): A file that becomes `validation.png` beside the card.
-        suffix (`str`): What is appended to the names of folder and repository.
+        args (`RunArguments`): The output folder, and whether to upload. A failed upload is logged and does not raise.
+        name (`str`): Name of the folder inside `output_dir`. An earlier result is replaced.
+        save (`Callable`): Writes the weights into a given folder.
+        make_card (`Callable`): Makes the model card for the name that loads the weights: a Hub id or a folder.
+        validation_image (`Path`, *optional*): File that is copied into the folder as `validation.png`.
+        suffix (`str`): Suffix of the names of the folder and the repository.
     """
     folder = Path(args.output_dir) / f"{name}{suffix}"
     repo_id = None if args.push_to_hub is None else f"{args.push_to_hub}{suffix}"
@@ -51,19 +51,19 @@ def save_result(
 
 
 def describe_command() -> str:
-    """Quote the command of this run for a card, with the versions of the packages that it uses."""
+    """Quote the command of this run for a model card, with the versions of Python and of the main packages."""
     command = shlex.join(("accelerate", "launch", *sys.argv))
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     return f"The command:\n\n```\n{command}\n```\n\nWith Python {platform.python_version()}, {versions}."
 
 
 def create_repositories(accelerator: Accelerator, args: RunArguments, *suffixes: str) -> None:
-    """Create the repositories to upload to, if asked to, and print who will see them.
+    """Create the repositories to upload to, if `args` ask for an upload, and print who can see them.
 
-    Called before training, so that a missing token is noticed at once.
+    This runs before training, so that a missing Hub token is noticed at once.
 
     Raises:
-        ValueError: If a repository shall be private, but exists and is public.
+        ValueError: If a repository must be private, but exists and is public.
     """
     if args.push_to_hub is None or not accelerator.is_main_process:
         return
@@ -73,6 +73,6 @@ def create_repositories(accelerator: Accelerator, args: RunArguments, *suffixes:
     who = (
         "private; `--no-hub-private-repo` makes new ones public"
         if args.hub_private_repo
-        else "public if they are new: everyone will see the weights, the card and its images of held-out pairs"
+        else "public if they are new: everyone can see the weights, the model card and its images of held-out pairs"
     )
     print(f"Results will be uploaded to {' and '.join(repo_ids)} ({who}).", flush=True)

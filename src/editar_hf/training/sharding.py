@@ -1,4 +1,4 @@
-"""Gather networks whose parameters are sharded over processes by PyTorch's `fully_shard`."""
+"""Gather the parameters of networks that PyTorch's `fully_shard` has sharded over processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,16 @@ from torch.distributed.tensor import DTensor
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor in every process if it is sharded. All processes must call this."""
+    """Return the full tensor. A sharded tensor is gathered in every process, so all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Hold every parameter whole and in its own precision, for saving. The module must not be called meanwhile."""
+    """Replace every sharded parameter by the full tensor, in its own precision, so that the module can be saved.
+
+    The module must not be called inside this context.
+    """
     owned = [
         (owner, name, part)
         for owner in module.modules()

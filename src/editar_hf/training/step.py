@@ -1,4 +1,4 @@
-"""From a collated batch to its losses: encode the images, draw the dropout, run both trained networks."""
+"""Compute the losses of a collated batch: encode the images, draw the dropout, run text encoder and decoder."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -15,7 +15,7 @@ from .distillation import compute_distillation_loss
 
 @torch.no_grad()
 def encode_image_tokens(batch: dict[str, torch.Tensor], vq_model: EditARVQModel) -> dict[str, torch.Tensor]:
-    """Replace the images of a batch by their tokens; a batch of tokens stays as it is."""
+    """Replace the images of a batch by their tokens. A batch that already holds tokens is returned unchanged."""
     if "source_image_tokens" in batch:
         return batch
     batch = dict(batch)
@@ -29,10 +29,10 @@ def encode_image_tokens(batch: dict[str, torch.Tensor], vq_model: EditARVQModel)
 
 
 def draw_conditioning_dropout(batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw `(drop_source, drop_prompt)`, each bool `(batch_size,)`, from one uniform draw per sample.
+    """Draw `(drop_source, drop_prompt)`, each bool `(batch_size,)`, from one uniform number per sample.
 
-    The published probabilities are 5 % both, 5 % source image only, 5 % prompt only. The result is on the generator's
-    device.
+    The probabilities are the published ones: 5 % of samples lose both conditions, 5 % only the source image, and 5 %
+    only the prompt. The result is on the generator's device.
 
     Source: EditAR (arXiv 2501.04699), section 4.1, and its published training script.
     """
@@ -46,12 +46,13 @@ def drop_target_tokens(
     probability: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Replace some input target tokens by source tokens; returns the decoder's input, `(batch_size, N)`.
+    """Replace some target tokens in the decoder's input by source tokens. Returns the input, `(batch_size, N)`.
 
-    Once an edit has begun, its tokens predict their continuation and the prompt is hardly needed. In a fraction
-    `probability` of the samples, each token is therefore replaced with a probability drawn uniformly from [0, 1].
+    After the first tokens of an edit, the decoder can predict the rest from the earlier target tokens and ignore the
+    prompt. To prevent this, a fraction `probability` of the samples is chosen. In each of them, tokens are replaced
+    with a probability that is drawn uniformly from [0, 1].
 
-    Source: word dropout (arXiv 1511.06349, section 3.1), with the source's token in place of an unknown word.
+    Source: word dropout (arXiv 1511.06349, section 3.1), with the source token in place of an unknown word.
     """
     draw, rate = torch.rand(2, len(target_image_tokens), 1, generator=generator, device=generator.device)
     places = torch.rand(target_image_tokens.shape, generator=generator, device=generator.device)
@@ -66,12 +67,13 @@ def draw_dropout(
     drops_conditioning: bool = True,
     target_token_dropout: float = 0.0,
 ) -> dict:
-    """Draw the dropout of a batch of tokens; returns the keyword arguments of `TrainingStep`, with the batch.
+    """Draw the dropout of a batch of tokens. Returns the keyword arguments of `TrainingStep`, including the batch.
 
-    The draws depend only on the seed and on the batch's place in the run, `place`, which counts the batches of all
-    processes. A resumed run therefore draws the same as an uninterrupted one.
+    The draws depend only on the seed and on `place`, the index of the batch among the batches of all processes. A
+    resumed run therefore draws the same dropout as an uninterrupted run.
     """
-    # The generator uses only the low 32 bits of its seed. The prime keeps two seeds apart for a million batches.
+    # The generator uses only the low 32 bits of its seed. The prime gives two runs with different `seed` different
+    # generator seeds for a million batches.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
     device = batch["input_ids"].device
     inputs: dict[str, Any] = {"batch": batch}
@@ -94,9 +96,10 @@ def compute_token_losses(
     edit_mask: torch.Tensor | None = None,
     edit_region_weight: float = 1.0,
 ) -> torch.Tensor:
-    """Compute each sample's mean cross-entropy over its target tokens, in nats, `(batch_size,)`.
+    """Compute the mean cross-entropy over the target tokens of each sample, in nats, `(batch_size,)`.
 
-    Tokens in `edit_mask` count `edit_region_weight` times, because most tokens of an edit are merely copied.
+    Tokens inside `edit_mask` have the weight `edit_region_weight`, because most tokens of an edit are mere copies of
+    source tokens.
     """
     losses = F.cross_entropy(logits.flatten(0, 1).float(), target_image_tokens.flatten(), reduction="none")
     losses = losses.view(target_image_tokens.shape)
@@ -107,7 +110,7 @@ def compute_token_losses(
 
 
 class TrainingStep(nn.Module):
-    """Compute the losses of a batch. One module holds both trained networks, so that it is distributed by one wrapper.
+    """Compute the losses of a batch. One module holds text encoder and decoder, so that one wrapper distributes both.
 
     Args:
         transformer (`EditARForConditionalGeneration`): The decoder.
@@ -131,7 +134,7 @@ class TrainingStep(nn.Module):
         self.trains_text_encoder = any(parameter.requires_grad for parameter in text_encoder.parameters())
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training. A frozen text encoder stays without dropout."""
+        """Set the training mode. A frozen text encoder stays in evaluation mode, without dropout."""
         super().train(mode)
         self.text_encoder.train(mode and self.trains_text_encoder)
         return self
@@ -143,12 +146,12 @@ class TrainingStep(nn.Module):
         drop_prompt: torch.Tensor | None = None,
         teacher_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return `loss` and `token_loss`, scalars; `token_losses` `(batch,)`; and `distillation_loss` with a teacher.
+        """Return `loss`, `token_loss`, `distillation_loss` if there is a teacher, and `token_losses` `(batch,)`.
 
         Args:
-            batch (`Mapping`): `source_image_tokens`, `target_image_tokens`, `input_ids`, `attention_mask`; optional are
-                `shown_image_tokens`, the decoder's input in place of the target; `edit_mask`; and `prompt_embeds`,
-                precomputed text states.
+            batch (`Mapping`): `source_image_tokens`, `target_image_tokens`, `input_ids` and `attention_mask`. Optional:
+                `shown_image_tokens`, which replace the target tokens in the decoder's input; `edit_mask`; and
+                `prompt_embeds`, precomputed text states.
             drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): Conditions to drop.
             teacher_features (`torch.Tensor` of shape `(batch, cells, width)`, *optional*): Features of the teacher.
         """
@@ -176,7 +179,7 @@ class TrainingStep(nn.Module):
         return losses
 
     def encode_prompts(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Encode the prompts of a batch, unless their states were precomputed."""
+        """Return the text states of a batch: precomputed, or else from the text encoder."""
         if "prompt_embeds" in batch:
             return batch["prompt_embeds"].to(self.transformer.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_text_encoder):

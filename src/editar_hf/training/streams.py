@@ -1,9 +1,9 @@
 """Endless streams of rows that resume exactly.
 
 A reader is one worker of one process. Each reader reads its own rows, and the state of its stream is a few numbers. A
-resumed run therefore reads exactly the rows that the interrupted run would have read. `datasets` refills its shuffle
-buffer with other rows on resumption, and `interleave_datasets` repeats the same order each epoch. So data sets on disk
-are shuffled here, row by row, and streamed data sets by their shards alone.
+resumed run therefore reads exactly the rows that the interrupted run would have read. The tools of `datasets` do not
+resume exactly: a resumed shuffle buffer is filled with other rows, and `interleave_datasets` repeats the same order in
+each epoch. This module therefore shuffles data sets on disk by rows, and streamed data sets only by shards.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +20,13 @@ from .rows import BadRowCount, RowReader
 
 
 class EndlessRows:
-    """Read a data set epoch after epoch, each in a new order.
+    """Read a data set again and again. Each epoch has a new order.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Of the latter, each reader reads its own shards.
-        name (`str`): What messages call the data set.
-        seed (`int`): Seed of the orders, together with the epoch.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The data set. A reader reads its own share: rows of
+            a `Dataset`, shards of an `IterableDataset`.
+        name (`str`): Name of the data set in messages.
+        seed (`int`): Seed of the orders. Each order also depends on the epoch.
         process, num_processes (`int`): Index of this process, and number of processes.
     """
 
@@ -42,10 +43,10 @@ class EndlessRows:
         self.epoch, self.num_read, self.shard_state = 0, 0, None
 
     def read(self, worker: int, num_workers: int) -> Iterator[tuple[int, dict]]:
-        """Yield (position, row) to the end of the epoch, and begin the next epoch.
+        """Yield (position, row) until the end of the epoch, then count a new epoch.
 
         Raises:
-            ValueError: If this reader has no row.
+            ValueError: If this reader has no rows.
         """
         is_local = isinstance(self.dataset, datasets.Dataset)
         for position, row in self.read_local(worker, num_workers) if is_local else self.read_streamed():
@@ -54,7 +55,8 @@ class EndlessRows:
         if not self.num_read:
             raise ValueError(
                 f"`num_workers` is too high: `dataset` {self.name!r} has fewer {'rows' if is_local else 'shards'} than "
-                f"readers, {num_workers} in each of {self.num_processes} processes. Lower it, or add more."
+                f"readers, which are {num_workers} in each of {self.num_processes} processes. Lower `num_workers`, or "
+                "use fewer processes."
             )
         self.epoch, self.num_read, self.shard_state = self.epoch + 1, 0, None
 
@@ -65,9 +67,12 @@ class EndlessRows:
             yield position, self.dataset[position]
 
     def read_streamed(self) -> Iterator[tuple[int, dict]]:
-        """Read this process's shards; `datasets` gives each worker its own. Positions are among the reader's rows."""
+        """Read the shards of this reader. A position is an index among the rows of the reader.
+
+        This method selects the shards of the process, and `datasets` divides them among the workers.
+        """
         dataset = split_dataset_by_node(self.dataset, self.process, self.num_processes)
-        # `datasets` shuffles shards by the epoch alone, and epoch 0 not at all.
+        # `datasets` seeds the shuffling of shards with the epoch alone, and does not shuffle in epoch 0.
         dataset.set_epoch(1 + self.seed * 1_000_003 + self.epoch)
         if self.shard_state is not None:
             dataset.load_state_dict(self.shard_state)
@@ -83,12 +88,12 @@ class EndlessRows:
 
 
 class MixedRows(torch.utils.data.IterableDataset):
-    """Yield rows of several data sets without end, ready for collation. Each row's data set is drawn by probability.
+    """Yield rows of several data sets without end, ready for collation. Each row comes from a randomly drawn data set.
 
     Args:
-        specs (`Sequence[DatasetSpec]`): The data sets.
-        opened (`Sequence`): What `open_dataset` returned for each.
-        row_reader (`RowReader`): Makes rows ready.
+        specs (`Sequence[DatasetSpec]`): The data sets, with their probabilities.
+        opened (`Sequence`): The result of `open_dataset` for each data set.
+        row_reader (`RowReader`): Prepares the rows.
         max_bad_rows_fraction (`float`): Fraction of rows that may be unusable before a `ValueError` stops the run.
         seed, process, num_processes (`int`): See `EndlessRows`.
     """
@@ -125,7 +130,7 @@ class MixedRows(torch.utils.data.IterableDataset):
         ]
         while True:
             self.num_draws += 1
-            # The n-th draw of a reader is the same in every run.
+            # The generator depends on the index of the draw alone, so a resumed run continues with the same draws.
             generator = np.random.default_rng((self.seed, self.process * num_workers + index, self.num_draws))
             yield next(rows[generator.choice(len(rows), p=self.probabilities)])
 
@@ -150,9 +155,9 @@ class MixedRows(torch.utils.data.IterableDataset):
 
 
 def build_dataloader(rows: MixedRows, collate: Callable, batch_size: int, num_workers: int) -> StatefulDataLoader:
-    """Build the endless loader of a run's batches. Its `state_dict` holds its place in the rows."""
-    # A data loader draws a number when it starts. A draw from the default generator would change the dropout of a
-    # resumed run.
+    """Build the endless data loader of a run. Its `state_dict` holds its position in the rows."""
+    # A data loader draws a random number when it starts. With the default generator, this draw would change the
+    # dropout of a resumed run.
     generator = torch.Generator().manual_seed(rows.seed)
     return StatefulDataLoader(
         rows, batch_size=batch_size, collate_fn=collate, num_workers=num_workers, generator=generator

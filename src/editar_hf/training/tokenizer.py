@@ -1,8 +1,8 @@
-"""A small T5 tokenizer, trained offline on the prompts of a data set, for text encoders that are trained along.
+"""Train a small T5 tokenizer on the prompts of a data set, for a text encoder that is trained from scratch.
 
-`transformers.T5Tokenizer` holds a Unigram model. Its trainer seeds from distinct words without their counts, so on the
-narrow vocabulary of templated prompts it keeps hardly any whole word. The pieces are therefore found by character-pair
-merges, which follow counts.
+`transformers.T5Tokenizer` holds a Unigram model. The Unigram trainer ignores how often each word occurs, so on prompts
+from templates, with few distinct words, it keeps hardly any whole word. The pieces are therefore found by byte-pair
+encoding (BPE), which counts the words.
 """
 
 from collections.abc import Iterable
@@ -13,21 +13,21 @@ from transformers import T5Tokenizer
 
 # T5's order: padding 0, end 1, unknown 2.
 SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]
-# What stands for a space, and every visible character of ASCII: no English prompt meets `<unk>`.
+# The mark of a space and all visible ASCII characters, so that no English prompt contains `<unk>`.
 BASE_ALPHABET = {"▁", *map(chr, range(33, 127))}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> T5Tokenizer:
-    """Train a tokenizer whose pieces are every character of ASCII and of `texts`, and the words most common in them.
+    """Train a tokenizer. Its pieces are all ASCII characters, all characters of `texts`, and their most common words.
 
     Case is preserved. The same texts give the same tokenizer.
 
     Args:
-        texts (`Iterable[str]`): Prompts, as the text encoder will read them.
-        vocab_size (`int`): Most pieces, the three special ones included. Few or short texts give fewer.
+        texts (`Iterable[str]`): Prompts in the form that the text encoder will read.
+        vocab_size (`int`): Largest number of pieces, including the three special pieces. Few or short texts give fewer.
 
     Raises:
-        ValueError: If `vocab_size` does not hold the characters and the special pieces.
+        ValueError: If `vocab_size` is too small for the characters and the special pieces.
 
     Example:
 
@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> T5Tokenizer:
             f"least {smallest_size}."
         )
     merges = Tokenizer(models.BPE(unk_token="<unk>"))
-    # No piece crosses a punctuation mark: "left" is the same piece in "left", "left," and "left.".
+    # No piece contains both letters and punctuation: "left" is the same piece in "left", "left," and "left.".
     t5_words = T5Tokenizer(extra_ids=0).backend_tokenizer.pre_tokenizer
     merges.pre_tokenizer = pre_tokenizers.Sequence([t5_words, pre_tokenizers.Punctuation()])
     trainer = trainers.BpeTrainer(
@@ -57,5 +57,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> T5Tokenizer:
 
     vocab = merges.get_vocab()
     pieces = sorted(vocab, key=lambda piece: vocab[piece])
-    # Equal scores: a word is split into as few pieces as there can be.
+    # All scores are equal, so a word is split into the smallest possible number of pieces.
     return T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)

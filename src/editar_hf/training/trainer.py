@@ -1,7 +1,8 @@
-"""Train EditAR with Accelerate: the loop, and what it is made of.
+"""Train EditAR with Accelerate.
 
-`transformers.Trainer` does not fit. It resumes by reading all earlier batches again, takes one optimiser, steps on
-gradients that are not finite, and writes checkpoints in place, so that a kill leaves half of one.
+`transformers.Trainer` is not used for four reasons. On resumption it reads all earlier batches again. It takes only one
+optimiser. It updates the weights even if gradients are not finite. It writes checkpoints in place, so a run that is
+killed can leave a partial checkpoint.
 """
 
 import itertools
@@ -39,19 +40,22 @@ from .validation import draw_validation_images
 
 
 def build_accelerator(args: TrainingArguments) -> Accelerator:
-    """Start Accelerate, and refuse before anything is loaded what this launch cannot do.
+    """Start Accelerate. Refuse combinations of options that do not work, before any weight is loaded.
 
     Raises:
-        ValueError: If `output_dir` holds checkpoints of another run, or if EMA or Muon meet sharded weights.
+        ValueError: If `output_dir` holds checkpoints of another run, or if EMA or Muon is combined with sharding.
     """
-    # Every step has the same number of pairs, also across the end of an epoch.
+    # Every step has the same number of pairs, also at the end of an epoch.
     accumulation = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False)
     accelerator = start_accelerator(args, gradient_accumulation_plugin=accumulation)
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and args.ema_decay is not None:
-        raise ValueError("`ema_decay`: a checkpoint of FSDP2 would hold one part of the averaged weights; use DDP.")
+        raise ValueError("`ema_decay`: an FSDP2 checkpoint would hold only one shard of the averaged weights; use DDP.")
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.optimizer == "muon":
-        raise ValueError(f"`optimizer` is 'muon', which comes beside AdamW; {kind.value} holds one. Use adamw, or DDP.")
+        raise ValueError(
+            f"`optimizer` is 'muon', which uses AdamW as a second optimiser, but {kind.value} supports only one. Use "
+            "adamw, or DDP."
+        )
     if accelerator.state.deepspeed_plugin is not None:
         settings = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": args.max_grad_norm}
         accelerator.state.deepspeed_plugin.deepspeed_config.update(settings)
@@ -60,7 +64,7 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
 
 
 def load_pipeline(args: TrainingArguments) -> EditARPipeline:
-    """Load the pipeline in float32, freeze what is not trained, and add the LoRA adapter if there is one."""
+    """Load the pipeline in float32, freeze the networks that are not trained, and add a LoRA adapter if asked to."""
     pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
     transformer = pipeline.transformer
     pipeline.vq_model.requires_grad_(False).eval()
@@ -70,7 +74,7 @@ def load_pipeline(args: TrainingArguments) -> EditARPipeline:
         add_lora(transformer, args.model, args.lora_rank, args.lora_alpha, args.lora_dropout, *modules)
     transformer.set_attn_implementation(args.attn_implementation)
     if args.distillation_model is None and transformer.distillation_head is not None:
-        # Distributed runs stop at parameters that get no gradient.
+        # A distributed run stops with an error if a trained parameter gets no gradient.
         transformer.distillation_head.requires_grad_(False)
     if args.gradient_checkpointing:
         transformer.gradient_checkpointing_enable()
@@ -83,13 +87,13 @@ def list_trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 class EditARTrainer:
-    """Train a pipeline, whole or with a LoRA adapter.
+    """Train a pipeline, either in full or with a LoRA adapter.
 
-    A step's dropout depends only on the seed and the step, and the data loader's place is part of each checkpoint. A
-    run that is interrupted and resumed is therefore the uninterrupted one, bit for bit.
+    The dropout of a step depends only on the seed and the step, and each checkpoint holds the position of the data
+    loader. A run that is interrupted and resumed therefore gives exactly the weights of an uninterrupted run.
 
     Args:
-        args (`TrainingArguments`): Settings.
+        args (`TrainingArguments`): Arguments of the run.
         accelerator (`Accelerator`): From `build_accelerator`.
         pipeline (`EditARPipeline`): From `load_pipeline`. Its weights are trained in place.
         specs (sequence of `DatasetSpec`): Data sets to train on.
@@ -134,16 +138,16 @@ class EditARTrainer:
         if args.ema_decay is not None:
             self.ema = EMAModel(list_trained(self.module), decay=args.ema_decay)
             accelerator.register_for_checkpointing(self.ema)
-        # DeepSpeed steps during the backward pass, when it is too late to skip the step.
+        # DeepSpeed updates the weights inside the backward pass, so the step can no longer be skipped.
         has_stepped = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.guard = NonFiniteGuard(accelerator, Path(args.output_dir), 0 if has_stepped else args.max_nonfinite_steps)
 
-    # What a run is made of
+    # Data, teacher and optimisers
 
     def build_data(
         self, specs: Sequence[DatasetSpec], validation_spec: DatasetSpec | None
     ) -> tuple[StatefulDataLoader, list[dict], int | None]:
-        """Open the data sets. Returns the endless loader, the held-out batches, and the number of pairs if known."""
+        """Open the data sets. Return the endless loader, the held-out batches, and the number of pairs if known."""
         args, config = self.args, self.pipeline.transformer.config
         opened = [open_dataset(spec) for spec in specs]
         self.check_columns([dataset.column_names for dataset in opened])
@@ -166,16 +170,19 @@ class EditARTrainer:
         return dataloader, held_out, sum(map(len, opened)) if is_counted else None
 
     def check_columns(self, column_names: list[list[str]]) -> None:
-        """Refuse columns that do not fit the arguments."""
+        """Check that the columns of the data sets fit the arguments."""
         for column in ("source_image_tokens", "prompt_embeds"):
             if len({column in names for names in column_names}) > 1:
-                raise ValueError(f"`recipe`: some data sets have precomputed `{column}`; precompute all, or none.")
+                raise ValueError(
+                    f"`recipe`: only some data sets have precomputed `{column}`; precompute it for all, or for none."
+                )
         if self.args.train_text_encoder and "prompt_embeds" in column_names[0]:
             raise ValueError(
-                "`train_text_encoder`: `dataset` holds text states of the untrained encoder; precompute tokens only."
+                "`train_text_encoder`: `dataset` holds precomputed text states, which do not change with the text "
+                "encoder; precompute image tokens only."
             )
         if self.args.distillation_model is not None and "source_image_tokens" in column_names[0]:
-            raise ValueError("`distillation_model` needs images, and `dataset` holds tokens; give the images.")
+            raise ValueError("`distillation_model` needs images, but `dataset` holds tokens; give the images.")
 
     def build_teacher(self) -> DistillationTeacher | None:
         model, expected = self.args.distillation_model, self.pipeline.transformer.config.distillation_hidden_size
@@ -185,8 +192,8 @@ class EditARTrainer:
         width = teacher.backbone.config.hidden_size
         if width != expected:
             raise ValueError(
-                f"`distillation_model` {model!r} has features of width {width}; the distillation head of the model "
-                f"predicts {expected} (`distillation_hidden_size` in its configuration)."
+                f"`distillation_model` {model!r} has features of width {width}, but `distillation_hidden_size` in the "
+                f"configuration of the decoder is {expected}; choose models in which the two are equal."
             )
         return teacher
 
@@ -202,7 +209,7 @@ class EditARTrainer:
     # The loop
 
     def train(self) -> None:
-        """Train, from a checkpoint if asked to, until the last step or the time limit, and save a checkpoint."""
+        """Train until the last step or the time limit, and save a checkpoint. Resume first if the arguments say so."""
         args, accelerator, start_time = self.args, self.accelerator, time.monotonic()
         if args.resume_from_checkpoint is not None:
             self.step = load_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint, self.dataloader)
@@ -222,7 +229,7 @@ class EditARTrainer:
             is_logged = self.step % args.logging_steps == 0
             if self.step == 1 or is_logged:
                 skipped = {"nonfinite_steps": self.guard.num_skipped} if self.guard.num_skipped else {}
-                # The first step is logged at once, and also counts in the first means.
+                # The first step is logged at once, and it is also part of the first means.
                 log.log(self.step, self.schedulers[0].get_last_lr()[0], clear=is_logged, **skipped)
             if self.step % args.checkpointing_steps == 0 or is_last:
                 limit = args.checkpoints_total_limit
@@ -233,7 +240,7 @@ class EditARTrainer:
                 self.save_result()
 
     def take_step(self, batches: list[tuple[int, dict]], log: LossLog) -> None:
-        """Step the weights once, on the gradients of all batches."""
+        """Update the weights once, with the gradients of all batches."""
         total, inputs = torch.zeros((), device=self.accelerator.device), []
         for index, batch in batches:
             groups = batch.pop("groups")
@@ -249,7 +256,7 @@ class EditARTrainer:
         if not is_usable:
             self.guard.skip(self.step, inputs)
         for optimizer in self.optimizers:
-            # In fp16 the loss scaler has to see every step, and skips unusable ones itself.
+            # In fp16 the loss scaler must see every step. It skips the steps that cannot be used.
             if is_usable or self.accelerator.scaler is not None:
                 optimizer.step()
             optimizer.zero_grad()
@@ -271,7 +278,7 @@ class EditARTrainer:
     # Validation and results
 
     def validate(self) -> None:
-        """Log the loss on the held-out pairs, and save some of them as rows source | edited | target."""
+        """Log the loss on the held-out pairs, and save an image of some pairs as rows source | edited | target."""
         self.module.eval()
         batches = [{name: value for name, value in batch.items() if name != "groups"} for batch in self.held_out]
         batches = [send_to_device(batch, self.accelerator.device) for batch in batches]
@@ -280,7 +287,7 @@ class EditARTrainer:
             losses = torch.cat([self.module(batch)["token_losses"] for batch in batches])
         self.validation_loss = float(losses.mean())
         log_figures(self.accelerator, {"validation_loss": self.validation_loss}, self.step)
-        # Sharded weights need all processes; otherwise one is enough.
+        # With sharded weights, all processes must take part; otherwise one is enough.
         if self.accelerator.is_main_process or self.accelerator.is_fsdp2:
             with self.accelerator.autocast(), callable_parts(self.module):
                 size = self.height, self.width
@@ -292,7 +299,7 @@ class EditARTrainer:
         self.module.train()
 
     def save_result(self) -> None:
-        """Save the trained pipeline or adapter, and the averaged weights beside it if there are any."""
+        """Save the trained pipeline or adapter, and also the averaged weights if there are any."""
         with whole_parameters(self.module):
             if self.accelerator.is_main_process:
                 self.save_weights()
@@ -305,7 +312,7 @@ class EditARTrainer:
         self.accelerator.wait_for_everyone()
 
     def save_weights(self, suffix: str = "") -> None:
-        """Save the weights with their card, and upload them if asked to."""
+        """Save the weights with their model card, and upload them if the arguments say so."""
         name, save = "pipeline", self.pipeline.save_pretrained
         if self.args.lora_rank is not None:
             name, save = "adapter", self.pipeline.save_lora_weights
@@ -314,19 +321,21 @@ class EditARTrainer:
         save_result(self.args, name, save, self.make_card, image, suffix)
 
     def make_card(self, name: str) -> str:
-        """Make the card of the weights that load under `name`."""
+        """Make the model card of weights that are loaded as `name`, a folder or a Hub id."""
         args, dataset = self.args, self.args.dataset or self.args.recipe
         num_pairs = "" if self.num_pairs is None else f", {self.num_pairs:,} pairs"
-        text_encoder = "the text encoder was trained too" if args.train_text_encoder else "so was the text encoder"
+        frozen = "VQ model and the text encoder were frozen"
+        if args.train_text_encoder:
+            frozen = "VQ model was frozen, and the text encoder was trained too"
         training = (
             f"Trained from `{args.model}` on `{dataset}`{num_pairs}, for {self.step:,} steps of "
-            f"{self.samples_per_step:,} pairs. The VQ model was frozen; {text_encoder}. {describe_command()}"
+            f"{self.samples_per_step:,} pairs. The {frozen}. {describe_command()}"
         )
         figures = None
         if self.validation_loss is not None:
             figures = (
-                f"Loss on held-out pairs: {self.validation_loss:.4f} nats per token. Some of them, as source, edited "
-                f"and target:\n\n![source, edited, target]({VALIDATION_IMAGE})"
+                f"Loss on held-out pairs: {self.validation_loss:.4f} nats per token. Some of these pairs, as rows "
+                f"source | edited | target:\n\n![source, edited, target]({VALIDATION_IMAGE})"
             )
         template = "base" if args.lora_rank is None else "adapter"
         return make_card(template, name, dataset, args.model, args.license, training=training, figures=figures)

@@ -1,4 +1,4 @@
-"""Held-out pairs as images, edited by the pipeline that users call."""
+"""Edit held-out pairs with the pipeline that users call, and draw the results as one image."""
 
 import textwrap
 from typing import cast
@@ -10,7 +10,7 @@ from ..pipelines.pipeline_editar import EditARPipeline
 
 
 def build_contact_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:
-    """Lay out images of one size on white, one row per list."""
+    """Arrange images of the same size on a white sheet, one row for each list."""
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, len(rows) * (height + gap) + gap), "white")
     for row_index, row in enumerate(rows):
@@ -20,7 +20,7 @@ def build_contact_sheet(rows: list[list[Image.Image]], gap: int = 4) -> Image.Im
 
 
 def add_caption(image: Image.Image, text: str, num_lines: int = 1) -> Image.Image:
-    """Put some lines of text above an image; a text that is too long for them is shortened."""
+    """Put a caption of `num_lines` lines above an image. A longer text is cut off."""
     lines = textwrap.wrap(text, image.width // 6, max_lines=num_lines, placeholder=" …")
     height = 18 * num_lines
     captioned = Image.new("RGB", (image.width, image.height + height), "white")
@@ -40,13 +40,13 @@ def draw_validation_images(
 ) -> Image.Image:
     """Draw the first pairs of a batch of tokens as rows source | edited | target.
 
-    The seeds are the same at every step, so that images of different steps can be compared.
+    The seeds are the same at every step, so images of different steps can be compared.
 
     Args:
-        pipeline (`EditARPipeline`): The model as it is now.
+        pipeline (`EditARPipeline`): The pipeline with the current weights.
         batch (`dict[str, torch.Tensor]`): `source_image_tokens`, `target_image_tokens`, `input_ids`, `attention_mask`.
-        num_images (`int`): Rows of the sheet; a smaller batch gives fewer.
-        height, width (`int`, *optional*): Pixels of the images; defaults to the model's.
+        num_images (`int`): Number of rows; a smaller batch gives fewer.
+        height, width (`int`, *optional*): Pixels of the images; default to the resolution of the model.
         seed (`int`): Row k is sampled with `seed` + k.
     """
     batch = {name: tensor[:num_images] for name, tensor in batch.items()}

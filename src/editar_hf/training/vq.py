@@ -1,4 +1,4 @@
-"""Train a VQ model: images in memory, a codebook without dead codes, and metrics."""
+"""The parts of VQ-model training: load images into memory, initialise and repair the codebook, compute metrics."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -36,18 +36,18 @@ def load_images(name: str, split: str, image_columns: Sequence[str]) -> datasets
     if missing:
         raise ValueError(f"`image_columns` names {missing}, but {name!r} has {dataset.column_names}.")
     dataset = dataset.select_columns(list(image_columns))
-    # Images stay encoded, so that one broken file is one bad row.
+    # Images stay encoded, so a broken file is one bad row and does not end the run.
     images = [name for name in image_columns if isinstance(dataset.features[name], datasets.Image)]
     features = dataset.features.copy() | dict.fromkeys(images, datasets.Image(decode=False))
     return dataset.cast(datasets.Features(features))
 
 
 def decode_images(dataset: datasets.Dataset, resolution: int, folder: str | Path, bad_rows: BadRowCount) -> np.ndarray:
-    """Decode every image of every column once, to uint8 pixels (images, resolution, resolution, 3).
+    """Decode the images of all columns once, to uint8 pixels (images, resolution, resolution, 3).
 
-    The pixels are in a nameless file in `folder` that is mapped into memory, and the system keeps them in RAM as far
-    as they fit. An image is cut to its centre, with white behind transparency. A row with an image that cannot be used
-    is skipped and counted.
+    The pixels are in a temporary file in `folder` that is mapped into memory, so they may exceed the RAM. Each image is
+    cropped to its centre, and transparent pixels become white. A row with an image that cannot be used is skipped and
+    counted.
 
     Raises:
         ValueError: If too many rows cannot be used.
@@ -56,7 +56,7 @@ def decode_images(dataset: datasets.Dataset, resolution: int, folder: str | Path
     def prepare(row: dict) -> list[np.ndarray]:
         images = [decode_image(value, name) for name, value in row.items()]
         for image in images:
-            compute_crop_geometry(image.height, image.width, resolution, resolution)  # refuses what is too thin
+            compute_crop_geometry(image.height, image.width, resolution, resolution)  # raises if it is too thin
         size = resolution, resolution
         return [np.asarray(ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)) for image in images]
 
@@ -72,7 +72,7 @@ def decode_images(dataset: datasets.Dataset, resolution: int, folder: str | Path
 
 
 def prepare_pixel_values(pixels: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Turn uint8 pixels (batch_size, height, width, 3) into fp32 in [−1, 1], (batch_size, 3, height, width).
+    """Convert uint8 pixels (batch_size, height, width, 3) to float32 (batch_size, 3, height, width) in [−1, 1].
 
     The memory format is channels-last.
     """
@@ -80,26 +80,28 @@ def prepare_pixel_values(pixels: np.ndarray | torch.Tensor, device: torch.device
 
 
 def draw_batches(num_samples: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[np.ndarray]:
-    """Draw index batches without end, each epoch in a new order. The batch of step k depends on the seed and k alone.
+    """Yield batches of sample indices without end. Each epoch has a new order.
+
+    The batch of step k depends only on the seed and k, so a resumed run reads the same batches.
 
     Raises:
-        ValueError: If there are fewer samples than a batch holds.
+        ValueError: If there are fewer samples than `batch_size`.
     """
     steps_per_epoch = num_samples // batch_size
     if not steps_per_epoch:
-        raise ValueError(f"`batch_size` is {batch_size}, but there are {num_samples} images; make it smaller.")
+        raise ValueError(f"`batch_size` is {batch_size}, but there are only {num_samples} images; make it smaller.")
     first_epoch, first_batch = divmod(first_step, steps_per_epoch)
     for epoch in count(first_epoch):
         order = np.random.default_rng((seed, epoch)).permutation(num_samples)
         for batch in range(first_batch if epoch == first_epoch else 0, steps_per_epoch):
-            # File order, so that neighbours on disk are read together.
+            # Sorted, so that images that are adjacent on disk are read together.
             yield np.sort(order[batch * batch_size : (batch + 1) * batch_size])
 
 
 def draw_codebook(
     latents: torch.Tensor, num_codes: int, generator: torch.Generator, num_iterations: int = 10
 ) -> torch.Tensor:
-    """Compute codes (num_codes, dim) by spherical k-means of latents (positions, dim). An empty cluster keeps its code.
+    """Compute codes (num_codes, dim) of latents (positions, dim) by spherical k-means. An empty cluster keeps its code.
 
     Raises:
         ValueError: If there are fewer latents than codes.
@@ -119,7 +121,10 @@ def draw_codebook(
 def init_codebook(
     model: EditARVQModel, pixels: np.ndarray, batches: Iterator[np.ndarray], generator: torch.Generator
 ) -> None:
-    """Set the codebook to cluster centres of an untrained encoder's latents, at least four latents per code."""
+    """Initialise the codebook with cluster centres of the latents of the untrained encoder.
+
+    At least four latents per code are clustered.
+    """
     num_codes, latents, num_latents = model.config.num_embeddings, [], 0
     while num_latents < 4 * num_codes:
         pixel_values = prepare_pixel_values(pixels[next(batches)], model.device)
@@ -132,11 +137,12 @@ def init_codebook(
 def start_from_codes(transformer: EditARForConditionalGeneration, vq_model: EditARVQModel) -> None:
     """Initialise token embeddings and output head from the codes, so that similar tokens have similar embeddings.
 
-    Both start from the same matrix. The decoder can then copy tokens, which is most of an edit, by attention alone.
+    Both are initialised with the same matrix. The decoder can then copy tokens by attention alone, and most tokens of
+    an edit are copies.
     """
     codes = F.normalize(vq_model.quantize.embedding.weight, dim=-1)
     projected = codes @ torch.randn(codes.shape[1], transformer.config.hidden_size)
-    # Noise tells each code from its nearest neighbours.
+    # Noise separates each code from its nearest neighbours.
     embeds = transformer.config.initializer_range * (projected + 0.3 * torch.randn_like(projected))
     transformer.model.embed_tokens.weight.copy_(embeds)
     transformer.lm_head.weight.copy_(embeds)
@@ -161,13 +167,14 @@ class DeadCodeReviver:
         optimizer: torch.optim.Optimizer,
         generator: torch.Generator,
     ) -> int:
-        """Count a step and move dead codes; returns how many codes were moved.
+        """Count a step and move dead codes. Returns the number of moved codes.
 
         Args:
-            image_tokens (`torch.LongTensor`): Codes used in this step by all processes.
-            latents (`torch.Tensor` of shape `(positions, embedding_dim)`): Latents of this step from all processes.
-            optimizer (`torch.optim.Optimizer`): Its moments of the moved codes are set to zero.
-            generator (`torch.Generator`): In the same state on every process, so that all move the same codes.
+            image_tokens (`torch.LongTensor`): Codes that all processes used in this step.
+            latents (`torch.Tensor` of shape `(positions, embedding_dim)`): Latents of all processes in this step.
+            optimizer (`torch.optim.Optimizer`): Optimiser whose moments of the moved codes are set to zero.
+            generator (`torch.Generator`): Generator with the same state in every process, so that all processes move
+                the same codes.
         """
         self.steps_unused += 1
         self.steps_unused[image_tokens.flatten()] = 0
@@ -193,7 +200,7 @@ def compute_perplexity(token_counts: torch.Tensor) -> float:
 
 @torch.no_grad()
 def evaluate_vq_model(model: EditARVQModel, pixels: np.ndarray, batch_size: int) -> dict[str, float]:
-    """Reconstruct images. Returns mean PSNR in dB, the fraction of codes used, and their perplexity."""
+    """Reconstruct images. Returns the mean PSNR in dB, the fraction of codes used, and the perplexity of the codes."""
     token_counts = torch.zeros(model.config.num_embeddings, dtype=torch.long, device=model.device)
     psnrs = []
     for start in range(0, len(pixels), batch_size):
@@ -211,7 +218,7 @@ def evaluate_vq_model(model: EditARVQModel, pixels: np.ndarray, batch_size: int)
 
 @torch.no_grad()
 def save_reconstructions(model: EditARVQModel, pixels: np.ndarray, path: str | Path) -> None:
-    """Save a sheet of images, uint8 (images, height, width, 3), with their reconstructions below."""
+    """Save a sheet with a row of images, uint8 (images, height, width, 3), and a row of their reconstructions."""
     pixel_values = prepare_pixel_values(pixels, model.device)
     grid = [side // model.config.stride for side in pixel_values.shape[-2:]]
     decoded = model.decode(model.encode(pixel_values).image_tokens, *grid)
