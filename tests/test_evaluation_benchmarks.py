@@ -297,9 +297,14 @@ def change_pie(**changes):
         ("folder", make_picture_folder, lambda folder: change_line(folder, prompt=None), "00002: .*'prompt'"),
         ("folder", make_picture_folder, lambda folder: change_line(folder, instruction="p"), "00002: .*'instruction'"),
         ("folder", make_picture_folder, lambda folder: change_line(folder, task="dance"), "00002: `task` is 'dance'"),
-        ("folder", make_picture_folder, lambda folder: change_line(folder, id="a/b"), "sample a/b: `id` names"),
+        ("folder", make_picture_folder, lambda folder: change_line(folder, id="a/b"), "sample a/b: `id` is 'a/b'"),
         ("folder", make_picture_folder, lambda folder: change_line(folder, id="é" * 101), "at most 200 bytes"),
-        ("folder", make_picture_folder, lambda folder: change_line(folder, id="first"), "`id` 'first' is there twice"),
+        (
+            "folder",
+            make_picture_folder,
+            lambda folder: change_line(folder, id="first"),
+            "two samples have the `id` 'first'",
+        ),
         ("folder", make_picture_folder, lambda folder: (folder / "metadata.jsonl").write_text(""), "has no samples"),
     ],
 )
@@ -347,9 +352,9 @@ def test_a_file_that_cannot_be_read_is_named(name, make_source, text, message, t
 
 def test_samples_whose_images_or_turns_do_not_fit_are_refused(monkeypatch):
     for changes, message in (
-        ({"mask": Image.new("L", (8, 8))}, r"sample two: `mask` has \(8, 8\) pixels; the result has \(16, 16\)"),
+        ({"mask": Image.new("L", (8, 8))}, r"sample two: `mask` has \(8, 8\) pixels, but the result has \(16, 16\)"),
         ({"target_image": Image.new("RGB", (8, 9))}, r"sample two: `source_image` has \(16, 16\) pixels"),
-        ({"previous": "three"}, "`previous` of two is 'three', not the sample before"),
+        ({"previous": "three"}, "`previous` of two is 'three'; name an earlier sample"),
     ):
         samples = [Sample("one", "p", draw_image(0)), Sample("two", "p", draw_image(0), **changes)]
         listed = {sample.id: sample for sample in samples}

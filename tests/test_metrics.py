@@ -268,7 +268,7 @@ def test_mean_iou_of_maps_one_can_reckon():
 def test_classes_beyond_the_last_are_refused():
     labels = torch.tensor([[[0, 6, 255]]])
     for maps in ((torch.zeros_like(labels), labels), (labels, labels.clamp(max=5))):
-        with pytest.raises(ValueError, match=r"go from 0 to .*; with 6 classes they go from 0 to 5"):
+        with pytest.raises(ValueError, match=r"go from 0 to .*; with 6 classes they must be 0 to 5"):
             metrics.compute_confusion_matrix(*maps, num_labels=6)
 
 

@@ -1,16 +1,16 @@
-"""The benchmarks as generators of samples, read from what their authors published.
+"""Read the samples of benchmarks from the files that their authors published.
 
-`Benchmark(name, source)` reads and checks all samples once; `read()` then yields them as often as needed. `BENCHMARKS`
-lists the benchmarks by name, and a project may add its own. Each has a function that lists the ids of its samples with
-their entries in the source, and one that makes a sample of an entry. So samples that are not wanted are not decoded,
-and errors name the sample.
+`Benchmark(name, source)` reads and checks all samples once. `read()` then yields the samples, as often as it is called.
+`BENCHMARKS` maps names to benchmarks, and a project may add its own. Each benchmark has two functions: one lists the
+ids of the samples with their entries in the published files, and one makes a sample from an entry. Samples that are
+not wanted are therefore not decoded, and an error can name the sample.
 
-The source of `folder` is any folder of images with a `metadata.jsonl`, whose lines are such as
+The benchmark `folder` reads any folder of images with a `metadata.jsonl`. A line of this file looks like
 
     {"source_image_file_name": "0-before.png", "prompt": "make the car red", "target_image_file_name": "0-after.png"}
 
-`target_image_file_name`, `mask_file_name` (white where the edit is), `target_prompt` (what the result shows),
-`category`, `task` and `id` may be left out or null.
+`target_image_file_name`, `mask_file_name` (white inside the edit), `target_prompt` (a caption of the result),
+`category`, `task` and `id` may be missing or null.
 """
 
 import inspect
@@ -49,19 +49,18 @@ class Sample:
     """One sample of a benchmark.
 
     Args:
-        id (`str`): Its name, and that of its prediction's file.
-        prompt (`str`): The instruction or caption, without a task's prefix.
+        id (`str`): The name of the sample, and of the file of its prediction.
+        prompt (`str`): The instruction or caption, without the prefix of the task.
         source_image (`PIL.Image.Image`): The image to edit, or the condition map.
         task (`str`): `"edit"`, `"canny"`, `"depth"` or `"segmentation"`.
-        category (`str`): The part of the benchmark it belongs to. Figures are also given by category.
+        category (`str`): The part of the benchmark that the sample belongs to. Results are also given by category.
         target_image (`PIL.Image.Image`, *optional*): The true result.
-        mask (`PIL.Image.Image` of mode "L", *optional*): 255 where the edit is, 0 elsewhere.
+        mask (`PIL.Image.Image` of mode "L", *optional*): 255 inside the edit, 0 elsewhere.
         labels (`PIL.Image.Image` of mode "L", *optional*): The class of every pixel; 255 is ignored.
-        target_prompt (`str`, *optional*): What the result should show, for CLIP.
-        previous (`str`, *optional*): The sample just before it whose result is edited further, in place of
-            `source_image`.
-        is_scored (`bool`): Whether its prediction counts, or is a step on the way.
-        details (`dict`): What else its metrics need.
+        target_prompt (`str`, *optional*): A caption of the true result, for CLIP.
+        previous (`str`, *optional*): Id of an earlier sample. Its prediction is edited in place of `source_image`.
+        is_scored (`bool`): Whether the prediction is scored, or only an intermediate result.
+        details (`dict`): Further data that metrics need.
     """
 
     id: str
@@ -79,7 +78,7 @@ class Sample:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height that its prediction must have, in pixels."""
+        """Width and height in pixels that the prediction must have."""
         return (self.target_image or self.source_image).size
 
 
@@ -88,10 +87,10 @@ Entries = Iterator[tuple[str, Any]]
 
 @contextmanager
 def naming(where: str | Path) -> Iterator[None]:
-    """Turn any error into a `ValueError` that says where in the source it happened."""
+    """Turn any error into a `ValueError` that says where in the benchmark's files it happened."""
     try:
         yield
-    except Exception as error:  # decoders raise anything on broken files
+    except Exception as error:  # decoders raise errors of many classes on broken files
         if str(error).startswith("`source`"):
             raise
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
@@ -111,7 +110,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 # PIE-Bench. Source: PnPInversion (arXiv 2310.01506) and its evaluation code.
 
-# The ten kinds of edits and how many of each there are, in the order of `editing_type_id`.
+# The ten kinds of edits with their numbers of samples, in the order of `editing_type_id`.
 PIE_CATEGORIES = {
     "random": 140,
     **dict.fromkeys(("change object", "add object", "delete object"), 80),
@@ -136,17 +135,17 @@ def make_pie_sample(source: str, sample_id: str, entry: dict) -> Sample:
 
 
 def decode_mask(runs: list[int]) -> np.ndarray:
-    """Decode PIE-Bench's start, length, start, length, … to uint8 (512, 512), 255 where the edit is."""
+    """Decode PIE-Bench's mask, a list start, length, start, length, …, to uint8 (512, 512), 255 inside the edit."""
     mask = np.zeros(RESOLUTION**2, dtype=np.uint8)
     for start, length in zip(runs[::2], runs[1::2], strict=True):
         mask[start : start + length] = 255
     mask = mask.reshape(RESOLUTION, RESOLUTION)
-    # Parity: the border always counts as edited; its annotations are unreliable.
+    # Parity: the border always counts as edited, because its annotations are unreliable.
     mask[[0, -1], :] = mask[:, [0, -1]] = 255
     return mask
 
 
-# Depth, canny, segmentation. Source: the evaluation sets of ControlNet++ (arXiv 2404.07987), which EditAR shares.
+# Depth, canny, segmentation. Source: the evaluation sets of ControlNet++ (arXiv 2404.07987), which EditAR also uses.
 
 
 def list_rows(source: str, split: str = "validation") -> Entries:
@@ -166,12 +165,12 @@ def list_rows(source: str, split: str = "validation") -> Entries:
 
 
 def decode_image(stored: dict) -> Image.Image:
-    """Decode an image that `datasets` stored as bytes or a path, as it lies in the file."""
+    """Open an image that `datasets` stored as bytes or as a path, without converting it."""
     return Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
 
 
 def crop(image: Image.Image, resolution: int, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """Resize the shortest side of an image, then crop the centre.
+    """Resize an image so that its shortest side has `resolution` pixels, then crop the centre.
 
     Source: the image preparation of EditAR (arXiv 2501.04699).
     """
@@ -190,7 +189,7 @@ def make_translation(task: str, source: str, sample_id: str, row: dict, resoluti
     elif task == "depth":
         condition_map = prepare("control_depth")
     else:
-        # The colours of `control_seg` are those of a palette of 133 and do not tell the 171 classes apart.
+        # The colours of `control_seg` come from a palette of 133 colours, so they do not identify the 171 classes.
         condition_map = prepare("control_seg")
         labels = crop(read_labels(decode_image(row["panoptic_seg_map"])), resolution, Image.Resampling.NEAREST)
     prompt = row["text"] if task != "segmentation" else row.get("detailed_prompt") or row["prompt"]
@@ -198,12 +197,12 @@ def make_translation(task: str, source: str, sample_id: str, row: dict, resoluti
 
 
 def read_labels(image: Image.Image) -> Image.Image:
-    """Read a map of classes as mode "L"; the class of a pixel with a palette is its index, whatever its colour."""
+    """Read a label map as mode "L". In an image with a palette, the class of a pixel is its index in the palette."""
     classes = np.asarray(image)
     if classes.ndim != 2 or not set(np.unique(classes).tolist()) <= {*range(171), 255}:
         raise ValueError(
-            f"`panoptic_seg_map` has the mode {image.mode!r} and values up to {classes.max()}; pass an image whose "
-            "pixels are the numbers of their classes, 0 to 170, or 255: colours do not tell the classes."
+            f"`panoptic_seg_map` has the mode {image.mode!r} and values up to {classes.max()}; pass a label map whose "
+            "pixels are class numbers from 0 to 170, or 255 for ignored pixels, and not colours."
         )
     return Image.fromarray(classes.astype(np.uint8))
 
@@ -212,7 +211,7 @@ def read_labels(image: Image.Image) -> Image.Image:
 
 
 def list_turns(source: str) -> Entries:
-    """List the turns of MagicBrush's unzipped test set, with their sessions and the captions of these."""
+    """List the turns of MagicBrush's unzipped test set. An entry holds the session of a turn and its captions."""
     captions = read_json(Path(source) / "local_descriptions.json")
     for session, turns in read_json(Path(source) / "edit_sessions.json").items():
         for number in range(1, len(turns) + 1):
@@ -220,14 +219,15 @@ def list_turns(source: str) -> Entries:
 
 
 def make_turn(source: str, sample_id: str, entry: tuple[str, int, list, dict]) -> Sample:
-    """Make a turn from its true source."""
+    """Make the sample of a turn whose source image is the true image before the turn."""
     session, number, turns, captions = entry
     turn = turns[number - 1]
     image, target = (open_image(Path(source) / "images" / session / turn[name]) for name in ("input", "output"))
     return Sample(
         id=sample_id,
         prompt=turn["instruction"],
-        # The evaluation code resizes predictions to the size of the truth, so the source is resized to it first.
+        # MagicBrush's evaluation resizes predictions to the size of the target image, so the source image is resized
+        # to this size first.
         source_image=image if image.size == target.size else image.resize(target.size, Image.Resampling.BICUBIC),
         category=f"turn {number}",
         target_image=target,
@@ -236,7 +236,7 @@ def make_turn(source: str, sample_id: str, entry: tuple[str, int, list, dict]) -
 
 
 def make_chained_turn(source: str, sample_id: str, entry: tuple[str, int, list, dict]) -> Sample:
-    """Make a turn that edits the result of the turn before; only the last turn of a session counts."""
+    """Make the sample of a turn that edits the prediction of the turn before. Only the last turn is scored."""
     session, number, turns, _ = entry
     previous = f"{session}-{number - 1}" if number > 1 else None
     return replace(make_turn(source, sample_id, entry), previous=previous, is_scored=number == len(turns))
@@ -267,29 +267,29 @@ def make_folder_sample(source: str, sample_id: str, entry: dict) -> Sample:
 
 
 def open_mask(path: Path, source_size: tuple[int, int]) -> Image.Image:
-    """Open a mask as the pipeline reads it: mode "L", the size of its source, 255 where the edit is, 0 elsewhere."""
+    """Open a mask as the pipeline does: mode "L", the size of the source image, 255 inside the edit, 0 elsewhere."""
     with Image.open(path) as mask:
         is_white = prepare_mask(mask, source_size)
         highest = prepare_rgb_image(mask, background="black").convert("L").getextrema()[1]
     if highest and not is_white.any():
-        raise ValueError(f"the mask has no pixel above {highest}; it is 255 (white) where the edit is and 0 elsewhere.")
+        raise ValueError(f"the mask has no pixel above {highest}; it must be 255 (white) inside the edit, 0 elsewhere.")
     return Image.fromarray(is_white).convert("L")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A benchmark before it is read.
+    """The definition of a benchmark: how to read it and how to score it.
 
     Args:
-        summary (`str`): What it is.
-        list_entries (`Callable`): Yields the id and the entry of each sample of a source.
-        make_sample (`Callable`): Makes a sample from the source, its id and its entry.
-        metrics (tuple of `str`): Its table's columns, keys of `table.METRICS`. The first ranks samples in reports.
-        trade_off (tuple of two `str`): What guidance plots show: how much is kept, and how well it is edited.
-        default_source (`str`, *optional*): The Hub id it is published under.
-        expected (mapping or `int`, *optional*): How many samples it has as published, by category or in all.
-        models (mapping): Networks of its published figures, where they are not the default ones.
-        takes_any_size (`bool`): Whether predictions of another size than the sample are scored too.
+        summary (`str`): One line about the benchmark and its files.
+        list_entries (`Callable`): Yields the id and the entry of each sample, given a folder or Hub id.
+        make_sample (`Callable`): Makes a sample from the folder or Hub id, the id of the sample and its entry.
+        metrics (tuple of `str`): Default metrics, keys of `table.METRICS`. Reports rank samples by the first of them.
+        trade_off (tuple of two `str`): The metrics that guidance plots show: one of preservation, one of edit quality.
+        default_source (`str`, *optional*): The Hub id of the published benchmark.
+        expected (mapping or `int`, *optional*): Number of samples of the published benchmark, by category or in total.
+        models (mapping): Networks of the published results, where they differ from `features.DEFAULT_MODELS`.
+        takes_any_size (`bool`): Whether predictions whose size differs from the sample's are scored too.
     """
 
     summary: str
@@ -303,7 +303,7 @@ class Kind:
     takes_any_size: bool = False
 
     def read_samples(self, source: str, wanted: Container[str] | None = None, **options: Any) -> Iterator[Sample]:
-        """Read the samples, or those whose ids are in `wanted`."""
+        """Read all samples, or only the samples whose ids are in `wanted`."""
         with naming(source):
             for sample_id, entry in self.list_entries(source):
                 if wanted is None or sample_id in wanted:
@@ -318,14 +318,17 @@ def check_sample(sample: Sample) -> None:
     for name in ("id", "prompt", "task", "category"):
         if not isinstance(value := getattr(sample, name), str) or not value.strip():
             raise ValueError(f"`{name}` is {value!r}; it must be text.")
-    # File systems take names of 255 bytes, and temporary files have longer ones than what they become.
+    # File names may have 255 bytes, and the temporary file of a prediction has a longer name than the prediction.
     if not re.fullmatch(r"\w[\w.-]*", sample.id) or len(sample.id.encode()) > 200:
-        raise ValueError("`id` names the prediction's file: use letters, digits, dots and dashes, at most 200 bytes.")
+        raise ValueError(
+            f"`id` is {sample.id!r}, but it names the prediction's file: use letters, digits, dots and dashes, at most "
+            "200 bytes."
+        )
     check_choice("task", sample.task, TASK_PREFIXES)
     for name in IMAGES:
         image = getattr(sample, name)
         if image is not None and image.size != sample.size:
-            raise ValueError(f"`{name}` has {image.size} pixels; the result has {sample.size}.")
+            raise ValueError(f"`{name}` has {image.size} pixels, but the result has {sample.size}; resize it.")
 
 
 DEPTH_EVAL, COCO = "limingcv/MultiGen-20M_depth_eval", "limingcv/Captioned_COCOStuff"
@@ -358,7 +361,7 @@ BENCHMARKS = {
         expected=5000,
     ),
     "canny": Kind(
-        "images from canny edges, those of the depth benchmark's images",
+        "images from canny edges, which are computed from the images of the depth benchmark",
         list_rows,
         partial(make_translation, "canny"),
         metrics=("edge_f1", "edge_ms_ssim", "edge_psnr", "fid"),
@@ -376,13 +379,14 @@ BENCHMARKS = {
         expected=5000,
     ),
     "magicbrush": Kind(
-        "MagicBrush's test set, each turn from the true image; its unzipped folder",
+        "MagicBrush's test set, each turn edits the true image before it; a folder, the unzipped test set",
         list_turns,
         make_turn,
         **MAGICBRUSH,
     ),
     "magicbrush-multi-turn": Kind(
-        "MagicBrush's test set, each turn from the turn before, of which the last counts; its unzipped folder",
+        "MagicBrush's test set, each turn edits the result of the turn before, and the last turn is scored; a folder, "
+        "the unzipped test set",
         list_turns,
         make_chained_turn,
         **MAGICBRUSH,
@@ -402,19 +406,20 @@ class Benchmark:
 
     Args:
         name (`str`): A key of `BENCHMARKS`.
-        source (`str`, *optional*): Folder or Hub id; defaults to the Hub id it is published under.
-        allow_partial (`bool`, *optional*, defaults to `False`): Accept a part of the benchmark. Reports then say so.
+        source (`str`, *optional*): Folder or Hub id; defaults to the Hub id of the published benchmark.
+        allow_partial (`bool`, *optional*, defaults to `False`): Accept a part of the benchmark. Reports mention it.
         resolution (`int`, *optional*): Side in pixels of the images of depth, canny and segmentation; defaults to 512.
 
     Attributes:
-        chains (`list[list[str]]`): The samples' ids, in order; those that edit one another's results together.
-        categories (`dict`): The category of each sample, by id.
-        scored (`list[str]`): The ids of the samples whose predictions count.
-        lacking (`dict`): An image that a sample lacks → the first such sample.
-        info (`dict`): What the benchmark is, for `metrics.json`.
+        chains (`list[list[str]]`): The ids of the samples, in order. A chain holds a sample, and after it the samples
+            that edit its result further.
+        categories (`dict`): Id of each sample → its category.
+        scored (`list[str]`): The ids of the samples whose predictions are scored.
+        lacking (`dict`): Name of an image, such as `"mask"` → id of the first sample without this image.
+        info (`dict`): Facts about the benchmark for `metrics.json`.
 
     Raises:
-        ValueError: If the source is not the published benchmark.
+        ValueError: If the files are not the published benchmark.
     """
 
     def __init__(
@@ -424,10 +429,10 @@ class Benchmark:
         self.name, self.kind = name, BENCHMARKS[name]
         self.options = {} if resolution is None else {"resolution": check_integer("resolution", resolution)}
         if self.options and "resolution" not in inspect.signature(self.kind.make_sample).parameters:
-            raise ValueError(f"`resolution` is {resolution}; the benchmark {name} has no such option.")
+            raise ValueError(f"`resolution` is {resolution}, but the benchmark {name} has no such option; leave it out.")
         source = source or self.kind.default_source
         if source is None:
-            raise ValueError(f"`source` is missing; the benchmark {name} is read from a folder: {self.kind.summary}.")
+            raise ValueError(f"`source` is missing; give the folder of the benchmark {name}: {self.kind.summary}.")
         self.source = str(Path(source).resolve()) if Path(source).exists() else str(source)
         self.chains: list[list[str]] = []
         self.categories: dict[str, str] = {}
@@ -436,11 +441,13 @@ class Benchmark:
         sizes: Counter[str] = Counter()
         for sample in show_progress(self.read(), desc=f"reading {name}"):
             if sample.id in self.categories:
-                raise ValueError(f"`source`: the `id` {sample.id!r} is there twice; give each sample one of its own.")
+                raise ValueError(f"`source`: two samples have the `id` {sample.id!r}; give each sample its own `id`.")
             if sample.previous is None:
                 self.chains.append([])
             elif not self.chains or sample.previous not in self.chains[-1]:
-                raise ValueError(f"`source`: `previous` of {sample.id} is {sample.previous!r}, not the sample before.")
+                raise ValueError(
+                    f"`source`: `previous` of {sample.id} is {sample.previous!r}; name an earlier sample of its chain."
+                )
             self.chains[-1].append(sample.id)
             self.categories[sample.id] = sample.category
             self.scored += [sample.id] * sample.is_scored
@@ -454,11 +461,11 @@ class Benchmark:
         is_complete = expected is None or found == expected
         if not is_complete and not allow_partial:
             raise ValueError(
-                f"`source` has {found} samples; the published benchmark has {expected}. To use a part of it, pass "
-                "`allow_partial`; reports then say so."
+                f"`source` has {found} samples; the published benchmark has {expected}. To use only a part of it, pass "
+                "`allow_partial`; reports mention this."
             )
         self.info = {"benchmark": name, "num_samples": len(self.categories), "is_complete": is_complete, "sizes": sizes}
 
     def read(self, wanted: Container[str] | None = None) -> Iterator[Sample]:
-        """Read the samples, or those whose ids are in `wanted`."""
+        """Read all samples, or only the samples whose ids are in `wanted`."""
         return self.kind.read_samples(self.source, wanted, **self.options)

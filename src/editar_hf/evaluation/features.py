@@ -1,8 +1,8 @@
-"""The networks that metrics need, and what they see in images: embeddings, keys, depth, classes.
+"""The networks that metrics use, and the features that they compute: embeddings, keys, depth, classes.
 
-`load_network(name, source)` loads any of them from a folder, a Hub id or a weight file. A network of your own is
-`Network(model, processor, tokenizer)`. Images are (batch, 3, height, width) in [0, 1]; each function prepares them as
-the published evaluation does.
+`load_network(name, source)` loads a network from a folder, a Hub id or a weight file. To use a network of your own,
+pass `Network(model, processor, tokenizer)`. Images are (batch, 3, height, width) in [0, 1]. Each function prepares them
+as the published evaluation does.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from .lpips import LPIPS
 from .metrics import check_pair, compute_cosine_similarity
 
 
-# The networks by name, and the Hub ids of published figures; `MISSING` tells what to pass where there is none.
+# Name of a network → Hub id that the published results used. Networks without a Hub id are in `MISSING`.
 DEFAULT_MODELS = {
     "structure": "facebook/dino-vitb8",
     "clip": "openai/clip-vit-large-patch14",
@@ -38,22 +38,23 @@ DEFAULT_MODELS = {
     "lpips": None,
     "inception": None,
 }
+# What a user has to pass for a network without a Hub id.
 MISSING = {
     "lpips": "the folder that holds squeezenet1_1-b8a52dc0.pth and squeeze.pth",
     "inception": "the file pt_inception-2015-12-05-6726825d.pth",
 }
-# Source of the option: the code of DINO (arXiv 2104.14294); copies of its weights on the Hub say 1e-12.
+# `layer_norm_eps` is the value in the code of DINO (arXiv 2104.14294). Its copies on the Hub have 1e-12.
 DINO = (ViTModel, {"add_pooling_layer": False, "layer_norm_eps": 1e-6})
-# Classes and options from transformers. Networks of other names are of the class that their configuration names.
+# Name of a network → its class in transformers and options. Other networks have the class in their configuration.
 MODEL_CLASSES = {"structure": DINO, "dino": DINO, "clip": (CLIPModel, {})}
-# The networks that read public files, and how many images they take.
+# Name of a network that is built from public weight files → its class, and the number of image batches it compares.
 PUBLIC_NETWORKS = {"lpips": (LPIPS, 2), "inception": (FIDInception, 1)}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
 class Network:
-    """A network in float32, put into evaluation mode, with its image processor and CLIP's tokenizer."""
+    """A network in float32 and evaluation mode, with its image processor and, for CLIP, its tokenizer."""
 
     model: Any
     processor: Any = None
@@ -72,12 +73,12 @@ def load_network(name: str, source: str | Path | None = None, device: str | torc
 
     Args:
         name (`str`): A key of `DEFAULT_MODELS`.
-        source (`str` or `Path`, *optional*): A folder or Hub id; for LPIPS and Inception, what holds the public weight
-            files. Defaults to that of the published figures.
-        device (`str`, *optional*): Defaults to a GPU if there is one.
+        source (`str` or `Path`, *optional*): A folder or Hub id; for LPIPS and Inception, a file, folder or Hub id with
+            the public weight files. Defaults to the network of the published results.
+        device (`str`, *optional*): Defaults to the GPU if there is one.
 
     Raises:
-        ValueError: If `source` is missing, or holds another network.
+        ValueError: If `source` is missing or holds another network.
     """
     source = source or DEFAULT_MODELS[name]
     if source is None:
@@ -106,26 +107,26 @@ def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
     """Read named tensors from a weight file, or from all weight files of a folder or Hub id, without running code.
 
     Returns:
-        The tensors in float32. `/` takes the place of the dots in their names, which PyTorch forbids in a module.
+        The tensors in float32. Dots in their names become `/`, because PyTorch forbids dots in names of parameters.
 
     Raises:
-        ValueError: If a file does not open safely or holds anything else.
+        ValueError: If a file does not open safely or holds anything but named tensors.
     """
     path = Path(source) if Path(source).exists() else Path(snapshot_download(str(source)))
     weights: dict[str, torch.Tensor] = {}
     for file in [path] if path.is_file() else sorted(path.glob("*.pth")) + sorted(path.glob("*.safetensors")):
         found = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else open_checkpoint(file)
         if not is_weights(found):
-            raise ValueError(f"`{file}` holds something else than named tensors; pass the published weights.")
+            raise ValueError(f"`{file}` holds more than named tensors; pass the published weights.")
         weights |= {name.replace(".", "/"): tensor.float() for name, tensor in found.items()}
     return weights
 
 
-# What they see
+# Features
 
 
 def prepare_inputs(network: Network, images: torch.Tensor, processor: Any = None, **options: Any) -> Any:
-    """Prepare images, rounded to 8 bits, by an image processor; defaults to the network's own."""
+    """Round images to 8 bits and preprocess them with `processor`, which defaults to the network's image processor."""
     processor = processor or network.processor
     images_8bit = [prepare_rgb_image(image) for image in images]
     return processor(images_8bit, return_tensors="pt", **options).to(network.device)
@@ -139,7 +140,7 @@ def compute_lpips(
     mask: torch.Tensor | None = None,
     masked_mean: bool = False,
 ) -> torch.Tensor:
-    """Compute LPIPS (batch,), 0 or more; the arguments are those of `metrics.compute_mse`."""
+    """Compute LPIPS (batch,), 0 or more. The arguments are the same as in `metrics.compute_mse`."""
     check_pair(images, references, mask)
     unedited = torch.ones_like(images[:, :1]) if mask is None else 1 - mask.float()
     images, references, unedited = (tensor.to(network.device).float() for tensor in (images, references, unedited))
@@ -150,12 +151,12 @@ def compute_lpips(
 
 @torch.no_grad()
 def encode_keys(network: Network, images: torch.Tensor, pixel_scale: int = 255, antialias: bool = True) -> torch.Tensor:
-    """Encode the keys (batch, tokens, dim) of a DINO's last layer, heads side by side, the class token's first.
+    """Compute the keys (batch, tokens, dim) of the last layer of a DINO model. All heads are concatenated.
 
-    `pixel_scale` is the value of white before normalisation. The published figures were computed with 255; the network
-    was trained with 1. `antialias` filters images when they are made smaller.
+    The first key belongs to the class token. `pixel_scale` is the value of white before normalisation. The published
+    results were computed with 255, but the network was trained with 1. `antialias` filters images that are downscaled.
 
-    Source: the evaluation of PnPInversion (arXiv 2310.01506): a shorter side of 224, a longer one of at most 480.
+    Source: the evaluation of PnPInversion (arXiv 2310.01506): the shorter side is 224, the longer side at most 480.
     """
     size = get_resize_output_image_size(images[0], 224, False, 480, "channels_first")
     pixels = images.to(network.device).float() * pixel_scale
@@ -170,9 +171,10 @@ def encode_keys(network: Network, images: torch.Tensor, pixel_scale: int = 255, 
 
 @torch.no_grad()
 def encode_class_tokens(network: Network, images: torch.Tensor) -> torch.Tensor:
-    """Encode images as a DINO's class tokens (batch, dim).
+    """Encode images as class tokens (batch, dim) of a DINO model.
 
-    Source: the evaluation of MagicBrush (arXiv 2306.10012): a shorter side of 256, then the central 224×224.
+    Source: the evaluation of MagicBrush (arXiv 2306.10012): the shorter side is 256, then the centre is cropped to
+    224×224.
     """
     processor = CLIPImageProcessorPil(size={"shortest_edge": 256}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
     outputs = network.model(**prepare_inputs(network, images, processor), interpolate_pos_encoding=True)
@@ -187,7 +189,7 @@ def encode_images(network: Network, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_prompts(network: Network, prompts: Sequence[str]) -> torch.Tensor:
-    """Encode prompts as CLIP embeddings (batch, dim); words beyond the model's length are cut off."""
+    """Encode prompts as CLIP embeddings (batch, dim). A prompt that is longer than the model allows is cut off."""
     length = network.model.config.text_config.max_position_embeddings
     inputs = network.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
     return network.model.get_text_features(**inputs.to(network.device)).pooler_output
@@ -198,16 +200,16 @@ def compute_clip_score(
 ) -> torch.Tensor:
     """Compute the CLIP score (batch,), in [0, 100], of images and their prompts.
 
-    With a `mask` (batch, 1, height, width), 1 where edited, all other pixels become black. The score of an empty mask
-    is NaN.
+    With a `mask` (batch, 1, height, width), which is 1 inside the edit, all pixels outside it become black. With an
+    empty mask, the CLIP score is NaN.
 
     Raises:
-        ValueError: If the number of prompts differs from that of images, or the mask does not fit.
+        ValueError: If the numbers of prompts and images differ, or if the mask does not fit the images.
 
     Source: CLIPScore (arXiv 2104.08718), section 3, with the weight 100 of torchmetrics.
     """
     if isinstance(prompts, str) or len(prompts) != len(images):
-        raise ValueError(f"`prompts` is {prompts!r}; pass a list of {len(images)}, one for each image.")
+        raise ValueError(f"`prompts` is {prompts!r}; pass a list of {len(images)} prompts, one for each image.")
     mask = torch.ones_like(images[:, :1]) if mask is None else mask
     check_pair(images, images, mask)
     similarity = compute_cosine_similarity(encode_images(network, images * mask), encode_prompts(network, prompts))
@@ -218,8 +220,8 @@ def compute_clip_score(
 def estimate_depth(network: Network, images: torch.Tensor, keep_size: bool = False) -> torch.Tensor:
     """Estimate depth (batch, depth_height, depth_width), 0 or more.
 
-    With `keep_size`, the network sees the image at its own size, as in ControlAR's evaluation, and not at the size it
-    was trained with.
+    With `keep_size`, the image keeps its size, as in the evaluation of ControlAR. Otherwise, it is resized to the size
+    that the network was trained with.
     """
     height, width = images.shape[2:]
     options = {"size": {"height": height, "width": width}} if keep_size else {}
@@ -228,7 +230,7 @@ def estimate_depth(network: Network, images: torch.Tensor, keep_size: bool = Fal
 
 @torch.no_grad()
 def segment(network: Network, images: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """Find the class of every pixel: (batch, height, width), at the size of the images if no other is given."""
+    """Predict the class of every pixel: (batch, height, width). `size` defaults to the size of the images."""
     outputs = network.model(**prepare_inputs(network, images))
     sizes = [tuple(size or images.shape[2:])] * len(images)
     maps = network.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
@@ -237,10 +239,10 @@ def segment(network: Network, images: torch.Tensor, size: tuple[int, int] | None
 
 @torch.no_grad()
 def encode_inception(network: Network, images: torch.Tensor) -> torch.Tensor:
-    """Encode images as the features (batch, 2048) whose Fréchet distance is FID.
+    """Compute the features (batch, 2048) of images whose Fréchet distance is FID.
 
-    Source: Parmar et al. (arXiv 2104.11222), section 4, and their clean-fid: each channel is resized in floating point,
-    bicubic and filtered, and values beyond [0, 255] are cut off.
+    Source: Parmar et al. (arXiv 2104.11222), section 4, and their library clean-fid: each channel is resized in
+    floating point with an antialiasing bicubic filter, and values are clipped to [0, 255].
     """
 
     def resize(image: Image.Image) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""FID's Inception of 2015-12-05, which no library offers without torchvision; it reads the public weight file.
+"""The Inception network of FID, of 2015-12-05, with the weights of the public file.
 
-The network is a table of steps. A step is the name of a convolution in the public file, or `average`, `max` or `halve`
-(pooling). A convolution keeps the size of its input; with a stride behind its name, as in `branch3x3:2`, it has no
-padding. Convolutions that `|` separates are applied to the same input, and their outputs are concatenated.
+It is written here because other libraries need torchvision for it. The network is a table of steps. A step is the name
+of a convolution in the public file, or `average`, `max` or `halve` (pooling). A convolution keeps the size of its
+input. If a stride follows its name, as in `branch3x3:2`, the convolution has no padding. Convolutions that are
+separated by `|` are applied to the same input, and their outputs are concatenated.
 
 Source: Szegedy et al. (arXiv 1512.00567), table 1; Heusel et al. (arXiv 1706.08500) for its use.
 """
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# The public file classifies 1008 classes. torchvision's Inception has ImageNet's 1000, and would give other figures.
+# The network of the public file has 1008 classes. torchvision's Inception has the 1000 classes of ImageNet and would
+# give other FID values.
 NUM_CLASSES = 1008
 
 STEM = "Conv2d_1a_3x3:2 Conv2d_2a_3x3:1 Conv2d_2b_3x3 halve Conv2d_3b_1x1 Conv2d_4a_3x3:1 halve"
@@ -29,7 +31,7 @@ EIGHT = (
     "branch3x3_1 branch3x3_2a|branch3x3_2b",
     "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3a|branch3x3dbl_3b",
 )
-# Blocks by name: the branches, whose outputs are concatenated.
+# Name of a block → its branches, whose outputs are concatenated.
 BLOCKS = {
     **dict.fromkeys(("Mixed_5b", "Mixed_5c", "Mixed_5d"), ("branch1x1", "branch5x5_1 branch5x5_2", DOUBLE, AVERAGE)),
     "Mixed_6a": ("branch3x3:2", f"{DOUBLE}:2", "halve"),
@@ -40,14 +42,14 @@ BLOCKS = {
         "halve",
     ),
     "Mixed_7b": (*EIGHT, AVERAGE),
-    # Parity: the published network's last block takes the maximum where the others average.
+    # Parity: the last block of the published network uses max pooling, and the other blocks average pooling.
     "Mixed_7c": (*EIGHT, "max branch_pool"),
 }
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias")
 POOLING = {
     "halve": partial(F.max_pool2d, kernel_size=3, stride=2),
     "max": partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
-    # Parity: the network was trained in TensorFlow, whose average leaves out what lies beyond the edge.
+    # Parity: the network was trained in TensorFlow, whose average pooling does not count padding.
     "average": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
 }
 
@@ -57,18 +59,18 @@ class FIDInception(nn.Module):
 
     Args:
         weights (`dict[str, torch.Tensor]`): The tensors of `pt_inception-2015-12-05-6726825d.pth`, as
-            `features.read_weights` returns them. They set the widths of the network.
+            `features.read_weights` returns them. Their shapes set the widths of the network.
 
     Raises:
-        ValueError: If they are torchvision's Inception.
+        ValueError: If the weights belong to another Inception network, such as torchvision's.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor]):
         classifier = weights.get("fc/weight")
         if classifier is not None and len(classifier) != NUM_CLASSES:
             raise ValueError(
-                f"The weights are an Inception of {len(classifier)} classes, but FID's has {NUM_CLASSES}; pass "
-                "pt_inception-2015-12-05-6726825d.pth."
+                f"`weights` are an Inception network of {len(classifier)} classes, but FID needs the one of "
+                f"{NUM_CLASSES} classes; pass pt_inception-2015-12-05-6726825d.pth."
             )
         super().__init__()
         self.weights = nn.ParameterDict(weights).requires_grad_(False)
@@ -81,7 +83,7 @@ class FIDInception(nn.Module):
         return hidden_states.mean((2, 3))
 
     def run(self, steps: str, hidden_states: torch.Tensor, prefix: str = "") -> torch.Tensor:
-        """Apply steps one after the other; the names of their weights start with `prefix`."""
+        """Apply steps one after the other. The names of their weights start with `prefix`."""
         for step in steps.split():
             if step in POOLING:
                 hidden_states = POOLING[step](hidden_states)
@@ -91,7 +93,7 @@ class FIDInception(nn.Module):
         return hidden_states
 
     def convolve(self, step: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Apply a convolution without bias, batch normalisation and a rectifier."""
+        """Apply a convolution without bias, batch normalisation and ReLU."""
         name, _, stride = step.partition(":")
         shape = {"stride": int(stride)} if stride else {"padding": "same"}
         hidden_states = F.conv2d(hidden_states, self.weights[f"{name}/conv/weight"], **shape)

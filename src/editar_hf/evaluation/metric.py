@@ -1,4 +1,4 @@
-"""All metrics for those who use `evaluate`, in one module that `evaluate.load` loads from its path, offline too.
+"""All metrics as one module for the library `evaluate`. `evaluate.load` loads it from its path, without a network.
 
 ```python
 import evaluate
@@ -29,7 +29,7 @@ def read_grey(path: str) -> PIL.Image.Image:
         return image.convert("L")
 
 
-# What a reference can be, and how it is read.
+# Kind of a reference → function that reads it.
 READERS: dict[str, Callable] = {
     "source_image": benchmarks.open_image,
     "target_image": benchmarks.open_image,
@@ -64,16 +64,17 @@ class EditMetric(evaluate.Metric):
 
         Args:
             predictions (`list[str]`): Paths of images.
-            references (`list[str]`): What the metric compares them with: paths of sources, true results, condition maps
-                or label maps, or prompts for CLIP.
+            references (`list[str]`): The references of the metric: paths of source images, target images, condition
+                maps or label maps, or prompts for CLIP.
             metric (`str`): A key of `table.METRICS`.
-            masks (`list[str]`, *optional*): Paths of masks, white where edited; metrics of the unedited part need them.
+            masks (`list[str]`, *optional*): Paths of masks, white inside the edit. Metrics of the unedited part need
+                them.
             protocol (`str`, *optional*, defaults to `"editar"`): A key of `table.PROTOCOLS`.
-            model (`str` or `Network`, *optional*): The metric's network, if not the published one.
-            device (`str`, *optional*): Where to compute.
+            model (`str` or `Network`, *optional*): The network of the metric; defaults to the published one.
+            device (`str`, *optional*): Device of the network.
 
         Returns:
-            The mean under the metric's name, unscaled, and `num_samples`.
+            The unscaled mean under the name of the metric, and `num_samples`.
         """
         checks.check_choice("metric", metric, table.METRICS)
         checks.check_choice("protocol", protocol, table.PROTOCOLS)

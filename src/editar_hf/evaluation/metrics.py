@@ -1,8 +1,8 @@
-"""The metrics as functions of tensors; what a network sees in an image is computed in `features.py`.
+"""The metrics as functions of tensors. `features.py` computes the features that some of them need.
 
-Images are (batch, 3, height, width) in [0, 1]. `images` are scored and `references` are what they are compared with. A
-`mask` (batch, 1, height, width) is 1 where an image was to be edited. Every function returns one float64 value per
-image, computed on the CPU so that the device does not change it. A value that is not defined is NaN.
+Images are (batch, 3, height, width) in [0, 1]. `images` are compared with `references`. A `mask` (batch, 1, height,
+width) is 1 inside the edit. Metrics of single images return one float64 value per image. All metrics are computed on
+the CPU, so the device does not change them. An undefined value is NaN.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,10 @@ def average_map(
     masked_mean: bool = False,
     border: int = 0,
 ) -> torch.Tensor:
-    """Set edited pixels to 0 in both images, compute a map of the two, and average it; NaN if no pixel is unedited."""
+    """Set edited pixels to 0 in both images, compute a map of both, and average the map.
+
+    The mean is NaN if all pixels are edited.
+    """
     check_pair(images, references, mask)
     unedited = torch.ones_like(images[:, :1]) if mask is None else 1 - mask.float()
     unedited = unedited.cpu().double().expand_as(images)
@@ -61,7 +64,7 @@ def average_map(
 def compute_l1(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Compute the mean absolute difference, in [0, 1].
 
-    Source: MagicBrush (arXiv 2306.10012), section 4.1; the L2 of that benchmark is `compute_mse`.
+    Source: MagicBrush (arXiv 2306.10012), section 4.1. The L2 metric of that benchmark is `compute_mse`.
     """
     return average_map(partial(F.l1_loss, reduction="none"), images, references)
 
@@ -71,8 +74,8 @@ def compute_mse(
 ) -> torch.Tensor:
     """Compute the mean squared difference, in [0, 1].
 
-    With a `mask`, edited pixels are set to 0 in both images. The published figures average over all pixels, including
-    those; with `masked_mean`, the mean is over the unedited pixels only.
+    With a `mask`, edited pixels are set to 0 in both images. The mean is over all pixels, including the edited ones, as
+    in published results. With `masked_mean`, the mean is over the unedited pixels only.
 
     Source: PnPInversion (arXiv 2310.01506), section 5.1.
     """
@@ -82,7 +85,10 @@ def compute_mse(
 def compute_psnr(
     images: torch.Tensor, references: torch.Tensor, mask: torch.Tensor | None = None, masked_mean: bool = False
 ) -> torch.Tensor:
-    """Compute the peak signal-to-noise ratio in dB, with the arguments of `compute_mse`; infinite for equal images."""
+    """Compute the peak signal-to-noise ratio in dB. The arguments are the same as in `compute_mse`.
+
+    The PSNR of equal images is infinite.
+    """
     return -10 * compute_mse(images, references, mask, masked_mean).log10()
 
 
@@ -95,8 +101,9 @@ def compute_ssim(
 ) -> torch.Tensor:
     """Compute the structural similarity, at most 1, over three channels, with a Gaussian window of 11 pixels.
 
-    The first four arguments are those of `compute_mse`; no side may be smaller than the window. `border` pixels are
-    left out at each side of the map: 5 in older versions of the reference's library.
+    The first four arguments are the same as in `compute_mse`. No side of an image may be smaller than the window.
+    `border` pixels are left out at each side of the map. Older versions of the library that the reference uses leave
+    out 5.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", equation 13.
     """
@@ -104,7 +111,7 @@ def compute_ssim(
 
 
 def compute_ms_ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Compute the multi-scale structural similarity, in [0, 1]; a side has at least 176 pixels.
+    """Compute the multi-scale structural similarity, in [0, 1]. Each side must have at least 176 pixels.
 
     Source: Wang et al., "Multi-scale structural similarity for image quality assessment", equation 7.
     """
@@ -117,7 +124,7 @@ def compute_ms_ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Ten
 
 
 def compute_cosine_similarity(embeds: torch.Tensor, reference_embeds: torch.Tensor) -> torch.Tensor:
-    """Compute the cosine, in [−1, 1], of embeddings (batch, dim): CLIP-I, CLIP-T and DINO similarity.
+    """Compute the cosine similarity, in [−1, 1], of embeddings (batch, dim), for CLIP-I, CLIP-T and DINO.
 
     Source: MagicBrush (arXiv 2306.10012), section 4.1.
     """
@@ -143,13 +150,14 @@ def compute_structure_distance(keys: torch.Tensor, reference_keys: torch.Tensor)
 def compute_frechet_distance(features: torch.Tensor, reference_features: torch.Tensor) -> float:
     """Compute the Fréchet distance between two sets of features (n, dim), modelled as normal distributions.
 
-    A covariance is Σ = AᵀA with A the centred features over √(n − 1). The trace of (Σ₁Σ₂)^½ is the sum of the singular
-    values of A₁A₂ᵀ, so no matrix root is taken, and sets with fewer images than dimensions stay exact.
+    The covariance is Σ = AᵀA, where A holds the centred features divided by √(n − 1). The trace of (Σ₁Σ₂)^½ is the sum
+    of the singular values of A₁A₂ᵀ. No matrix root is therefore needed, and the result is exact even if there are fewer
+    images than dimensions.
 
     Source: Heusel et al. (arXiv 1706.08500), equation 6, with unbiased covariances.
     """
     if min(len(features), len(reference_features)) < 2:
-        raise ValueError("`features` or `reference_features` has fewer than two images; a covariance needs two.")
+        raise ValueError("`features` or `reference_features` has fewer than two images; pass at least two of each.")
 
     def compute_moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = features.cpu().double()
@@ -166,9 +174,9 @@ def compute_frechet_distance(features: torch.Tensor, reference_features: torch.T
 
 
 def apply_canny(images: torch.Tensor) -> torch.Tensor:
-    """Find the edges of images: (batch, 1, height, width), 1 on an edge.
+    """Detect the edges of images: (batch, 1, height, width), 1 on an edge and 0 elsewhere.
 
-    Source: ControlNet++ (arXiv 2404.07987), whose evaluation uses kornia's detector with these thresholds.
+    Source: ControlNet++ (arXiv 2404.07987). Its evaluation uses kornia's Canny detector with these thresholds.
     """
     return canny(images.float(), 0.1, 0.2)[1]
 
@@ -181,9 +189,9 @@ def compute_edge_f1(edges: torch.Tensor, reference_edges: torch.Tensor) -> torch
     return binary_f1_score(edges.cpu().long(), reference_edges.cpu().long(), multidim_average="samplewise").double()
 
 
-# Depth has no unit, so estimates are scaled first: spread over 0 to 1, or only divided by their maximum. The first two
-# variants spread the labels too, and truncate both to steps of 1/255.
-# Variant → whether it spreads the estimate, whether it spreads the label and truncates.
+# Depth has no unit, so an estimate is scaled first: either stretched to [0, 1] or divided by its maximum. The first two
+# variants also stretch the label, and truncate estimate and label to steps of 1/255.
+# Variant → whether the estimate is stretched, and whether the label is stretched and both are truncated.
 DEPTH_VARIANTS = {"editar": (True, True), "controlnet++": (False, True), "controlar": (False, False)}
 
 
@@ -192,12 +200,12 @@ def compute_depth_rmse(depth: torch.Tensor, labels: torch.Tensor, variant: str =
 
     Args:
         depth (`torch.Tensor` of shape `(batch, depth_height, depth_width)`): The estimate, 0 or more. The first two
-            variants resize it to the label; the last one needs it at that size.
+            variants resize it to the size of the label. For the last variant, it must have this size.
         labels (`torch.Tensor` of shape `(batch, 1, height, width)`): The condition maps, in [0, 1].
         variant (`str`, *optional*, defaults to `"editar"`): A key of `DEPTH_VARIANTS`.
 
     Returns:
-        (batch,), NaN where a map has no range to scale.
+        (batch,), NaN where all values of a map are equal, so that it cannot be stretched.
 
     Source: the evaluations of EditAR (arXiv 2501.04699), ControlNet++ (arXiv 2404.07987) and ControlAR
     (arXiv 2410.02705).
@@ -207,20 +215,20 @@ def compute_depth_rmse(depth: torch.Tensor, labels: torch.Tensor, variant: str =
     depth, labels = depth.cpu().float(), 255 * labels.cpu().double()[:, 0]
     estimates = 255 * (spread(depth) if is_spread else depth / depth.amax((1, 2), keepdim=True)).double()
     if is_truncated:
-        # Labels are whole steps. Rounding removes float errors that truncation would turn into a step less.
+        # Labels are multiples of 1/255. Without rounding, a small float error could lower a label by a whole step.
         labels = (255 * spread(labels.round())).floor()
         estimates = resize_steps(estimates, labels.shape[2], labels.shape[1])
     return (estimates - labels).square().flatten(1).mean(1).sqrt()
 
 
 def spread(maps: torch.Tensor) -> torch.Tensor:
-    """Spread each map (batch, height, width) over 0 to 1; a map of one value becomes NaN."""
+    """Stretch each map (batch, height, width) to [0, 1]. A map whose values are all equal becomes NaN."""
     least, greatest = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return (maps - least) / (greatest - least)
 
 
 def resize_steps(maps: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Truncate maps (batch, height, width) of 0 to 255 and resize them as 8-bit images; NaN stays NaN."""
+    """Truncate maps (batch, height, width) in [0, 255] to integers and resize them as 8-bit images. NaN stays NaN."""
     images = [Image.fromarray(one.nan_to_num().byte().numpy()) for one in maps]
     steps = [np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for image in images]
     return torch.from_numpy(np.stack(steps)) + 0 * maps.amax((1, 2), keepdim=True)
@@ -231,30 +239,30 @@ def compute_confusion_matrix(
 ) -> torch.Tensor:
     """Count pixels by true class (rows) and predicted class (columns): (num_labels, num_labels), int64.
 
-    Both maps are (batch, height, width) and hold integers. Pixels where `labels` is `ignore_label` are left out.
+    Both maps are (batch, height, width) and hold integers. Pixels where `labels` is `ignore_label` are not counted.
 
     Raises:
-        ValueError: If a class is not below `num_labels`.
+        ValueError: If a class is negative, or `num_labels` or more.
     """
     is_counted = labels.cpu() != ignore_label
     pairs = torch.stack([maps.cpu().long()[is_counted] for maps in (labels, predicted_labels)])
     if not ((pairs >= 0) & (pairs < num_labels)).all():
         raise ValueError(
             f"`labels` and `predicted_labels` go from {pairs.min()} to {pairs.max()}; with {num_labels} classes they "
-            f"go from 0 to {num_labels - 1}, and {ignore_label} in `labels` is left out."
+            f"must be 0 to {num_labels - 1}, or {ignore_label} in `labels` for pixels to ignore."
         )
     return torch.bincount(num_labels * pairs[0] + pairs[1], minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 def compute_class_iou(confusion_matrix: torch.Tensor) -> torch.Tensor:
-    """Compute the intersection over union, in [0, 1], of each class; NaN for one that is neither true nor predicted."""
+    """Compute the intersection over union of each class, in [0, 1]; NaN if a class is neither true nor predicted."""
     confusion_matrix = confusion_matrix.double()
     shared = confusion_matrix.diagonal()
     return shared / (confusion_matrix.sum(0) + confusion_matrix.sum(1) - shared)
 
 
 def compute_mean_iou(confusion_matrix: torch.Tensor) -> float:
-    """Compute the mean intersection over union, in [0, 1], of the classes that occur.
+    """Compute the mean intersection over union, in [0, 1], over the classes that are true or predicted somewhere.
 
     Source: Long et al., "Fully convolutional networks for semantic segmentation" (arXiv 1411.4038), section 5.
     """
