@@ -14,7 +14,7 @@ from editar_hf.commands import edit, main
 from editar_hf.commands.edit import RECORD_FILE
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:More than 2% of an image")
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:The centre crop cuts")
 PROMPT = "make the red circle blue"
 LINE = {"image": "a.png", "prompt": PROMPT}
 

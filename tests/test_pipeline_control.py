@@ -14,7 +14,7 @@ from editar_hf.pipelines.edit_region import compute_edit_mask
 
 PROMPT = "make the red circle blue"
 SIDE, NUM_TOKENS = 16, 16
-pytestmark = pytest.mark.filterwarnings("ignore:More than 2% of an image", "ignore:`image` is missing")
+pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:`image` is missing")
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def at(image, place):
     return image[place[1], place[0]]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:More than 2% of an image")
+pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts")
 PHOTO = np.asarray(Image.open(ROOT / "examples" / "photo.png")).astype(int)
 # A token is 30 pixels of the photograph, and the feather ends one token outside the mask.
 FAR_FROM_MASK = np.s_[:120]
