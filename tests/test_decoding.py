@@ -288,8 +288,8 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_forward(model):
     coarse = copy.copy(cache)
     coarse.keys = [keys.bfloat16() for keys in cache.keys]
     refusals = [
-        ({"source_image_tokens": SOURCE.flip(0), "source_cache": cache}, "is of other images"),
-        ({"source_cache": cache, "grid_height": 2}, "is of a grid of 4 × 4 tokens, this call of 2 × 4"),
+        ({"source_image_tokens": SOURCE.flip(0), "source_cache": cache}, "are of different images"),
+        ({"source_cache": cache, "grid_height": 2}, "has a grid of 4 × 4 tokens, .* 2 × 4"),
         ({"source_cache": coarse}, "is torch.bfloat16 on cpu and"),
         ({"source_cache": three}, "holds 3 images and"),
     ]
@@ -315,7 +315,7 @@ def test_a_cache_outlives_other_threads_another_head_and_a_file(tmp_path):
 def check_caches(model, good, bad):
     dtype = {"prompt_embeds": INPUTS["prompt_embeds"].to(model.dtype)}
     model.generate(**dtype, **GREEDY, source_cache=good)
-    with pytest.raises(ValueError, match=r"`source_cache` is of another decoder.*prepare it again"):
+    with pytest.raises(ValueError, match=r"`source_cache` was prepared with another decoder.*prepare it again"):
         model.generate(**dtype, **GREEDY, source_cache=bad)
 
 

@@ -481,7 +481,7 @@ BAD_INPUT = {
     "masks that do not pair up": ({"image": [draw_image(0)] * 2, "mask_image": [MASK] * 3}, "`mask_image` has 3"),
     "too few generators": ({"generator": [seeded(0)], "num_images_per_prompt": 2}, "`generator` is a list of 1"),
     "seed as a generator": ({"generator": 0}, "`generator` is 0"),
-    "image that is nowhere": ({"image": "no-such-photo.png"}, "`image` is 'no-such-photo.png', from which no image"),
+    "image that is nowhere": ({"image": "no-such-photo.png"}, "`image` is 'no-such-photo.png', which does not open"),
     "no images in a list": ({"image": []}, "`image` is an empty list"),
     "image beside tokens": ({"source_image_tokens": TOKENS}, "beside `source_image_tokens`"),
     "tokens beside a cache": (
@@ -511,7 +511,7 @@ BAD_INPUT = {
         "`output_type` is 'np' with `crop_to_mask`",
     ),
     "unknown decoding": ({"decoding": "fast"}, "`decoding` is 'fast'"),
-    "drafts without a source": ({**NO_IMAGE, "decoding": "speculative"}, "`decoding` is 'speculative', which drafts"),
+    "drafts without a source": ({**NO_IMAGE, "decoding": "speculative"}, "`decoding` is 'speculative', which takes"),
     "image guidance without image": ({**NO_IMAGE, "image_guidance_scale": 2}, "`image_guidance_scale` is 2"),
     "sampling settings out of range": ({"temperature": -1.0}, "`temperature` is -1.0"),
     "no images per prompt": ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),

@@ -257,15 +257,15 @@ def test_a_cache_of_another_image_or_a_changed_decoder_is_refused():
     for image in (draw_image(1), [draw_image(0), draw_image(1)]):
         with pytest.raises(ValueError, match="`source_cache` is of another image than `image`"):
             edit(pipe, image, source_cache=cache, mask_image=MASK)
-    with pytest.raises(ValueError, match="`source_cache` is of a grid of 4 × 4"):
+    with pytest.raises(ValueError, match="`source_cache` has a grid of 4 × 4"):
         edit(pipe, source_cache=cache, restore_size=True, height=8)
     coarse = copy.deepcopy(pipe)
     coarse.transformer.bfloat16()
-    with pytest.raises(ValueError, match=r"`source_cache` is torch.float32 on cpu and the decoder torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"`source_cache` is torch.float32 on cpu and the decoder is torch.bfloat16"):
         coarse(PROMPT, source_cache=cache)
     with torch.no_grad():
         pipe.transformer.model.layers[1].mlp.up_proj.weight[0] += 0.1
-    with pytest.raises(ValueError, match="`source_cache` is of another decoder, or of this one with other weights"):
+    with pytest.raises(ValueError, match="`source_cache` was prepared with another decoder, or before"):
         pipe(PROMPT, source_cache=cache)
 
 

@@ -1,8 +1,8 @@
-"""Decoding: what `EditARForConditionalGeneration.generate` is made of.
+"""Decoding: the parts of `EditARForConditionalGeneration.generate`.
 
-`mixin` has `generate`. `inputs` resolves its settings and refuses bad arguments. `decoding` has the loop, its passes
-and their compilation. `cache` has the keys, the values and the attention that reads them. `sampling` has the pure
-tensor functions that choose tokens. Nothing here imports the model.
+`mixin` defines `generate`. `inputs` resolves its settings and checks its arguments. `decoding` contains the decoding
+loop, its decoder passes and their compilation. `cache` contains the key-value caches and the attention function that
+reads them. `sampling` contains the pure tensor functions that choose tokens. No module here imports the model.
 """
 
 import warnings

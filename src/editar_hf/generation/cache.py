@@ -1,10 +1,11 @@
-"""Keys and values of decoding, and the attention that reads them.
+"""The key-value caches of decoding, and the attention function that reads them.
 
-The source image comes first and attention is causal, so the keys and values of a source do not depend on the
-instruction, the seed or the guidance branch. `SourceCache` holds them once. `DecodingCache` holds what each row of a
-batch adds: its text and its target tokens. The attention function reads both without copying the source to every row.
+The source image comes first in the sequence and attention is causal. Therefore the keys and values of a source do not
+depend on the instruction, the seed or the guidance branch. `SourceCache` holds them once. `DecodingCache` holds, for
+each row of a batch, the keys and values of its text and of its target tokens. The attention function reads both caches
+without copying the source to every row.
 
-Source: attention in a shared and a private part, Hydragen (arXiv 2402.05099).
+Source: Hydragen (arXiv 2402.05099), attention over a shared prefix and a part of each row.
 """
 
 import math
@@ -19,29 +20,30 @@ from transformers.cache_utils import Cache, StaticLayer
 from ..configuration_editar import EditARConfig
 
 
-# The name under which transformers knows `attend_to_sources`.
+# The name under which `attend_to_sources` is registered in transformers.
 SHARED_SOURCE_ATTENTION = "editar_shared_source"
-# Attention scores of at most so many queries exist at once. For two rows of the published size they take 22 MB.
+# Number of queries whose attention scores are computed at once. For two rows of the published size, 128 need 22 MB.
 QUERIES_PER_CHUNK = 128
-# How PEFT names the parameters of an adapter.
+# The names of an adapter's parameters in PEFT.
 ADAPTER_PARAMETER = re.compile(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)")
 
 
 @dataclass
 class SourceCache:
-    """Hold the keys and values of source images; made by `prepare_source_cache`.
+    """Hold the keys and values of source images. `prepare_source_cache` creates it.
 
     Args:
         source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Tokens of the source images.
         keys, values (`list[torch.Tensor]`): One tensor `(sources, heads, N, head_dim)` for each layer.
         grid_height, grid_width (`int`): Tokens per column and per row.
         weight_samples (`dict[str, list[float]]`): A few numbers of each parameter of the decoder. `generate` refuses a
-            cache whose samples differ from its own: the weights, the adapters or their scales have changed. A change of
-            single numbers, such as one embedding, may go unnoticed. After `unfuse_lora` the weights differ by rounding,
-            so the cache is refused.
+            cache if the decoder's numbers differ, because the weights, the adapters or their scales have changed since
+            the cache was created. It may not notice a change of few numbers, such as one embedding. After `unfuse_lora`
+            the weights differ by rounding errors, so it refuses the cache.
         pixel_values (`torch.Tensor` of shape `(sources, 3, height, width)`, *optional*): The images, in [−1, 1].
-        num_rows, num_images (`int`): For a call of `generate`: rows of the batch that read these sources, branch after
-            branch; and images of a branch, equally many of each source, one after the other.
+        num_rows (`int`): Set by `generate`: number of batch rows that read these sources. Rows are ordered by branch,
+            then by source.
+        num_images (`int`): Set by `generate`: number of images in each branch, the same number for each source.
     """
 
     source_image_tokens: torch.Tensor
@@ -58,21 +60,21 @@ class SourceCache:
         return len(self.source_image_tokens)
 
     def split_rows(self, states: torch.Tensor) -> torch.Tensor:
-        """Split the rows of `(rows, …)` into `(branches, sources, images of a source, …)`."""
+        """Reshape `(rows, …)` to `(branches, sources, images per source, …)`."""
         return states.unflatten(0, (-1, len(self), self.num_images // len(self)))
 
     def expand_tokens(self, source_image_tokens: torch.Tensor | None, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """Repeat the tokens of each source for its images; refuse prompts and tokens that do not fit them."""
+        """Repeat the tokens of each source for its images, and check that the prompts and given tokens match them."""
         if len(prompt_embeds) % len(self):
             raise ValueError(
-                f"`source_cache` holds {len(self)} images and `prompt_embeds` {len(prompt_embeds)}; pass equally many "
-                "prompts for each image, one after the other."
+                f"`source_cache` holds {len(self)} images and `prompt_embeds` holds {len(prompt_embeds)} prompts; pass "
+                "the same number of prompts for each image: first those of the first image, then those of the next."
             )
         tokens = self.source_image_tokens.repeat_interleave(len(prompt_embeds) // len(self), dim=0)
         if source_image_tokens is not None and not torch.equal(tokens, source_image_tokens.to(tokens.device)):
             raise ValueError(
-                "`source_cache` is of other images than `source_image_tokens`; prepare one of these tokens, or leave "
-                "them out."
+                "`source_cache` and `source_image_tokens` are of different images; prepare a cache of these tokens, or "
+                "leave `source_image_tokens` out."
             )
         return tokens
 
@@ -83,7 +85,7 @@ def compute_source_cache(
     grid: dict[str, int],
     drop_source: torch.Tensor | None = None,
 ) -> SourceCache:
-    """Run source images through the decoder; `drop_source` marks those that are the null image."""
+    """Compute the keys and values of source images; those whose `drop_source` is True are the null image."""
     outputs = model(source_image_tokens=source_image_tokens, drop_source=drop_source, use_cache=True, **grid)
     keys = [layer.keys for layer in outputs.cache.layers]
     values = [layer.values for layer in outputs.cache.layers]
@@ -91,10 +93,10 @@ def compute_source_cache(
 
 
 def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
-    """Read about 32 numbers of every parameter, and the scales of active adapters; no forward runs.
+    """Read about 32 numbers of every parameter, and the scales of active adapters, without running the decoder.
 
-    The samples are the same on every device and in every process. A weight that is not in memory, as under sequential
-    offload, gives no numbers.
+    The numbers are the same on every device and in every process. Parameters on the meta device, as under sequential
+    offload, give an empty list.
     """
     samples: dict[str, list[float]] = {}
     active: set[str] = set()
@@ -113,13 +115,13 @@ def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
 
 
 class DecodingCache(Cache):
-    """Hold the keys and values of one call of `generate`: slots of text, then slots of target tokens, for each row.
+    """Hold the keys and values of one call of `generate`: text slots, then target slots, for each row.
 
-    A pass writes to the slots that `start_pass` names. The next pass may write over them, so
-    drafts that fail need no clean-up. The first rows read the first of the sources, and so on.
+    A pass writes to the slots that `start_pass` sets. The next pass may overwrite them, so rejected drafts need no
+    clean-up. The first `num_rows` rows read `sources[0]`, the next rows read `sources[1]`, and so on.
 
-    With `is_static` every pass attends to all slots under a mask, and the sources are copied to buffers of the cache.
-    The shapes of a pass then depend on nothing but its length, so that passes can be compiled or captured.
+    With `is_static`, every pass attends to all slots under a mask, and the sources are copied to buffers of the cache.
+    The shapes of a pass then depend only on its length, so that passes can be compiled or captured as CUDA graphs.
     """
 
     def __init__(
@@ -134,15 +136,15 @@ class DecodingCache(Cache):
         self.slots = torch.arange(0, device=keys.device)
 
     def reuse(self, sources: list[SourceCache]) -> None:
-        """Copy other sources of the same shapes into the buffers; the next pass starts anew with the text."""
+        """Copy other sources of the same shapes into the buffers, before a new call of `generate`."""
         for own, given in zip(self.sources, sources, strict=True):
             for buffer, states in zip(own.keys + own.values, given.keys + given.values, strict=True):
                 buffer.copy_(states)
 
     def start_pass(self, start: int | torch.Tensor, num_new: int) -> dict:
-        """Announce a pass that brings `num_new` slots from `start` on; return its arguments of the decoder's forward.
+        """Prepare for a pass that writes `num_new` slots from `start` on; return its arguments for `forward`.
 
-        Slot 0 is the first of the text. In a static cache `start` may be a tensor, for a CUDA graph.
+        Slot 0 is the first text position. In a static cache, `start` may be a tensor, for a CUDA graph.
         """
         device = self.layers[0].keys.device
         self.slots = start + torch.arange(num_new, device=device)
@@ -161,14 +163,14 @@ class DecodingCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new keys and values of a layer; return those that the pass attends to."""
+        """Store the new keys and values of a layer, and return the keys and values that the pass attends to."""
         keys, values = self.layers[layer_idx].keys, self.layers[layer_idx].values
         keys[:, :, self.slots], values[:, :, self.slots] = key_states, value_states
         return keys[:, :, : self.num_read], values[:, :, : self.num_read]
 
 
 def copy_source(source: SourceCache) -> SourceCache:
-    """Copy a source to tensors whose addresses compiled code may rely on."""
+    """Copy a source to tensors with fixed addresses, which compiled code needs."""
     keys, values = ([states.clone() for states in layers] for layers in (source.keys, source.values))
     for states in (*keys, *values):
         torch._dynamo.mark_static_address(states)
@@ -185,9 +187,10 @@ def attend_to_sources(
     sources: list[SourceCache],
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend from each query to the source of its row and to the row's own keys, as transformers' attention functions.
+    """Attend from each query to the source of its row and to the keys of its row.
 
-    `sources` says what the rows read, and `attention_mask`, `(1, 1, queries, slots)`, is added to scores of own keys.
+    The signature is that of the attention functions of transformers. `sources` holds the sources of all rows.
+    `attention_mask`, `(1, 1, queries, slots)`, is added to the scores of the keys of the row.
     """
     outputs, rows = [], [source.num_rows for source in sources]
     blocks = zip(sources, *(states.split(rows) for states in (query * scaling, key, value)), strict=True)
@@ -208,7 +211,7 @@ def attend_in_one_softmax(
     value: torch.Tensor,
     bias: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute the scores of source and own keys, one softmax over both in float32, and two weighted sums."""
+    """Compute one float32 softmax over the source keys and the row's own keys, and the weighted sum of their values."""
     source_scores = torch.einsum("bsghqd,shnd->bsghqn", source.split_rows(query), source.keys[layer_idx])
     own_scores = (query @ key.transpose(2, 3)).float() + bias
     scores = torch.cat([source_scores.flatten(0, 2).float(), own_scores], dim=-1)

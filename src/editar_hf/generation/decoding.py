@@ -1,15 +1,16 @@
-"""Decoding: one loop for exact, masked and speculative decoding, the passes that it runs, and their compilation.
+"""The decoding loop for exact, masked and speculative decoding, its decoder passes, and their compilation.
 
-A pass feeds the last accepted token and the tokens proposed after it: tokens outside the edit mask, which are known
-(forced), and drafts in speculative decoding. The logits of the pass show which drafts are right: those that equal the
-token that the logits before them choose. The first wrong draft is replaced by that token, and the next pass starts
-there. Noise is fixed for each position, so the result is that of one token at a time. Forced tokens are always right.
+A pass feeds the last accepted token and the proposed tokens after it. Proposed tokens are of two kinds: tokens outside
+the edit mask, which are known (forced), and drafts of speculative decoding. A draft is right if it equals the token
+that the logits before it choose. The first wrong draft is replaced by the chosen token, and the next pass starts there.
+Forced tokens are always right. The sampling noise of each position is fixed, so the result is the same as with one
+token per pass.
 
-Rows of a batch advance together, by the smallest number of tokens that any row accepts. What a row chose beyond that
-stays proposed. So does what it chose after a wrong draft: it is the next draft there.
+All rows of a batch advance by the same number of tokens: the smallest number that any row accepts. The tokens that a
+row chose after these become the drafts of the next pass.
 
-Sources: drafts under fixed noise, predictive sampling (arXiv 2002.09928); own predictions as next drafts, speculative
-Jacobi decoding (arXiv 2410.01699).
+Sources: predictive sampling (arXiv 2002.09928) for drafts under fixed noise; speculative Jacobi decoding
+(arXiv 2410.01699) for a model's own predictions as the next drafts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from .cache import DecodingCache, SourceCache, compute_source_cache
 from .sampling import GuidanceBranch, TokenSelector, as_index
 
 
-# Lengths of compiled passes: one token, and one token with the drafts of a speculative pass or a short forced run.
+# Lengths of compiled passes: one token, or one token with up to 16 drafts or forced tokens.
 COMPILED_LENGTHS = (1, 17)
 
 
@@ -37,26 +38,27 @@ def decode_target_tokens(
     free_positions: Sequence[int],
     num_draft_tokens: int,
 ) -> Iterator[torch.Tensor]:
-    """Decode the free positions of `tokens`, `(batch, N)`, in place; yield the first T tokens, for T = 1 … N.
+    """Decode the free positions of `tokens`, `(batch, N)`, in place. Yield the first T tokens, for T = 1 … N.
 
     Args:
-        run_pass (`Callable`): `run_pass(tokens, start, positions)` feeds the target tokens from `start` up to the last
-            of the positions; if `start` is None it feeds the text and all tokens before that position. It returns the
-            logits that choose the tokens at the positions, `(branches, batch, positions, vocab_size)` in float32.
+        run_pass (`Callable`): `run_pass(tokens, start, positions)` feeds the target tokens from `start` to the last
+            position, which is not included. If `start` is None, it feeds the text and then all tokens before that
+            position. It returns the logits of the tokens at `positions`, `(branches, batch, positions, vocab_size)` in
+            float32.
         select_tokens (`TokenSelector`): Chooses tokens from logits.
-        tokens (`torch.LongTensor`): Forced tokens, and first drafts at the free positions.
-        free_positions (sequence of `int`): Positions to decode, ascending.
-        num_draft_tokens (`int`): The most drafts of a pass; 0 in exact decoding.
+        tokens (`torch.LongTensor`): The forced tokens, and the first drafts at the free positions.
+        free_positions (sequence of `int`): Positions to decode, in ascending order.
+        num_draft_tokens (`int`): Largest number of drafts in a pass; 0 in exact decoding.
     """
     start, num_decided, num_known, num_tokens = None, 0, 0, tokens.shape[1]
     while True:
-        # Forced tokens are known with the free token before them.
+        # All tokens before the next free position are now known.
         next_free = free_positions[num_decided] if num_decided < len(free_positions) else num_tokens
         yield from (tokens[:, :count] for count in range(num_known + 1, next_free + 1))
         num_known = next_free
         if num_known == num_tokens:
             return
-        # Nothing after the last free token is fed: the logits that choose it are the last ones needed.
+        # Forced tokens after the last free token are never fed, because no logits after it are needed.
         window = free_positions[num_decided : num_decided + 1 + num_draft_tokens]
         chosen = select_tokens(run_pass(tokens, start, window), tokens, window)
         num_accepted = count_accepted(chosen, tokens, window)
@@ -66,9 +68,9 @@ def decode_target_tokens(
 
 
 def count_accepted(chosen: torch.Tensor, tokens: torch.Tensor, window: Sequence[int]) -> int:
-    """Count the choices that every row accepts: one more than the drafts that are right in every row."""
+    """Count the tokens that every row accepts: the first drafts that are right in every row, and one chosen token."""
     num_drafts = chosen.shape[1] - 1
-    if num_drafts == 0:  # exact decoding never waits for the device
+    if num_drafts == 0:  # So exact decoding never waits for the device.
         return 1
     is_right = chosen[:, :num_drafts] == tokens[:, as_index(window[:num_drafts])]
     return int(is_right.cumprod(dim=1).sum(dim=1).min()) + 1
@@ -76,9 +78,9 @@ def count_accepted(chosen: torch.Tensor, tokens: torch.Tensor, window: Sequence[
 
 @dataclass
 class PassRunner:
-    """Run the passes of the loop for all guidance branches; the first pass starts with the source and the text.
+    """Run the passes of the decoding loop for all guidance branches. The first pass also feeds the source and the text.
 
-    `source` is the tokens of the source images, their cache, or None for the null image.
+    `source` holds the tokens of the source images, or their cache, or None for the null image.
     """
 
     model: PreTrainedModel
@@ -95,7 +97,7 @@ class PassRunner:
         self.num_passes = 0
 
     def __call__(self, tokens: torch.Tensor, start: int | None, positions: Sequence[int]) -> torch.Tensor:
-        """Feed what `decode_target_tokens` asks for; return logits `(branches, batch, positions, vocab_size)`."""
+        """Run one pass, see `decode_target_tokens`; return logits `(branches, batch, positions, vocab_size)`."""
         stop, num_text_tokens = positions[-1], self.model.config.num_text_tokens
         first_slot, first_predicted = (0, 0) if start is None else (num_text_tokens + start, start + 1)
         num_new = num_text_tokens + stop - first_slot
@@ -110,7 +112,7 @@ class PassRunner:
         inputs = self.cache.start_pass(first_slot, length) | self.grid
         if compiled is not None:
             logits = compiled.run(target_image_tokens=F.pad(fed, (0, length - num_new)), **inputs)
-            # A copy: the next pass writes its logits over these.
+            # A copy is needed, because the next pass overwrites these logits.
             logits = logits[:, as_index(kept)].to(torch.float32, copy=True)
         else:
             inputs |= self.prepare_text_rows() if start is None else {}
@@ -120,15 +122,15 @@ class PassRunner:
         return logits.unflatten(0, (len(self.branches), -1))
 
     def close(self) -> None:
-        """Keep a static cache for the next call of its shape."""
+        """Keep a static cache for the next call with the same shapes."""
         if self.cache is not None and self.compiled is not None:
             self.compiled.caches[describe_sources(self.cache.sources)] = self.cache
 
     def build_cache(self) -> DecodingCache:
-        """Prepare the sources and the room for what the passes bring.
+        """Compute the keys and values of the sources, and allocate a cache for the text and the target tokens.
 
-        Every different source, and at most one null image, goes through the decoder once. Sharing is exact: attention
-        is causal and the text comes after the source.
+        Each different source runs through the decoder once, and so does the null image if a branch needs it. All rows
+        can share the result, because attention is causal and the text comes after the source.
         """
         num_images, sources = len(self.prompt_embeds), []
         # Branches without the source come last.
@@ -143,11 +145,11 @@ class PassRunner:
             tokens = torch.zeros(1, self.num_image_tokens, dtype=torch.long, device=self.prompt_embeds.device)
             null = compute_source_cache(self.model, tokens, self.grid, drop_source=torch.ones_like(tokens[:, 0]).bool())
             sources.append(replace(null, num_rows=num_null_rows, num_images=num_images))
-        arguments = self.model.config, sources, self.num_image_tokens - 1  # the last token is never fed
+        arguments = self.model.config, sources, self.num_image_tokens - 1  # The last token is never fed.
         return DecodingCache(*arguments) if self.compiled is None else self.compiled.take_cache(*arguments)
 
     def prepare_text_rows(self) -> dict[str, torch.Tensor]:
-        """Give each branch its text: one without the prompt gets the negative prompt, or else the null text."""
+        """Prepare the text of each branch. Branches without the prompt get the negative prompt or the null text."""
         drops = [branch.drop_prompt for branch in self.branches]
         if self.negative_prompt_embeds is not None:
             texts = [self.negative_prompt_embeds if drop else self.prompt_embeds for drop in drops]
@@ -158,7 +160,7 @@ class PassRunner:
 
 
 def find_sources(source_image_tokens: torch.Tensor) -> torch.Tensor:
-    """Find the different sources of a batch, if it holds equally many images of each, one after the other."""
+    """Find the different sources of a batch. They are found only if each is repeated equally often in a row."""
     sources, counts = torch.unique_consecutive(source_image_tokens, dim=0, return_counts=True)
     return sources if (counts == counts[0]).all() else source_image_tokens
 
@@ -166,13 +168,12 @@ def find_sources(source_image_tokens: torch.Tensor) -> torch.Tensor:
 class CompiledDecoding:
     """Hold the compiled passes of a decoder and their static caches, one for each shape.
 
-    The first pass, with the text, is not compiled, and neither is a long run of forced tokens: both are rare. Every
-    other pass is padded to one of `COMPILED_LENGTHS`. What is fed beyond the tokens asked for lands in slots that the
-    next pass writes over.
+    Two kinds of passes are rare and therefore not compiled: the first pass, with the text, and passes with many forced
+    tokens. Every other pass is padded to one of `COMPILED_LENGTHS`. The next pass overwrites the slots of the padding.
 
-    A call takes the cache of its shape out and puts it back at its end. A second thread that decodes the same shape
-    meanwhile gets a cache of its own; the last one put back stays. A copy of a decoder has no compiled passes, because
-    they belong to the weights of the first.
+    A call takes the cache of its shape and gives it back at its end. If a second thread decodes the same shape at the
+    same time, it gets a new cache; the cache that is given back last is kept. A copy of a decoder has no compiled
+    passes, because they use the weights of the original.
     """
 
     def __init__(self, forward: Callable, **options: Any) -> None:
@@ -182,11 +183,11 @@ class CompiledDecoding:
         self.caches: dict[tuple, DecodingCache] = {}
 
     def __reduce__(self) -> tuple:
-        """Copy and pickle as None."""
+        """Copy and pickle this object as None."""
         return type(None), ()
 
     def run(self, **inputs: Any) -> torch.Tensor:
-        """Run the forward, compiled for the shapes of these inputs; return its logits."""
+        """Run `forward`, compiled for the shapes of these inputs, and return its logits."""
         key = describe_sources(inputs["sources"]), inputs["target_image_tokens"].shape
         key += inputs["grid_height"], inputs["grid_width"]
         if key not in self.compiled:
@@ -195,7 +196,7 @@ class CompiledDecoding:
         return self.compiled[key](**inputs).logits
 
     def take_cache(self, config: EditARConfig, sources: list[SourceCache], num_target_slots: int) -> DecodingCache:
-        """Take the cache of this shape, or make one, and copy the sources into it."""
+        """Take the cache of this shape and copy the sources into it. If there is none, make a new cache."""
         cache = self.caches.pop(describe_sources(sources), None)
         if cache is None:
             return DecodingCache(config, sources, num_target_slots + COMPILED_LENGTHS[-1], is_static=True)
@@ -204,9 +205,9 @@ class CompiledDecoding:
 
 
 def compile_apart(forward: Callable, **options: Any) -> Callable:
-    """Compile a function apart from its other compilations.
+    """Compile a function separately from its other compilations.
 
-    torch counts compilations by code object and refuses the ninth, so each one gets a code object of its own.
+    torch allows eight compilations of one code object, so each compilation gets a new code object.
     `torch.compile(isolate_recompiles=True)` does the same in torch 2.13, but 2.11 is still supported.
     """
 
@@ -218,6 +219,6 @@ def compile_apart(forward: Callable, **options: Any) -> Callable:
 
 
 def describe_sources(sources: list[SourceCache]) -> tuple:
-    """Describe what the shapes of a cache depend on; a cache has as many target tokens as source tokens."""
+    """Return a key for the shapes of a cache, which has as many target tokens as source tokens."""
     parts = [(source.keys[0], source.num_rows, source.num_images) for source in sources]
     return tuple((keys.shape, keys.dtype, keys.device, *numbers) for keys, *numbers in parts)

@@ -36,20 +36,20 @@ from .inputs import (
 from .sampling import TokenSelector, compute_noise_keys, draw_seeds, select_branches
 
 
-# The most drafts of a speculative pass. On a GPU reading the weights takes the time, so drafts are almost free. On a
-# CPU every row costs arithmetic: a pass of GPT-B with 8 drafts takes about 1.9 times as long as one without in fp32,
-# and 2.3 times in bf16 (`benchmarks/results/generation-pieces.md`).
+# Largest number of drafts in a speculative pass. On a GPU, a pass is limited by memory bandwidth, so drafts are almost
+# free. On a CPU, every draft costs arithmetic: a pass of GPT-B with 8 drafts takes about 1.9 times as long as a pass
+# without drafts in fp32, and 2.3 times in bf16 (`benchmarks/results/generation-pieces.md`).
 NUM_DRAFT_TOKENS_CPU, NUM_DRAFT_TOKENS = 8, 16
 
 
 @dataclass
 class EditARGenerateOutput(ModelOutput):
-    """What `generate` returns with `return_dict_in_generate=True`.
+    """Output of `generate` with `return_dict_in_generate=True`.
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch, N)`): Target tokens; `(batch, T)` with T < N if a stopping
             criterion ended decoding early.
-        num_decode_steps (`int`): Decoder forwards after the prefill of source image and text.
+        num_decode_steps (`int`): Number of decoder passes after the prefill of source image and text.
     """
 
     sequences: torch.Tensor | None = None
@@ -62,15 +62,15 @@ class EditARGenerateOutput(ModelOutput):
 
 
 class EditARGenerationMixin(GenerationMixin):
-    """Give a model with EditAR's `forward` its `generate`; comes before `PreTrainedModel` among the base classes."""
+    """Add `generate` to a model with EditAR's `forward`. Put it before `PreTrainedModel` among the base classes."""
 
     generation_config: GenerationConfig
     compiled_decoding: CompiledDecoding | None = None
 
-    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads the signature to see what may be passed
+    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads the names of the arguments from the signature.
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        # Each setting that is None is saved with its published value. Greedy settings leave out those of sampling,
-        # which transformers would refuse to save.
+        # A setting that is None is saved with its published value. For greedy decoding, the settings of sampling are
+        # not saved, because transformers would refuse to save them.
         settings = resolve_settings(self.generation_config, None, {})._asdict()
         if not settings["do_sample"]:
             settings = {name: settings[name] for name in ("do_sample", "guidance_scale")}
@@ -107,44 +107,47 @@ class EditARGenerationMixin(GenerationMixin):
     ) -> torch.Tensor | EditARGenerateOutput:
         """Decode the tokens of the target image.
 
-        At each position: guidance, logits processors, temperature, top-k, top-p, plus noise (the last four when
-        sampling), arg-max. Logits are float32 from guidance on. Settings left at None come from `generation_config`,
-        and what that leaves open from `self.generation_config`.
+        Each token is chosen in this order: guidance, logits processors, then, if `do_sample` is True, temperature,
+        top-k, top-p and Gumbel noise, and at last arg-max. Logits are float32 from guidance on. A setting that is None
+        is taken from `generation_config`, and if it is None there too, from `self.generation_config`.
 
         Args:
             source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): Codes of the source image in
-                raster order; None for text-to-image, which decodes from the null image.
+                raster order; None for text-to-image, which uses the null image as the source.
             prompt_embeds (`torch.Tensor` of shape `(batch, num_text_tokens, text_hidden_size)`): States of the text
                 encoder, in the model's dtype and on its device.
-            guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance, in half the work.
-            image_guidance_scale (`float`, *optional*): Weight of the source image in two-knob guidance, for a third
-                branch; None and 1 are the one-knob form.
-            negative_prompt_embeds (`torch.Tensor`, *optional*): Shaped like `prompt_embeds`, in place of the null text.
+            guidance_scale (`float`, *optional*): Weight of the prompt. 1 means no guidance and needs one branch instead
+                of two.
+            image_guidance_scale (`float`, *optional*): Weight of the source image, which needs a third branch; None and
+                1 mean guidance by the prompt only.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): Text states that replace the null text, of the same
+                shape as `prompt_embeds`.
             do_sample, temperature, top_k, top_p (*optional*): See `DecodingSettings`.
-            generator (`torch.Generator` or a list of them, *optional*): One for the batch, or one per image. Each
-                image draws one 63-bit seed, and its noise depends on that seed alone. Unused without sampling.
-            edit_mask (`torch.BoolTensor` of shape `(batch, N)`, *optional*): True where a token may change; elsewhere
-                the source's stands. Runs of such tokens go through in one pass, so that at batch 1 a mask costs about
-                a pass per free token.
-            source_cache (`SourceCache`, *optional*): From `prepare_source_cache`, in place of `source_image_tokens` or
-                beside them. The batch holds equally many images for each of its sources, one after the other.
-            decoding (`str`): `"exact"`, a token per pass; or `"speculative"`, which proposes the source's token at the
-                same place, then what earlier passes chose there, and checks several in one pass: the same tokens, in
-                bf16 up to rounding at near-ties.
-            num_draft_tokens (`int`, *optional*): Drafts of a speculative pass; default by device, 8 on a CPU and 16
-                elsewhere.
-            grid_height, grid_width (`int`, *optional*): Tokens per column and row, N in all; default
+            generator (`torch.Generator` or a list of them, *optional*): One for the batch, or one for each image. Each
+                image draws one 63-bit seed, and its noise depends only on that seed. Not used without sampling.
+            edit_mask (`torch.BoolTensor` of shape `(batch, N)`, *optional*): True where a token may change; all other
+                tokens are copied from the source. Consecutive copied tokens share one pass, so at batch size 1 decoding
+                takes about one pass per token inside the mask.
+            source_cache (`SourceCache`, *optional*): From `prepare_source_cache`; it replaces `source_image_tokens`,
+                which may also be given. The batch holds the same number of images for each source: first those of the
+                first source, then those of the next.
+            decoding (`str`): `"exact"` decodes one token per pass. `"speculative"` checks several drafts in one pass;
+                the first drafts are the source tokens at the same positions, later drafts are the choices of earlier
+                passes. Both give the same tokens, except that rounding in bf16 can decide near-ties differently.
+            num_draft_tokens (`int`, *optional*): Number of drafts in a speculative pass; *defaults to* 8 on a CPU and
+                16 on other devices.
+            grid_height, grid_width (`int`, *optional*): Tokens per column and per row, with product N; *defaults to*
                 `config.grid_size`.
             logits_processor (`LogitsProcessorList`, *optional*): Called with the target tokens so far, `(batch, T)`,
-                and guided logits `(batch, vocab_size)`; in order, for every token that is chosen, not for those that
-                the mask forces in all rows. In a pass with drafts each is called once the tokens before it hold, so
-                it sees what it sees in exact decoding.
-            stopping_criteria (`StoppingCriteriaList`, *optional*): Called after every token, forced ones and the last
-                included, with the target tokens so far, `(batch, T)`, and None; decoding ends when all rows are True.
-                Tokens of one pass are reported one after the other before the next pass. The place for a progress bar,
-                a callback or an interrupt.
+                and guided logits `(batch, vocab_size)`, in order, for every position at which a token is chosen.
+                Positions outside the mask of all rows are skipped. Speculative decoding gives it the same inputs as
+                exact decoding: it is called for a draft only after all tokens before the draft are accepted.
+            stopping_criteria (`StoppingCriteriaList`, *optional*): Called after every token, including forced tokens
+                and the last token, with the target tokens so far, `(batch, T)`, and None. Decoding ends when all rows
+                are True. The tokens of one pass are reported one by one before the next pass. Use it for a progress
+                bar, a callback or an interrupt.
             streamer (`BaseStreamer`, *optional*): Its `put` gets every token, `(batch, 1)` on the CPU, before the
-                stopping criteria are asked; `end` comes last.
+                stopping criteria are called; its `end` is called last.
             generation_config (`GenerationConfig`, *optional*): Settings for this call.
             return_dict_in_generate (`bool`): Return an `EditARGenerateOutput`.
 
@@ -154,8 +157,8 @@ class EditARGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: If a setting is out of range, or a tensor, the grid or the generators do not fit the model or
-                each other; before the first forward.
-            RuntimeError: If logits were NaN or infinite; at the end of decoding.
+                each other. It is raised before the decoder runs.
+            RuntimeError: If logits were NaN or infinite. It is raised at the end of decoding.
 
         Source: EditAR (arXiv 2501.04699), section 3.
         """
@@ -165,7 +168,7 @@ class EditARGenerationMixin(GenerationMixin):
         grid_height, grid_width = self.model.resolve_grid(grid_height, grid_width)
         grid = {"grid_height": grid_height, "grid_width": grid_width}
         if prompt_embeds is None:
-            raise ValueError("`prompt_embeds` is None; pass the text encoder's states of the prompt.")
+            raise ValueError("`prompt_embeds` is None; pass the text encoder's states for the prompt.")
         batch_size, device = len(prompt_embeds), prompt_embeds.device
         if source_cache is not None:
             check_source_cache(source_cache, self.dtype, device, **grid)
@@ -183,7 +186,7 @@ class EditARGenerationMixin(GenerationMixin):
         num_tokens = grid_height * grid_width
         if source_image_tokens is None:
             tokens = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
-        else:  # Tokens outside the edit mask are forced. Those inside it are the first drafts.
+        else:  # Source tokens outside the edit mask are forced. Source tokens inside it are the first drafts.
             tokens = source_image_tokens.clone()
         free_positions = range(num_tokens) if edit_mask is None else edit_mask.any(dim=0).nonzero()[:, 0].tolist()
         num_drafts = 0
@@ -212,21 +215,21 @@ class EditARGenerationMixin(GenerationMixin):
         return EditARGenerateOutput(sequences=sequences, num_decode_steps=max(run_pass.num_passes - 1, 0))
 
     def compile_decoding(self, **options: Any) -> None:
-        """Compile the decoding steps of `generate` for all later calls; the first calls then take longer.
+        """Compile the decoding steps of `generate` for all later calls. The first calls then take longer.
 
-        One compilation serves all calls with equally many rows and the same grid, whatever their prompts, masks and
-        sources. The cache of such calls stays allocated until `free_compiled_caches`, one for each shape.
+        A compilation is used by all calls with the same number of rows and the same grid. Each such shape also has a
+        cache, which stays allocated until `free_compiled_caches` is called.
 
         Args:
-            options: Options of `torch.compile`, such as `backend`. On a GPU `mode` defaults to "reduce-overhead" (CUDA
-                graphs).
+            options: Options of `torch.compile`, such as `backend`. On a GPU, `mode` *defaults to* "reduce-overhead"
+                (CUDA graphs).
         """
         if self.device.type == "cuda":
             options = {"mode": "reduce-overhead", **options}
         self.compiled_decoding = CompiledDecoding(self.forward, **options)
 
     def compile_passes(self, **options: Any) -> None:
-        """Call `compile_decoding`, the new name."""
+        """Call `compile_decoding`, the new name of this method."""
         warnings.warn("`compile_passes` is now called `compile_decoding`.", FutureWarning, stacklevel=2)
         self.compile_decoding(**options)
 
@@ -239,14 +242,15 @@ class EditARGenerationMixin(GenerationMixin):
     def prepare_source_cache(
         self, source_image_tokens: torch.Tensor, grid_height: int | None = None, grid_width: int | None = None
     ) -> SourceCache:
-        """Compute what the decoder knows of source images before any instruction, for any number of `generate` calls.
+        """Compute the keys and values of source images once, for any number of `generate` calls.
 
-        For one image of the published size in bf16 it holds 180 MiB.
+        A cache takes 180 MiB for one image of the published size in bf16.
 
         Args:
             source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Codes of the images in raster order, on
                 the decoder's device.
-            grid_height, grid_width (`int`, *optional*): Tokens per column and row; default `config.grid_size`.
+            grid_height, grid_width (`int`, *optional*): Tokens per column and per row; *defaults to*
+                `config.grid_size`.
 
         Raises:
             ValueError: If the tokens do not fit the grid or the vocabulary.
@@ -260,9 +264,9 @@ class EditARGenerationMixin(GenerationMixin):
 
 
 def ask_to_stop(stopping_criteria: Sequence[StoppingCriteria], tokens: torch.Tensor) -> bool:
-    """Call all criteria; return True if each row is stopped by one of them.
+    """Call all criteria, and return True if each row is stopped by at least one criterion.
 
-    `StoppingCriteriaList` is not used: it waits for the device after every token, even where no criterion does.
+    `StoppingCriteriaList` is not used for this, because it waits for the device after every token.
     """
     answers = [torch.as_tensor(criterion(tokens, None)).cpu().expand(len(tokens)) for criterion in stopping_criteria]
     return bool(answers) and bool(torch.stack(answers).any(dim=0).all())

@@ -1,10 +1,11 @@
-"""Pure tensor functions from the logits of the guidance branches to one token per image.
+"""Pure tensor functions that choose one token per image from the logits of the guidance branches.
 
-Sampling is arg-max of logits plus Gumbel noise, and the noise is stateless: a function of (seed, position, code) and
-nothing else. Batches, masks, drafts and devices therefore all see the same noise for an image, in any order.
+Sampling takes the arg-max of logits plus Gumbel noise. The noise is stateless: it is a function of seed, position and
+code only. Therefore the noise of an image does not depend on the batch, the mask, the drafts or the device.
 
-Sources: Gumbel-max, E. J. Gumbel (1954); noise fixed ahead of the sample, predictive sampling (arXiv 2002.09928);
-counters in place of a generator's state, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+Sources: E. J. Gumbel (1954) for the Gumbel-max method; predictive sampling (arXiv 2002.09928) for noise that is fixed
+before sampling; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), for counter-based random
+numbers.
 """
 
 import math
@@ -24,8 +25,8 @@ from transformers import (
 
 LOW_32_BITS = 0xFFFFFFFF
 
-# Any two different words start the two halves of a key; these are the fractional parts of the golden ratio and of
-# the square root of two, times 2³².
+# Start values of the two words of a key. Any two different numbers work; these are the fractional parts of the golden
+# ratio and of the square root of two, times 2³².
 KEY_STARTS = (0x9E3779B9, 0x6A09E667)
 
 
@@ -33,11 +34,13 @@ class DecodingSettings(NamedTuple):
     """Settings of `generate`; the defaults are the published ones.
 
     Attributes:
-        do_sample (`bool`): Sample, or take the likeliest token at every position.
+        do_sample (`bool`): Sample tokens. If False, decoding is greedy: it takes the most likely token at every
+            position.
         temperature (`float`): Divides the logits; positive.
-        top_k (`int`): Sample among so many of the likeliest tokens; 0, or more than the vocabulary has, means all.
-        top_p (`float`): Sample among the likeliest tokens that together reach this probability, in (0, 1].
-        guidance_scale (`float`): Weight of the prompt; 1 decodes without guidance.
+        top_k (`int`): Sample among the `top_k` most likely tokens; 0, or more than `vocab_size`, means all tokens.
+        top_p (`float`): Sample among the smallest set of most likely tokens whose probabilities add up to at least
+            `top_p`, in (0, 1].
+        guidance_scale (`float`): Weight of the prompt; 1 means no guidance.
 
     Source: the defaults of the published sampling script; the scale of EditAR (arXiv 2501.04699), section 4.
     """
@@ -59,7 +62,7 @@ class GuidanceBranch(NamedTuple):
 def select_branches(
     guidance_scale: float, image_guidance_scale: float, has_source: bool = True
 ) -> list[GuidanceBranch]:
-    """List the branches that `apply_guidance` combines. Those without the source come last."""
+    """List the branches that `apply_guidance` combines. Branches without the source come last."""
     branches = [GuidanceBranch(not has_source, False)]
     if guidance_scale != 1 or image_guidance_scale != 1:
         branches.append(GuidanceBranch(not has_source, True))
@@ -73,7 +76,8 @@ def apply_guidance(
 ) -> torch.Tensor:
     """Combine the logits of one to three branches, in the order of `select_branches`, into guided logits.
 
-    Source: two branches, EditAR (arXiv 2501.04699), section 3; three, InstructPix2Pix (arXiv 2211.09800), equation 3.
+    Source: EditAR (arXiv 2501.04699), section 3, for two branches; InstructPix2Pix (arXiv 2211.09800), equation 3, for
+    three.
     """
     if len(branch_logits) == 1:
         return branch_logits[0]
@@ -86,7 +90,7 @@ def apply_guidance(
 
 
 def build_logits_warpers(settings: DecodingSettings) -> list[LogitsProcessor]:
-    """Build temperature, top-k and top-p, in this order, leaving out those that change nothing."""
+    """Build the warpers for temperature, top-k and top-p, in this order. Warpers that change nothing are left out."""
     warpers: list[LogitsProcessor] = []
     if settings.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
@@ -98,24 +102,24 @@ def build_logits_warpers(settings: DecodingSettings) -> list[LogitsProcessor]:
 
 
 def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> torch.Tensor:
-    """Draw one 63-bit seed per image, shape `(batch,)`, on the CPU; without a generator, from torch's own."""
+    """Draw one 63-bit seed per image, shape `(batch,)`, on the CPU; without a generator, from torch's global one."""
     generators = generator if isinstance(generator, Sequence) else [generator] * batch_size
-    # One draw per image: a generator then gives an image the same seed whatever comes after it in the batch.
+    # Each seed is drawn separately, so that the seed of an image does not depend on the batch size.
     seeds = [torch.randint(2**63 - 1, (), generator=one, device=one.device if one else "cpu") for one in generators]
     return torch.tensor([seed.item() for seed in seeds])
 
 
 def mix_bits(words: torch.Tensor) -> torch.Tensor:
-    """Scramble 32-bit words, kept in int64, in place: a bijection in which every input bit moves every output bit.
+    """Hash 32-bit words, stored as int64, in place. The hash is a bijection; every input bit affects every output bit.
 
-    Source: shifts and multipliers of github.com/skeeto/hash-prospector (public domain), the pair of lowest bias among
-    its two-round functions, "[16 21f0aaad 15 d35a2d97 15]".
+    Source: github.com/skeeto/hash-prospector (public domain), its two-round function of lowest bias,
+    "[16 21f0aaad 15 d35a2d97 15]".
     """
     words ^= words >> 16
     words *= 0x21F0AAAD
     words &= LOW_32_BITS
     words ^= words >> 15
-    # Minus 2³² is the same multiplier modulo 2³², and keeps the product inside a signed 64-bit integer.
+    # Subtracting 2³² does not change the product modulo 2³², and keeps it inside a signed 64-bit integer.
     words *= 0xD35A2D97 - 2**32
     words &= LOW_32_BITS
     words ^= words >> 15
@@ -125,7 +129,7 @@ def mix_bits(words: torch.Tensor) -> torch.Tensor:
 def compute_noise_keys(seeds: torch.Tensor, num_positions: int) -> torch.Tensor:
     """Hash seeds `(batch,)` and positions 0 … num_positions − 1 to 64-bit keys, as words `(2, batch, num_positions)`.
 
-    Two words, because equal keys mean equal noise at two positions: among 32-bit keys that would happen.
+    Two positions with the same key would get the same noise. With 32-bit keys, this would happen in practice.
     """
     positions = torch.arange(num_positions, device=seeds.device)
     low, high = seeds & LOW_32_BITS, seeds >> 32
@@ -138,9 +142,10 @@ def compute_noise_keys(seeds: torch.Tensor, num_positions: int) -> torch.Tensor:
 
 
 def compute_gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Hash keys `(2, ...)` with every code to standard Gumbel noise, float32 of shape `(..., vocab_size)`.
+    """Compute standard Gumbel noise, float32 of shape `(..., vocab_size)`, by hashing keys `(2, ...)` with every code.
 
-    The upper 23 bits k of a hash give u = (k + ½)·2⁻²³, exact in float32 and never 0 or 1, and −log(−log u).
+    The upper 23 bits k of a hash give u = (k + ½)·2⁻²³, which is exact in float32 and never 0 or 1. The noise is
+    −log(−log u).
     """
     codes = torch.arange(vocab_size, device=keys.device)
     words = mix_bits(codes ^ keys[0, ..., None])
@@ -150,17 +155,17 @@ def compute_gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def as_index(positions: Sequence[int]) -> slice | list[int]:
-    """Index with a slice where positions follow one another: a list would travel to the device first."""
+    """Return a slice if positions are consecutive, otherwise a list. A list must be copied to the device first."""
     is_run = positions[-1] - positions[0] == len(positions) - 1
     return slice(positions[0], positions[-1] + 1) if is_run else list(positions)
 
 
 @dataclass
 class TokenSelector:
-    """Choose tokens: guidance, logits processors, warpers and noise (when sampling), arg-max.
+    """Choose tokens by guidance, logits processors, warpers and noise (if sampling), and arg-max.
 
-    `noise_keys` are from `compute_noise_keys`; None takes the likeliest tokens. A token stands as it is where
-    `edit_mask`, `(batch, N)`, is False.
+    `noise_keys` come from `compute_noise_keys`; None means greedy decoding. Tokens stay unchanged where `edit_mask`,
+    `(batch, N)`, is False.
     """
 
     settings: DecodingSettings
@@ -172,15 +177,16 @@ class TokenSelector:
     def __post_init__(self) -> None:
         warpers = [] if self.noise_keys is None else build_logits_warpers(self.settings)
         self.processors = LogitsProcessorList([*self.logits_processor, *warpers])
-        # Stays finite as long as all guided logits are; read once, at the end, so that no token waits for the device.
+        # The sum is finite as long as all guided logits are. It is read only at the end, so that decoding never waits
+        # for the device.
         self.sum_of_highest: torch.Tensor | float = 0.0
 
     def __call__(self, branch_logits: torch.Tensor, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """Choose tokens for ascending positions, each as if the tokens before it held.
+        """Choose a token for each of the positions, which are in ascending order, on the condition of `tokens`.
 
-        The float32 logits are `(branches, batch, positions, vocab_size)`. `tokens`, `(batch, N)`, holds the tokens so
-        far, and what is proposed after them. Logits processors see what they would see one token at a time: with them,
-        the choices end at the first position where a row's choice is not what was proposed.
+        The float32 logits are `(branches, batch, positions, vocab_size)`. `tokens`, `(batch, N)`, holds the accepted
+        tokens, and the proposed tokens after them. Logits processors must see the same inputs as with one token per
+        pass. With them, the choices end at the first position where a row chooses another token than the proposed one.
         """
         logits = apply_guidance(branch_logits, self.settings.guidance_scale, self.image_guidance_scale)
         self.sum_of_highest = self.sum_of_highest + logits.amax(dim=-1).sum()
@@ -189,7 +195,7 @@ class TokenSelector:
             return self.choose(logits, tokens, positions)
         chosen: list[torch.Tensor] = []
         for index, position in enumerate(positions):
-            # An earlier choice that differs from what was proposed ends the pass. Exact decoding compares nothing.
+            # A choice that differs from the proposed token ends the pass. In exact decoding, nothing is compared.
             if chosen and not torch.equal(chosen[-1][:, 0], tokens[:, positions[index - 1]]):
                 break
             processed = self.processors(tokens[:, :position], logits[:, index])
@@ -197,7 +203,7 @@ class TokenSelector:
         return torch.cat(chosen, dim=1)
 
     def choose(self, logits: torch.Tensor, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """Choose from processed logits `(batch, positions, vocab_size)`; tokens outside the edit mask stay."""
+        """Choose from processed logits `(batch, positions, vocab_size)`; tokens outside the edit mask do not change."""
         index = as_index(positions)
         if self.noise_keys is not None:
             logits = logits + compute_gumbel_noise(self.noise_keys[:, :, index], logits.shape[-1])
@@ -210,7 +216,7 @@ class TokenSelector:
         """Raise a `RuntimeError` if the guided logits of any pass so far were NaN or infinite."""
         if not math.isfinite(self.sum_of_highest):
             raise RuntimeError(
-                "The decoder's logits were NaN or infinite, so its tokens mean nothing. The likely cause is an "
-                "overflow in float16: load the pipeline with `dtype=torch.bfloat16` or `torch.float32`. In float32, "
-                "look for damaged weights or adapters, and for a very large `guidance_scale`."
+                "The decoder's logits were NaN or infinite, so its tokens are useless. The likely cause is an overflow "
+                "in float16: load the pipeline with `dtype=torch.bfloat16` or `torch.float32`. In float32, check for "
+                "damaged weights or adapters, and for a very large `guidance_scale`."
             )
