@@ -136,6 +136,11 @@ def test_strokes_with_soft_edges_on_transparency_pass(width):
     is_white = prepare_mask(strokes, strokes.size)
     assert np.array_equal(is_white, np.asarray(strokes.getchannel("A")) >= 128)
     assert is_white.any()
+    alpha = np.asarray(strokes.getchannel("A"))
+    darkened = np.repeat(alpha[:, :, None], 4, axis=2)  # as OpenCV resizes white strokes on transparent black
+    is_white = prepare_mask(darkened, strokes.size)
+    assert is_white[alpha > 192].all()
+    assert not is_white[alpha < 128].any()
 
 
 def test_faint_and_missing_strokes_free_nothing():

@@ -78,7 +78,8 @@ def check_transparency(on_black: np.ndarray, on_white: np.ndarray) -> None:
     """
     # The difference is 255 minus the alpha channel.
     is_opaque = (on_white - on_black).max(axis=2) < 256 - WHITE
-    if not is_opaque.all() and (on_white[is_opaque] < 224).any(axis=1).sum() > 0.01 * is_opaque.sum():
+    # Some software darkens soft edges by their transparency, which makes them at least 191 over white.
+    if not is_opaque.all() and (on_white[is_opaque] < 190).any(axis=1).sum() > 0.01 * is_opaque.sum():
         raise ValueError(
             "`mask_image` has transparency, and what is opaque is not white. Pass a mask that is white where the image "
             "may change. If its transparent part is what may change, pass "
