@@ -429,7 +429,9 @@ class Benchmark:
         self.name, self.kind = name, BENCHMARKS[name]
         self.options = {} if resolution is None else {"resolution": check_integer("resolution", resolution)}
         if self.options and "resolution" not in inspect.signature(self.kind.make_sample).parameters:
-            raise ValueError(f"`resolution` is {resolution}, but the benchmark {name} has no such option; leave it out.")
+            raise ValueError(
+                f"`resolution` is {resolution}, but the benchmark {name} has no such option; leave it out."
+            )
         source = source or self.kind.default_source
         if source is None:
             raise ValueError(f"`source` is missing; give the folder of the benchmark {name}: {self.kind.summary}.")
