@@ -42,6 +42,23 @@ class EndlessRows:
         self.process, self.num_processes = process, num_processes
         self.epoch, self.num_read, self.shard_state = 0, 0, None
 
+    def check_readers(self, num_workers: int) -> None:
+        """Refuse more workers than this process has rows or shards for.
+
+        Raises:
+            ValueError: If a worker would have nothing to read.
+        """
+        if is_local := isinstance(self.dataset, datasets.Dataset):
+            num_parts = len(self.dataset) // self.num_processes
+        else:
+            num_parts = split_dataset_by_node(self.dataset, self.process, self.num_processes).num_shards
+        if num_parts < max(1, num_workers):
+            raise ValueError(
+                f"`num_workers` is too high: `dataset` {self.name!r} has fewer {'rows' if is_local else 'shards'} than "
+                f"readers, which are {max(1, num_workers)} in each of {self.num_processes} processes. Lower `num_workers`, "
+                "or use fewer processes."
+            )
+
     def read(self, worker: int, num_workers: int) -> Iterator[tuple[int, dict]]:
         """Yield (position, row) until the end of the epoch, then count a new epoch.
 
@@ -53,11 +70,7 @@ class EndlessRows:
             self.num_read += 1
             yield position, row
         if not self.num_read:
-            raise ValueError(
-                f"`num_workers` is too high: `dataset` {self.name!r} has fewer {'rows' if is_local else 'shards'} than "
-                f"readers, which are {num_workers} in each of {self.num_processes} processes. Lower `num_workers`, or "
-                "use fewer processes."
-            )
+            raise ValueError(f"`dataset` {self.name!r} has a shard without rows. Lower `num_workers`, or remove it.")
         self.epoch, self.num_read, self.shard_state = self.epoch + 1, 0, None
 
     def read_local(self, worker: int, num_workers: int) -> Iterator[tuple[int, dict]]:
@@ -155,7 +168,13 @@ class MixedRows(torch.utils.data.IterableDataset):
 
 
 def build_dataloader(rows: MixedRows, collate: Callable, batch_size: int, num_workers: int) -> StatefulDataLoader:
-    """Build the endless data loader of a run. Its `state_dict` holds its position in the rows."""
+    """Build the endless data loader of a run. Its `state_dict` holds its position in the rows.
+
+    Raises:
+        ValueError: If a data set has fewer rows or shards than readers.
+    """
+    for stream in rows.streams:
+        stream.check_readers(num_workers)
     # A data loader draws a random number when it starts. With the default generator, this draw would change the
     # dropout of a resumed run.
     generator = torch.Generator().manual_seed(rows.seed)
