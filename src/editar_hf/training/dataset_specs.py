@@ -173,10 +173,11 @@ def load_split(spec: DatasetSpec) -> datasets.Dataset | datasets.IterableDataset
         kind = files[0].rpartition(".")[2]
         return load_files(FILE_KINDS[kind], files, split, streaming and kind == "tar")
     except Exception as error:  # the readers of `datasets` raise errors of many classes
-        cause = error.__cause__ or error
+        cause = error.__cause__
+        details = "" if cause is None else f" ({type(cause).__name__}: {cause})"
         raise ValueError(
-            f"`dataset` {path!r} does not load: {error} ({type(cause).__name__}: {cause}). Give a Hub id, a folder of "
-            f"parquet files or images, or a pattern of files, that has the split {split!r}."
+            f"`dataset` {path!r} does not load: {error}{details}. Give a Hub id, a folder of parquet files or images, "
+            f"or a pattern of files, that has the split {split!r}."
         ) from error
 
 

@@ -55,8 +55,8 @@ class EndlessRows:
         if num_parts < max(1, num_workers):
             raise ValueError(
                 f"`num_workers` is too high: `dataset` {self.name!r} has fewer {'rows' if is_local else 'shards'} than "
-                f"readers, which are {max(1, num_workers)} in each of {self.num_processes} processes. Lower `num_workers`, "
-                "or use fewer processes."
+                f"readers, which are {max(1, num_workers)} in each of {self.num_processes} processes. Lower "
+                "`num_workers`, or use fewer processes."
             )
 
     def read(self, worker: int, num_workers: int) -> Iterator[tuple[int, dict]]:
