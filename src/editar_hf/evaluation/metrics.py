@@ -182,11 +182,14 @@ def apply_canny(images: torch.Tensor) -> torch.Tensor:
 
 
 def compute_edge_f1(edges: torch.Tensor, reference_edges: torch.Tensor) -> torch.Tensor:
-    """Compute the F1 score, in [0, 1], of binary maps (batch, 1, height, width); 0 if both are empty.
+    """Compute the F1 score, in [0, 1], of edge maps (batch, 1, height, width), where edges are above 0.5.
+
+    If both maps are empty, the score is 0.
 
     Source: ControlNet++ (arXiv 2404.07987), section 4.
     """
-    return binary_f1_score(edges.cpu().long(), reference_edges.cpu().long(), multidim_average="samplewise").double()
+    edges, reference_edges = ((maps.cpu() > 0.5).long() for maps in (edges, reference_edges))
+    return binary_f1_score(edges, reference_edges, multidim_average="samplewise").double()
 
 
 # Depth has no unit, so an estimate is scaled first: either stretched to [0, 1] or divided by its maximum. The first two
