@@ -146,7 +146,7 @@ def test_runs_whose_folders_are_called_alike_are_told_apart(folders, tmp_path, c
     sheets = [tmp_path / "report" / f"{name}-run-sheet.png" for name in ("a", "b")]
     assert sheets[0].read_bytes() != sheets[1].read_bytes()
     assert evaluate("report", folders[0], folders[0], "--output-dir", tmp_path / "report") == 2
-    assert "`runs` has a folder twice" in capsys.readouterr().err
+    assert "`runs` contains a folder twice" in capsys.readouterr().err
 
 
 def test_runs_that_cannot_be_compared_are_refused(folders, benchmark, tmp_path, capsys):
@@ -156,9 +156,9 @@ def test_runs_that_cannot_be_compared_are_refused(folders, benchmark, tmp_path, 
         generate(samples, brighten(1), tmp_path / name)
         score(samples, tmp_path / name / "images", tmp_path / name, protocol, metrics=["l1"])
         assert evaluate("report", folders[0], tmp_path / name, "--output-dir", tmp_path / "report") == 2
-        assert "compare only like with like" in capsys.readouterr().err
+        assert "give only runs that agree in it" in capsys.readouterr().err
     assert evaluate("report", tmp_path, "--output-dir", tmp_path / "report") == 2
-    assert "which has no config.json: score its predictions first" in capsys.readouterr().err
+    assert "which has no config.json; score its predictions first" in capsys.readouterr().err
 
 
 # Pictures

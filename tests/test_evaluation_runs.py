@@ -156,13 +156,13 @@ def test_images_from_elsewhere_are_not_taken_for_a_runs_own(
     results, (_, images) = read_results(straight_run), benchmark
     words = ["--benchmark", "folder", "--source", pair_source, "--images", images, "--output-dir", straight_run]
     assert evaluate("score", *words) == 2
-    assert f"`images` is '{images}', but `output_dir` has the run in" in capsys.readouterr().err
+    assert f"`images` is '{images}', but `output_dir` already holds other predictions" in capsys.readouterr().err
     assert read_results(straight_run) == results
     # Nor does a system make predictions where others have been scored, or lie about.
     words = [*folder_words, "--output-dir", tmp_path / "scored"]
     assert evaluate("score", *words, "--images", images, "--metrics", "l1") == 0
     assert evaluate("generate", *words, "--system", "copy-source") == 2
-    assert "holds images or figures that this command did not make" in capsys.readouterr().err
+    assert "holds images or metrics that this command did not make" in capsys.readouterr().err
     (tmp_path / "lying" / "images").mkdir(parents=True)
     assert evaluate("generate", *words[:-1], tmp_path / "lying", "--system", "copy-source") == 2
 
@@ -176,7 +176,7 @@ def test_a_system_that_needs_what_samples_lack_is_refused_before_it_begins(
 ):
     words = [*folder_words, "--model", models / "editar", "--output-dir", tmp_path / "run", *words]
     assert evaluate("generate", *words) == 2
-    assert f"needs the {name} of every sample, and 00004 has none" in capsys.readouterr().err
+    assert f"needs the {name} of every sample, but sample 00004 has none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -290,8 +290,8 @@ def test_a_metric_counts_the_samples_that_it_is_defined_for(benchmark, tmp_path)
 def test_a_folder_without_predictions_is_refused_before_anything_is_recorded(folder_words, tmp_path, capsys):
     draw_image(0).save(tmp_path / "mine.png")
     for folder, message in (
-        ("nowhere", "which is no folder"),
-        (tmp_path, "holds no prediction; a sample's is <id>.png"),
+        ("nowhere", "which is not a folder"),
+        (tmp_path, "holds no prediction; name each prediction <id of sample>.png"),
     ):
         assert evaluate("score", *folder_words, "--images", folder, "--output-dir", tmp_path / "run") == 2
         assert message in capsys.readouterr().err

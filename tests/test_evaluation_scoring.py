@@ -194,7 +194,7 @@ def test_magicbrush_is_judged_by_the_networks_of_its_own_evaluation(tmp_path):
         ([], "`inception_model` is missing; pass the file pt_inception-2015-12-05"),
         (["--metrics", "beauty"], "`metrics` is 'beauty'; choose one of"),
         (["--protocol", "mine"], "`protocol` is 'mine'; choose one of"),
-        (["--metrics", "l1", "--clip-model", "c"], "`clip_model` is 'c'; none of the metrics asked for needs it"),
+        (["--metrics", "l1", "--clip-model", "c"], "`clip_model` is 'c', but none of the `metrics` needs it"),
     ],
 )
 def test_a_run_that_cannot_be_scored_makes_no_picture(words, message, tmp_path, capsys):

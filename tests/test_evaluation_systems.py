@@ -269,7 +269,7 @@ def test_the_description_names_whole_paths_and_the_commits_of_hub_ids(models, mo
         ("vq-reconstruction", {"model": "/no/where"}, "`model` is '/no/where': there is no such folder"),
         ("editar", {"model": ".", "lora": "/no/where"}, "`lora` is '/no/where': there is no such folder"),
         ("editar", {}, "`system` editar: missing a required argument: 'model'"),
-        ("command", {"command": "edit"}, "`command` is 'edit'; it must hold {image} and {output}"),
+        ("command", {"command": "edit"}, "`command` is 'edit'; it must contain {image} and {output}"),
         ("editar", {"model": ".", "dtype": "int8"}, "`dtype` is 'int8'; choose one of 'float32'"),
         ("editar", {"model": ".", "quantize": "ceil"}, "`quantize` is 'ceil'; choose one of"),
         ("vq-reconstruction", {"model": ".", "reconstruct": "mask"}, "`reconstruct` is 'mask'"),

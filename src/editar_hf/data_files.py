@@ -1,4 +1,4 @@
-"""Files of data sets, loaded as they are named."""
+"""Load data files with `datasets`, even if their names contain pattern characters."""
 
 import os
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 def load_files(
     kind: str, files: Sequence[str | os.PathLike], split: str, streaming: bool = False
 ) -> "datasets.Dataset | datasets.IterableDataset":
-    """Load files of one kind, by the name that `datasets` has for it, as a split or a slice of it.
+    """Load files as a split or a slice of a split. `kind` is the name of their format in `datasets`.
 
-    `datasets` takes brackets, stars and question marks in names for patterns. A list that it has made itself, as this
-    one seems to be, it takes as it is.
+    `datasets` reads brackets, stars and question marks in file names as patterns, but not in a `DataFilesList`. The
+    files are therefore passed as a `DataFilesList`.
 
     Returns:
         A `datasets.Dataset`, or a `datasets.IterableDataset` when `streaming`.
@@ -24,11 +24,11 @@ def load_files(
     from datasets.data_files import DataFilesList
 
     files = [os.path.abspath(file) for file in files]
-    # Its own lists hold what tells a changed file from the one in the cache, too.
+    # `datasets` compares the modification times in the list with its cache, so that changed files are loaded again.
     listed = DataFilesList(files, [(str(os.path.getmtime(file)),) for file in files])
     return datasets.load_dataset(kind, data_files={name_split(split): listed}, split=split, streaming=streaming)
 
 
 def name_split(split: str) -> str:
-    """Name the split that a slice such as `train[:100]` is of."""
+    """Return the name of the split in a slice such as `train[:100]`."""
     return split.partition("[")[0]

@@ -1,6 +1,6 @@
-"""`editar-hf evaluate`: benchmarks, from their published form to a report.
+"""`editar-hf evaluate`: evaluate editors on published benchmarks.
 
-`generate`, `score` and `report` are its steps; `run` takes them all.
+`generate`, `score` and `report` are the steps; `run` runs them all.
 """
 
 import argparse
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..evaluation.systems import System
 
 
-# Options that several steps, and the scripts in `examples/baselines/`, share.
+# Options that several steps and the scripts in `examples/baselines/` share.
 BENCHMARK = argparse.ArgumentParser(add_help=False)
 BENCHMARK.add_argument(
     "--benchmark",
@@ -24,9 +24,11 @@ BENCHMARK.add_argument(
     required=True,
     help="pie-bench, depth, canny, segmentation, magicbrush, magicbrush-multi-turn or folder",
 )
-BENCHMARK.add_argument("--source", metavar="PATH", help="folder or Hub id; default: the Hub id it is published under")
-BENCHMARK.add_argument("--allow-partial", action="store_true", help="accept a part of the benchmark; reports say so")
-BENCHMARK.add_argument("--resolution", metavar="N", type=int, help="depth, canny, segmentation: pixels; default: 512")
+BENCHMARK.add_argument("--source", metavar="PATH", help="folder or Hub id; default: its published Hub id")
+BENCHMARK.add_argument("--allow-partial", action="store_true", help="accept a part of the benchmark; noted in reports")
+BENCHMARK.add_argument(
+    "--resolution", metavar="N", type=int, help="depth, canny, segmentation: pixels per side; default: 512"
+)
 BENCHMARK.add_argument("--output-dir", metavar="DIR", required=True, help="folder to write")
 
 SYSTEM = argparse.ArgumentParser(add_help=False)
@@ -35,7 +37,7 @@ SYSTEM.add_argument(
     metavar="S",
     help="editar, copy-source, vq-reconstruction or command; default: editar, or command with --command",
 )
-# The options of systems have the names of their parameters in `evaluation/systems.py`.
+# Each option has the name of a parameter in `evaluation/systems.py`.
 OPTIONS = SYSTEM.add_argument_group("options of systems")
 OPTIONS.add_argument("--model", metavar="M", help="editar, vq-reconstruction: the pipeline, a folder or Hub id")
 OPTIONS.add_argument("--lora", metavar="L", help="editar: an adapter, a folder or Hub id")
@@ -43,20 +45,22 @@ OPTIONS.add_argument(
     "--use-masks",
     action="store_true",
     default=None,
-    help="editar: give it the benchmark's masks; mask-assisted, not comparable",
+    help="editar: use the benchmark's masks; results are mask-assisted and not comparable",
 )
 OPTIONS.add_argument("--guidance-scale", metavar="X", type=float, help="editar: weight of the prompt")
 OPTIONS.add_argument("--image-guidance-scale", metavar="X", type=float, help="editar: weight of the source image")
 OPTIONS.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="editar: sample, or decode greedily")
-OPTIONS.add_argument("--temperature", metavar="X", type=float, help="editar: of the sampling")
-OPTIONS.add_argument("--top-k", metavar="N", type=int, help="editar: sample among so many codes")
-OPTIONS.add_argument("--top-p", metavar="X", type=float, help="editar: sample among codes of so much probability")
+OPTIONS.add_argument("--temperature", metavar="X", type=float, help="editar: temperature of the sampling")
+OPTIONS.add_argument("--top-k", metavar="N", type=int, help="editar: sample from the N most probable codes")
+OPTIONS.add_argument(
+    "--top-p", metavar="X", type=float, help="editar: sample from the most probable codes with total probability X"
+)
 OPTIONS.add_argument("--dtype", metavar="D", help="editar: float32, bfloat16 or float16; default: float32")
-OPTIONS.add_argument("--quantize", metavar="Q", help="editar: round, or truncate as the reference; default: round")
+OPTIONS.add_argument("--quantize", metavar="Q", help="editar: round, or truncate as in the reference; default: round")
 OPTIONS.add_argument("--reconstruct", metavar="R", help="vq-reconstruction: source or target; default: source")
-OPTIONS.add_argument("--command", metavar="C", help='command: such as "python edit.py {image} {prompt} {output}"')
-SYSTEM.add_argument("--seed", metavar="N", type=int, default=0, help="default: 0")
-SYSTEM.add_argument("--batch-size", metavar="N", type=int, default=1, help="samples at a time; default: 1")
+OPTIONS.add_argument("--command", metavar="C", help='command: for example "python edit.py {image} {prompt} {output}"')
+SYSTEM.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the sampling; default: 0")
+SYSTEM.add_argument("--batch-size", metavar="N", type=int, default=1, help="samples per batch; default: 1")
 
 SCORING = argparse.ArgumentParser(add_help=False)
 SCORING.add_argument(
@@ -66,17 +70,17 @@ SCORING.add_argument(
     help="editar, pnp-2023, controlnet++, controlar or corrected; default: editar",
 )
 SCORING.add_argument(
-    "--metrics", metavar="M", nargs="+", help="as listed in docs/evaluate.md; default: those of the benchmark's table"
+    "--metrics", metavar="M", nargs="+", help="metrics of docs/evaluate.md; default: the metrics of the benchmark"
 )
-# The networks that metrics need; their defaults are those of published figures, where there are any.
+# The networks that metrics need. The defaults are the networks of published results, where a Hub id exists.
 MODELS = SCORING.add_argument_group("networks of metrics")
-MODELS.add_argument("--structure-model", metavar="M", help="DINO of the structure distance")
-MODELS.add_argument("--clip-model", metavar="M", help="CLIP")
-MODELS.add_argument("--dino-model", metavar="M", help="DINO of MagicBrush")
-MODELS.add_argument("--depth-model", metavar="M", help="depth")
-MODELS.add_argument("--segmentation-model", metavar="M", help="segmentation")
-MODELS.add_argument("--lpips-model", metavar="M", help="folder that holds squeezenet1_1-b8a52dc0.pth and squeeze.pth")
-MODELS.add_argument("--inception-model", metavar="M", help="FID's pt_inception-2015-12-05-6726825d.pth")
+MODELS.add_argument("--structure-model", metavar="M", help="DINO model of the structure distance")
+MODELS.add_argument("--clip-model", metavar="M", help="CLIP model")
+MODELS.add_argument("--dino-model", metavar="M", help="DINO model of MagicBrush")
+MODELS.add_argument("--depth-model", metavar="M", help="depth model")
+MODELS.add_argument("--segmentation-model", metavar="M", help="segmentation model")
+MODELS.add_argument("--lpips-model", metavar="M", help="folder with squeezenet1_1-b8a52dc0.pth and squeeze.pth")
+MODELS.add_argument("--inception-model", metavar="M", help="file pt_inception-2015-12-05-6726825d.pth, for FID")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -92,14 +96,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         step.set_defaults(run=run_step)
         return step
 
-    add_step("generate", run_generate, [BENCHMARK, SYSTEM], "make the predictions of a system that are not there yet")
-    summary = "score predictions; exit status 1 if any is missing, unreadable, of another size or of no sample"
+    add_step("generate", run_generate, [BENCHMARK, SYSTEM], "make the missing predictions of a system")
+    summary = "score predictions; exit status 1 if a prediction is missing, unreadable, extra or has the wrong size"
     step = add_step("score", run_score, [BENCHMARK, SCORING], summary)
-    step.add_argument("--images", metavar="DIR", help="<id>.png, from any system; default: those of the run")
+    step.add_argument("--images", metavar="DIR", help="folder with <id>.png from any system; default: the run's images")
     step = add_step("report", run_report, [], "compare runs: tables, a plot and contact sheets")
     step.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run that was scored")
     step.add_argument("--output-dir", metavar="DIR", required=True, help="folder to write")
-    summary = "generate, score and report in one go; goes on where it was stopped"
+    summary = "generate, score and report; continues where an earlier run stopped"
     add_step("run", run_all, [BENCHMARK, SYSTEM, SCORING], summary)
 
 
@@ -118,7 +122,7 @@ def build_system(args: argparse.Namespace) -> "System":
 
 
 def get_models(args: argparse.Namespace) -> dict[str, str]:
-    """Return the networks that were named."""
+    """Return the networks that the user gave: name → folder, file or Hub id."""
     models = {name: value for name, value in vars(args).items() if name.endswith("_model") and value is not None}
     return {name.removesuffix("_model"): value for name, value in models.items()}
 
@@ -132,7 +136,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def run_score(args: argparse.Namespace, benchmark: "Benchmark | None" = None) -> int:
-    """Score predictions; print the figures and what is wrong with any; return 1 if something is."""
+    """Score predictions, and print the metrics and the problems. Return 1 if there are problems."""
     from ..evaluation.run import IMAGES, decode_number, score
     from ..evaluation.table import METRICS
 
@@ -156,7 +160,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """Take all steps; return 1 if a prediction cannot be scored."""
+    """Run all steps. Return 1 if a prediction cannot be scored."""
     from ..evaluation.processes import get_process
     from ..evaluation.report import write_report
     from ..evaluation.run import generate, rehearse_scoring

@@ -1,4 +1,4 @@
-"""Reports: runs beside one another and beside published figures, as a page with tables, a plot and contact sheets."""
+"""Reports that compare runs with each other and with published results: a page with tables, a plot and images."""
 
 import json
 import math
@@ -15,19 +15,19 @@ from .table import METRICS, PROTOCOLS
 
 
 REPORT_FILE = "report.md"
-# Rows of published tables with scaled means as printed, and the protocols beside which figures of a source stand: those
-# of the paper's own code. ControlNet++ and NEP are quoted with figures that all protocols compute alike.
+# `rows` are rows of published tables, with scaled means as printed. `protocols` maps each paper to the protocols whose
+# results are compared with its rows. The rows of ControlNet++ and NEP hold only metrics that all protocols share.
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-CAVEATS = "`docs/benchmarks.md` of editar-hf says when own figures compare with the quoted ones."
-# In pixels: images of a sheet, the space between them, a line of text.
+CAVEATS = "`docs/benchmarks.md` of editar-hf explains when your results are comparable with the quoted ones."
+# Sizes in pixels: side of an image on a sheet, gap between images, height of a line of text.
 SIDE, GAP, LINE = 160, 6, 18
-# How many of the best and of the worst predictions a sheet has.
+# A sheet shows this number of best predictions, and the same number of worst predictions.
 NUM_EACH = 4
 
 
 @dataclass
 class Run:
-    """A run that was scored, as its folder holds it."""
+    """The content of the folder of a scored run."""
 
     name: str
     folder: Path
@@ -36,15 +36,15 @@ class Run:
     scoring: dict
 
     def get_scaled(self, metric: str, category: str | None = None) -> float:
-        """Return a scaled mean, over all or over a category; NaN if it is undefined."""
+        """Return the scaled mean of a metric over all samples or over a category; NaN if it is undefined."""
         group = self.metrics["overall"] if category is None else self.metrics["categories"][category]
         return decode_number(group[metric]["scaled"]) if metric in group else math.nan
 
     def list_remarks(self) -> list[str]:
-        """List what sets the run apart from a whole and unassisted one."""
+        """List the reasons why results of the run are not comparable, and its problems."""
         metrics, remarks = self.metrics, []
         if self.generation.get("use_masks"):
-            remarks.append("mask-assisted: it was given the benchmark's masks; not comparable")
+            remarks.append("mask-assisted: the system used the benchmark's masks; not comparable")
         if not metrics["is_complete"]:
             remarks.append(f"{metrics['num_samples']} samples, a part of the benchmark; not comparable")
         if metrics["num_scored"] < metrics["num_expected"]:
@@ -53,7 +53,7 @@ class Run:
         return remarks
 
     def describe(self) -> str:
-        """Return one list item: how the run was made and scored, and what to mind about it."""
+        """Return one list item: how the run was made and scored, with its remarks."""
         metrics, made = self.metrics, "predictions of an unnamed system"
         hidden = {"benchmark", "source", "num_samples", "resolution", "system", "model", "use_masks"}
         hidden |= self.scoring["environment"].keys()
@@ -73,35 +73,35 @@ class Run:
 def read_run(folder: Path, name: str) -> Run:
     for file in (CONFIG_FILE, METRICS_FILE):
         if not (folder / file).exists():
-            raise ValueError(f"`runs` has {str(folder)!r}, which has no {file}: score its predictions first.")
+            raise ValueError(f"`runs` contains {str(folder)!r}, which has no {file}; score its predictions first.")
     metrics, config = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8")), read_config(folder)
     return Run(name, folder, metrics, config.get("generation", {}), config["scoring"])
 
 
 def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
-    """Write the report of runs of one benchmark, scored in one way: a page, a plot, and a contact sheet for each run.
+    """Write a report about runs with the same benchmark and protocol: a page, a plot, and a contact sheet per run.
 
     Args:
-        folders (sequence of `str` or `Path`): The runs.
-        output_dir (`str` or `Path`): Where to; may be a run's own folder.
+        folders (sequence of `str` or `Path`): The folders of the runs.
+        output_dir (`str` or `Path`): The folder to write; may be the folder of a run.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        ValueError: If the runs are not scored, not of the same benchmark and protocol, or a folder is named twice.
+        ValueError: If a run is not scored, the benchmarks or protocols differ, or a folder is given twice.
     """
     paths, output_dir = [Path(folder).resolve() for folder in folders], Path(output_dir)
     if len(set(paths)) < len(paths):
-        raise ValueError(f"`runs` has a folder twice, of {', '.join(map(str, paths))}; name each once.")
-    # A run is called by its folder, and by as many folders around it as tell the runs apart.
+        raise ValueError(f"`runs` contains a folder twice: {', '.join(map(str, paths))}; give each folder once.")
+    # The name of a run is its path below the folder that all runs share.
     common = os.path.commonpath([path.parent for path in paths])
     runs = [read_run(path, "-".join(path.relative_to(common).parts)) for path in paths]
     for key in ("benchmark", "protocol", "num_samples", "sizes"):
         values = {run.name: run.metrics[key] for run in runs}
         if any(value != runs[0].metrics[key] for value in values.values()):
             listed = ", ".join(f"{name} has {value}" for name, value in values.items())
-            raise ValueError(f"`runs` differ in their {key}: {listed}; compare only like with like.")
+            raise ValueError(f"`runs` differ in {key}: {listed}; give only runs that agree in it.")
     output_dir.mkdir(parents=True, exist_ok=True)
     images = [draw_guidance(runs, output_dir), *(draw_best_and_worst(run, output_dir) for run in runs)]
     page = output_dir / REPORT_FILE
@@ -113,7 +113,7 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
 
 
 def compose_report(runs: Sequence[Run], images: Iterable[tuple[str, Path]]) -> str:
-    """Compose the page."""
+    """Compose the text of the page."""
     benchmark, protocol = runs[0].metrics["benchmark"], runs[0].metrics["protocol"]
     names = list(dict.fromkeys(name for run in runs for name in run.metrics["overall"]))
     rows = [(run.name, [run.get_scaled(name) for name in names]) for run in runs]
@@ -138,7 +138,7 @@ def compose_report(runs: Sequence[Run], images: Iterable[tuple[str, Path]]) -> s
 
 
 def list_published(benchmark: str, protocol: str, names: Sequence[str]) -> list[tuple[str, list[float]]]:
-    """List the published rows that belong to a benchmark and a protocol."""
+    """List the published rows of a benchmark that are comparable under a protocol."""
     rows = []
     for row in PUBLISHED["rows"]:
         values = [row["values"].get(name, math.nan) for name in names]
@@ -149,7 +149,7 @@ def list_published(benchmark: str, protocol: str, names: Sequence[str]) -> list[
 
 
 def compose_table(corner: str, names: Sequence[str], rows: Iterable[tuple[str, Sequence[float]]]) -> str:
-    """Compose a table: a heading for each metric, a row for each name and its scaled values."""
+    """Compose a Markdown table with a column for each metric. A row has a title and scaled values."""
     lines = [[corner, *(METRICS[name].heading for name in names)], ["---"] + ["---:"] * len(names)]
     lines += [
         [title, *(METRICS[name].format(value) for name, value in zip(names, values, strict=True))]
@@ -162,7 +162,7 @@ def compose_table(corner: str, names: Sequence[str], rows: Iterable[tuple[str, S
 
 
 def draw_guidance(runs: Sequence[Run], output_dir: Path) -> tuple[str, Path] | None:
-    """Draw the two metrics that guidance trades off, a line for runs that differ only in their guidance scale."""
+    """Plot two metrics against the guidance scale. One line joins runs that differ only in their guidance scale."""
     lines = [line for line in group_by_guidance(runs) if len(line) > 1]
     names = [name for name in BENCHMARKS[runs[0].metrics["benchmark"]].trade_off if name in runs[0].metrics["overall"]]
     if not lines or not names:
@@ -182,13 +182,13 @@ def draw_guidance(runs: Sequence[Run], output_dir: Path) -> tuple[str, Path] | N
     axes[-1].set_xlabel("guidance scale")
     if len(lines) > 1:
         axes[0].legend()
-    # Without the version of the library in it.
+    # Without metadata, the file does not depend on the version of Matplotlib.
     figure.savefig(output_dir / "guidance.png", dpi=100, metadata={"Software": None})
     return "Guidance", output_dir / "guidance.png"
 
 
 def group_by_guidance(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs that are alike except for their guidance scales, each group in the order of these."""
+    """Group runs that differ only in their guidance scale. Each group is sorted by guidance scale."""
     groups: dict[str, list[Run]] = {}
     guided = [run for run in runs if run.generation.get("guidance_scale") is not None]
     for run in sorted(guided, key=lambda run: run.generation["guidance_scale"]):
@@ -197,7 +197,7 @@ def group_by_guidance(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def draw_best_and_worst(run: Run, output_dir: Path) -> tuple[str, Path] | None:
-    """Draw a run's best and worst predictions, if its samples and predictions are still there."""
+    """Draw the best and the worst predictions of a run. Return `None` if samples or predictions no longer exist."""
     source, images = run.scoring["source"], Path(run.scoring["images"])
     metric = next((name for name in run.metrics["overall"] if METRICS[name].is_mean), None)
     lines = (run.folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
@@ -217,7 +217,7 @@ def draw_best_and_worst(run: Run, output_dir: Path) -> tuple[str, Path] | None:
 
 
 def choose_samples(values: dict[str, float], metric: str | None) -> dict[str, str]:
-    """Choose the best and the worst samples, none twice: id → which; the first ones if none has a value."""
+    """Choose the best and the worst samples: id → label. If no sample has a value, choose the first samples."""
     ranked = [sample_id for sample_id, value in values.items() if not math.isnan(value)]
     if metric is None or not ranked:
         return dict.fromkeys(list(values)[: 2 * NUM_EACH], "")
@@ -227,7 +227,7 @@ def choose_samples(values: dict[str, float], metric: str | None) -> dict[str, st
 
 
 def draw_sheet(rows: Sequence[tuple[str, Sample, Image.Image]]) -> Image.Image:
-    """Lay out source | mask | output | target of each row, with the values and the prompt underneath."""
+    """Draw each row as source | mask | output | target, with the metrics and the prompt below."""
     font, width = ImageFont.load_default(size=12), 4 * SIDE + 3 * GAP
     height = SIDE + 2 * LINE + 2 * GAP
     sheet = Image.new("RGB", (width, height * len(rows)), "white")

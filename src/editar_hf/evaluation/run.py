@@ -1,14 +1,14 @@
-"""A run: the predictions of one system for one benchmark in one folder, their figures, and what both depend on.
+"""A run: a folder with the predictions of one system for one benchmark, their metrics, and the configuration.
 
     run/
       config.json          how the predictions were made; a run with another configuration is refused
       images/<id>.png      the predictions
-      samples.jsonl        the values of each prediction
-      metrics.json         the figures
+      samples.jsonl        the metrics of each prediction
+      metrics.json         the metrics of the whole run
 
-A sample's seed is derived from the run's seed and its id, and the samples that go through a system together are the
-same in every run. So neither the number of processes nor an interruption changes the results: images that are there
-are skipped, and scoring starts from scratch.
+The seed of a sample depends only on the seed of the run and the id of the sample, and the batches are the same in every
+run. The results therefore depend neither on the number of processes nor on interruptions. `generate` skips images that
+exist, and `score` scores all predictions again.
 """
 
 import hashlib
@@ -49,31 +49,31 @@ def write_text(path: Path, text: str) -> None:
 
 
 def encode_number(value: float | None) -> float | str | None:
-    """Encode a number for JSON, which has neither NaN (`None`) nor infinity ("inf")."""
+    """Encode a number for JSON: NaN becomes `None` and infinity becomes "inf", because JSON has neither."""
     if value is None or math.isnan(value):
         return None
     return value if math.isfinite(value) else str(value)
 
 
 def decode_number(value: float | str | None) -> float:
-    """Read a number as `encode_number` wrote it."""
+    """Undo `encode_number`."""
     return math.nan if value is None else float(value)
 
 
 def read_config(output_dir: Path) -> dict:
-    """Read what a run depends on; an empty dict if there is none."""
+    """Read the configuration of a run. If it has none, return an empty dict."""
     path = output_dir / CONFIG_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_config(output_dir: Path, **parts: dict) -> None:
-    """Write parts of a run's configuration."""
+    """Write some parts of the configuration of a run, and keep the others."""
     config = read_config(output_dir) | parts
     write_text(output_dir / CONFIG_FILE, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
 def describe_environment() -> dict[str, str]:
-    """Return the kind of device and the versions that compute."""
+    """Return the type of the device and the versions of Python and of the packages."""
     versions = {package: metadata.version(package) for package in PACKAGES}
     return {
         "device": get_process().device.type,
@@ -87,26 +87,25 @@ def describe_environment() -> dict[str, str]:
 
 
 def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed: int = 0, batch_size: int = 1) -> None:
-    """Make the predictions that are not there yet; each process makes its share.
+    """Make the missing predictions of a run. Each process makes its share.
 
     Args:
         benchmark (`Benchmark`): The samples.
-        system (`System`): It is loaded only if a prediction is missing.
-        output_dir (`str` or `Path`): The run's folder.
-        seed (`int`, *optional*, defaults to 0): Each sample's seed is derived from it.
-        batch_size (`int`, *optional*, defaults to 1): Samples that go through the system together; published figures
-            have 1.
+        system (`System`): The system. It is loaded only if a prediction is missing.
+        output_dir (`str` or `Path`): The folder of the run.
+        seed (`int`, *optional*, defaults to 0): The seeds of the samples are derived from this seed.
+        batch_size (`int`, *optional*, defaults to 1): Samples per call of the system; 1 in published results.
 
     Raises:
-        ValueError: If a sample lacks an image that the system needs, or the folder holds predictions that were made in
-            another way.
+        ValueError: If a sample lacks an image that the system needs, or if the folder holds predictions that were made
+            with another configuration.
     """
     check_integer("batch_size", batch_size)
     check_path("output_dir", output_dir)
     if system.needs in benchmark.lacking:
         raise ValueError(
-            f"`system` {system.name} needs the {system.needs} of every sample, and "
-            f"{benchmark.lacking[system.needs]} has none; choose other options or leave out such samples."
+            f"`system` {system.name} needs the {system.needs} of every sample, but sample "
+            f"{benchmark.lacking[system.needs]} has none; choose other options, or leave out samples without it."
         )
     output_dir, process = Path(output_dir), get_process()
     config = {"benchmark": benchmark.name, "source": benchmark.source, **benchmark.options}
@@ -125,7 +124,7 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
     with show_progress(total=len(wanted), desc=system.name) as progress:
         for batch in batches:
             waiting = {sample.id: sample for sample in islice(samples, sum(map(len, batch)))}
-            # First the samples with sources of their own, then those that edit their results.
+            # First the samples that edit their own source image, then the samples that edit the results of the first.
             for ids in zip_longest(*batch):
                 turn = [waiting[sample_id] for sample_id in ids if sample_id is not None]
                 for sample in turn:
@@ -140,12 +139,12 @@ def generate(benchmark: Benchmark, system: System, output_dir: str | Path, seed:
 
 
 def check_config(output_dir: Path, config: dict) -> None:
-    """Write how predictions are made, or check that those that are there were made in the same way."""
+    """Write the configuration of new predictions, or check that existing predictions have the same configuration."""
     recorded = read_config(output_dir).get("generation")
     if recorded is None:
         if (output_dir / IMAGES).exists() or (output_dir / METRICS_FILE).exists():
             raise ValueError(
-                f"`output_dir` {str(output_dir)!r} holds images or figures that this command did not make. Choose "
+                f"`output_dir` {str(output_dir)!r} holds images or metrics that this command did not make. Choose "
                 "another folder or delete it."
             )
         write_config(output_dir, generation=config)
@@ -158,17 +157,17 @@ def check_config(output_dir: Path, config: dict) -> None:
 
 
 def derive_seed(seed: int, sample_id: str) -> int:
-    """Derive a sample's seed, in [0, 2^63), from the run's and its id."""
+    """Derive the seed of a sample, in [0, 2^63), from the seed of the run and the id of the sample."""
     digest = hashlib.sha256(f"{seed} {sample_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def find_image(output_dir: Path, sample_id: str) -> Path:
-    """Return the path of a sample's prediction."""
+    """Return the path of the prediction of a sample."""
     return output_dir / IMAGES / f"{sample_id}.png"
 
 
-# Figures
+# Scoring
 
 
 def score(
@@ -179,39 +178,40 @@ def score(
     metrics: Sequence[str] | None = None,
     models: Mapping[str, str] | None = None,
 ) -> dict:
-    """Score predictions and write `metrics.json`; each process scores its share.
+    """Score predictions and write `metrics.json`. Each process scores its share.
 
-    Predictions that are missing, unreadable or of another size are counted and named, and so are files that belong to
-    no sample. For MagicBrush, predictions of any size are resized, as its own evaluation does.
+    `metrics.json` lists predictions that are missing, unreadable or of the wrong size, and files that belong to no
+    sample. For MagicBrush, predictions of any size are resized, as in its own evaluation.
 
     Args:
         benchmark (`Benchmark`): The samples.
-        images_dir (`str` or `Path`): The predictions, `<id>.png` or of another common format, from any system.
-        output_dir (`str` or `Path`): The run's folder.
+        images_dir (`str` or `Path`): Folder of predictions from any system, `<id>.png` or another common format.
+        output_dir (`str` or `Path`): The folder of the run.
         protocol (`str`, *optional*, defaults to `"editar"`): A key of `table.PROTOCOLS`.
-        metrics (sequence of `str`, *optional*): Keys of `table.METRICS`; defaults to those of the benchmark's table.
-        models (mapping, *optional*): Folders, files or Hub ids in place of the default networks, by name.
+        metrics (sequence of `str`, *optional*): Keys of `table.METRICS`; defaults to the metrics of the benchmark.
+        models (mapping, *optional*): Name of a network → folder, file or Hub id that replaces the default network.
 
     Returns:
-        What `metrics.json` holds; in all processes but the first, an empty dict.
+        The content of `metrics.json` in the main process, and an empty dict in the others.
 
     Raises:
-        ValueError: If a name is unknown, a network is missing or not needed, or there are no predictions, or they are
-            not those of the run.
+        ValueError: If a name is unknown, a network is missing or not needed, there are no predictions, or the
+            predictions belong to another run.
     """
     check_path("output_dir", output_dir)
     images_dir, output_dir, process = Path(images_dir), Path(output_dir), get_process()
     if not images_dir.is_dir():
-        raise ValueError(f"`images` is {str(images_dir)!r}, which is no folder.")
+        raise ValueError(f"`images` is {str(images_dir)!r}, which is not a folder; give the folder of predictions.")
     own = output_dir / IMAGES
     if "generation" in read_config(output_dir) and images_dir.resolve() != own.resolve():
         raise ValueError(
-            f"`images` is {str(images_dir)!r}, but `output_dir` has the run in {str(own)!r}; choose another."
+            f"`images` is {str(images_dir)!r}, but `output_dir` already holds other predictions, in {str(own)!r}; "
+            "choose another `output_dir`."
         )
     names, models = resolve_scoring(benchmark, protocol, metrics, models)
     predictions = find_predictions(benchmark.categories, images_dir)
     if not predictions:
-        raise ValueError(f"`images` {str(images_dir)!r} holds no prediction; a sample's is <id>.png.")
+        raise ValueError(f"`images` {str(images_dir)!r} holds no prediction; name each prediction <id of sample>.png.")
     networks = {name: load_network(name, model, process.device) for name, model in models.items()}
     found = [sample_id for sample_id in benchmark.scored if sample_id in predictions]
     share = set(found[process.process_index :: process.num_processes])
@@ -220,7 +220,7 @@ def score(
         row = {"id": sample.id}
         try:
             prediction = open_image(predictions[sample.id])
-        except Exception as error:  # decoders raise anything on broken files, and one must not stop the others
+        except Exception as error:  # decoders raise errors of many classes; a broken file must not end the run
             row |= {"problem": "unreadable", "reason": str(error) or type(error).__name__}
         else:
             if prediction.size == sample.size or benchmark.kind.takes_any_size:
@@ -263,7 +263,7 @@ def resolve_scoring(
     metrics: Sequence[str] | None = None,
     models: Mapping[str, str] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the metrics, and where their networks come from."""
+    """Return the names of the metrics, and the folder, file or Hub id of each network that they need."""
     check_choice("protocol", protocol, PROTOCOLS)
     names, given = list(dict.fromkeys(metrics or benchmark.kind.metrics)), models or {}
     for name in names:
@@ -271,7 +271,7 @@ def resolve_scoring(
     needed = list(dict.fromkeys(model for name in names if (model := METRICS[name].model) is not None))
     for name in given:
         if name not in needed:
-            raise ValueError(f"`{name}_model` is {given[name]!r}; none of the metrics asked for needs it.")
+            raise ValueError(f"`{name}_model` is {given[name]!r}, but none of the `metrics` needs it; leave it out.")
     defaults, resolved = {**DEFAULT_MODELS, **benchmark.kind.models, **given}, {}
     for name in needed:
         if (model := defaults[name]) is None:
@@ -281,7 +281,7 @@ def resolve_scoring(
 
 
 def rehearse_scoring(benchmark: Benchmark, protocol: str, metrics: Sequence[str] | None, models: Mapping) -> None:
-    """Score the first source image as if it were a prediction; so what cannot be scored is told before generation."""
+    """Score the first source image as if it were a prediction, to find problems with scoring before generation."""
     names, models = resolve_scoring(benchmark, protocol, metrics, models)
     networks = {name: load_network(name, model, get_process().device) for name, model in models.items()}
     sample = next(benchmark.read())
@@ -291,23 +291,23 @@ def rehearse_scoring(benchmark: Benchmark, protocol: str, metrics: Sequence[str]
 def measure(
     sample: Sample, prediction: Image.Image, protocol: str, names: Iterable[str], networks: Mapping[str, Network]
 ) -> dict:
-    """Compute metrics of a prediction, by name."""
+    """Compute metrics of a prediction. Return a dict from names to values."""
     pair = Pair(prediction, sample, PROTOCOLS[protocol])
     return {name: METRICS[name].measure(pair, networks) for name in names}
 
 
 def find_predictions(ids: Iterable[str], images_dir: Path) -> dict[str, Path]:
-    """Find the predictions that are there, by sample; of several formats, the first of `IMAGE_SUFFIXES` counts."""
-    there, predictions = {path.name: path for path in images_dir.iterdir()}, {}
+    """Find the predictions of samples: id → path. Of several formats, the first in `IMAGE_SUFFIXES` is used."""
+    files, predictions = {path.name: path for path in images_dir.iterdir()}, {}
     for sample_id in ids:
-        names = [f"{sample_id}{suffix}" for suffix in IMAGE_SUFFIXES if f"{sample_id}{suffix}" in there]
+        names = [f"{sample_id}{suffix}" for suffix in IMAGE_SUFFIXES if f"{sample_id}{suffix}" in files]
         if names:
-            predictions[sample_id] = there[names[0]]
+            predictions[sample_id] = files[names[0]]
     return predictions
 
 
 def summarise(category_of: Mapping[str, str], rows: Iterable[dict], names: Sequence[str]) -> dict:
-    """Reduce the rows of samples to figures over all and by category."""
+    """Reduce the metrics of samples to metrics over all samples and by category."""
     rows = [row for row in rows if "values" in row]
     categories: dict[str, dict] = {category: {} for category in dict.fromkeys(category_of.values())}
     for category in categories:
@@ -320,7 +320,7 @@ def summarise(category_of: Mapping[str, str], rows: Iterable[dict], names: Seque
 
 
 def summarise_metric(name: str, values: Iterable) -> dict:
-    """Summarise one metric: mean, standard deviation (n − 1), how many samples it is defined for, scaled mean."""
+    """Summarise a metric: number n of samples where it is defined, mean, standard deviation (n − 1), scaled mean."""
     metric, values = METRICS[name], [value for value in values if value is not None]
     mean, deviation = metric.reduce(values) if values else math.nan, math.nan
     if metric.is_mean and len(values) > 1 and math.isfinite(mean):

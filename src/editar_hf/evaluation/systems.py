@@ -1,7 +1,7 @@
-"""The systems that are compared: EditAR, any command line, and two floors.
+"""The systems that make predictions: EditAR, any command line, and two baselines.
 
-`SYSTEMS` maps names to functions that build a `System` from its options. Systems of diffusers are scripts in
-`examples/baselines/`.
+`SYSTEMS` maps names to functions that build a `System` from its options. The scripts in `examples/baselines/` run other
+editors, from diffusers.
 """
 
 import inspect
@@ -33,14 +33,15 @@ Edit = Callable[[list[Sample], list[int]], list[Image.Image]]
 
 @dataclass
 class System:
-    """What makes predictions.
+    """A system that makes predictions.
 
     Args:
-        name (`str`): Its name in configurations and reports.
-        load (`Callable`): Loads it, and returns a function from samples and their seeds to images of the sizes of their
-            sources.
-        options (`dict`): All that its results depend on. `model`, `lora` and `controlnet` are folders or Hub ids.
-        needs (`str`, *optional*): The image that every sample must have.
+        name (`str`): The name of the system in configurations and reports.
+        load (`Callable`): Loads the system, and returns a function that maps samples and their seeds to predictions.
+            Each prediction has the size of its source image.
+        options (`dict`): All options that the results depend on. `model`, `lora` and `controlnet` are folders or Hub
+            ids.
+        needs (`str`, *optional*): The field of `Sample` with an image that every sample must have, such as `"mask"`.
     """
 
     name: str
@@ -54,7 +55,7 @@ class System:
                 check_folder_or_hub_id(model, option)
 
     def describe(self) -> dict:
-        """Return what the results depend on, with the commits of Hub ids and whole paths of folders."""
+        """Return the name and the options, with absolute paths of folders and commits of Hub ids."""
         options = dict(self.options)
         for option in ("model", "lora", "controlnet"):
             if (model := self.options.get(option)) is not None:
@@ -64,19 +65,18 @@ class System:
 
 
 def find_commit(model: str | Path) -> str | None:
-    """Find the commit of a Hub id; a folder or file has none."""
+    """Find the commit of a Hub id. Return `None` for a folder or file."""
     if Path(model).exists():
         return None
-    # The last part of a snapshot's path is its commit; the configurations are enough to learn it.
+    # The last part of the path of a snapshot is its commit. To find it, only small files are downloaded.
     return Path(snapshot_download(str(model), allow_patterns=["*.json"])).name
 
 
 def build_system(name: str, **options: Any) -> System:
-    """Build a system from its name and those options that are not `None`.
+    """Build a system from its name and its options. Options that are `None` are ignored.
 
     Raises:
-        ValueError: If there is none of that name, or an option is not its own, is missing or out of range, or names a
-            folder that is missing.
+        ValueError: If the name is unknown, or an option is unknown, missing or out of range, or a folder is missing.
     """
     check_choice("system", name, SYSTEMS)
     given = {option: value for option, value in options.items() if value is not None}
@@ -88,29 +88,32 @@ def build_system(name: str, **options: Any) -> System:
 
 
 def make_generators(seeds: list[int]) -> list[torch.Generator]:
-    """Make a generator for each seed, on the CPU, so that its draws are the same on every device."""
+    """Make a generator for each seed. The generators are on the CPU, so they draw the same numbers for every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def edit_batch(pipe: Callable, samples: list[Sample], seeds: list[int], **options: Any) -> list[Image.Image]:
-    """Edit a batch with a pipeline of diffusers, and bring each image to the size of its source."""
+    """Edit a batch with a diffusers pipeline, and resize each result to the size of its source image."""
     prompts, sources = zip(*((sample.prompt, sample.source_image) for sample in samples), strict=True)
     images = pipe(list(prompts), image=list(sources), generator=make_generators(seeds), **options).images
     return [fit(image, source.size) for image, source in zip(images, sources, strict=True)]
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize an image to a size, if it has another."""
+    """Resize an image unless it already has the size."""
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def copy_source() -> System:
-    """The floor of every editor: the source, untouched."""
+    """A baseline that returns the source image unchanged."""
     return System("copy-source", lambda: lambda samples, seeds: [sample.source_image for sample in samples])
 
 
 def vq_reconstruction(model: str, reconstruct: str = "source") -> System:
-    """What a pipeline's VQ model makes of an image: of the source, a floor; of the true result, a ceiling."""
+    """A baseline that encodes and decodes an image with the VQ model of a pipeline.
+
+    The reconstruction of the source image is a lower bound for an editor, and that of the target image an upper bound.
+    """
     check_choice("reconstruct", reconstruct, ("source", "target"))
 
     def load() -> Edit:
@@ -145,14 +148,15 @@ def editar(
     """EditAR.
 
     Args:
-        model (`str`): A pipeline's folder or Hub id.
+        model (`str`): Folder or Hub id of a pipeline.
         lora (`str`, *optional*): Folder or Hub id of an adapter.
-        use_masks (`bool`, *optional*, defaults to `False`): Give it the benchmark's own masks. Reports call such a run
-            mask-assisted.
+        use_masks (`bool`, *optional*, defaults to `False`): Pass the masks of the benchmark to the pipeline. Reports
+            call this run mask-assisted.
         dtype (`str`, *optional*, defaults to `"float32"`): `"float32"`, `"bfloat16"` (published) or `"float16"`.
-        quantize (`str`, *optional*, defaults to `"round"`): How pixels become 8 bits: `"round"`, or as the reference's
-            arrays, `"truncate"`.
-        guidance_scale, image_guidance_scale, do_sample, temperature, top_k, top_p (*optional*): As of the pipeline.
+        quantize (`str`, *optional*, defaults to `"round"`): How pixels are converted to 8 bits: `"round"`, or
+            `"truncate"` as in the reference.
+        guidance_scale, image_guidance_scale, do_sample, temperature, top_k, top_p (*optional*): Arguments of the
+            pipeline.
     """
     options = dict(locals())
     check_choice("dtype", dtype, DTYPES)
@@ -185,7 +189,7 @@ def editar(
 def restore_images(
     pipeline: "EditARPipeline", pixels: Any, sources: list[Image.Image], quantize: str
 ) -> list[Image.Image]:
-    """Turn an EditAR pipeline's pixels (batch, 3, height, width) in [0, 1] into images of their sources' sizes."""
+    """Convert pixels (batch, 3, height, width) in [0, 1] to images that have the sizes of their source images."""
     steps = pixels.float().cpu().clamp(0, 1) * 255
     steps = (steps.round() if quantize == "round" else steps.floor()).to(torch.uint8)
     images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in steps]
@@ -194,15 +198,16 @@ def restore_images(
 
 
 def command(command: str) -> System:
-    """Any system by its own command line, which is called once for each sample.
+    """Any system with a command line. The command is called once for each sample.
 
     Args:
-        command (`str`): Such as `python edit.py {image} {prompt} {output}`; `{seed}`, `{task}` and `{mask}` may
-            stand in it too. It must write `{output}`, a PNG file; another size than the source's is resized.
+        command (`str`): A command such as `python edit.py {image} {prompt} {output}`. It may also use `{seed}`,
+            `{task}` and `{mask}`. It must write the PNG file `{output}`, which is resized to the size of the source
+            image.
     """
     if "{output}" not in command or "{image}" not in command:
         raise ValueError(
-            f"`command` is {command!r}; it must hold {{image}} and {{output}}, such as "
+            f"`command` is {command!r}; it must contain {{image}} and {{output}}, as in "
             "python edit.py {image} {prompt} {output}."
         )
 

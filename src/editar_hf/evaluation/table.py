@@ -1,4 +1,4 @@
-"""The columns of the tables: what each metric is called, how it is scaled, and how a prediction gets one; protocols."""
+"""The table of metrics (title, scale, how to compute each for a prediction), and the protocols."""
 
 import math
 import statistics
@@ -15,37 +15,37 @@ from . import features, metrics
 from .benchmarks import Sample
 
 
-# How the figures of one table were computed. Figures compare only within a protocol. The published ones contain quirks
-# of the code that made them, which are kept here under names.
+# A protocol is the way in which the metrics of one table are computed. Results are comparable only within a protocol.
+# Published results contain quirks of the code that computed them, and the protocols reproduce these quirks.
 EDITAR = {
     "description": "As in the evaluation of EditAR (arXiv 2501.04699).",
     "ssim_border": 0,  # pixels left out of SSIM at each side
-    "masked_mean": False,  # average over the unedited pixels, not over all with the edited ones black
-    # Parity: the reference never divides pixels by 255 before it normalises them for DINO.
+    "masked_mean": False,  # whether to average over unedited pixels only, or over all, with edited pixels black
+    # Parity: the reference does not divide pixels by 255 before it normalises them for DINO.
     "structure": {"pixel_scale": 255, "antialias": True},
-    "depth_variant": "editar",  # of `metrics.compute_depth_rmse`
+    "depth_variant": "editar",  # `variant` of `metrics.compute_depth_rmse`
 }
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "editar": EDITAR,
     "pnp-2023": EDITAR
     | {
-        "description": "As in PnPInversion's code (arXiv 2310.01506), with the libraries of 2023.",
+        "description": "As in the code of PnPInversion (arXiv 2310.01506), with the library versions of 2023.",
         "ssim_border": 5,
         "structure": {"pixel_scale": 255, "antialias": False},
     },
     "controlnet++": EDITAR
     | {
-        "description": "Depth as in the evaluation of ControlNet++ (arXiv 2404.07987): divided by its maximum.",
+        "description": "Depth as in the evaluation of ControlNet++ (arXiv 2404.07987): estimates over their maximum.",
         "depth_variant": "controlnet++",
     },
     "controlar": EDITAR
     | {
-        "description": "Depth as in the evaluation of ControlAR (arXiv 2410.02705): at the image's size, not rounded.",
+        "description": "Depth as in the evaluation of ControlAR (arXiv 2410.02705): at full image size, not rounded.",
         "depth_variant": "controlar",
     },
     "corrected": EDITAR
     | {
-        "description": "Without the quirks of the published code; not comparable with published figures.",
+        "description": "Without the quirks of the published code; not comparable with published results.",
         "masked_mean": True,
         "structure": {"pixel_scale": 1, "antialias": True},
     },
@@ -53,7 +53,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def make_pixels(image: Any) -> torch.Tensor:
-    """Turn a PIL image into pixels (1, channels, height, width) in [0, 1]."""
+    """Convert a PIL image to pixels (1, channels, height, width) in [0, 1]."""
     array = np.array(image)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)[None] / 255
 
@@ -61,8 +61,8 @@ def make_pixels(image: Any) -> torch.Tensor:
 class Pair:
     """A prediction and its sample as pixels (1, 3, height, width) in [0, 1].
 
-    A prediction of another size than the sample, which only MagicBrush allows, is resized for L1 and L2 (`pixels`), as
-    that benchmark's code does. CLIP and DINO see it as it was made (`prediction`).
+    For MagicBrush, the sizes of prediction and sample may differ. As in its code, the prediction is then resized for L1
+    and L2 (`pixels`), but not for CLIP and DINO (`prediction`).
     """
 
     def __init__(self, image: Image.Image, sample: Sample, protocol: dict[str, Any]):
@@ -85,34 +85,34 @@ class Pair:
 
     @property
     def unedited(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-        """The arguments of metrics that compare prediction and source outside the mask."""
+        """The arguments of metrics that compare prediction and source image outside the mask."""
         return self.pixels, self.source, self.mask, self.protocol["masked_mean"]
 
     @cached_property
     def edges(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Edges (1, 3, height, width) of the prediction, and those asked for."""
+        """Edges (1, 3, height, width) of the prediction and of the condition map."""
         found, asked = metrics.apply_canny(self.pixels), (self.source[:, :1] > 0.5).float()
         return found.expand(-1, 3, -1, -1), asked.expand(-1, 3, -1, -1)
 
     @property
     def target_prompts(self) -> list[str]:
-        """What the prediction should show, for CLIP."""
+        """The caption of the true result, for CLIP, as a list."""
         return [str(self.sample.target_prompt)]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of a table: a function of single samples, and one that reduces what it returns.
+    """A metric, a column of a table. `compute` is called for each sample, and `reduce` combines the results.
 
     Args:
-        title (`str`): Its heading, with the scale.
-        compute (`Callable`): Maps a pair and a network to a number, a tensor of one, or what `reduce` needs.
-        factor (`float`, *optional*, defaults to 1): Tables multiply the value by it.
-        higher_is_better (`bool`, *optional*, defaults to `True`): Direction.
-        model (`str`, *optional*): The network it needs, a key of `features.DEFAULT_MODELS`.
-        needs (tuple of `str`, *optional*): What the sample must have; without it, the metric is undefined.
-        digits (`int`, *optional*, defaults to 2): Digits after the point in tables.
-        reduce (`Callable`, *optional*): Maps the list of what `compute` returned to a number. Defaults to the mean.
+        title (`str`): The title of the column, with the scale.
+        compute (`Callable`): Maps a pair and a network to a number, a tensor with one number, or the input of `reduce`.
+        factor (`float`, *optional*, defaults to 1): Factor by which tables multiply the metric.
+        higher_is_better (`bool`, *optional*, defaults to `True`): Whether higher values are better.
+        model (`str`, *optional*): The network that the metric needs, a key of `features.DEFAULT_MODELS`.
+        needs (tuple of `str`, *optional*): Fields that the sample must have; without them, the metric is undefined.
+        digits (`int`, *optional*, defaults to 2): Digits after the decimal point in tables.
+        reduce (`Callable`, *optional*): Maps the list of results of `compute` to a number. Defaults to the mean.
     """
 
     title: str
@@ -126,16 +126,16 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """The title with the direction."""
+        """The title with an arrow that points to better values."""
         return f"{self.title} {'↑' if self.higher_is_better else '↓'}"
 
     @property
     def is_mean(self) -> bool:
-        """Whether single samples have values."""
+        """Whether the metric is the mean of metrics of single samples."""
         return self.reduce is statistics.fmean
 
     def format(self, value: float) -> str:
-        """Format a scaled value as tables do: a dash if it is undefined."""
+        """Format a scaled value for tables. An undefined value becomes a dash."""
         if math.isnan(value):
             return "–"
         return "∞" if math.isinf(value) else f"{value:.{self.digits}f}"
@@ -157,7 +157,7 @@ def compare_structure(pair: Pair, dino: features.Network) -> torch.Tensor:
 
 
 def compare_target(encode: Callable, pair: Pair, network: features.Network) -> torch.Tensor:
-    """Compare prediction and true result by an embedding."""
+    """Compute the cosine similarity of embeddings of the prediction and the target image."""
     return metrics.compute_cosine_similarity(encode(network, pair.prediction), encode(network, pair.target))
 
 
@@ -177,7 +177,7 @@ def compare_depth(pair: Pair, network: features.Network) -> torch.Tensor:
 
 
 def compute_fid(collected: list) -> float:
-    """Compute FID of all samples; undefined for a single one."""
+    """Compute FID over all samples; NaN if there is only one."""
     if len(collected) < 2:
         return math.nan
     return metrics.compute_frechet_distance(*map(torch.cat, zip(*collected, strict=True)))
@@ -186,7 +186,7 @@ def compute_fid(collected: list) -> float:
 def count_classes(pair: Pair, network: features.Network) -> torch.Tensor:
     predicted = features.segment(network, pair.pixels, pair.sample.size[::-1])
     matrix = metrics.compute_confusion_matrix(predicted, pair.labels, network.model.config.num_labels)
-    return matrix.to_sparse()  # few pairs of classes occur in one image
+    return matrix.to_sparse()  # most entries are 0, because one image shows few classes
 
 
 MASK, TARGET, PROMPT = ("mask",), ("target_image",), ("target_prompt",)

@@ -60,7 +60,7 @@ class RunArguments:
         if self.push_steps is not None and self.push_to_hub is None:
             raise ValueError("`push_steps` needs `push_to_hub`; give the id of the repository to upload to.")
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
-            raise ValueError(f"`push_to_hub` is {self.push_to_hub!r}; give a full repository id, `owner/name`.")
+            raise ValueError(f"`push_to_hub` is {self.push_to_hub!r}; give a full id, `owner/name`.")
 
 
 @dataclass(kw_only=True)
