@@ -1,10 +1,10 @@
-"""Edit a photograph with the shipped sticker editor and save it beside the original: `make demo` runs this.
+"""Edit a photograph with the included sticker editor, and save original and result side by side. `make demo` runs it.
 
     python examples/edit_photo.py
     python examples/edit_photo.py --prompt "turn the red circle into a star" --seed 3
 
-`--image` takes another photograph, and its largest centred square is edited. The sticker editor knows coloured stickers
-alone, and edits at 64×64 pixels.
+To edit another photograph, pass `--image`; its largest centred square is edited. The sticker editor knows only coloured
+stickers, and it edits at 64×64 pixels.
 """
 
 import argparse

@@ -15,7 +15,7 @@ generator = torch.Generator().manual_seed(0)
 
 tokens = pipe.encode_image(image)
 for prompt in ("make the red circle blue", "turn the blue circle into a star"):
-    # The tokens of each result are the source of the next edit, so nothing is encoded twice.
+    # Each edit starts from the tokens of the previous result, so no image is encoded twice.
     source = {"image": image, "source_image_tokens": tokens, "mask_image": mask_image}
     output = pipe(prompt, **source, restore_size=True, generator=generator)
     image, tokens = output.images[0], output.image_tokens

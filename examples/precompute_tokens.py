@@ -1,15 +1,16 @@
-"""Encode a data set of pairs as tokens once, so that training need not do it in every step.
+"""Encode a data set of pairs as tokens once, so that training does not encode images in every step.
 
     python examples/precompute_tokens.py --dataset my-pairs --split train --vq-model examples/sticker-editor/vq_model \
         --output-dir my-tokens --resolution 64
 
-The parquet shards hold the tokens of both images, the prompt and the task. `examples/train_editar.py --dataset
-my-tokens` trains on them. `--pipeline` in place of `--vq-model` also stores the states of its text encoder, for
-training with a frozen text encoder; the states of FLAN-T5-XL take 0.5 MB per pair in bfloat16.
+The parquet shards hold the tokens of both images, the prompt and the task. To train on them, run
+`examples/train_editar.py --dataset my-tokens`. For training with a frozen text encoder, pass `--pipeline` in place of
+`--vq-model`: the shards then also hold the states of its text encoder. The states of FLAN-T5-XL take 0.5 MB per pair in
+bfloat16.
 
 Existing shards are kept, so a second run resumes the first. With `torchrun` or `accelerate launch`, several processes
-share the shards. A recipe is encoded one data set at a time: `--recipe examples/recipes/editar.yaml --dataset-name
-pipe-add`.
+divide the shards among them. A recipe is encoded one data set at a time: `--recipe examples/recipes/editar.yaml
+--dataset-name pipe-add`.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from editar_hf.training.rows import BadRowCount, RowReader, pack_states
 class Arguments(PairArguments):
     output_dir: str = HfArg(help="folder for the parquet files")
     vq_model: str | None = HfArg(default=None, help="folder or Hub id of an EditARVQModel")
-    pipeline: str | None = HfArg(default=None, help="folder or Hub id of a pipeline, for text states")
+    pipeline: str | None = HfArg(default=None, help="folder or Hub id of a pipeline; also stores text states")
     dataset_name: str | None = HfArg(default=None, help="name of a data set of the recipe", aliases=["--source"])
     split: str = HfArg(default="train", help="split to encode")
     max_bad_rows_fraction: float = HfArg(default=0.05, help="fraction of rows that may be unusable")
@@ -48,7 +49,7 @@ class Arguments(PairArguments):
 
 
 def describe_dataset(args):
-    """Describe the data set to encode, which is downloaded as a whole first."""
+    """Describe the data set to encode. It is not streamed, but downloaded before it is encoded."""
     specs = {spec.name: spec for spec in args.describe_datasets(args.split, streaming=False)}
     name = args.dataset_name or next(iter(specs))
     if name not in specs or (args.dataset_name is None and len(specs) > 1):
@@ -57,9 +58,9 @@ def describe_dataset(args):
 
 
 def load_networks(args):
-    """Load the VQ model, alone or with its pipeline."""
+    """Load the VQ model, and its pipeline if `args` name one."""
     if (args.vq_model is None) == (args.pipeline is None):
-        raise ValueError("Give `vq_model` or `pipeline`: one of them, and not both.")
+        raise ValueError("Give either `vq_model` or `pipeline`, and not both.")
     name = "vq_model" if args.pipeline is None else "pipeline"
     check_folder_or_hub_id(getattr(args, name), name)
     dtype = getattr(torch, args.dtype)
@@ -103,7 +104,7 @@ def write_shard(path, batches, spec):
 def main():
     args = parse_arguments(Arguments)
     spec = describe_dataset(args)
-    # Without an accelerator, accelerate joins processes only when it is told that they are to use the CPU.
+    # Without an accelerator, Accelerate connects the processes only if it is told to use the CPU.
     process = PartialState(cpu=not torch.accelerator.is_available())
     vq_model, pipeline = load_networks(args)
     image_processor = args.build_image_processor(vq_model.config.stride, pipeline)
@@ -113,8 +114,8 @@ def main():
     for other in Path(args.output_dir).glob(f"{args.split}-*-of-*.parquet"):
         if not other.stem.endswith(f"-of-{len(starts):05d}"):
             raise ValueError(
-                f"`output_dir` {args.output_dir} holds {other.name}, and this data set makes {len(starts)} shards of "
-                "`shard_size`. Give another folder, or the data set and the size those shards were made with."
+                f"`output_dir` {args.output_dir} holds {other.name}, but this data set makes {len(starts)} shards of "
+                "`shard_size`. Give another folder, or the same data set and `shard_size` as for the existing shards."
             )
     own = range(process.process_index, len(starts), process.num_processes)
     for index in tqdm(own, desc="shards", disable=not process.is_main_process):

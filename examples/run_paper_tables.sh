@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The tables of the paper, where data and weights are at hand: EditAR and the systems it is compared with, scored here,
-# beside the published rows. You can stop each stage and start it again; it continues where it was.
-# One: bash examples/run_paper_tables.sh depth
-# All: bash examples/run_paper_tables.sh
-# The reports are $RUNS/<table>/report.md. What has no Hub id is read from these paths:
+# Reproduce the tables of the paper. This script runs and scores EditAR and the systems that it is compared with, and
+# shows the published rows in the same tables. You need the data and the weights. You can stop the script at any time; if
+# you start it again, it continues where it stopped.
+# One table: bash examples/run_paper_tables.sh depth
+# All tables: bash examples/run_paper_tables.sh
+# The reports are $RUNS/<table>/report.md. Files without a Hub id are read from these paths:
 set -euo pipefail
-MODEL=${MODEL:-editar}                                       # what `editar-hf convert` wrote
+MODEL=${MODEL:-editar}                                       # the output of `editar-hf convert`
 LPIPS=${LPIPS:-lpips}                                        # squeezenet1_1-b8a52dc0.pth and squeeze.pth
 INCEPTION=${INCEPTION:-pt_inception-2015-12-05-6726825d.pth}
-PIE_BENCH=${PIE_BENCH:-PIE-Bench_v1}                         # as its authors share it
+PIE_BENCH=${PIE_BENCH:-PIE-Bench_v1}                         # as its authors published it
 CONTROLNET_PP=${CONTROLNET_PP:-reward_controlnet}            # limingcv/reward_controlnet, downloaded
 RUNS=${RUNS:-runs}
 

@@ -1,12 +1,12 @@
-"""Train EditAR on your own pairs in plain PyTorch. Copy this page and change it.
+"""Train EditAR on your own pairs in plain PyTorch. Copy this file and change it.
 
     python examples/train_minimal.py --model examples/sticker-editor --dataset my-pairs --output-dir runs/mine
 
 `--dataset` is a Hub id or a folder that `datasets.load_dataset` reads, with the columns `source_image`, `target_image`
-and `prompt`. The VQ model and the text encoder stay as they are, and the decoder learns to predict the tokens of the
-target image. `--output-dir` receives a pipeline folder for `EditARPipeline.from_pretrained`.
+and `prompt`. The VQ model and the text encoder stay frozen, and the decoder learns to predict the tokens of the target
+image. The trained pipeline is saved in `--output-dir`; load it with `EditARPipeline.from_pretrained`.
 
-`examples/train_editar.py` adds several GPUs, exact resumption, LoRA, validation and damaged rows.
+`examples/train_editar.py` adds several GPUs, exact resumption, LoRA, validation and the skipping of damaged rows.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Arguments:
     learning_rate: float = field(default=1e-4, metadata={"help": "learning rate after the warmup"})
     num_warmup_steps: int = field(default=50, metadata={"help": "steps in which the learning rate rises"})
     num_workers: int = field(default=0, metadata={"help": "processes that read images"})
-    seed: int = field(default=0, metadata={"help": "seed of the order of pairs and of the dropout"})
+    seed: int = field(default=0, metadata={"help": "seed of the pair order and of dropout"})
 
 
 def build_dataloader(pipe, dataset, batch_size, num_workers):
@@ -47,7 +47,7 @@ def build_dataloader(pipe, dataset, batch_size, num_workers):
 
 
 def build_optimizer(model, learning_rate):
-    """Build AdamW with the published settings. Norms and embeddings of one dimension have no weight decay."""
+    """Build AdamW with the published settings. Parameters with one dimension, such as norms, have no weight decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
@@ -58,7 +58,7 @@ def build_optimizer(model, learning_rate):
 
 @torch.no_grad()
 def encode_batch(pipe, batch):
-    """Encode images as tokens, and prompts as states, with the two frozen networks."""
+    """Encode images as tokens with the frozen VQ model, and prompts as states with the frozen text encoder."""
     source_image_tokens = pipe.vq_model.encode(batch["source_pixel_values"]).image_tokens
     target_image_tokens = pipe.vq_model.encode(batch["target_pixel_values"]).image_tokens
     prompt_embeds = pipe.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
@@ -68,8 +68,8 @@ def encode_batch(pipe, batch):
 def compute_loss(pipe, batch):
     """Compute the mean cross-entropy of the target tokens in nats."""
     source_image_tokens, target_image_tokens, prompt_embeds = encode_batch(pipe, batch)
-    # Guidance needs a model that has also seen no source image and no prompt: 5 % of the pairs lose both, 5 % the
-    # source image alone and 5 % the prompt alone.
+    # Guidance needs a model that is also trained without its conditions: 5 % of the pairs lose source image and prompt,
+    # 5 % lose only the source image, and 5 % lose only the prompt.
     draw = torch.rand(len(prompt_embeds), device=prompt_embeds.device)
     logits = pipe.transformer(
         source_image_tokens=source_image_tokens,
@@ -102,7 +102,7 @@ def main(arguments=None):
     while step < args.num_steps:
         for batch in dataloader:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            # Weights and moments stay in float32; a GPU multiplies in bfloat16.
+            # Weights and moments stay in float32. On a GPU, matrices are multiplied in bfloat16.
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = compute_loss(pipe, batch)
             loss.backward()

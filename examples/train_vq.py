@@ -3,9 +3,9 @@
     accelerate launch examples/train_vq.py --dataset my-pairs --image-columns source_image,target_image \
         --resolution 64 --channel-multipliers 1 2 2 4 --mixed-precision bf16 --output-dir runs/vq
 
-The loss is the model's own: absolute and squared error of the pixels, codebook and commitment. Codes that no image uses
-any more are moved to latents of the current batch. `--output-dir` receives `vq_model/`, `metrics.jsonl` and
-checkpoints.
+The loss is the sum of the absolute error and the squared error of the pixels, the codebook loss and the commitment
+loss. Codes that no image uses any more are moved to latents of the current batch. `vq_model/`, `metrics.jsonl` and the
+checkpoints are saved in `--output-dir`.
 """
 
 import time
@@ -46,7 +46,7 @@ from editar_hf.training.vq import (
 
 
 LOSSES = ("loss", "reconstruction_loss", "codebook_loss", "commitment_loss")
-# Arguments that are settings of the configuration.
+# Arguments that are passed to `EditARVQConfig`.
 SIZES = ("num_embeddings", "embedding_dim", "latent_channels", "base_channels", "channel_multipliers")
 SIZES += ("num_res_blocks", "norm_num_groups", "commitment_loss_weight")
 
@@ -60,20 +60,20 @@ class Arguments(RunArguments):
     validation_rows: int | None = HfArg(default=None, help="rows to evaluate on; default: a tenth, and at most 256")
     resolution: int = HfArg(default=256, help="pixels per side")
 
-    model: str | None = HfArg(default=None, help="VQ model to start from; the sizes below do not apply")
-    freeze_codes: bool = HfArg(default=False, help="train the image decoder alone; precomputed tokens stay valid")
+    model: str | None = HfArg(default=None, help="VQ model to start from; it also sets the sizes below")
+    freeze_codes: bool = HfArg(default=False, help="train only the image decoder; precomputed tokens stay valid")
     num_embeddings: int = HfArg(default=16384, help="number of codes")
     embedding_dim: int = HfArg(default=8, help="dimension of a code")
     latent_channels: int = HfArg(default=256, help="channels of the latents")
     base_channels: int = HfArg(default=128, help="channels of the first level")
     channel_multipliers: list[int] = field(
         default_factory=lambda: [1, 1, 2, 2, 4],
-        metadata={"help": "multiplier of base_channels per level; all but the first halve the sides"},
+        metadata={"help": "multiplier of base_channels per level; each level after the first halves both sides"},
     )
     num_res_blocks: int = HfArg(default=2, help="residual blocks per level")
     norm_num_groups: int = HfArg(default=32, help="groups of the norms; base_channels / 16 is much faster on CPUs")
     commitment_loss_weight: float = HfArg(default=0.25, help="weight of the distance from latents to codes")
-    squared_error_weight: float = HfArg(default=1.0, help="more sharpens contrasting shapes and blurs faint texture")
+    squared_error_weight: float = HfArg(default=1.0, help="higher: sharper edges, blurrier texture")
 
     max_steps: int = HfArg(default=40_000, help="total number of steps")
     learning_rate: float = HfArg(default=4e-4, help="learning rate of AdamW")
@@ -83,7 +83,7 @@ class Arguments(RunArguments):
 
 
 def load_pixels(args):
-    """Load training and held-out pixels, uint8."""
+    """Load the pixels of training images and held-out images as uint8."""
     columns = args.image_columns.split(",")
     training = load_images(args.dataset, args.split, columns)
     if args.validation_split is not None:
@@ -124,7 +124,7 @@ def evaluate(accelerator, args, vq_model, held_out, step):
 
 
 def save(accelerator, args, vq_model, num_images, held_out, step):
-    """Evaluate the VQ model, save it with its card and an image, and upload it if asked to."""
+    """Evaluate the VQ model, save it with its model card and an image, and upload it if `args` say so."""
     figures = evaluate(accelerator, args, vq_model, held_out, step)
     if not accelerator.is_main_process:
         return
@@ -138,7 +138,7 @@ def save(accelerator, args, vq_model, num_images, held_out, step):
     )
     results = (
         f"On {len(held_out):,} held-out images: PSNR {figures['psnr']:.2f} dB; {figures['code_usage']:.1%} of the "
-        f"codes used, with a perplexity of {figures['perplexity']:,.0f}. Some of them, above their reconstructions:\n\n"
+        f"codes used, with a perplexity of {figures['perplexity']:,.0f}. Some images and their reconstructions:\n\n"
         f"![images and reconstructions]({VALIDATION_IMAGE})"
     )
     card = partial(
@@ -157,11 +157,11 @@ def save(accelerator, args, vq_model, num_images, held_out, step):
 
 
 def train(accelerator, args, vq_model, pixels, held_out):
-    """Train until the last step or the time limit; return the step that was reached."""
+    """Train until the last step or the time limit. Return the step that was reached."""
     start_time, batch_size = time.monotonic(), args.batch_size * accelerator.num_processes
     optimizer = build_optimizer(vq_model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(vq_model, optimizer)
-    # Not prepared: accelerate would step it once per process.
+    # The scheduler is not prepared, because Accelerate would step it once per process.
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.max_steps)
     reviver = DeadCodeReviver(vq_model.quantize.embedding, args.dead_code_patience)
     accelerator.register_for_checkpointing(scheduler, reviver)
@@ -178,7 +178,7 @@ def train(accelerator, args, vq_model, pixels, held_out):
         indices = next(batches)[accelerator.process_index :: accelerator.num_processes]
         pixel_values = prepare_pixel_values(pixels[indices], accelerator.device)
         outputs = model(pixel_values)
-        # The model's own loss counts the squared error once.
+        # `outputs.loss` already contains the squared error once.
         squared_error = F.mse_loss(outputs.reconstruction.float(), pixel_values)
         accelerator.backward(outputs.loss + (args.squared_error_weight - 1) * squared_error)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

@@ -57,7 +57,7 @@ def test_precomputed_tokens_are_those_of_the_tokenizer(tokens, pictures, editor)
         ({"vq_model": "editor/vq_model"}, "`resolution` is None"),
         ({"vq_model": "editor/vq", "resolution": 8}, r"`vq_model` is '.*editor/vq': there is no such folder"),
         ({"pipeline": "editors"}, r"`pipeline` is '.*editors': there is no such folder"),
-        ({}, "Give `vq_model` or `pipeline`"),
+        ({}, "Give either `vq_model` or `pipeline`"),
         ({"dataset_name": "other"}, "`dataset_name` is '.*other'; choose one of .*never-opened"),
     ],
 )

@@ -1,9 +1,9 @@
-"""Draw depth, canny or segmentation with a ControlNet; `editar-hf evaluate score` scores the images.
+"""Make predictions for depth, canny or segmentation with a ControlNet. `editar-hf evaluate score` scores them.
 
     python examples/baselines/controlnet.py --benchmark depth --controlnet lllyasviel/control_v11f1p_sd15_depth \
         --output-dir runs/controlnet
 
-Those of ControlNet++ load too: pass a folder such as `reward_controlnet/checkpoints/depth/controlnet`.
+Models of ControlNet++ load too: pass a folder such as `reward_controlnet/checkpoints/depth/controlnet`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[BE
 parser.add_argument("--controlnet", required=True, help="folder or Hub id")
 parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="folder or Hub id")
 parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16; default: float32")
-# ControlNet++'s evaluation takes 20 steps.
+# The evaluation of ControlNet++ uses 20 steps.
 parser.add_argument("--num-inference-steps", type=int, default=20, help="default: 20")
 parser.add_argument("--guidance-scale", type=float, default=7.5, help="default: 7.5")
 args = parser.parse_args()
@@ -31,7 +31,7 @@ knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance
 def load():
     dtype = getattr(torch, args.dtype)
     controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=dtype)
-    # The safety checker would blacken images.
+    # The safety checker would replace some images by black ones.
     options = {"controlnet": controlnet, "dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
     pipe = StableDiffusionControlNetPipeline.from_pretrained(args.model, **options)
     pipe.set_progress_bar_config(disable=True)

@@ -1,9 +1,9 @@
-"""Edit a benchmark with any image editor of diffusers; `editar-hf evaluate score` scores the images.
+"""Make predictions with any image editor of diffusers. `editar-hf evaluate score` scores them.
 
     python examples/baselines/diffusers_editor.py --model black-forest-labs/FLUX.2-klein-4B --dtype bfloat16 \
         --benchmark pie-bench --source PIE-Bench_v1 --output-dir runs/flux
 
-The pipeline must take `prompt`, `image` and `generator`. All other settings are its defaults.
+The pipeline must take `prompt`, `image` and `generator`. All other arguments keep their defaults.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Edit a benchmark with InstructPix2Pix at its published settings; `editar-hf evaluate score` scores the images.
+"""Make predictions with InstructPix2Pix and its published settings. `editar-hf evaluate score` scores them.
 
 python examples/baselines/instruct_pix2pix.py --benchmark pie-bench --source PIE-Bench_v1 --output-dir runs/ip2p
 """
@@ -26,7 +26,7 @@ knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance
 
 
 def load():
-    # The safety checker would blacken images.
+    # The safety checker would replace some images by black ones.
     options = {"dtype": getattr(torch, args.dtype), "safety_checker": None, "requires_safety_checker": False}
     pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(args.model, **options)
     pipe.set_progress_bar_config(disable=True)
