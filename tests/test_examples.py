@@ -88,7 +88,7 @@ def test_precomputing_again_makes_only_the_missing_shards(tokens, pictures, edit
     assert second.read_bytes() == content
     assert first.stat().st_mtime_ns == kept
     assert len(list(folder.iterdir())) == 3
-    with pytest.raises(ValueError, match=r"holds train-0000.-of-00003\.parquet, and this data set makes 2 shards"):
+    with pytest.raises(ValueError, match=r"holds train-0000.-of-00003\.parquet, but this data set makes 2 shards"):
         run_here("precompute_tokens.py", dataset=pictures, output_dir=folder, **(options | {"shard_size": 6}))
     assert len(list(folder.iterdir())) == 3
 
