@@ -141,7 +141,10 @@ class EditARLoraMixin(LoraBaseMixin):
         self,
         pretrained_model_name_or_path: str | Path,
         adapter_name: str | None = None,
-        **kwargs: Any,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> None:
         """Load an adapter in addition to those already there, and make it the only active one.
 
@@ -149,8 +152,7 @@ class EditARLoraMixin(LoraBaseMixin):
             pretrained_model_name_or_path (`str` or `Path`): A folder in PEFT's format, or a Hub id.
             adapter_name (`str`, *optional*): Its name, without dots; *defaults to* the first free one of `"default_0"`,
                 `"default_1"`, ….
-            kwargs: Arguments of huggingface_hub's `snapshot_download`: `revision`, `cache_dir`, `token`,
-                `local_files_only`.
+            revision, cache_dir, token, local_files_only (*optional*): See huggingface_hub's `snapshot_download`.
 
         Raises:
             ValueError: If there is no adapter, or it is not plain LoRA for this decoder and its other adapters; the
@@ -170,13 +172,21 @@ class EditARLoraMixin(LoraBaseMixin):
         is_disabled = any(layer.disable_adapters for _, layer in list_layers(self.transformer))
         try:
             if not folder.exists():
-                folder = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **kwargs))
+                downloaded = snapshot_download(
+                    str(pretrained_model_name_or_path),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    local_files_only=local_files_only,
+                    allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+                )
+                folder = Path(downloaded)
             self._attach_weights(read_config(folder / CONFIG_FILE), load_file(folder / WEIGHTS_FILE), adapter_name)
         except Exception as error:  # Files that are damaged or do not fit make libraries raise errors of any kind.
             self._remove([adapter_name], active)
-            raise ValueError(
-                f"`{pretrained_model_name_or_path}` holds no LoRA adapter of this decoder: {error}"
-            ) from error
+            missing = "is no folder here, and neither the cache nor the Hub gives it"
+            problem = "holds no LoRA adapter of this decoder" if folder.exists() else missing
+            raise ValueError(f"`{pretrained_model_name_or_path}` {problem}: {error}") from error
         # New layers start in training mode, with dropout.
         self.transformer.train(self.transformer.training)
         self._enable(not is_disabled)
