@@ -412,6 +412,8 @@ def test_push_uploads_the_folder_with_its_card(published, tmp_path):
         (["--push-to-hub", "editar", "--license", "mit"], "`--push-to-hub` is editar"),
         (["--model", "somewhere"], "`--model` is somewhere"),
         (["--grid-size", "4"], "`--grid-size` goes with `--transformer`"),
+        (["--transformer", ""], "`` is not a file"),
+        (["--text-encoder", ""], "`text_encoder` is empty"),
         (["--text-encoder", "./absent", "--transformer", "absent.pt"], "`text_encoder` is './absent': there is no"),
         (["--reverse", "--model", "./absent"], "`model` is './absent': there is no such folder"),
         (["--reverse", "--model", "tests"], "has no `model_index.json`"),

@@ -359,11 +359,11 @@ def convert_pipeline(
     Raises:
         ValueError: If a file is not of its network, or the three networks do not fit together.
     """
-    text_encoder = text_encoder or PUBLISHED_TEXT_ENCODER
+    text_encoder = PUBLISHED_TEXT_ENCODER if text_encoder is None else text_encoder
     check_folder_or_hub_id(text_encoder, "text_encoder")
-    transformer = transformer or hf_hub_download(**PUBLISHED_TRANSFORMER)
+    transformer = hf_hub_download(**PUBLISHED_TRANSFORMER) if transformer is None else transformer
     decoder = convert_transformer(load_published_weights(transformer), num_attention_heads, dtype, grid_size)
-    vq_model = vq_model or hf_hub_download(**PUBLISHED_VQ_MODEL)
+    vq_model = hf_hub_download(**PUBLISHED_VQ_MODEL) if vq_model is None else vq_model
     vq = convert_vq_model(load_published_weights(vq_model), dtype)
     if decoder.config.vocab_size != vq.config.num_embeddings:
         raise ValueError(
