@@ -12,6 +12,7 @@ from tiny import build_pipeline, build_transformer, draw_image
 
 from editar_hf.commands import edit, main
 from editar_hf.commands.edit import RECORD_FILE
+from editar_hf.processing_editar import TASK_PREFIXES, TEXT_TO_IMAGE
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:The centre crop cuts")
@@ -104,6 +105,10 @@ def test_an_image_of_a_condition_map_is_not_put_into_the_map(model, images):
     assert expected.shape != read("images/b.png").shape
 
 
+def test_the_command_offers_every_task_of_an_image():
+    assert {*edit.TASKS, TEXT_TO_IMAGE} == set(TASK_PREFIXES)
+
+
 def test_an_adapter_and_a_dtype_are_loaded(model, images, tmp_path):
     torch.manual_seed(0)
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -186,6 +191,7 @@ def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
         (["--image", "empty", "--output", "out"], "`--image` is empty, a folder without images"),
         ([[LINE]], "`--image` is images/b.png, which is not a folder"),
         (["--prompt", " "], "The prompt for images/b.png is empty"),
+        (["--crop-to-mask"], "`--crop-to-mask` needs a mask, and images/b.png has none"),
         (["--image", "images", "--prompts", "images/a.png"], "`--prompts` is images/a.png, which is not UTF-8"),
     ],
 )
@@ -256,6 +262,7 @@ WRONG_LINES += ['"text"', '{"image": "a.png", "prompt"', {**LINE, "mask": ""}]
     [
         *((line, "prompts.jsonl, line 2 is") for line in WRONG_LINES),
         ({**LINE, "prompt": " "}, "The prompt for images/a.png is empty"),
+        ({**LINE, "task": "paint"}, "The task for images/a.png is 'paint'"),
         ({**LINE, "output": "a.psd"}, "a.psd; end it in an image format"),
         ({**LINE, "output": "b.png"}, "two edits would write"),
         ({**LINE, "output": "../images/a.png"}, "a.png, or it is one of the images to read"),

@@ -23,6 +23,8 @@ PIPELINE_OPTIONS = (
     *("resize_mode", "crop_to_mask", "restore_size", "guidance_scale", "image_guidance_scale", "negative_prompt"),
     *("num_images_per_prompt", "task"),
 )
+# The tasks of `processing_editar.TASK_PREFIXES` that need an image, without the imports that would slow `--help` down.
+TASKS = ("edit", "canny", "depth", "segmentation")
 # What a line of `--prompts` may hold.
 LINE_KINDS = {"image": str, "prompt": str, "output": str, "task": str, "seed": int, "mask": str}
 # With Pillow's defaults, these formats change pixels that the edit did not change.
@@ -57,8 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     output = "image to write, such as edited.png; a folder if --image is a folder"
     add("--output", metavar="PATH", type=parse_path, required=True, help=output)
     add("--mask", metavar="FILE", type=parse_path, help="mask image, white where the image may change")
-    tasks = ("edit", "canny", "depth", "segmentation")
-    add("--task", choices=tasks, default="edit", help="what the image is to the prompt (default: edit)")
+    add("--task", choices=TASKS, default="edit", help="what the image is to the prompt (default: edit)")
     add("--seed", metavar="S", type=int, default=0, help="seed of the sampling (default: 0)")
     resize_mode = "how to resize images to the model's size: crop edits the centre, stretch edits the whole image"
     add("--resize-mode", choices=("crop", "stretch"), help=f"{resize_mode}; default: that of the model")
@@ -181,6 +182,10 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
         choose_save_options(job)
         if not job.prompt.strip():
             raise ValueError(f"The prompt for {job.image} is empty; say what to change.")
+        if job.task not in TASKS:
+            raise ValueError(f"The task for {job.image} is {job.task!r}; choose one of {', '.join(TASKS)}.")
+        if job.crop_to_mask and job.mask is None:
+            raise ValueError(f"`--crop-to-mask` needs a mask, and {job.image} has none; pass `--mask`.")
     if args.image.is_dir():
         taken = {os.path.abspath(path) for job in jobs for path in (job.image, job.mask) if path is not None}
         for path in (os.path.abspath(path) for job in jobs for path in list_outputs(job)):
