@@ -186,7 +186,7 @@ def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
         (["--output", "images"], "`--output` is images; end it in an image format"),
         (["--output", "edited.psd"], "`--output` is edited.psd; end it in an image format"),
         (["--output", "images/a.png/edited.png"], "images/a.png"),
-        (["--model", "images/missing"], "`images/missing` is no folder here"),
+        (["--model", "images/missing"], "`images/missing` is not a local folder"),
         (["--image", "images", "--output", "images"], "a.png, or it is one of the images to read"),
         (["--image", "empty", "--output", "out"], "`--image` is empty, a folder without images"),
         ([[LINE]], "`--image` is images/b.png, which is not a folder"),

@@ -162,28 +162,28 @@ def test_what_is_no_mask_is_refused_by_its_own_name():
 
 def test_white_that_cannot_be_edited_is_described_with_its_cause_and_remedy():
     nothing, inside, outside = draw_points(16, 48), draw_points(16, 48, (8, 16)), draw_points(16, 48, (8, 3))
-    assert "white nowhere in an image, whose source is returned" in describe_lost_white(nothing, 16, 16, "stretch")
+    assert "`mask_image` has no white pixels" in describe_lost_white(nothing, 16, 16, "stretch")
     assert describe_lost_white(inside, 16, 16, "crop") is None
     assert describe_lost_white(outside, 16, 16, "stretch") is None
     message = describe_lost_white(inside | outside, 16, 16, "crop")
-    assert "of `mask_image` 50% lies in what the centre crop cuts away" in message
+    assert "The centre crop cuts away 50% of the white pixels of `mask_image`" in message
     assert 'pass `resize_mode="stretch"`' in message
 
 
 def test_a_mask_of_another_size_is_resized_with_a_warning():
     small = draw_points(10, 15, (2, 4))
-    with pytest.warns(UserWarning, match="`mask_image` is 15×10 pixels and its image 60×40; it was resized"):
+    with pytest.warns(UserWarning, match="`mask_image` is 15×10 pixels and its image is 60×40; the mask was resized"):
         large = prepare_mask(small, (60, 40))
     assert np.array_equal(large, small.repeat(4, axis=0).repeat(4, axis=1))
-    with pytest.warns(UserWarning, match="it was resized"):
+    with pytest.warns(UserWarning, match="the mask was resized"):
         assert prepare_mask(large, (15, 10)).tolist() == small.tolist()
-    with pytest.warns(UserWarning, match="it was resized"):
+    with pytest.warns(UserWarning, match="the mask was resized"):
         assert prepare_mask(np.ones((67, 100), bool), (1500, 1000)).all()
 
 
 @pytest.mark.parametrize("size", [(60, 60), (40, 60), (30, 40)])
 def test_a_mask_of_other_proportions_is_refused(size):
-    with pytest.raises(ValueError, match=r"`mask_image` is 60×40 pixels and its image .* of other proportions"):
+    with pytest.raises(ValueError, match=r"`mask_image` is 60×40 pixels and its image .* proportions differ"):
         prepare_mask(np.ones((40, 60), bool), size)
 
 
@@ -231,5 +231,5 @@ def test_window_of_a_picture_smaller_than_the_model_is_all_of_it_that_fits():
 
 
 def test_white_that_no_window_of_the_proportions_holds_is_refused():
-    with pytest.raises(ValueError, match=r"`mask_image` is white over 150×1 pixels.*16×16"):
+    with pytest.raises(ValueError, match=r"`mask_image` has a white area of 150×1 pixels.*16×16"):
         compute_window(draw_points(100, 200, (50, 10), (50, 159)), 16, 16)

@@ -240,7 +240,7 @@ def test_a_mask_that_marks_the_edit_with_a_small_number_is_refused(dtype, tmp_pa
         read("folder", folder)
 
 
-@pytest.mark.filterwarnings("ignore:`mask_image` is 8×8 pixels and its image 16×16; it was resized")
+@pytest.mark.filterwarnings("ignore:`mask_image` is 8×8 pixels and its image is 16×16; the mask was resized")
 def test_masks_of_a_folder_are_read_as_the_pipeline_reads_them(tmp_path):
     folder = make_picture_folder(tmp_path / "pictures")
     strokes = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
@@ -252,7 +252,7 @@ def test_masks_of_a_folder_are_read_as_the_pipeline_reads_them(tmp_path):
     Image.new("L", (16, 16)).save(folder / "1-mask.png")
     assert not to_array(read("folder", folder)[1].mask).any()
     Image.new("L", (16, 4)).save(folder / "1-mask.png")
-    with pytest.raises(ValueError, match=r"sample 00002: .* of other proportions"):
+    with pytest.raises(ValueError, match=r"sample 00002: .* proportions differ"):
         read("folder", folder)
 
 

@@ -40,7 +40,7 @@ def push():
     HfApi().upload_file(path_or_fileobj=b"what the user says", path_in_repo="README.md", repo_id=PRIVATE_REPO)
     pipe.push_to_hub(PRIVATE_REPO)
     HfApi().create_repo(BARE_REPO)
-    with pytest.raises(ValueError, match="tester/bare is to be private, but it exists and is public"):
+    with pytest.raises(ValueError, match="`private` is True, but the repository tester/bare exists and is public"):
         pipe.push_to_hub(BARE_REPO, private=True)
 
 
@@ -62,7 +62,7 @@ def load(commit, snippet):
         EditARPipeline.from_pretrained(BARE_REPO)
     with pytest.raises(ValueError, match="halved"):
         EditARPipeline.from_pretrained(REPO, variant="halved")
-    with pytest.raises(OSError, match=f"`{PRIVATE_REPO}` is no folder here"):
+    with pytest.raises(OSError, match=f"`{PRIVATE_REPO}` is not a local folder"):
         EditARPipeline.from_pretrained(PRIVATE_REPO, token=False)
     EditARPipeline.from_pretrained(PRIVATE_REPO, token=os.environ["HF_TOKEN"])
     os.chdir(os.environ["HF_HOME"])

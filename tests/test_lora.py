@@ -26,7 +26,7 @@ ADAPTERS = {
     "text": {"target_modules": ["q_proj", "v_proj", "down_proj"], "modules_to_save": ["text_projection"]},
     "other-text": {"target_modules": ["q_proj"], "modules_to_save": ["text_projection", "norm"]},
 }
-REFUSALS = r"`unfuse_lora\(\)` first|`enable_lora\(\)` before|both replace|no adapter is active"
+REFUSALS = r"`unfuse_lora\(\)` first|`enable_lora\(\)` before|all replace|no adapter is active"
 
 
 @pytest.fixture(scope="module")
@@ -339,17 +339,17 @@ def test_adapters_work_under_model_offload(adapters):
     ("call", "message"),
     [
         (lambda pipe: pipe.set_adapters("one", float("nan")), "`adapter_weights` is nan"),
-        (lambda pipe: pipe.set_adapters(["one"], [1, 1]), "`adapter_weights` has 2 numbers; give one"),
-        (lambda pipe: pipe.set_adapters(["one", "nope"]), "`adapter_names` names nope; there are one"),
-        (lambda pipe: pipe.set_adapters(["one", "one"]), "give each adapter once"),
+        (lambda pipe: pipe.set_adapters(["one"], [1, 1]), "`adapter_weights` has 2 numbers; pass one"),
+        (lambda pipe: pipe.set_adapters(["one", "nope"]), "`adapter_names` holds nope; .* one"),
+        (lambda pipe: pipe.set_adapters(["one", "one"]), "pass each adapter only once"),
         (lambda pipe: pipe.set_adapters(None), "`adapter_names` is None"),
-        (lambda pipe: pipe.delete_adapters("nope"), "`adapter_names` names nope"),
-        (lambda pipe: pipe.fuse_lora(adapter_names=["nope"]), "`adapter_names` names nope"),
+        (lambda pipe: pipe.delete_adapters("nope"), "`adapter_names` holds nope"),
+        (lambda pipe: pipe.fuse_lora(adapter_names=["nope"]), "`adapter_names` holds nope"),
         (lambda pipe: pipe.fuse_lora("1"), "`lora_scale` is '1'"),
         (lambda pipe: pipe.fuse_lora(1e39), "would get infinite weights or NaN"),
-        (lambda pipe: pipe.save_lora_weights("out", "nope"), "`adapter_name` is 'nope'; there are one"),
+        (lambda pipe: pipe.save_lora_weights("out", "nope"), "`adapter_name` is 'nope'; .*: one"),
         (lambda pipe: pipe.load_lora_weights("./nowhere"), "no such folder"),
-        (lambda pipe: pipe.load_lora_weights("nowhere/lora", local_files_only=True), "`nowhere/lora` is no folder"),
+        (lambda pipe: pipe.load_lora_weights("nowhere/lora", local_files_only=True), "`nowhere/lora` is not a local folder"),
         (lambda pipe: pipe.load_lora_weights(".", adapter_weights=2), "argument 'adapter_weights'"),
         (lambda pipe: pipe.load_lora_weights(".", adapter_name=""), "`adapter_name` is ''"),
         (lambda pipe: pipe.load_lora_weights(".", adapter_name="v1.0"), "`adapter_name` is 'v1.0'"),
@@ -386,9 +386,9 @@ DAMAGES = {
     "rank 0": (change_config(r=0), "positive"),
     "fewer targets than weights": (change_config(target_modules=["q_proj"]), r"8 unexpected \(model\.layers\.0"),
     "targets are nowhere": (change_config(target_modules=["nope"]), "nope"),
-    "layer that another adapter replaces": (change_config(target_modules=["fc1"]), "adapts a part of"),
-    "module that another adapter adapts": (change_config(modules_to_save=["mlp"]), "adapts a part of"),
-    "magnitudes": (change_config(use_dora=True), "sets use_dora; the pipeline loads plain LoRA"),
+    "layer that another adapter replaces": (change_config(target_modules=["fc1"]), "which is part of a module"),
+    "module that another adapter adapts": (change_config(modules_to_save=["mlp"]), "which is part of a module"),
+    "magnitudes": (change_config(use_dora=True), "sets use_dora, but the pipeline loads only plain LoRA"),
     "biases": (change_config(bias="all"), "sets bias"),
     "start that changes the decoder": (change_config(init_lora_weights="pissa"), "sets init_lora_weights"),
     "weights are cut off": (cut_off("adapter_model.safetensors"), "safetensor|header|incomplete"),
@@ -402,16 +402,16 @@ def test_adapter_that_does_not_fit_is_named_and_leaves_all_as_it_was(adapters, t
     damage(folder)
     pipe = load(adapters / "text", "one")
     state, adapted = copy_state(pipe), compute_logits(pipe.transformer)
-    with pytest.raises(ValueError, match=rf"`{folder}` holds no LoRA adapter of this decoder: .*({message})"):
+    with pytest.raises(ValueError, match=rf"`{folder}` holds no LoRA adapter for this decoder: .*({message})"):
         pipe.load_lora_weights(folder)
     assert_untouched(pipe, state)
     assert torch.equal(compute_logits(pipe.transformer), adapted)
 
 
 def test_saving_needs_to_know_which_adapter(adapters, tmp_path):
-    with pytest.raises(ValueError, match="there are no adapters"):
+    with pytest.raises(ValueError, match=r"`adapter_name` is None.*: none"):
         build_pipeline().save_lora_weights(tmp_path)
     pipe = load(adapters / "plain", "one")
     pipe.load_lora_weights(adapters / "plain", adapter_name="two")
-    with pytest.raises(ValueError, match="`adapter_name` is None; there are one, two"):
+    with pytest.raises(ValueError, match=r"`adapter_name` is None; .*: one, two"):
         pipe.save_lora_weights(tmp_path)

@@ -59,7 +59,7 @@ def processor(tokenizer):
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 73), (97, 61), (20, 30), (64, 65), (40, 100), (100, 40)])
 @pytest.mark.parametrize("size", [(48, 48), (32, 64)])
 @pytest.mark.parametrize("resize_mode", ["crop", "stretch"])
-@pytest.mark.filterwarnings("ignore:More than")
+@pytest.mark.filterwarnings("ignore:The centre crop cuts")
 def test_pixels_are_those_of_the_published_preparation_or_of_a_plain_resize(height, width, size, resize_mode):
     picture = draw_picture(height, width)
     pixel_values = EditARImageProcessor(size=size, resize_mode=resize_mode)(picture).pixel_values
@@ -218,7 +218,7 @@ def test_the_box_is_the_pixels_wholly_inside_the_crop(height, width):
 
 
 @pytest.mark.parametrize("resize_mode", ["crop", "stretch"])
-@pytest.mark.filterwarnings("ignore:More than")
+@pytest.mark.filterwarnings("ignore:The centre crop cuts")
 def test_restoring_an_unedited_picture_gives_the_source_in_place(resize_mode):
     # Smooth, so that scaling down and up loses little, and steep, so that a shift of half a pixel would show.
     row, column = np.mgrid[0:90, 0:151]

@@ -239,7 +239,7 @@ def draw_masks():
     }
 
 
-@pytest.mark.filterwarnings("ignore:`mask_image` is 32×16 pixels and its image 64×32; it was resized")
+@pytest.mark.filterwarnings("ignore:`mask_image` is 32×16 pixels and its image is 64×32; the mask was resized")
 @pytest.mark.parametrize("resize_mode", ["crop", "stretch"])
 @pytest.mark.parametrize("name", draw_masks())
 def test_masks_are_read_as_the_pipeline_reads_them(name, resize_mode):

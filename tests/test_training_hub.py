@@ -123,7 +123,7 @@ def test_new_repositories_are_private_and_a_public_one_is_refused_before_the_tra
     line = f"Results will be uploaded to {EDITOR} (private; `--no-hub-private-repo` makes new ones public)."
     assert line in story["printed"].splitlines()
     last_line = story["refused"].stderr.strip().splitlines()[-1]
-    assert last_line.startswith(f"ValueError: The repository {ADAPTER} is to be private, but it exists and is public.")
+    assert last_line.startswith(f"ValueError: `private` is True, but the repository {ADAPTER} exists and is public.")
     assert "`--no-hub-private-repo`" in last_line
     assert "Training\n" not in story["refused"].stdout
 

@@ -1,4 +1,4 @@
-"""After every token of a call: move the progress bar, draw previews, call the user's callback, stop if interrupted."""
+"""The actions after every token of a call: progress bar, previews, the user's callback, interruption."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,18 +12,18 @@ from ..modeling_editar_vq import EditARVQModel
 
 
 class RowPreview:
-    """Draw results while they are decoded: each new row of tokens replaces the source.
+    """Draw previews of the results during decoding: decoded rows of tokens replace the rows of the source.
 
-    A preview decodes the new rows and the row above them, into which they fade. It is close to the result but not
-    equal, because the VQ model's decoder looks at the whole image. After the last row, the whole image is decoded, and
-    the preview is the result.
+    A preview decodes only the new rows and one row above them, and blends that row with the earlier preview. It is
+    close to the result but not equal, because the VQ model decodes each pixel from the whole image. The last preview
+    decodes the whole image and is equal to the result.
 
     Args:
         vq_model (`EditARVQModel`): Decodes the tokens.
-        pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Pixels to begin with, in [−1, 1].
-        grid (`tuple[int, int]`): Tokens in a column and in a row.
-        rows_per_preview (`int`): Rows between two previews; the last row always has one.
-        compose (`Callable`): Makes images of pixels, as those of the results are made.
+        pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Initial pixels, in [−1, 1].
+        grid (`tuple[int, int]`): Tokens per column and per row.
+        rows_per_preview (`int`): Rows between two previews. There is always a preview after the last row.
+        compose (`Callable`): Makes the preview images from pixels, in the same way as the results.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class RowPreview:
 
     @property
     def is_complete(self) -> bool:
-        """Whether `canvas` shows the whole result."""
+        """True if `canvas` is the complete result."""
         return self.num_drawn_rows == self.grid_height
 
     def draw(self, image_tokens: torch.LongTensor) -> list[Image.Image] | None:
-        """Draw the new rows of tokens `(batch, T)`, and return the images so far; `None` if no preview is due."""
+        """Draw the new rows of tokens `(batch, T)` and return the preview; return `None` between two previews."""
         num_rows, rest = divmod(image_tokens.shape[1], self.grid_width)
         if rest or (num_rows % self.rows_per_preview and num_rows < self.grid_height):
             return None
@@ -55,7 +55,7 @@ class RowPreview:
         strip = image_tokens[:, first * self.grid_width : num_rows * self.grid_width]
         pixels = self.vq_model.decode(strip, num_rows - first, self.grid_width).float()
         stride = self.vq_model.config.stride
-        # The row above fades from what is drawn to what is new.
+        # The row above the new rows blends linearly from the earlier preview to the new pixels.
         weights = torch.ones(pixels.shape[2], 1, device=pixels.device)
         if num_rows < self.grid_height:
             num_faded = (self.num_drawn_rows - first) * stride
@@ -73,9 +73,9 @@ class StepReporter(StoppingCriteria):
         pipeline (`EditARPipeline`): The pipeline that is called.
         progress_bar (`tqdm`): Counts tokens.
         callback (`Callable`, *optional*): The user's callback.
-        names (sequence of `str`): The tensors that the callback asks for.
-        tensors (`dict[str, torch.Tensor | None]`): What it may ask for, beside the tokens so far.
-        preview (`RowPreview`, *optional*): Draws previews for it.
+        names (sequence of `str`): Names of the tensors that the callback gets.
+        tensors (`dict[str, torch.Tensor | None]`): The tensors by name, except `image_tokens`.
+        preview (`RowPreview`, *optional*): Draws previews for the callback.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class StepReporter(StoppingCriteria):
         self.progress_bar.update()
         if self.callback is not None:
             step = input_ids.shape[1] - 1
-            # A copy, because the next tokens depend on these.
+            # A copy, because a callback that changes the tokens in place would change decoding.
             tensors = {**self.tensors, "image_tokens": input_ids.clone()}
             shown: dict[str, Any] = {name: tensors[name] for name in self.names}
             if self.preview is not None and (preview := self.preview.draw(input_ids)) is not None:

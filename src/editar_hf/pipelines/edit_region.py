@@ -1,8 +1,8 @@
-"""Where an edit may change its source image: which tokens, with which feather, in which window.
+"""Masked edits: compute the tokens that may change, the blend weights of pixels, and the window that is edited.
 
-A mask is an image as large as its source, white where the source may change. `EditRegion` makes of it an edit mask (a
-flag for each token), a feather (a weight for each pixel) and, if the call asks for it, a window of the source around
-the white pixels. A mask is resized and cropped exactly as its source.
+A mask is an image of the same size as its source, white where the source may change. From a mask, `EditRegion` computes
+an edit mask (a flag for each token), a feather (a blend weight for each pixel) and, with `crop_to_mask`, a window of
+the source around the white pixels. A mask is resized and cropped exactly like its source.
 """
 
 import warnings
@@ -27,27 +27,27 @@ from ..image_processing_editar import (
 from .inputs import compute_batch_size
 
 
-# A pixel of a mask is white from this grey on, of 0 to 255.
+# A mask pixel counts as white if its grey value, 0 to 255, is at least this.
 WHITE = 128
-# How much larger than the white area a window is, per side: the model needs to see the surroundings.
+# Side of a window relative to the side of the white area. It is above 1, because the model needs to see context.
 WINDOW_MARGIN = 1.5
 
 
 def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_size: tuple[int, int]) -> np.ndarray:
-    """Read a mask as bool (height, width), True where it is white, at the size of its source.
+    """Read a mask as a bool array (height, width) at the size of its source, True where the mask is white.
 
     Args:
         mask_image (`PIL.Image.Image`, array, tensor, path or URL): The mask; see `prepare_rgb_image`. A pixel is white
-            if its luminance is 128 or more of 255, whatever its colour. Transparency is black: a white stroke on
-            nothing frees the stroke.
+            if its luminance is at least 128 of 255. Transparent pixels are black, so white strokes on a transparent
+            background are a valid mask.
         source_size (`tuple[int, int]`): Width and height of the source, in pixels.
 
     Raises:
-        ValueError: If it is no image, has other proportions than the source, or has transparent pixels beside opaque
-            ones that are not white.
+        ValueError: If the mask is not an image, its proportions differ from those of the source, or it has both
+            transparent pixels and opaque pixels that are not white.
     """
     if isinstance(mask_image, str | Path):
-        mask_image = open_image(mask_image, "mask_image")  # Once, for the two calls below.
+        mask_image = open_image(mask_image, "mask_image")  # Open it only once for the two calls below.
     on_black, on_white = (prepare_rgb_image(mask_image, colour, "mask_image") for colour in ("black", "white"))
     check_transparency(np.asarray(on_black), np.asarray(on_white))
     mask = on_black.convert("L")
@@ -55,23 +55,23 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
     if mask.size == source_size:
         return is_white
     width, height = source_size
-    # Proportions are the same if a side differs by no more than rounding to whole pixels.
+    # Proportions are equal if the sides differ only by rounding to whole pixels.
     if abs(mask.width * height - mask.height * width) > max(*mask.size, *source_size):
         raise ValueError(
-            f"`mask_image` is {mask.width}×{mask.height} pixels and its image {width}×{height}, of other proportions; "
-            "pass a mask of the image's size."
+            f"`mask_image` is {mask.width}×{mask.height} pixels and its image is {width}×{height}, so their "
+            "proportions differ; pass a mask of the size of the image."
         )
     warnings.warn(
-        f"`mask_image` is {mask.width}×{mask.height} pixels and its image {width}×{height}; it was resized.",
+        f"`mask_image` is {mask.width}×{mask.height} pixels and its image is {width}×{height}; the mask was resized.",
         stacklevel=2,
     )
     return compute_coverage(is_white, source_size) > 0
 
 
 def check_transparency(on_black: np.ndarray, on_white: np.ndarray) -> None:
-    """Refuse a mask with transparent pixels, unless its opaque pixels are white strokes.
+    """Check that a mask is either opaque, or has white strokes on a transparent background.
 
-    Other software (OpenAI) passes the source image, transparent where it may change.
+    OpenAI's API uses another convention, which is refused here: the source image, transparent where it may change.
 
     Args:
         on_black, on_white (`np.ndarray`): The mask over a black and over a white background, uint8 (height, width, 3).
@@ -81,26 +81,26 @@ def check_transparency(on_black: np.ndarray, on_white: np.ndarray) -> None:
     # Some software darkens soft edges by their transparency, which makes them at least 191 over white.
     if not is_opaque.all() and (on_white[is_opaque] < 190).any(axis=1).sum() > 0.01 * is_opaque.sum():
         raise ValueError(
-            "`mask_image` has transparency, and what is opaque is not white. Pass a mask that is white where the image "
-            "may change. If its transparent part is what may change, pass "
+            "`mask_image` has transparent pixels, and its opaque pixels are not white. Pass a mask that is white where "
+            "the image may change. If the image may change where the mask is transparent, pass "
             '`ImageChops.invert(mask.getchannel("A"))`, with `mask` in mode "RGBA".'
         )
 
 
 def compute_coverage(is_white: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a mask to (width, height); return the white fraction of every pixel, above 0 for the thinnest stroke."""
+    """Resize a mask to (width, height); return the white fraction of each pixel, above 0 for thin strokes too."""
     mask = Image.fromarray(is_white.astype(np.float32))
     return np.asarray(mask.resize(size, Image.Resampling.BOX))
 
 
 def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int, resize_mode: str) -> torch.Tensor:
-    """Compute which tokens may change, bool (height / stride, width / stride): those with any white pixel.
+    """Compute which tokens may change, bool (height / stride, width / stride): those with at least one white pixel.
 
     Args:
-        is_white (`np.ndarray`): Bool (height, width) at the size of the source.
-        height, width (`int`): Pixels the model works at.
-        stride (`int`): Pixels per token and side.
-        resize_mode (`str`): How the source is brought there.
+        is_white (`np.ndarray`): The mask at the size of the source, bool (height, width).
+        height, width (`int`): Size the model works at, in pixels.
+        stride (`int`): Pixels per side of a token.
+        resize_mode (`str`): How the source is resized to that size.
     """
     source_height, source_width = is_white.shape
     crop = compute_crop_geometry(source_height, source_width, height, width, resize_mode)
@@ -111,14 +111,14 @@ def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int
 
 
 def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mode: str) -> str | None:
-    """Say why less may change than a mask seems to ask for; return `None` if all of it may.
+    """Return a warning if the mask has no white pixels, or if the centre crop cuts away some of them; else `None`.
 
     The arguments are those of `compute_edit_mask`.
     """
     if not is_white.any():
         return (
-            f"`mask_image` is white nowhere in an image, whose source is returned; white is {WHITE} to 255, so pass a "
-            "mask of 0 and 1 as bool."
+            f"`mask_image` has no white pixels for an image, so its source is returned unchanged. White is {WHITE} to "
+            "255; pass a mask of 0 and 1 as bool."
         )
     source_height, source_width = is_white.shape
     left, top, right, bottom = compute_crop_geometry(source_height, source_width, height, width, resize_mode).box
@@ -126,35 +126,36 @@ def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mo
     if part <= MAX_SILENT_CUT:
         return None
     return (
-        f"Of the white of `mask_image` {part:.0%} lies in what the centre crop cuts away, and cannot change; pass "
-        '`resize_mode="stretch"`, a `height` and `width` of the image\'s proportions, or `crop_to_mask=True`.'
+        f"The centre crop cuts away {part:.0%} of the white pixels of `mask_image`, where the image cannot change. "
+        'Pass `resize_mode="stretch"`, a `height` and `width` with the proportions of the image, or '
+        "`crop_to_mask=True`."
     )
 
 
 def compute_feather(edit_mask: torch.Tensor, stride: int) -> torch.Tensor:
-    """Compute the weight of the result in each pixel, (batch, 1, height, width) in [0, 1].
+    """Compute the blend weight of the result in each pixel, (batch, 1, height, width) in [0, 1].
 
-    It is 1 on every pixel of a token that may change, and falls linearly to 0 over the width of one token, along rows,
-    columns and diagonals.
+    The weight is 1 on all pixels of the tokens that may change. Outside them it falls linearly to 0 over the width of
+    one token, along rows, columns and diagonals.
 
     Args:
-        edit_mask (`torch.BoolTensor` of shape `(batch, rows, columns)`): Which tokens may change.
-        stride (`int`): Pixels per token and side.
+        edit_mask (`torch.BoolTensor` of shape `(batch, rows, columns)`): True for tokens that may change.
+        stride (`int`): Pixels per side of a token.
     """
     free = edit_mask[:, None].repeat_interleave(stride, 2).repeat_interleave(stride, 3).float()
-    # The mean over squares of growing size: a pixel that is d pixels outside lies in all but d of the `stride` squares.
+    # The mean of masks grown by 0 … stride − 1 pixels: a pixel at distance d is inside all but d of these masks.
     grown = [F.max_pool2d(free, 2 * radius + 1, stride=1, padding=radius) for radius in range(stride)]
     return torch.stack(grown).mean(dim=0)
 
 
 def compute_window(is_white: np.ndarray, height: int, width: int) -> tuple[int, ...]:
-    """Compute the window of an image, around the white pixels of its mask, that is edited by itself.
+    """Compute the window of an image, around the white pixels of its mask, that the model edits.
 
     The window has the proportions of `height` × `width`. Its sides are 1.5 times those of the white area, and at least
-    `height` × `width`, as far as the image allows. Without white pixels it is in the middle of the image.
+    `height` × `width`, but not larger than the image. Without white pixels, it is in the middle of the image.
 
     Returns:
-        Left, top, right and bottom, in pixels as PIL counts them.
+        Left, top, right and bottom in pixels, as in PIL.
 
     Raises:
         ValueError: If a window of these proportions inside the image cannot hold all white pixels.
@@ -167,31 +168,32 @@ def compute_window(is_white: np.ndarray, height: int, width: int) -> tuple[int, 
     window_size = np.minimum(np.round(size * scale).astype(int), image_size)
     if (last - first > window_size).any():
         raise ValueError(
-            f"`mask_image` is white over {'×'.join(map(str, last - first))} pixels, more than a window of the "
-            f"proportions of {width}×{height} inside the image can hold; leave `crop_to_mask` out, or pass another "
-            "`height` and `width`."
+            f"`mask_image` has a white area of {'×'.join(map(str, last - first))} pixels, which does not fit into a "
+            f"window with the proportions of {width}×{height} inside the image; leave `crop_to_mask` out, or pass "
+            "another `height` and `width`."
         )
     corner = np.clip((first + last - window_size) // 2, 0, image_size - window_size)
     return *corner.tolist(), *(corner + window_size).tolist()
 
 
 def repeat_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Repeat each row for the images made of it: 0, 0, …, 1, 1, ….
+    """Repeat each row equally often, in the order 0, 0, …, 1, 1, …, to get `num_rows` rows.
 
-    `rows` has one row, or a number of rows that divides `num_rows`.
+    `num_rows` must be a multiple of the number of rows.
     """
     return rows.repeat_interleave(num_rows // len(rows), dim=0)
 
 
 @dataclass
 class EditRegion:
-    """Where the results of a call may differ from their source images.
+    """The parts of the source images that a call may change.
 
     Args:
         edit_mask (`torch.BoolTensor` of shape `(batch, N)`): True for tokens that may change.
-        weights (`torch.Tensor` of shape `(batch, 1, height, width)`): Share of the result in each pixel, in [0, 1].
-        windows (`torch.LongTensor` of shape `(batch, 4)`): The parts of the images that are edited: left, top, right
-            and bottom, in pixels as PIL counts them.
+        weights (`torch.Tensor` of shape `(batch, 1, height, width)`): Blend weight of the result in each pixel, in
+            [0, 1].
+        windows (`torch.LongTensor` of shape `(batch, 4)`): The windows of the images that are edited: left, top, right
+            and bottom in pixels, as in PIL.
     """
 
     edit_mask: torch.Tensor
@@ -209,17 +211,17 @@ class EditRegion:
         mask_blend: bool,
         crop_to_mask: bool,
     ) -> Self:
-        """Read masks and pair them with images; one mask serves many images, one image many masks.
+        """Read masks and pair them with images. One mask is used for all images, or one image for all masks.
 
         Args:
-            mask_image: A mask, a batch, or a list of either; see `prepare_mask`.
+            mask_image: A mask, a batch, or a list of masks and batches; see `prepare_mask`.
             images (sequence of `Image.Image`): The source images.
             size (`tuple[int, int]`): Height and width the model works at, in pixels.
-            stride (`int`): Pixels per token and side.
-            resize_mode (`str`): How the images are brought to that size.
-            mask_blend (`bool`): Feather the result into the source. Without it, the result shows everywhere, except
-                for masks without white.
-            crop_to_mask (`bool`): Edit a window around the white.
+            stride (`int`): Pixels per side of a token.
+            resize_mode (`str`): How the images are resized to that size.
+            mask_blend (`bool`): Blend the result into the source with a feather. If False, the result is used for all
+                pixels, except if the mask has no white pixels.
+            crop_to_mask (`bool`): Edit only a window around the white pixels.
         """
         masks = list_images(mask_image)
         count = compute_batch_size(image=images, mask_image=masks)
@@ -231,7 +233,7 @@ class EditRegion:
                 mask[top:bottom, left:right] for mask, (left, top, right, bottom) in zip(masks, windows, strict=True)
             ]
         for message in filter(None, {describe_lost_white(mask, *size, resize_mode) for mask in masks}):
-            warnings.warn(message, stacklevel=4)  # torch's no_grad is between the pipeline and its caller.
+            warnings.warn(message, stacklevel=4)  # The call stack also holds torch's wrapper for no_grad.
         edit_mask = torch.stack([compute_edit_mask(mask, *size, stride, resize_mode) for mask in masks])
         if mask_blend:
             weights = compute_feather(edit_mask, stride)
@@ -244,6 +246,6 @@ class EditRegion:
         return [images[i % len(images)].crop(window) for i, window in enumerate(self.windows.tolist())]
 
     def repeat_rows(self, num_rows: int, device: torch.device) -> Self:
-        """Give every image of a batch its row, on the device of the batch."""
+        """Repeat the rows to `num_rows`, and move them to a device."""
         fields = (self.edit_mask, self.weights, self.windows)
         return type(self)(*(repeat_rows(rows, num_rows).to(device) for rows in fields))

@@ -1,7 +1,8 @@
 """Load, save and share pipelines: folders, the Hub, model cards.
 
-diffusers downloads no component whose class is neither its own nor transformers', and transformers fills missing
-weights with random ones. This module does both checks before any weight is read, from file names and tensor headers.
+diffusers cannot download components with classes of other packages, so this module selects the files to download.
+transformers initialises missing weights at random, so this module compares the keys and shapes of all weights with
+those of the networks before any weight is read.
 """
 
 import os
@@ -41,17 +42,17 @@ logger = logging.get_logger(__name__)
 CARD_FILE = "README.md"
 CARD_TAGS = {"adapter": ["image-editing", "lora"], "vq_model": ["vq-tokenizer"]}
 INDEX_FILE = "model_index.json"
-# Files that a component has beside its weights: configurations, tokenizers, chat templates.
+# Files of a component other than its weights: configurations, tokenizers, chat templates.
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 WEIGHTS_SUFFIX = ".safetensors"
-# The CPU instructions, as `torch.cpu.get_capabilities()` names them, that compute in a dtype. Without them, torch
-# computes in a slow loop (pytorch#146508).
+# The CPU instructions for each dtype, with their names in `torch.cpu.get_capabilities()`. Without them, torch computes
+# in a slow loop (pytorch#146508).
 CPU_INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16"),
 }
-# While it loads, transformers switches the initialisation of weights off for the whole process. Two loads at once
-# would leave each other's weights random.
+# While transformers loads a model, it disables the initialisation of weights in the whole process. Two
+# loads at the same time could therefore leave weights random.
 LOADING = threading.Lock()
 
 
@@ -68,12 +69,13 @@ def make_card(
 ) -> str:
     """Make a model card from a template of this package, `editar_hf/model_cards/`.
 
-    A section that is left out says that it is not stated yet, and what its author can write there.
+    A section without text tells the author what to write there.
 
     Args:
         template (`str`): `"base"` (a pipeline), `"adapter"`, `"vq_model"` or `"converted"`.
-        name (`str`): The Hub id or folder that the card's snippet loads.
-        dataset, base_model (`str`, *optional*): What it was trained on and from. The header names Hub ids only.
+        name (`str`): The Hub id or folder that the example code of the card loads.
+        dataset, base_model (`str`, *optional*): The data set and the model that the training started from. The header
+            of the card names them only if they are Hub ids.
         license (`str`, *optional*): Identifier of the licence.
         sections: Texts and numbers for the template.
     """
@@ -95,7 +97,7 @@ def make_card(
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether a name can be that of a repository on the Hub, and is no folder or file here."""
+    """Return True if a name is a valid Hub id and not a local folder or file."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -104,22 +106,22 @@ def is_hub_id(name: str) -> bool:
 
 
 def check_folder_or_hub_id(value: str | os.PathLike, argument: str) -> None:
-    """Refuse what is neither a folder or file nor a Hub id, before the Hub is asked for it.
+    """Check that a value is a local folder or file, or a valid Hub id. This does not access the Hub.
 
     Args:
-        value (`str` or `os.PathLike`): The name.
-        argument (`str`): The name of the user's argument, for the message.
+        value (`str` or `os.PathLike`): The folder, file or Hub id.
+        argument (`str`): Name of the user's argument, for the message.
 
     Raises:
-        TypeError: If it is neither a string nor a path.
-        ValueError: If there is no such folder or file, and it is no Hub id either.
+        TypeError: If `value` is neither a string nor a path.
+        ValueError: If `value` is neither a local folder or file nor a valid Hub id.
     """
     check_path(argument, value)
     name = os.fspath(value)
     if not (os.path.exists(name) or is_hub_id(name)):
         raise ValueError(
             f"`{argument}` is {name!r}: there is no such folder or file, and it is not a Hub id (`owner/name`). Check "
-            f"the path; relative ones start in {os.getcwd()}."
+            f"the path; relative paths start in {os.getcwd()}."
         )
 
 
@@ -130,20 +132,21 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | bo
     """Create a model repository on the Hub if it does not exist, and return its full id.
 
     Args:
-        repo_id (`str`): Its id.
-        private (`bool`, *optional*): Whether only its owner sees it. `None` leaves that to the Hub: a new repository
-            is public, unless its organisation makes them private by default; an existing one stays as it is.
+        repo_id (`str`): The id of the repository.
+        private (`bool`, *optional*): Whether only the owner can see the repository. With `None`, a new repository is
+            public, unless its organisation makes repositories private by default; an existing repository keeps its
+            visibility.
         token (`str` or `bool`, *optional*): See `huggingface_hub.create_repo`.
 
     Raises:
         ValueError: If `private` is True, but the repository exists and is public.
     """
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    # Of a repository that exists, `create_repo` changes nothing.
+    # `create_repo` does not change an existing repository.
     if private and not repo_info(repo_id, token=token).private:
         raise ValueError(
-            f"The repository {repo_id} is to be private, but it exists and is public. Name another one, make it "
-            "private in its settings on the Hub, or upload to a public one (`private=False`; in training "
+            f"`private` is True, but the repository {repo_id} exists and is public. Pass another repository, make this "
+            "one private in its settings on the Hub, or allow a public repository (`private=False`; in training "
             "`--no-hub-private-repo`)."
         )
     return repo_id
@@ -162,7 +165,8 @@ def upload_folder(
     Args:
         folder (`str` or `Path`): The folder.
         repo_id (`str`): The repository; it is created if it does not exist.
-        previous_card (`str`, *optional*): The card of an earlier upload, which the new one may replace.
+        previous_card (`str`, *optional*): The card of an earlier upload. If the repository has exactly this card, the
+            new card replaces it.
         private (`bool`, *optional*): See `create_repository`.
         token (`str` or `bool`, *optional*): See `huggingface_hub.create_repo`.
         options: Further arguments of `huggingface_hub.upload_folder`.
@@ -176,7 +180,7 @@ def upload_folder(
         card = Path(hf_hub_download(repo_id, CARD_FILE, token=token)).read_text(encoding="utf-8")
         ignored = [CARD_FILE] if card != previous_card else None
     if ignored:
-        logger.warning(f"{repo_id} keeps the model card it has; {Path(folder) / CARD_FILE} was not uploaded.")
+        logger.warning(f"{repo_id} keeps its own model card; {Path(folder) / CARD_FILE} was not uploaded.")
     commit = upload_to_hub(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored, token=token, **options)
     return commit.commit_url
 
@@ -184,15 +188,15 @@ def upload_folder(
 def try_to_upload_folder(
     folder: str | Path, repo_id: str, previous_card: str | None = None, private: bool | None = None
 ) -> str | None:
-    """Upload a folder as `upload_folder` does; if that fails, log how to repeat it and return None.
+    """Upload a folder with `upload_folder`. If the upload fails, log the command that repeats it, and return None.
 
-    A failed upload must not end a training run.
+    Training uses this function, because a failed upload must not end a training run.
     """
     try:
         return upload_folder(folder, repo_id, previous_card, private)
     except Exception as error:  # such as the network, the Hub, or a token that has expired
         logger.error(
-            f"The upload to {repo_id} failed: {error}\nNothing is lost: {folder} holds all of it. To try again:\n"
+            f"The upload to {repo_id} failed: {error}\nAll files are still in {folder}. To try again, run:\n"
             f"    hf upload {repo_id} {folder}{' --private' if private else ''}"
         )
         return None
@@ -208,7 +212,7 @@ def choose_dtype(stored: Iterable[torch.dtype]) -> tuple[torch.dtype | None, str
         stored (iterable of `torch.dtype`): The dtypes of its weight files.
 
     Returns:
-        The dtype, or None if each component keeps that of its files, and the reason as a sentence.
+        The dtype, or None if each component keeps the dtype of its files; and the reason, for a message.
     """
     half = [dtype for dtype in CPU_INSTRUCTIONS if dtype in set(stored)]
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in half)
@@ -224,7 +228,7 @@ def choose_dtype(stored: Iterable[torch.dtype]) -> tuple[torch.dtype | None, str
 
 
 def select_weight_files(filenames: Iterable[str], variant: str | None) -> set[str]:
-    """Select the safetensors files to load; a component without files of `variant` gives its plain ones.
+    """Select the safetensors files to load. For a component without files of `variant`, select its plain files.
 
     Raises:
         ValueError: If no component has files of `variant`.
@@ -236,29 +240,31 @@ def select_weight_files(filenames: Iterable[str], variant: str | None) -> set[st
 def check_pipeline_folder(
     folder: Path, components: dict[str, type], variant: str | None
 ) -> tuple[set[torch.dtype], dict[str, Any]]:
-    """Refuse a folder that is no pipeline, or whose weights do not fit the networks it describes.
+    """Check that a folder is a pipeline, and that its weights match the networks that its configurations describe.
 
     Args:
-        folder (`Path`): The folder to be loaded.
-        components (`dict[str, type]`): The class of each component to be loaded from it.
-        variant (`str`, *optional*): Which weight files will be loaded.
+        folder (`Path`): The pipeline folder.
+        components (`dict[str, type]`): The class of each component to be loaded from the folder.
+        variant (`str`, *optional*): The variant of the weight files to be loaded.
 
     Returns:
-        The dtypes of the weights, and the components without weights, loaded.
+        The dtypes of the weights; and the components that have no weights, which are already loaded.
 
     Raises:
-        ValueError: If `model_index.json` is absent or lacks a component, a component's files are damaged, or keys of
-            its weights are missing, unexpected or wrongly shaped; the message lists them.
+        ValueError: If `model_index.json` does not exist or lacks a component, a component's files are damaged, or keys
+            of its weights are missing, unexpected or have the wrong shape; the message lists them.
     """
     if folder.is_file():
         raise ValueError(
-            f"`{folder}` is a file; give a pipeline folder. `editar-hf convert` makes one of published EditAR files."
+            f"`{folder}` is a file; give a pipeline folder. `editar-hf convert` converts published EditAR files to one."
         )
     if not (folder / INDEX_FILE).is_file():
-        raise ValueError(f"`{folder}` has no `{INDEX_FILE}`; give a folder that `save_pretrained` of a pipeline wrote.")
+        raise ValueError(f"`{folder}` has no `{INDEX_FILE}`; pass a folder that a pipeline's `save_pretrained` wrote.")
     index = DiffusionPipeline.load_config(folder) or {}
     if absent := [name for name in components if name not in index]:
-        raise ValueError(f"`{folder}` is no EditAR pipeline: its `{INDEX_FILE}` lacks {', '.join(absent)}.")
+        raise ValueError(
+            f"`{folder}` is not an EditAR pipeline: its `{INDEX_FILE}` lacks {', '.join(absent)}; pass another folder."
+        )
     weight_files = select_weight_files((path.relative_to(folder).as_posix() for path in folder.glob("*/*")), variant)
     dtypes, loaded = set(), {}
     for name, component_class in components.items():
@@ -269,30 +275,31 @@ def check_pipeline_folder(
                 paths = [folder / file for file in sorted(weight_files) if file.startswith(f"{name}/")]
                 dtypes |= check_weights(folder / name, component_class, paths)
             else:
-                # To take a name from the package registers our classes with the Auto classes, which load a processor's
-                # parts.
+                # Reading the class from the package registers our classes with the Auto classes, which load the parts
+                # of a processor.
                 loaded_class = getattr(import_module("editar_hf"), component_class.__name__)
                 loaded[name] = loaded_class.from_pretrained(folder / name)
-        except Exception as error:  # Damaged files make libraries raise errors of any kind.
+        except Exception as error:  # For damaged files, libraries raise many types of errors.
             raise ValueError(
-                f"`{folder / name}` holds no {component_class.__name__} that loads: {error}. Save or download it again."
+                f"`{folder / name}` does not load as {component_class.__name__}: {error}. Save or download it again."
             ) from error
     return dtypes, loaded
 
 
 def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: Sequence[Path]) -> set[torch.dtype]:
-    """Refuse weights whose keys and shapes are not those of the network that a configuration describes.
+    """Check that weights have the keys and shapes of the network that the configuration in `folder` describes.
 
     Returns:
         The dtypes of the weights.
     """
     config = model_class.config_class.from_pretrained(folder)
     if "quantization_config" in config.to_dict():
-        return set()  # Quantised weights have other names and shapes, which their library checks.
+        return set()  # Quantised weights have other names and shapes. The quantisation library checks them.
     with torch.device("meta"):
         model = model_class(config)
     if (folder / GENERATION_CONFIG_NAME).is_file():
-        GenerationConfig.from_pretrained(folder)  # transformers would replace a damaged one by its own defaults.
+        # If this file is damaged, this raises an error; transformers would silently use its own defaults.
+        GenerationConfig.from_pretrained(folder)
     shapes, dtypes = {}, set()
     for path in paths:
         with safe_open(path, framework="pt") as weights:
@@ -300,7 +307,7 @@ def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: Seque
                 tensor = weights.get_slice(name)
                 shapes[name] = tuple(tensor.get_shape())
                 dtypes.add(str_to_torch_dtype[tensor.get_dtype()])
-    # Of tied weights, a file holds one, under either name.
+    # A file holds only one of two tied weights, under either name.
     tied = model.all_tied_weights_keys
     expected = {tied.get(name, name): tensor.shape for name, tensor in model.state_dict().items()}
     found = {tied.get(name, name): shape for name, shape in shapes.items()}
@@ -310,7 +317,7 @@ def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: Seque
 
 
 def describe_key_problems(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> str:
-    """List what is missing, unexpected and wrongly shaped among named shapes; return "" if nothing is."""
+    """Compare two dictionaries of shapes; list missing, unexpected and wrongly shaped keys, or return ""."""
     problems = {
         "missing": expected.keys() - found.keys(),
         "unexpected": found.keys() - expected.keys(),
@@ -327,10 +334,10 @@ def describe_key_problems(found: Mapping[str, Sequence[int]], expected: Mapping[
 
 
 class EditARHubMixin(DiffusionPipeline):
-    """Load, save and push a pipeline: what `EditARPipeline` does differently from diffusers' pipelines."""
+    """Load, save and push a pipeline, where `EditARPipeline` differs from diffusers' pipelines."""
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Record our components under the name of the package; the modules they sit in may move."""
+        """Record our components under the name of the package, so that saved pipelines do not name modules."""
         package = __name__.partition(".")[0]
         for name, value in kwargs.items():
             if isinstance(value, tuple) and str(value[0]).startswith(f"{package}."):
@@ -354,7 +361,7 @@ class EditARHubMixin(DiffusionPipeline):
         Raises:
             ValueError: If there is no pipeline, a component's weights have missing, unexpected or wrongly shaped keys,
                 or `dtype` is unknown, before any weight is read; or if `attn_implementation` is unknown.
-            OSError: If it is no folder, and the Hub does not have it.
+            OSError: If there is no such folder, and no such repository on the Hub or in its cache.
         """
         name = str(pretrained_model_name_or_path)
         check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
@@ -368,7 +375,7 @@ class EditARHubMixin(DiffusionPipeline):
                 folder = Path(cls.download(name, **kwargs))
             except OSError as error:
                 raise OSError(
-                    f"`{name}` is no folder here, and neither the cache nor the Hub gives it: {error}"
+                    f"`{name}` is not a local folder, and it could not be loaded from the Hub or its cache: {error}"
                 ) from error
         components = {part: kind for part, (kind,) in cls._get_signature_types().items() if part not in kwargs}
         stored, loaded = check_pipeline_folder(folder, components, kwargs.get("variant"))
@@ -399,17 +406,17 @@ class EditARHubMixin(DiffusionPipeline):
     ) -> str:
         """Download the files of a Hub repository that the pipeline needs, and return the cached folder.
 
-        diffusers' own `download` refuses components that are neither its own nor transformers', and leaves out
+        diffusers' own `download` refuses components with classes of other packages, and does not download
         `transformer/generation_config.json`.
 
         Args:
             pretrained_model_name (`str`): The Hub id.
             revision, cache_dir, token, force_download, local_files_only (*optional*): See `snapshot_download`.
-            variant (`str`, *optional*): Which weight files to prefer.
-            kwargs: Further arguments of `from_pretrained`; files of a component among them are not downloaded.
+            variant (`str`, *optional*): The preferred variant of the weight files.
+            kwargs: Further arguments of `from_pretrained`. Files of components that are passed are not downloaded.
 
         Raises:
-            ValueError: If the repository holds no pipeline, or nothing of `variant`.
+            ValueError: If the repository is not a pipeline, or no component has files of `variant`.
         """
         where = {"repo_id": pretrained_model_name, "revision": revision, "cache_dir": cache_dir}
         how = {"token": token, "force_download": force_download, "local_files_only": local_files_only}
@@ -417,7 +424,9 @@ class EditARHubMixin(DiffusionPipeline):
         snapshot_download(**where, **how, allow_patterns=[INDEX_FILE])
         filenames = {file.path for file in get_cached_repo_tree(**where)}
         if INDEX_FILE not in filenames:
-            raise ValueError(f"The repository has no `{INDEX_FILE}`; give the id of a pipeline.")
+            raise ValueError(
+                f"The repository {pretrained_model_name} has no `{INDEX_FILE}`; pass the id of a pipeline."
+            )
         folders = tuple(f"{part}/" for part in cls._get_signature_keys(cls)[0] if part not in kwargs)
         filenames = {name for name in filenames if name.startswith(folders)}
         needed = {name for name in filenames if name.endswith(SIDE_FILE_SUFFIXES)}
@@ -427,20 +436,21 @@ class EditARHubMixin(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | Path, variant: str | None = None, max_shard_size: int | str | None = None
     ) -> None:
-        """Write the pipeline as a folder, and a model card if the folder has none.
+        """Write the pipeline to a folder, with a model card unless the folder has one.
 
         Args:
-            save_directory (`str` or `Path`): The folder; made if it does not exist.
-            variant (`str`, *optional*): Marks the weight files, as in `model.fp16.safetensors`.
-            max_shard_size (`int` or `str`, *optional*): Largest weight file, in bytes or as in `"5GB"`.
+            save_directory (`str` or `Path`): The folder; it is created if it does not exist.
+            variant (`str`, *optional*): Part of the names of the weight files, as in `model.fp16.safetensors`.
+            max_shard_size (`int` or `str`, *optional*): Size of the largest weight file, in bytes or as in `"5GB"`.
 
         Raises:
-            ValueError: If the decoder has LoRA adapters: only they would be saved.
+            ValueError: If the decoder has LoRA adapters, because transformers would then save only the adapters.
         """
         if names := list(getattr(self.transformer, "peft_config", {})):
             raise ValueError(
-                f"The pipeline has the adapters {', '.join(names)}. `save_lora_weights` saves one of them; to save a "
-                "pipeline, call `unload_lora_weights` first, and before it `fuse_lora` to keep what they have learnt."
+                f"The pipeline has the adapters {', '.join(names)}. To save an adapter, call `save_lora_weights`. To "
+                "save the pipeline without its adapters, call `unload_lora_weights` first. To save it with its "
+                "adapters, call `fuse_lora` and then `unload_lora_weights` first."
             )
         check_path("save_directory", save_directory)
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
@@ -462,8 +472,7 @@ class EditARHubMixin(DiffusionPipeline):
 
         Args:
             repo_id (`str`): The repository; it is created if it does not exist.
-            private (`bool`, *optional*): Whether only its owner sees it. If left out, a new repository is public,
-                unless its organisation makes them private by default.
+            private (`bool`, *optional*): Whether only the owner can see the repository; see `create_repository`.
             commit_message, token, create_pr (*optional*): See huggingface_hub's `upload_folder`.
             variant, max_shard_size (*optional*): See `save_pretrained`.
 

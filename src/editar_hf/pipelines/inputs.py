@@ -1,6 +1,6 @@
-"""The inputs of a call: how they pair up, and the mistakes that no network would notice.
+"""Pair the inputs of a pipeline call, and check them for errors that the networks would not notice.
 
-Every error names the argument, its value, and what to do. The networks check the shapes and values of tensors.
+Every error names the argument, its value and the remedy. The networks check the shapes and values of tensors.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from ..image_processing_editar import OUTPUT_TYPES
 from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix
 
 
-# torch's no_grad and a function of this file are between `__call__`'s caller and the warning.
+# The `stacklevel` of warnings: a function of this file, `__call__`, torch's wrapper for no_grad, and then the caller.
 CALLER = 4
 
 
@@ -25,21 +25,21 @@ def list_texts(text: str | Sequence[str]) -> list[str]:
 
 
 def add_task_prefixes(prompt: str | Sequence[str] | None, task: str | Sequence[str]) -> list[str] | None:
-    """Put the prefix of each task before its prompt, if there are prompts."""
+    """Put the prefix of each task before its prompt. Without prompts, return None."""
     return None if prompt is None else list_texts(apply_task_prefix(prompt, task))
 
 
 def compute_batch_size(**inputs: Sized | None) -> int:
-    """Compute how many different results are asked for: as many as the longest input has entries.
+    """Compute the batch size: the number of entries of the longest input.
 
     Raises:
-        ValueError: If another input has neither one entry nor as many.
+        ValueError: If the number of entries of another input is neither 1 nor the batch size.
     """
     sizes = {name: len(entries) for name, entries in inputs.items() if entries is not None}
     batch_size = max(sizes.values())
     if any(size not in (1, batch_size) for size in sizes.values()):
         counts = ", ".join(f"`{name}` has {size}" for name, size in sizes.items())
-        raise ValueError(f"The inputs do not pair up: {counts}. Pass one entry for all images, or one for each.")
+        raise ValueError(f"The numbers of inputs differ: {counts}. Pass one entry for all images, or one for each.")
     return batch_size
 
 
@@ -50,19 +50,20 @@ def check_prompts(
     negative_prompt_embeds: torch.Tensor | None,
     task: str | Sequence[str],
 ) -> None:
-    """Refuse a call without text or with text twice, and a task whose prefix no text can take."""
+    """Check that each text is given exactly once, as text or as states, and that a task has a text for its prefix."""
     if prompt is None and prompt_embeds is None:
-        raise ValueError("`prompt` is None and so is `prompt_embeds`; pass one of them.")
+        raise ValueError("`prompt` and `prompt_embeds` are both None; pass one of them.")
     if prompt is None and task != "edit":
         raise ValueError(
-            f"`task` is {task!r} with `prompt_embeds`, which no prefix can join; give it to `encode_prompt` instead."
+            f"`task` is {task!r}, but its prefix cannot be added to `prompt_embeds`; pass `task` to `encode_prompt` "
+            "instead."
         )
     texts = (("prompt", prompt, prompt_embeds), ("negative_prompt", negative_prompt, negative_prompt_embeds))
     for name, text, embeds in texts:
         if text is not None:
             check_texts(name, text)
         if text is not None and embeds is not None:
-            raise ValueError(f"`{name}` is {text!r} beside `{name}_embeds`; pass one of them.")
+            raise ValueError(f"`{name}` is {text!r}, and `{name}_embeds` is also given; pass one of them.")
 
 
 def check_source(
@@ -75,54 +76,57 @@ def check_source(
     restore_size: bool | None,
     task: str | Sequence[str],
 ) -> None:
-    """Refuse a source that is given twice, or is missing where another argument needs it; warn of an edit of nothing.
+    """Check that the source is given once, and that it is given if another argument needs it. Warn if there is none.
 
-    An image may stand beside its tokens or its cache if the result is put back into it.
+    An image may be given together with its tokens or its cache if the result is put back into the image.
     """
     tokens_or_cache = {"source_image_tokens": source_image_tokens, "source_cache": source_cache}
     given = [name for name, value in tokens_or_cache.items() if value is not None]
     if len(given) == 2:
-        raise ValueError("`source_image_tokens` is given beside `source_cache`, which holds its own; pass one of them.")
+        raise ValueError(
+            "`source_image_tokens` and `source_cache` are both given, but the cache holds its own tokens; pass one of "
+            "them."
+        )
     if image is not None and given and not restore_size and mask_image is None:
         raise ValueError(
-            f"`image` is given beside `{given[0]}`; pass one of them, or `restore_size=True` to put the result back "
+            f"`image` and `{given[0]}` are both given; pass one of them, or `restore_size=True` to put the result back "
             "into the image."
         )
     if image is None and restore_size:
         raise ValueError("`restore_size` is True without an `image`; pass the image whose size is to be restored.")
     if crop_to_mask and (image is None or mask_image is None or given):
         raise ValueError(
-            "`crop_to_mask` is True; it needs `image` and `mask_image`, and neither `source_image_tokens` nor "
-            "`source_cache`, which stand for the whole image."
+            "`crop_to_mask` is True; pass `image` and `mask_image` with it, and leave `source_image_tokens` and "
+            "`source_cache` out, because they are of the whole image."
         )
     if crop_to_mask and resize_mode is not None:
         raise ValueError(
-            f"`resize_mode` is {resize_mode!r} beside `crop_to_mask`, whose window has the model's proportions; "
-            "pass one of them."
+            f"`resize_mode` is {resize_mode!r} and `crop_to_mask` is True, but its window always has the proportions "
+            "of the model's size; pass one of them."
         )
     if image is not None or given:
         if TEXT_TO_IMAGE in list_texts(task):
-            raise ValueError(f"`task` is {TEXT_TO_IMAGE!r} beside a source image; leave out one of them.")
+            raise ValueError(f"`task` is {TEXT_TO_IMAGE!r}, but a source image is given; leave one of them out.")
         return
     if mask_image is not None:
-        raise ValueError("`mask_image` is given without an `image`, of which it keeps a part; pass the image too.")
+        raise ValueError("`mask_image` is given without a source image; pass `image` too.")
     if set(list_texts(task)) != {TEXT_TO_IMAGE}:
         warnings.warn(
-            "`image` is missing, so the image is made from the text alone. Pass `image`, or "
-            f"`task={TEXT_TO_IMAGE!r}` if this is what you want.",
+            "`image` is missing, so the result is generated from the text alone. Pass `image`, or, to generate images "
+            f"from text, `task={TEXT_TO_IMAGE!r}`.",
             stacklevel=CALLER,
         )
 
 
 def check_cached_images(source_cache: SourceCache, pixel_values: torch.Tensor | None) -> None:
-    """Refuse a cache of other images than those given beside it; one may stand for many."""
+    """Check that a cache is of the given images. A single image on one side must equal all on the other."""
     if source_cache.pixel_values is None or pixel_values is None:
         return
     compute_batch_size(source_cache=source_cache.pixel_values, image=pixel_values)
     if not (source_cache.pixel_values == pixel_values).all():
         raise ValueError(
-            "`source_cache` is of another image than `image`, or of the same in another `resize_mode`; prepare it of "
-            "this one."
+            "`source_cache` is of another image than `image`, or was prepared with another `resize_mode`; prepare a "
+            "cache of this image."
         )
 
 
@@ -135,11 +139,11 @@ def check_output(
     known_names: Sequence[str],
     preview_every: int | None,
 ) -> None:
-    """Refuse an output that does not exist or cannot have the source's size, and what no callback can get."""
+    """Check the output type, its combination with other arguments, and the arguments of the callback."""
     check_choice("output_type", output_type, (*OUTPUT_TYPES, "tokens"))
     if output_type != "pil" and (restore_size or crop_to_mask):
         name = "restore_size" if restore_size else "crop_to_mask"
-        raise ValueError(f"`output_type` is {output_type!r} with `{name}`, which returns images; pass 'pil'.")
+        raise ValueError(f"`output_type` is {output_type!r}, but `{name}` returns PIL images; pass 'pil'.")
     if unknown := sorted(set(tensor_names) - set(known_names)):
         raise ValueError(
             f"`callback_on_step_end_tensor_inputs` holds {', '.join(unknown)}; choose among {', '.join(known_names)}."
@@ -148,17 +152,18 @@ def check_output(
         check_integer("preview_every", preview_every)
         if callback is None:
             raise ValueError(
-                f"`preview_every` is {preview_every} without `callback_on_step_end`, which gets the previews."
+                f"`preview_every` is {preview_every} without `callback_on_step_end`; pass a callback, which gets the "
+                "previews."
             )
 
 
 def warn_of_greedy_decoding(settings: DecodingSettings, num_images_per_prompt: int, **sampling: float | None) -> None:
-    """Warn of arguments of sampling that greedy decoding does not use."""
+    """Warn about arguments that have no effect in greedy decoding."""
     idle = [f"`{name}`" for name, value in sampling.items() if value is not None]
     idle += ["`num_images_per_prompt`"] * (num_images_per_prompt > 1)
     if idle and not settings.do_sample:
         warnings.warn(
-            f"{', '.join(idle)} had no effect: `do_sample` is False, so the likeliest tokens are taken, and images of "
-            "one prompt and source are identical. Pass `do_sample=True` to sample.",
+            f"{', '.join(idle)} had no effect: `do_sample` is False, so decoding takes the most likely tokens, and all "
+            "images of one prompt and source are identical. Pass `do_sample=True` to sample.",
             stacklevel=CALLER,
         )

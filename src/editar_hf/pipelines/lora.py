@@ -1,8 +1,8 @@
-"""LoRA: load adapters in PEFT's format into the decoder, weigh them, fuse them and save them.
+"""LoRA: load adapters in PEFT's format into the decoder, set their weights, fuse them and save them.
 
-PEFT's layers do the arithmetic. This module adds three things: checks of the files, weights for modules that an adapter
-replaces as a whole (PEFT's `modules_to_save`), and one rule. PEFT takes a fused adapter out again with the weight that
-the adapter has then, so no adapter may change while any is fused.
+PEFT's layers compute the adapted layers. This module adds three things: checks of the files; weights for modules that
+an adapter replaces as a whole (PEFT's `modules_to_save`); and the rule that no adapter may change while an adapter is
+fused. The rule is needed because PEFT unfuses an adapter with its current weight, not with its weight at fusing.
 """
 
 import itertools
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# PEFT's files name weights as its wrapper around a model does.
+# Prefix of all keys in PEFT's files, which PEFT's wrapper around the model adds.
 KEY_PREFIX = "base_model.model."
-# Settings of plain LoRA. All others ask for other methods, some of which change the decoder's own weights for good.
+# Settings of plain LoRA. All other settings belong to other methods, some of which change the decoder's own weights
+# permanently.
 PLAIN_SETTINGS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
@@ -37,34 +38,37 @@ PLAIN_SETTINGS = {
 
 
 def read_config(file: Path) -> "LoraConfig":
-    """Read the configuration of an adapter, and refuse all but plain LoRA."""
+    """Read the configuration of an adapter, and check that it is plain LoRA."""
     from peft import LoraConfig
 
     settings, defaults = json.loads(file.read_text(encoding="utf-8")), LoraConfig().to_dict()
     if (peft_type := settings.get("peft_type")) != "LORA":
         raise ValueError(f"Its `peft_type` is {peft_type!r}, not 'LORA'.")
     if settings.get("init_lora_weights") in (False, "gaussian"):
-        settings["init_lora_weights"] = True  # The weights are read from the file in any case.
+        settings["init_lora_weights"] = True  # The initial weights do not matter: they are read from the file.
     others = settings.keys() & (defaults.keys() - PLAIN_SETTINGS)
     if others := sorted(name for name in others if settings[name] not in (None, defaults[name])):
-        raise ValueError(f"The adapter sets {', '.join(others)}; the pipeline loads plain LoRA. Train one without.")
+        raise ValueError(
+            f"The adapter sets {', '.join(others)}, but the pipeline loads only plain LoRA. Train an adapter without "
+            "these settings."
+        )
     return LoraConfig.from_peft_type(**settings)
 
 
 def attach_adapter(transformer: PreTrainedModel, config: "LoraConfig", adapter_name: str) -> None:
-    """Give a decoder the adapter that a `LoraConfig` describes, beside those it has."""
+    """Add the adapter that a `LoraConfig` describes to a decoder, and keep the other adapters."""
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings():
-        # Several adapters in one model are intended.
+        # PEFT warns about several adapters in one model, which are intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, transformer, adapter_name)
-    # transformers' own methods for adapters read it.
+    # transformers' own methods for adapters read this attribute.
     transformer._hf_peft_config_loaded = True
 
 
 def list_layers(transformer: PreTrainedModel) -> list[tuple[str, Any]]:
-    """List the layers that adapters adapt or replace, with their paths."""
+    """List the layers that adapters adapt or replace, together with their paths."""
     if not getattr(transformer, "peft_config", None):
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -75,17 +79,17 @@ def list_layers(transformer: PreTrainedModel) -> list[tuple[str, Any]]:
 
 
 def get_original(layer: Any) -> torch.nn.Module:
-    """Get the layer that was there before adapters."""
+    """Get the original layer, without adapters."""
     return layer.original_module if is_replaced(layer) else layer.get_base_layer()
 
 
 def is_replaced(layer: Any) -> bool:
-    """Whether adapters replace the layer by a copy of their own, instead of adding matrices to it."""
+    """Return True if adapters replace the whole layer by a trained copy, instead of adding matrices to it."""
     return hasattr(layer, "original_module")
 
 
 def get_adapter_weights(transformer: PreTrainedModel, adapter_name: str) -> dict[str, torch.Tensor]:
-    """Get an adapter's weights in a decoder, as trained, by their names in PEFT's files."""
+    """Get the trained weights of an adapter in a decoder, by their names in PEFT's files."""
     weights = {}
     for path, layer in list_layers(transformer):
         for key, tensor in layer.state_dict().items():
@@ -101,8 +105,8 @@ def get_adapter_weights(transformer: PreTrainedModel, adapter_name: str) -> dict
 def set_weight(layer: Any, adapter_name: str, weight: float) -> None:
     """Set the weight of an adapter in a layer.
 
-    PEFT does not weigh replaced modules. Here the adapter's copy becomes O + weight · (T - O), with the original O and
-    the trained T. While the weight is not 1, T is kept in the layer's `blends`.
+    PEFT ignores the weight for replaced modules. Here, the module becomes O + weight · (T - O), where O is the original
+    and T the trained module. While the weight is not 1, T is stored in the layer's `blends`.
     """
     if not is_replaced(layer):
         layer.set_scale(adapter_name, weight)
@@ -119,21 +123,21 @@ def set_weight(layer: Any, adapter_name: str, weight: float) -> None:
 
 
 class EditARLoraMixin(LoraBaseMixin):
-    """Load LoRA adapters into the decoder, weigh them, fuse them and save them.
+    """Load LoRA adapters into the decoder, set their weights, fuse them and save them.
 
-    With the weights wᵢ of the active adapters, every adapted matrix is W + Σ wᵢ · alphaᵢ / rᵢ · Bᵢ Aᵢ, and a module
-    that an adapter replaces as a whole is O + wᵢ · (Tᵢ - O), with the original O and the trained T. While adapters are
-    fused, every change to adapters raises a `ValueError`, except `unfuse_lora` and `unload_lora_weights`; after the
-    latter, the fused adapters stay in the weights.
+    With the weights wᵢ of the active adapters, every adapted matrix is W + Σ wᵢ · alphaᵢ / rᵢ · Bᵢ Aᵢ. A module that an
+    adapter replaces as a whole is O + wᵢ · (Tᵢ - O), where O is the original and Tᵢ the trained module. While adapters
+    are fused, every change of adapters raises a `ValueError`, except `unfuse_lora` and `unload_lora_weights`. After
+    `unload_lora_weights`, fused adapters stay in the weights.
 
-    On disk an adapter is plain PEFT: `adapter_config.json` and `adapter_model.safetensors`.
+    On disk, an adapter has PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
     """
 
     _lora_loadable_modules: ClassVar = ["transformer"]
 
     @property
     def _merged_adapters(self) -> set[str]:
-        """The layers' own record of fused adapters, which diffusers' `fused_loras` and `num_fused_loras` read."""
+        """The fused adapters, as the layers record them. diffusers' `fused_loras` and `num_fused_loras` read this."""
         return {name for _, layer in list_layers(self.transformer) for name in layer.merged_adapters}
 
     @torch.no_grad()
@@ -146,7 +150,7 @@ class EditARLoraMixin(LoraBaseMixin):
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Load an adapter in addition to those already there, and make it the only active one.
+        """Load an adapter, keep the adapters already loaded, and make the new adapter the only active one.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder in PEFT's format, or a Hub id.
@@ -155,16 +159,18 @@ class EditARLoraMixin(LoraBaseMixin):
             revision, cache_dir, token, local_files_only (*optional*): See huggingface_hub's `snapshot_download`.
 
         Raises:
-            ValueError: If there is no adapter, or it is not plain LoRA for this decoder and its other adapters; the
-                name is taken or cannot be used; adapters are fused; or the decoder's weights are offloaded.
+            ValueError: If there is no adapter, it is not plain LoRA, it does not fit this decoder or its other
+                adapters, the name is in use or invalid, adapters are fused, or the decoder's weights are offloaded.
         """
         names = self.list_adapters()
         if adapter_name is None:
             adapter_name = next(name for i in itertools.count() if (name := f"default_{i}") not in names)
-        # Adapters become entries of a `ModuleDict`, whose attributes are no names for entries.
+        # Adapters become entries of a `ModuleDict`, which does not allow the names of its attributes as keys.
         is_usable = isinstance(adapter_name, str) and adapter_name and "." not in adapter_name
         if not is_usable or adapter_name in names or hasattr(torch.nn.ModuleDict, adapter_name):
-            raise ValueError(f"`adapter_name` is {adapter_name!r}; pass a name without dots, other than {names}.")
+            raise ValueError(
+                f"`adapter_name` is {adapter_name!r}; pass a name without dots that is not in use. In use are: {names}."
+            )
         self._check_not_fused()
         self._check_not_offloaded()
         check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
@@ -182,10 +188,10 @@ class EditARLoraMixin(LoraBaseMixin):
                 )
                 folder = Path(downloaded)
             self._attach_weights(read_config(folder / CONFIG_FILE), load_file(folder / WEIGHTS_FILE), adapter_name)
-        except Exception as error:  # Files that are damaged or do not fit make libraries raise errors of any kind.
+        except Exception as error:  # For files that are damaged or do not fit, libraries raise many types of errors.
             self._remove([adapter_name], active)
-            missing = "is no folder here, and neither the cache nor the Hub gives it"
-            problem = "holds no LoRA adapter of this decoder" if folder.exists() else missing
+            missing = "is not a local folder, and it could not be loaded from the Hub or its cache"
+            problem = "holds no LoRA adapter for this decoder" if folder.exists() else missing
             raise ValueError(f"`{pretrained_model_name_or_path}` {problem}: {error}") from error
         # New layers start in training mode, with dropout.
         self.transformer.train(self.transformer.training)
@@ -193,11 +199,11 @@ class EditARLoraMixin(LoraBaseMixin):
         self.set_adapters(adapter_name)
 
     def _attach_weights(self, config: "LoraConfig", weights: dict[str, torch.Tensor], adapter_name: str) -> None:
-        """Attach an adapter and copy its weights; an error leaves it attached in part."""
+        """Attach an adapter and copy its weights. After an error, the adapter may be attached in part."""
         attach_adapter(self.transformer, config, adapter_name)
         paths = [path for path, _ in list_layers(self.transformer)]
         if inner := [path for path in paths if any(path.startswith(f"{other}.") for other in paths)]:
-            raise ValueError(f"One adapter adapts a part of what another replaces as a whole, {inner[0]}.")
+            raise ValueError(f"One adapter adapts {inner[0]}, which is part of a module that another adapter replaces.")
         stored = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in weights.items()}
         own = get_adapter_weights(self.transformer, adapter_name)
         found, expected = ({name: tensor.shape for name, tensor in each.items()} for each in (stored, own))
@@ -207,21 +213,23 @@ class EditARLoraMixin(LoraBaseMixin):
             tensor.copy_(stored[name])
 
     def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
-        """Write an adapter in PEFT's format, as it was trained, whatever its weight is.
+        """Write an adapter in PEFT's format. The trained values are written, without the weight of `set_adapters`.
 
         Args:
-            save_directory (`str` or `Path`): The folder; made if it does not exist.
-            adapter_name (`str`, *optional*): Which adapter; needed if there are several.
+            save_directory (`str` or `Path`): The folder; it is created if it does not exist.
+            adapter_name (`str`, *optional*): Name of the adapter; required if there are several.
 
         Raises:
-            ValueError: If there is no such adapter, several and none is named, or weights are offloaded.
+            ValueError: If there is no such adapter, there are several and no name is given, or weights are offloaded.
         """
         names = self.list_adapters()
         if adapter_name is None and len(names) == 1:
             (adapter_name,) = names
         check_path("save_directory", save_directory)
         if not isinstance(adapter_name, str) or adapter_name not in names:
-            raise ValueError(f"`adapter_name` is {adapter_name!r}; there are {', '.join(names) or 'no adapters'}.")
+            raise ValueError(
+                f"`adapter_name` is {adapter_name!r}; pass one of the loaded adapters: {', '.join(names) or 'none'}."
+            )
         self._check_not_offloaded()
         weights = get_adapter_weights(self.transformer, adapter_name)
         weights = {f"{KEY_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
@@ -230,25 +238,28 @@ class EditARLoraMixin(LoraBaseMixin):
         self.transformer.peft_config[adapter_name].save_pretrained(save_directory)
 
     def list_adapters(self) -> list[str]:
-        """List the names of the decoder's adapters, active or not."""
+        """List the names of all adapters of the decoder, including those that are not active."""
         return list(getattr(self.transformer, "peft_config", {}))
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: float | list[float] | None = None) -> None:
-        """Choose the active adapters and their weights.
+        """Set the active adapters and their weights.
 
         Args:
-            adapter_names (`str` or list of `str`): The active ones; an empty list means none.
-            adapter_weights (`float` or list of `float`, *optional*): One for all, or one for each; *defaults to* 1.
+            adapter_names (`str` or list of `str`): The adapters to activate; an empty list activates none.
+            adapter_weights (`float` or list of `float`, *optional*): One weight for all, or one for each; *defaults to*
+                1.
 
         Raises:
-            TypeError: If a name is no string.
-            ValueError: If an adapter is not there, the lengths differ, a weight is no finite number, or two adapters
-                replace the same module.
+            TypeError: If a name is not a string.
+            ValueError: If an adapter does not exist, the lengths differ, a weight is not a finite number, or two
+                adapters replace the same module.
         """
         names = self._check_choice(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
         if len(weights) != len(names):
-            raise ValueError(f"`adapter_weights` has {len(weights)} numbers; give one, or one for each of {names}.")
+            raise ValueError(
+                f"`adapter_weights` has {len(weights)} numbers; pass one number, or one for each of {names}."
+            )
         weights = [check_number("adapter_weights", 1 if weight is None else weight) for weight in weights]
         before = vars(self.transformer).get("adapter_weights", {})
         weights = before | dict(zip(names, weights, strict=True))
@@ -259,21 +270,21 @@ class EditARLoraMixin(LoraBaseMixin):
         self._activate(names)
 
     def disable_lora(self) -> None:
-        """Edit without adapters until `enable_lora`, also without those that are loaded or chosen meanwhile."""
+        """Disable all adapters until `enable_lora` is called, including adapters that are loaded or set later."""
         self._check_not_fused()
         self._enable(False)
 
     def enable_lora(self) -> None:
-        """Edit with the active adapters again."""
+        """Enable the active adapters again."""
         self._check_not_fused()
         self._enable(True)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Remove adapters. The others stay as they are; if none is left, the decoder is as before.
+        """Remove adapters. Other adapters do not change; if no adapter is left, the decoder is the original one.
 
         Raises:
-            TypeError: If a name is no string.
-            ValueError: If an adapter is not there.
+            TypeError: If a name is not a string.
+            ValueError: If an adapter does not exist.
         """
         names = self._check_names(adapter_names)
         self._check_not_fused()
@@ -283,19 +294,19 @@ class EditARLoraMixin(LoraBaseMixin):
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | str | None = None
     ) -> None:
-        """Add adapters to the weights they adapt, until `unfuse_lora`; edits are then as fast as without adapters.
+        """Fuse adapters into the weights they adapt, until `unfuse_lora`. Edits are then as fast as without adapters.
 
         Args:
-            lora_scale (`float`): Multiplies the weights of the adapters.
-            safe_fusing (`bool`): Accepted as in diffusers, without effect: fusing always refuses weights that would not
-                be finite.
-            adapter_names (`str` or list of `str`, *optional*): *Defaults to* the active ones. They are the active ones
-                until `unfuse_lora`.
+            lora_scale (`float`): A factor for the weights of the adapters.
+            safe_fusing (`bool`): Accepted for compatibility with diffusers, without effect: fusing always refuses
+                weights that would not be finite.
+            adapter_names (`str` or list of `str`, *optional*): *Defaults to* the active adapters. Until `unfuse_lora`,
+                these adapters are the active ones.
 
         Raises:
-            TypeError: If a name is no string.
-            ValueError: If the scale is no finite number, an adapter is not there, none is active, or adapters are
-                disabled; if weights are quantised, offloaded, or would not be finite.
+            TypeError: If a name is not a string.
+            ValueError: If the scale is not a finite number, an adapter does not exist, no adapter is active, adapters
+                are disabled, or weights are quantised, offloaded, or would not be finite.
         """
         names = self._check_choice(self.get_active_adapters() if adapter_names is None else adapter_names)
         lora_scale = check_number("lora_scale", lora_scale)
@@ -303,12 +314,14 @@ class EditARLoraMixin(LoraBaseMixin):
         if any(layer.disable_adapters for _, layer in list_layers(self.transformer)):
             raise ValueError("Adapters are disabled; call `enable_lora()` before `fuse_lora()`.")
         if not names:
-            raise ValueError("`adapter_names` is empty, or no adapter is active; name adapters to fuse.")
+            raise ValueError("`adapter_names` is empty, or no adapter is active; pass the names of adapters to fuse.")
         layers = [(path, layer) for path, layer in list_layers(self.transformer) if not is_replaced(layer)]
         for path, layer in layers:
             update = sum(layer.get_delta_weight(name) for name in names if name in layer.scaling)
             if not layer.weight.is_floating_point():
-                raise ValueError(f"`{path}` is quantised, and cannot be had back after fusing; fuse before quantising.")
+                raise ValueError(
+                    f"`{path}` is quantised, so `unfuse_lora` could not restore it; fuse before quantising."
+                )
             if not (layer.weight + lora_scale * update).isfinite().all():
                 raise ValueError(
                     f"`{path}` would get infinite weights or NaN: the adapter is damaged, or `lora_scale` is too large."
@@ -320,10 +333,10 @@ class EditARLoraMixin(LoraBaseMixin):
 
     @torch.no_grad()
     def unfuse_lora(self) -> None:
-        """Take fused adapters out of the weights; adapters are then active, with their weights, as before `fuse_lora`.
+        """Remove fused adapters from the weights. The active adapters and their weights are then as before `fuse_lora`.
 
-        The decoder's weights return up to rounding: within 0.4 % of |W| + |W + Δ| in bfloat16. To get the same bits,
-        load the pipeline again.
+        The decoder's weights are restored except for rounding errors: within 0.4 % of |W| + |W + Δ| in bfloat16. To get
+        exactly the original weights, load the pipeline again.
 
         Raises:
             ValueError: If weights are offloaded.
@@ -338,7 +351,7 @@ class EditARLoraMixin(LoraBaseMixin):
         self._activate(self.transformer.active_before_fusing)
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters. Fused ones stay in the weights, and can no longer be taken out."""
+        """Remove all adapters. Fused adapters stay in the weights, and can no longer be unfused."""
         keeps_fused = bool(self.fused_loras)
         for path, layer in list_layers(self.transformer):
             is_kept = keeps_fused and is_replaced(layer) and layer.active_adapters
@@ -349,9 +362,9 @@ class EditARLoraMixin(LoraBaseMixin):
         self.transformer._hf_peft_config_loaded = False
 
     def _remove(self, names: list[str], active: list[str]) -> None:
-        """Remove adapters, or what is attached of them; `active` are the active ones among the others."""
+        """Remove adapters, including those attached in part, and activate the adapters in `active`."""
         layers = list_layers(self.transformer)
-        # Without this, PEFT would activate another adapter, and not the same one in every layer.
+        # Without this line, PEFT would activate another adapter, which can differ between layers.
         self._activate(active)
         for name in names:
             vars(self.transformer).get("peft_config", {}).pop(name, None)
@@ -365,7 +378,7 @@ class EditARLoraMixin(LoraBaseMixin):
             self.unload_lora_weights()
 
     def _activate(self, names: list[str], scale: float = 1.0) -> None:
-        """Make adapters the active ones, each with `scale` times its own weight."""
+        """Set the active adapters, each with `scale` times its own weight."""
         weights = vars(self.transformer).get("adapter_weights", {})
         for _, layer in list_layers(self.transformer):
             present = [name for name in names if name in layer.modules_to_save] if is_replaced(layer) else list(names)
@@ -376,17 +389,20 @@ class EditARLoraMixin(LoraBaseMixin):
     def _enable(self, enabled: bool) -> None:
         for _, layer in list_layers(self.transformer):
             layer.enable_adapters(enabled)
-        self._activate(self.get_active_adapters())  # PEFT's `enable_adapters` makes them trainable.
+        self._activate(self.get_active_adapters())  # PEFT's `enable_adapters` makes adapters trainable; this undoes it.
 
     def _check_names(self, adapter_names: list[str] | str) -> list[str]:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"`adapter_names` is {adapter_names!r}; give a name or a list of names.")
+            raise TypeError(f"`adapter_names` is {adapter_names!r}; pass a name or a list of names.")
         known = self.list_adapters()
         if missing := [name for name in names if name not in known]:
-            raise ValueError(f"`adapter_names` names {', '.join(missing)}; there are {', '.join(known) or 'none'}.")
+            raise ValueError(
+                f"`adapter_names` holds {', '.join(missing)}; pass names of loaded adapters: "
+                f"{', '.join(known) or 'none'}."
+            )
         if len(set(names)) < len(names):
-            raise ValueError(f"`adapter_names` is {names}; give each adapter once.")
+            raise ValueError(f"`adapter_names` is {names}; pass each adapter only once.")
         return list(names)
 
     def _check_choice(self, adapter_names: list[str] | str) -> list[str]:
@@ -395,7 +411,9 @@ class EditARLoraMixin(LoraBaseMixin):
         for path, layer in list_layers(self.transformer):
             both = [name for name in names if is_replaced(layer) and name in layer.modules_to_save]
             if len(both) > 1:
-                raise ValueError(f"`adapter_names`: {' and '.join(both)} both replace `{path}`; choose one of them.")
+                raise ValueError(
+                    f"`adapter_names` holds {' and '.join(both)}, which all replace `{path}`; pass only one of them."
+                )
         return names
 
     def _check_not_fused(self) -> None:
@@ -403,10 +421,10 @@ class EditARLoraMixin(LoraBaseMixin):
             raise ValueError(f"Adapters are fused ({', '.join(sorted(fused))}); call `unfuse_lora()` first.")
 
     def _check_not_offloaded(self) -> None:
-        # accelerate's offload leaves weights on the meta device; diffusers' group offload does not know new layers.
+        # accelerate's offload keeps weights on the meta device. diffusers' group offload does not move new layers.
         is_grouped = any(hasattr(module, "_diffusers_hook") for module in self.transformer.modules())
         if is_grouped or any(parameter.is_meta for parameter in self.transformer.parameters()):
             raise ValueError(
-                "The decoder's weights are offloaded. Change adapters before `enable_sequential_cpu_offload()` (which "
-                "`remove_all_hooks()` undoes) or `enable_group_offload()`."
+                "The decoder's weights are offloaded. Change adapters before `enable_sequential_cpu_offload()` or "
+                "`enable_group_offload()`. `remove_all_hooks()` undoes the former."
             )

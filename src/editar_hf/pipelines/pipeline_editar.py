@@ -1,7 +1,7 @@
 """`EditARPipeline`: edit images by instruction.
 
-`EditARPipeline.__call__` is the recipe: check inputs, prepare images, encode, decode tokens, draw images. The decoder
-itself is in `modeling_editar.py` and `generation/`.
+`EditARPipeline.__call__` has five steps: check inputs, prepare them, encode them, decode tokens, make images. The
+decoder is in `modeling_editar.py`, and its decoding loop is in `generation/`.
 """
 
 import warnings
@@ -43,14 +43,14 @@ from .lora import EditARLoraMixin
 
 @dataclass
 class EditARPipelineOutput(BaseOutput):
-    """The result of a call.
+    """Output of `EditARPipeline.__call__`.
 
     Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images, as `output_type` asks; with
-            `"tokens"`, the tokens.
-        image_tokens (`torch.LongTensor` of shape `(batch, N)`): Their tokens, in raster order. They can be the next
-            call's `source_image_tokens`.
-        num_decode_steps (`int`): Decoder passes after the prefill of source image and text.
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images in the format of `output_type`;
+            with `"tokens"`, the tokens.
+        image_tokens (`torch.LongTensor` of shape `(batch, N)`): The tokens of the images, in raster order. The next
+            call can use them as `source_image_tokens`.
+        num_decode_steps (`int`): Number of decoder passes after the prefill of source image and text.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
@@ -65,12 +65,12 @@ class EditARPipelineOutput(BaseOutput):
 
 
 class EditARPipeline(EditARLoraMixin, EditARHubMixin):
-    """Edit images by instruction, or make them from text or from condition maps.
+    """Edit images by instruction, or generate images from text or from condition maps.
 
     Args:
         transformer (`EditARForConditionalGeneration`): The decoder.
-        vq_model (`EditARVQModel`): Turns pixels into tokens, and tokens into pixels.
-        text_encoder (`T5EncoderModel`): Reads the prompts. May be `None` if every call passes `prompt_embeds`.
+        vq_model (`EditARVQModel`): Encodes pixels as tokens, and decodes tokens to pixels.
+        text_encoder (`T5EncoderModel`): Encodes the prompts. It may be `None` if every call passes `prompt_embeds`.
         processor (`EditARProcessor`): Prepares images and prompts.
 
     Source: EditAR (arXiv 2501.04699).
@@ -90,7 +90,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     ```
     """
 
-    # The VQ model works before and after the decoder. It is small, so it stays on the device once it has encoded.
+    # The VQ model runs before and after the decoder. It is small, so it stays on the device after it has encoded.
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
     _callback_tensor_inputs = ("image_tokens", "source_image_tokens", "prompt_embeds")
 
@@ -103,11 +103,13 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     ):
         super().__init__()
         if processor and processor.tokenizer.pad_token is None:
-            raise ValueError("`processor` has a tokenizer without a padding token; save or download its files again.")
+            raise ValueError(
+                "`processor` has a tokenizer without a padding token; save or download the tokenizer again."
+            )
         if text_encoder and processor and len(processor.tokenizer) > text_encoder.config.vocab_size:
             raise ValueError(
-                f"`processor` has a tokenizer of {len(processor.tokenizer)} entries and `text_encoder` reads "
-                f"{text_encoder.config.vocab_size}; pass the tokenizer that it was trained with."
+                f"`processor` has a tokenizer of {len(processor.tokenizer)} entries and `text_encoder` has "
+                f"{text_encoder.config.vocab_size}; pass the tokenizer that the text encoder was trained with."
             )
         self.register_modules(
             transformer=transformer, vq_model=vq_model, text_encoder=text_encoder, processor=processor
@@ -115,11 +117,11 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         self._interrupt = False
 
     def interrupt(self) -> None:
-        """Stop the call in progress, from a callback or another thread, within one decoder pass."""
+        """Stop the call in progress after the current decoder pass. Call this from a callback or another thread."""
         self._interrupt = True
 
     def compile(self, **options: Any) -> None:
-        """Compile decoding, for many edits of one size; see `EditARForConditionalGeneration.compile_decoding`."""
+        """Compile decoding, which makes later edits faster; see `EditARForConditionalGeneration.compile_decoding`."""
         self.transformer.compile_decoding(**options)
 
     def free_compiled_caches(self) -> None:
@@ -134,7 +136,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
         Args:
             prompt (`str` or sequence of `str`): The prompts.
-            task (`str` or sequence of `str`): The tasks whose prefixes go before them; see `apply_task_prefix`.
+            task (`str` or sequence of `str`): The tasks whose prefixes go before the prompts; see `apply_task_prefix`.
 
         Raises:
             ValueError: If a prompt is not a string, a task is unknown, the numbers of tasks and prompts differ, or the
@@ -142,7 +144,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             RuntimeError: If the states are NaN or infinite.
         """
         if self.text_encoder is None:
-            raise ValueError(f"`prompt` is {prompt!r}, and the pipeline has no text encoder; pass `prompt_embeds`.")
+            raise ValueError(f"`prompt` is {prompt!r}, but the pipeline has no text encoder; pass `prompt_embeds`.")
         inputs = self.processor(text=prompt, task=task).to(self._execution_device)
         # Parity: the text encoder masks padding, but the decoder attends to the padding's states.
         states = self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
@@ -151,7 +153,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             raise RuntimeError(
                 f"The text encoder's states of `prompt` are NaN or infinite in {states.dtype}. The likely cause is an "
                 "overflow in float16: load the pipeline with `dtype=torch.bfloat16` or `torch.float32`. In float32, "
-                "its weights are damaged."
+                "the weights of the text encoder are damaged."
             )
         return states
 
@@ -159,15 +161,15 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     def encode_image(
         self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
     ) -> torch.LongTensor:
-        """Encode images as tokens, `(batch, N)` in raster order: `source_image_tokens` for any number of calls.
+        """Encode images as tokens, `(batch, N)` in raster order. Pass them as `source_image_tokens` to any calls.
 
         Args:
-            image: An image, a batch, or a list of either; see `__call__`.
-            height, width (`int`, *optional*): Pixels the model works at; *defaults to* the model's.
-            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* the model's.
+            image: An image, a batch, or a list of images and batches; see `__call__`.
+            height, width (`int`, *optional*): Size the model works at, in pixels; *defaults to* that of the model.
+            resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* that of the model.
 
         Raises:
-            ValueError: If an image is not an image, or the size or the mode does not fit.
+            ValueError: If `image` is not an image, or the size or the mode is not supported.
         """
         return self.encode_pixel_values(self.prepare_pixel_values(image, height, width, resize_mode))
 
@@ -175,16 +177,16 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     def prepare_source_cache(
         self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
     ) -> SourceCache:
-        """Compute what the networks know of images before any instruction: `source_cache` for any number of calls.
+        """Compute the tokens, keys and values of images once. Pass them as `source_cache` to any number of calls.
 
-        A call with a cache neither encodes its source nor runs it through the decoder. A cache holds 180 MiB for an
-        image of the published size in bf16. Calls refuse it once the decoder's weights or adapters have changed.
+        A call with a cache neither encodes its source nor runs it through the decoder. A cache takes 180 MiB for one
+        image of the published size in bf16. If the decoder's weights or adapters change, calls refuse the cache.
 
         Args:
             image, height, width, resize_mode: See `encode_image`.
 
         Raises:
-            ValueError: If an image is not an image, or the size or the mode does not fit.
+            ValueError: If `image` is not an image, or the size or the mode is not supported.
         """
         pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
         grid = self.compute_grid(*pixel_values.shape[-2:])
@@ -205,11 +207,12 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
         Args:
             image_tokens (`torch.LongTensor`): Tokens in raster order.
-            height, width (`int`, *optional*): Pixels of the images; *defaults to* the model's.
+            height, width (`int`, *optional*): Size of the images in pixels; *defaults to* that of the model.
             output_type (`str`): `"pil"`, `"np"` or `"pt"`; see `EditARImageProcessor.postprocess`.
 
         Raises:
-            ValueError: If the tokens do not fill the size or are out of range, or `output_type` is unknown.
+            ValueError: If the number of tokens does not match the size, a token is out of range, or `output_type` is
+                unknown.
         """
         grid = self.compute_grid(*self.resolve_size(height, width))
         return self.processor.postprocess(self.decode_pixel_values(image_tokens, grid), output_type)
@@ -224,20 +227,20 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         width: int | None = None,
         resize_mode: str | None = None,
     ) -> torch.Tensor:
-        """Compute by how much the instruction lowers the likelihood of every source token: where it asks for a change.
+        """Compute a map of where the instruction changes the image: how much it lowers each source token's likelihood.
 
-        Experimental. A teacher-forced pass, whose result is the source itself, runs with the instruction and with the
-        null text. Each token is judged after the source's own tokens, so the signal is
-        strongest where an edit begins, and may fade in its later rows.
+        Experimental. The decoder runs one teacher-forced pass in which the target is the source itself, once with the
+        instruction and once with the null text. Each token is predicted after the source's own tokens, not after edited
+        tokens. Therefore the signal is strongest where an edit begins, and may be weaker in its later rows.
 
         Args:
             image, height, width, resize_mode: See `encode_image`.
             prompt (`str` or sequence of `str`): The instructions; one for all images, or one for each.
-            task (`str` or sequence of `str`): The tasks whose prefixes go before them.
+            task (`str` or sequence of `str`): The tasks whose prefixes go before the instructions.
 
         Returns:
             `torch.Tensor` of shape `(batch, grid_height, grid_width)`, float32, in nats; above 0 where the instruction
-            speaks against the source's token.
+            makes the source token less likely.
 
         Raises:
             ValueError: If the inputs do not fit the model or each other.
@@ -248,7 +251,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         batch_size = compute_batch_size(image=pixel_values, prompt=prompts)
         tokens = repeat_rows(self.encode_pixel_values(pixel_values), batch_size)
         prompt_embeds = repeat_rows(self.encode_prompt(prompts), batch_size)
-        # One batch: first with the instructions, then without.
+        # One batch: the first half of the rows has the instructions, the second half the null text.
         twice = tokens.repeat(2, 1)
         logits = self.transformer(
             twice,
@@ -263,7 +266,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         return (losses[:batch_size] - losses[batch_size:]).unflatten(1, grid)
 
     def resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Fill in the model's own height and width, in pixels, and refuse what its grid does not cover."""
+        """Replace None by the model's own height and width in pixels, and check that the model supports the size."""
         default, stride = self.processor.image_processor.size, self.vq_model.config.stride
         largest = self.transformer.config.grid_size * stride
         height = default.height if height is None else check_integer("height", height, stride, largest, stride)
@@ -271,21 +274,21 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         return height, width
 
     def resolve_resize_mode(self, resize_mode: str | None) -> str:
-        """Fill in the model's own mode."""
+        """Replace None by the model's own resize mode, and check that the mode exists."""
         if resize_mode is None:
             return self.processor.image_processor.resize_mode
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
         return resize_mode
 
     def compute_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Compute how many tokens an image of that many pixels has per column and per row."""
+        """Compute how many tokens an image of `height` × `width` pixels has per column and per row."""
         stride = self.vq_model.config.stride
         return height // stride, width // stride
 
     def prepare_pixel_values(
         self, image: ImageInput, height: int | None, width: int | None, resize_mode: str | None
     ) -> torch.Tensor:
-        """Bring images to pixels `(batch, 3, height, width)` in [−1, 1]."""
+        """Convert images to pixels `(batch, 3, height, width)` in [−1, 1]."""
         size, resize_mode = self.resolve_size(height, width), self.resolve_resize_mode(resize_mode)
         return self.processor.image_processor.compute_pixel_values(
             prepare_rgb_images(image, "image"), *size, resize_mode
@@ -296,7 +299,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         return self.vq_model.encode(pixel_values.to(self._execution_device)).image_tokens
 
     def decode_pixel_values(self, image_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Decode tokens `(batch, N)` to pixels `(batch, 3, height, width)` around [−1, 1], in float32."""
+        """Decode tokens `(batch, N)` to float32 pixels `(batch, 3, height, width)`, nominally in [−1, 1]."""
         return self.vq_model.decode(image_tokens.to(self._execution_device), *grid).float()
 
     def compute_source_pixels(
@@ -306,7 +309,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         num_rows: int,
         size: tuple[int, int],
     ) -> torch.Tensor:
-        """Give every row the pixels of its source, or those that its tokens decode to; without a source, grey ones."""
+        """Compute the source pixels of every row: the given ones, else decoded source tokens, else grey pixels."""
         if pixel_values is not None:
             return repeat_rows(pixel_values.to(self._execution_device), num_rows)
         if source_image_tokens is not None:
@@ -316,7 +319,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     def complete_tokens(
         self, image_tokens: torch.Tensor, source_image_tokens: torch.Tensor | None, size: tuple[int, int]
     ) -> torch.Tensor:
-        """Add the tokens that an interrupted call did not reach: the source's, or those of a grey image."""
+        """Fill in the tokens that an interrupted call did not decode, from the source or from a grey image."""
         num_tokens = image_tokens.shape[1]
         height, width = self.compute_grid(*size)
         if num_tokens == height * width:
@@ -335,10 +338,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         region: EditRegion | None,
         resize_mode: str,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Make images of pixels: keep the source outside the region, and return results into `images`, if given."""
+        """Convert pixels to images, keep the source outside the region, and put results back into `images` if given."""
         if images is None:
             if region is not None:
-                # Where a weight is 0 or 1, the pixels of one of the two stay exactly.
+                # Where the weight is 0, the source's pixels stay unchanged; where it is 1, the result's pixels do.
                 pixel_values = torch.lerp(source_pixel_values, pixel_values, region.weights)
             return self.processor.postprocess(pixel_values, output_type)
         composed = []
@@ -388,68 +391,73 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     ) -> EditARPipelineOutput | tuple:
         """Edit images by instruction.
 
-        Prompts and images pair up: one prompt serves many images, and one image many prompts. `pipe.interrupt()`, in a
-        callback or from another thread, stops the call within one pass. The tokens that are missing then are the
-        source's, or those of a grey image if there is no source.
+        Prompts and images are paired. One prompt is used for all images, or one image for all prompts. To stop a call
+        after the current decoder pass, call `pipe.interrupt()` in a callback or from another thread. The tokens that
+        are not decoded then are those of the source, or of a grey image if there is no source.
 
         Args:
             prompt (`str` or sequence of `str`): The instructions, or the captions of condition maps.
             image (*optional*): The source image or condition map: a PIL image, an array (height, width, channels), a
-                tensor (channels, height, width), a path or URL, a batch, or a list of these. With `None`, the image is
-                made from the text alone.
-            task (`str` or sequence of `str`): `"edit"`, `"canny"`, `"depth"` or `"segmentation"`. Its published prefix
-                goes before the prompt and the negative prompt. `"text-to-image"` has no prefix and no source; the
-                other tasks warn if there is no source.
-            height, width (`int`, *optional*): Pixels the model works at; *defaults to* the model's.
-            resize_mode (`str`, *optional*): How the source is brought there: `"crop"` (shortest side, then the centre;
-                warns if more than 2 % is cut away) or `"stretch"`; *defaults to* the model's.
-            restore_size (`bool`, *optional*): Return images of the source's size: after a crop, the edited part in its
-                place in the full source; after a stretch, the inverse resize. Needs `image` and `output_type="pil"`.
-                *Defaults to* True for edits of `image` to PIL images without `height`, `width`, tokens and cache.
-            mask_image (*optional*): White where the image may change; one mask, or one per image, of the image's size.
-                A mask of another size is resized with a warning. Transparent pixels are black. A token may change if
-                any of its pixels is white. All other tokens are copied from the source, and need no pass of their own.
-                A mask without white returns the source, with a warning.
-            mask_blend (`bool`): Blend the result into the source's own pixels. The feather ends at most one token
-                beyond the tokens that may change; outside it, no pixel differs from the source.
-            crop_to_mask (`bool`): Edit a window around the mask, of the proportions of `height` × `width`, at the
-                model's size, and put it back into the full image. Needs `image`, `mask_image` and `output_type="pil"`,
-                and no `resize_mode`.
-            guidance_scale (`float`, *optional*): Weight of the prompt; 1 decodes without guidance. This and the four
-                settings of sampling *default to* those in `transformer/generation_config.json`.
-            image_guidance_scale (`float`, *optional*): Weight of the source image, beside that of the prompt; 1 is the
-                same as `None`.
-            negative_prompt (`str` or sequence of `str`, *optional*): What guidance leads away from, in place of the
-                learned null text. It has no effect without guidance.
-            do_sample, temperature, top_k, top_p (*optional*): Sampling; see `DecodingSettings`.
-            num_images_per_prompt (`int`): Images of each pair; those of the first pair come first.
-            generator (`torch.Generator` or a list of them, *optional*): One for all, or one per image returned. An
-                image depends on its own seed alone, not on its place in the batch.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): From `encode_prompt`, in place of text.
-            source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): From `encode_image` or an
-                earlier output, in place of `image`. With `restore_size=True` or `mask_image`, pass the image of these
-                tokens beside them, in a session `image=output.images[0]`: the result is blended into it. The original
-                image there would lose the edits of earlier turns.
-            source_cache (`SourceCache`, *optional*): From `prepare_source_cache`, in place of `image`: the source is
-                neither encoded nor prefilled again. `image` may stand beside it with `restore_size=True` or
-                `mask_image`.
-            decoding (`str`): `"exact"`, one token per pass, or `"speculative"`, the same tokens in fewer passes if the
-                result is easy to predict. Rounding can decide near-ties differently, in bf16 often; the tokens after
-                one are then others, as likely.
+                tensor (channels, height, width), a path or URL, a batch, or a list of these. With `None`, the result is
+                generated from the text alone.
+            task (`str` or sequence of `str`): `"edit"`, `"canny"`, `"depth"`, `"segmentation"` or `"text-to-image"`.
+                The published prefix of the task goes before the prompt and the negative prompt. `"text-to-image"` takes
+                no source; with the other tasks, a call without a source warns.
+            height, width (`int`, *optional*): Size the model works at, in pixels; *defaults to* that of the model.
+            resize_mode (`str`, *optional*): How the source is resized to that size: `"crop"` (resize the shortest side,
+                then crop the centre; warns if more than 2 % is cut away) or `"stretch"`; *defaults to* that of the
+                model.
+            restore_size (`bool`, *optional*): Return images of the size of the source. After a crop, the result is put
+                back into the full source; after a stretch, it is resized back. Needs `image` and `output_type="pil"`.
+                *Defaults to* True if the task is `"edit"`, `image` is given, the output is PIL images, and `height`,
+                `width`, `source_image_tokens` and `source_cache` are not given.
+            mask_image (*optional*): White where the image may change. Pass one mask for all images, or one for each, of
+                the size of the image; a mask of another size is resized with a warning. Transparent pixels count as
+                black. A token may change if at least one of its pixels is white. All other tokens are copied from the
+                source and need no pass of their own. For a mask without white, the source is returned with a warning.
+            mask_blend (`bool`): Blend the result into the pixels of the source. The blend ends at most one token beyond
+                the tokens that may change; all pixels farther away are those of the source.
+            crop_to_mask (`bool`): Edit only a window around the white area of the mask, at the model's size, and put
+                the result back into the full image. The window has the proportions of `height` × `width`. Needs
+                `image`, `mask_image` and `output_type="pil"`, and no `resize_mode`.
+            guidance_scale (`float`, *optional*): Weight of the prompt; 1 means no guidance. `guidance_scale`,
+                `do_sample`, `temperature`, `top_k` and `top_p` *default to* the settings in
+                `transformer/generation_config.json`.
+            image_guidance_scale (`float`, *optional*): Weight of the source image; `None` and 1 mean guidance by the
+                prompt only.
+            negative_prompt (`str` or sequence of `str`, *optional*): What the result should not show. It replaces the
+                learned null text in guidance, and has no effect without guidance.
+            do_sample, temperature, top_k, top_p (*optional*): Settings of sampling; see `DecodingSettings`.
+            num_images_per_prompt (`int`): Number of results for each pair; the results of the first pair come first.
+            generator (`torch.Generator` or a list of them, *optional*): One for all results, or one for each. A result
+                depends only on its own seed, not on its place in the batch.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): Text states from `encode_prompt`; they
+                replace `prompt` and `negative_prompt`.
+            source_image_tokens (`torch.LongTensor` of shape `(batch, N)`, *optional*): Tokens from `encode_image` or
+                from an earlier output; they replace `image`. With `restore_size=True` or `mask_image`, also pass the
+                image of these tokens, because the result is blended into it. When you edit an image several times, that
+                is `image=output.images[0]`; with the original image, earlier edits would be lost.
+            source_cache (`SourceCache`, *optional*): A cache from `prepare_source_cache`; it replaces `image`, and
+                the source is neither encoded nor run through the decoder again. With `restore_size=True` or
+                `mask_image`, `image` may also be given.
+            decoding (`str`): `"exact"` decodes one token per pass. `"speculative"` gives the same tokens in fewer
+                passes if the result is easy to predict. In bf16, rounding often decides near-ties differently; the
+                tokens after a near-tie are then different, but equally likely.
             callback_on_step_end (`Callable`, *optional*): Called after every token as
-                `callback(pipe, step, step, tensors)`; a step is the index of a token. What it returns is ignored.
-            callback_on_step_end_tensor_inputs (sequence of `str`): What `tensors` holds: `"image_tokens"` (those so
-                far), `"source_image_tokens"`, `"prompt_embeds"`.
-            preview_every (`int`, *optional*): After so many rows of tokens, `tensors` also holds `"preview"`, a PIL
-                image for each result, made as the result will be: the rows decoded so far above the source's. The last
-                preview is the result. The others are decoded in strips, which is cheap but not exact.
+                `callback(pipe, step, step, tensors)`, where `step` is the index of the token. Its return value is
+                ignored.
+            callback_on_step_end_tensor_inputs (sequence of `str`): Names of the tensors in `tensors`: `"image_tokens"`
+                (the tokens so far), `"source_image_tokens"`, `"prompt_embeds"`.
+            preview_every (`int`, *optional*): After every `preview_every` rows of tokens, `tensors` also holds
+                `"preview"`: one PIL image for each result, with the decoded rows at the top and the source below. The
+                last preview is the result. Earlier previews decode only the new rows, which is fast but not exact.
             output_type (`str`): `"pil"`, `"np"` (batch, height, width, 3) in [0, 1], `"pt"` (batch, 3, height, width)
                 in [0, 1], or `"tokens"`.
-            return_dict (`bool`): Return an `EditARPipelineOutput`, or its values as a tuple.
+            return_dict (`bool`): Return an `EditARPipelineOutput`; if False, return its values as a tuple.
 
         Raises:
             ValueError: If an argument is out of range, or inputs do not fit the model or each other.
-            RuntimeError: If text states or logits are NaN or infinite, as after an overflow in float16.
+            RuntimeError: If text states or logits are NaN or infinite, for example after an overflow in float16.
         """
         # 1. Check the inputs, and fill in the defaults
         check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
@@ -474,7 +482,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         warn_of_greedy_decoding(settings, num_images_per_prompt, **sampling)
         self._interrupt = False
 
-        # 2. Prepare prompts, images and masks, and pair them up
+        # 2. Prepare and pair prompts, images and masks
         prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
         images = sources = None if image is None else prepare_rgb_images(image, "image")
         region = pixel_values = None
@@ -495,7 +503,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         )
         check_generator(generator, num_rows)
 
-        # 3. Encode them, and give every result its row
+        # 3. Encode them, and repeat them to one row for each result
         device, grid = self._execution_device, self.compute_grid(*size)
         if source_cache is not None:
             check_source_cache(source_cache, self.transformer.dtype, device, *grid)
@@ -550,7 +558,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             )
         image_tokens = self.complete_tokens(output.sequences, rows["source_image_tokens"], size)
 
-        # 5. Draw the images
+        # 5. Make the images
         if output_type == "tokens":
             results = image_tokens
         elif preview is not None and preview.is_complete:
