@@ -268,7 +268,7 @@ def test_text_to_image_decoder_becomes_a_start_for_training(published, tmp_path,
     options = ("--grid-size", str(GRID_SIZE))
     assert published.convert(tmp_path / "start", *options, transformer=tmp_path / "t2i.pt") == 0
     printed = capsys.readouterr()
-    assert "New, and drawn at random: the null image embedding and the distillation head." in printed.out
+    assert "The null image embedding and the distillation head are new" in printed.out
     assert "SELF-CHECK FAILED" not in printed.err
     assert "A start for training EditAR" in read_card(tmp_path / "start")[1]
     start = EditARPipeline.from_pretrained(tmp_path / "start").transformer
@@ -358,7 +358,7 @@ def test_heads_that_no_published_width_explains_must_be_given(published):
 def test_nothing_is_ever_overwritten(published, folder, tmp_path, capsys):
     (tmp_path / "vq.pt").write_text("mine")
     assert published.convert(tmp_path) == 2
-    assert "already holds something" in capsys.readouterr().err
+    assert "already exists and is not empty" in capsys.readouterr().err
     assert revert(folder, tmp_path) == 2
     assert "already holds vq.pt" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["vq.pt"]
@@ -385,7 +385,7 @@ def test_convert_warns_loudly_where_the_self_check_fails_and_still_writes_the_fo
     assert "WARNING: THE SELF-CHECK FAILED" in capsys.readouterr().err
     front_matter, text = read_card(tmp_path / "pipeline")
     assert front_matter["license"] == "cc-by-nc-4.0"
-    assert "`cc-by-nc-4.0`, as stated by whoever converted" in text
+    assert "`cc-by-nc-4.0`, as stated by the person who converted" in text
     assert "The decoder predicts tokens hardly better than chance" in text
     assert main(["check", str(tmp_path / "pipeline")]) == 1
 
@@ -411,7 +411,7 @@ def test_push_uploads_the_folder_with_its_card(published, tmp_path):
         (["--push-to-hub", "me/editar", "--transformer", "absent.pt"], "`--license` is missing"),
         (["--push-to-hub", "editar", "--license", "mit"], "`--push-to-hub` is editar"),
         (["--model", "somewhere"], "`--model` is somewhere"),
-        (["--grid-size", "4"], "`--grid-size` goes with `--transformer`"),
+        (["--grid-size", "4"], "`--grid-size` is 4 without `--transformer`"),
         (["--transformer", ""], "`` is not a file"),
         (["--text-encoder", ""], "`text_encoder` is empty"),
         (["--text-encoder", "./absent", "--transformer", "absent.pt"], "`text_encoder` is './absent': there is no"),

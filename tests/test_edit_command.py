@@ -165,7 +165,7 @@ def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
     for options, image, message in (
         ([], "images/broken.png", "ValueError: `image` is 'images/broken.png', which does not open as an image"),
         ([], "images/cut.png", "ValueError: `image` holds "),
-        (["--mask", "mask.png"], "images/a.png", "ValueError: `mask_image` is 40×24 pixels and its image 16×16"),
+        (["--mask", "mask.png"], "images/a.png", "ValueError: `mask_image` is 40×24 pixels and its image is 16×16"),
         (["--guidance-scale", 1e38], "images/a.png", "RuntimeError: The decoder's logits were NaN or infinite"),
     ):
         assert run(model, *options, image=image) == 1
@@ -183,11 +183,11 @@ def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
         (["--device", "cuda:99"], "`--device` is 'cuda:99', which torch cannot use here"),
         (["--image", "missing.png"], "`--image` is missing.png, which is not a file"),
         (["--mask", "missing.png"], "`--mask` is missing.png, which is not a file"),
-        (["--output", "images"], "`--output` is images; end it in an image format"),
-        (["--output", "edited.psd"], "`--output` is edited.psd; end it in an image format"),
+        (["--output", "images"], "`--output` is images; pass a file name with the suffix of an image format"),
+        (["--output", "edited.psd"], "`--output` is edited.psd; pass a file name with the suffix of an image format"),
         (["--output", "images/a.png/edited.png"], "images/a.png"),
         (["--model", "images/missing"], "`images/missing` is not a local folder"),
-        (["--image", "images", "--output", "images"], "a.png, or it is one of the images to read"),
+        (["--image", "images", "--output", "images"], "a.png, or an edit would overwrite this input image"),
         (["--image", "empty", "--output", "out"], "`--image` is empty, a folder without images"),
         ([[LINE]], "`--image` is images/b.png, which is not a folder"),
         (["--prompt", " "], "The prompt for images/b.png is empty"),
@@ -262,10 +262,10 @@ WRONG_LINES += ['"text"', '{"image": "a.png", "prompt"', {**LINE, "mask": ""}]
     [
         *((line, "prompts.jsonl, line 2 is") for line in WRONG_LINES),
         ({**LINE, "prompt": " "}, "The prompt for images/a.png is empty"),
-        ({**LINE, "task": "paint"}, "The task for images/a.png is 'paint'"),
-        ({**LINE, "output": "a.psd"}, "a.psd; end it in an image format"),
+        ({**LINE, "task": "paint"}, "`task` for images/a.png is 'paint'"),
+        ({**LINE, "output": "a.psd"}, "a.psd; pass a file name with the suffix of an image format"),
         ({**LINE, "output": "b.png"}, "two edits would write"),
-        ({**LINE, "output": "../images/a.png"}, "a.png, or it is one of the images to read"),
+        ({**LINE, "output": "../images/a.png"}, "a.png, or an edit would overwrite this input image"),
     ],
     ids=str,
 )

@@ -349,7 +349,10 @@ def test_adapters_work_under_model_offload(adapters):
         (lambda pipe: pipe.fuse_lora(1e39), "would get infinite weights or NaN"),
         (lambda pipe: pipe.save_lora_weights("out", "nope"), "`adapter_name` is 'nope'; .*: one"),
         (lambda pipe: pipe.load_lora_weights("./nowhere"), "no such folder"),
-        (lambda pipe: pipe.load_lora_weights("nowhere/lora", local_files_only=True), "`nowhere/lora` is not a local folder"),
+        (
+            lambda pipe: pipe.load_lora_weights("nowhere/lora", local_files_only=True),
+            "`nowhere/lora` is not a local folder",
+        ),
         (lambda pipe: pipe.load_lora_weights(".", adapter_weights=2), "argument 'adapter_weights'"),
         (lambda pipe: pipe.load_lora_weights(".", adapter_name=""), "`adapter_name` is ''"),
         (lambda pipe: pipe.load_lora_weights(".", adapter_name="v1.0"), "`adapter_name` is 'v1.0'"),

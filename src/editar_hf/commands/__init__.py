@@ -1,14 +1,14 @@
-"""The `editar-hf` command: one module of this package per sub-command.
+"""The `editar-hf` command. Each sub-command has one module in this package.
 
-A sub-command's module imports only the standard library at its top, so that `editar-hf --help` answers at once, and
-has two functions:
+At its top, the module of a sub-command imports only the standard library, so that `editar-hf --help` is fast. The
+module has two functions:
 
-* `add_parser(subparsers)` adds its parser and its arguments, and ends with `parser.set_defaults(run=run)`;
-* `run(args)` does the work, with its heavy imports inside, and returns the exit status: 0 when it is done, 1 when it is
-  done and the answer is no (a self-check that failed).
+* `add_parser(subparsers)` adds the parser and its arguments, and calls `parser.set_defaults(run=run)`;
+* `run(args)` imports torch and transformers, does the work, and returns the exit status: 0 for success, 1 for a
+  negative result, such as a self-check that failed.
 
-Input that cannot be used raises `ValueError`, `TypeError` or `OSError`. The user sees it as one line,
-`editar-hf: error: ...`, and gets exit status 2, as for arguments argparse refuses.
+Input that cannot be used raises `ValueError`, `TypeError` or `OSError`. The command prints the error as one line,
+`editar-hf: error: ...`, and returns exit status 2. argparse returns the same status for invalid arguments.
 """
 
 import argparse
@@ -34,15 +34,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the sub-command named in `argv` (default: the process's arguments) and return the exit status.
+    """Run the sub-command in `argv` (*defaults to* the arguments of the process) and return the exit status.
 
     Raises:
-        SystemExit: With status 2 if the arguments do not fit, with 0 after `--help` or `--version`.
+        SystemExit: With status 2 if the arguments are invalid, with status 0 after `--help` or `--version`.
     """
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
     except (OSError, TypeError, ValueError) as error:
-        message = " ".join(str(error).split("\n"))  # one line, whoever wrote it
+        message = " ".join(str(error).split("\n"))  # Errors of other libraries can have several lines.
         print(f"editar-hf: error: {message}", file=sys.stderr)
         return 2

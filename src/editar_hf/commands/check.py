@@ -8,7 +8,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "check that a pipeline behaves like a trained one"
     description = (
         f"{summary.capitalize()}. The check encodes and decodes a photograph, and compares the likelihood of its "
-        "tokens with and without the source image. It needs no reference. The exit status is 1 if the check fails."
+        "tokens with and without the source image. It needs no reference results. The exit status is 1 if the check "
+        "fails."
     )
     parser = subparsers.add_parser("check", help=summary, description=description)
     parser.add_argument("model", metavar="M", help="pipeline folder or Hub id")
@@ -16,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the figures and return 1 if one of them is not that of a trained pipeline."""
+    """Print the measurements, and return 1 if one of them is not that of a trained pipeline."""
     from ..pipelines.hub import check_folder_or_hub_id
     from ..pipelines.pipeline_editar import EditARPipeline
     from ..self_check import check_pipeline

@@ -10,8 +10,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `editar-hf convert` to the command's parser."""
     summary = "convert published EditAR files to a pipeline folder, or back"
     description = (
-        "Convert published EditAR files to a pipeline folder, or back. Files that you do not name are downloaded from "
-        "the Hub. The command ends with the self-check of `editar-hf check`, and warns if it fails."
+        "Convert published EditAR files to a pipeline folder, or back. Files that you do not pass are downloaded from "
+        "the Hub. At the end, the command runs the self-check of `editar-hf check`, and warns if it fails."
     )
     parser = subparsers.add_parser("convert", help=summary, description=description)
     add = parser.add_argument
@@ -47,26 +47,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse options of the other direction, and an upload without a licence."""
+    """Check that the options belong to the direction of the conversion, and that an upload has a licence."""
     forward_only = ("transformer", "vq_model", "text_encoder", "license")
     forward_only += ("num_attention_heads", "grid_size", "dtype", "push_to_hub")
     for name in forward_only if args.reverse else ("model",):
         if getattr(args, name) is not None:
             option = "--" + name.replace("_", "-")
-            advice = "leave it out with" if args.reverse else "it goes with"
+            advice = "leave it out with" if args.reverse else "pass it only with"
             raise ValueError(f"`{option}` is {getattr(args, name)}; {advice} `--reverse`.")
     if args.reverse and args.model is None:
-        raise ValueError("`--model` is missing; name the pipeline that `--reverse` is to convert.")
+        raise ValueError("`--model` is missing; pass the pipeline that `--reverse` converts back.")
     if args.grid_size is not None and args.transformer is None:
-        raise ValueError("`--grid-size` goes with `--transformer`, the file of a LlamaGen text-to-image decoder.")
+        raise ValueError(
+            f"`--grid-size` is {args.grid_size} without `--transformer`; pass the file of a LlamaGen text-to-image "
+            "decoder as `--transformer`, or leave `--grid-size` out."
+        )
     if args.push_to_hub is not None and args.license is None:
-        raise ValueError("`--license` is missing; say under which licence the weights may be shared on the Hub.")
+        raise ValueError("`--license` is missing; pass the licence under which the weights may be shared on the Hub.")
     if args.push_to_hub is not None and args.push_to_hub.count("/") != 1:
-        raise ValueError(f"`--push-to-hub` is {args.push_to_hub}; give a full id, owner and name, for the card to say.")
+        raise ValueError(f"`--push-to-hub` is {args.push_to_hub}; pass a full id, `owner/name`, for the model card.")
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Convert, check, write the folder with its card, and upload it where asked to."""
+    """Convert, run the self-check, write the folder with its model card, and upload it with `--push-to-hub`."""
     import torch
 
     from ..conversion import PUBLISHED_TEXT_ENCODER, PUBLISHED_TRANSFORMER, PUBLISHED_VQ_MODEL, convert_pipeline
@@ -76,7 +79,7 @@ def convert(args: argparse.Namespace) -> int:
 
     output_dir = Path(args.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"`output_dir` is {output_dir}, which already holds something; give a new folder.")
+        raise ValueError(f"`output_dir` is {output_dir}, which already exists and is not empty; give a new folder.")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     files = args.transformer, args.vq_model, args.text_encoder
     pipeline = convert_pipeline(*files, args.num_attention_heads, dtype, args.grid_size)
@@ -86,7 +89,7 @@ def convert(args: argparse.Namespace) -> int:
         "VQ model": args.vq_model or "{repo_id}, {filename}".format(**PUBLISHED_VQ_MODEL),
         "text encoder": args.text_encoder or PUBLISHED_TEXT_ENCODER,
     }
-    # Of local files and folders, the card names no path.
+    # For local files and folders, the card gives only the name, not the path.
     sources = {part: Path(source).name if Path(source).exists() else source for part, source in sources.items()}
     facts: dict[str, Any] = {"sources": sources, "self_check": report.to_markdown(), "is_start": is_start}
     card = make_card("converted", args.push_to_hub or output_dir.name, license=args.license, **facts)
@@ -95,16 +98,16 @@ def convert(args: argparse.Namespace) -> int:
         (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
     print(f"{report.to_markdown()}\n\nWrote {output_dir}")
     if args.license is None:
-        print("The card names no licence: none was given with --license.")
+        print("The model card names no licence, because --license was not given.")
     if is_start:
         print(
-            "A start for training, which cannot edit yet. New, and drawn at random: the null image embedding and the "
-            "distillation head."
+            "This pipeline cannot edit yet: it is the start for training. The null image embedding and the "
+            "distillation head are new, with random weights."
         )
     elif not report.passed:
         print(
-            "\nWARNING: THE SELF-CHECK FAILED. The files were converted, but do not behave like trained weights:\n"
-            "training may be unfinished, the parts may not belong together, or --num-attention-heads may be wrong.",
+            "\nWARNING: THE SELF-CHECK FAILED. The files were converted, but they do not behave like trained weights.\n"
+            "Training may be incomplete, the files may not belong together, or --num-attention-heads may be wrong.",
             file=sys.stderr,
         )
     if args.push_to_hub is not None:

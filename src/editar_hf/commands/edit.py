@@ -18,22 +18,23 @@ if TYPE_CHECKING:
     from ..pipelines.pipeline_editar import EditARPipeline
 
 
-# Options that go to the pipeline under the same names.
+# Options that are passed to the pipeline under the same names.
 PIPELINE_OPTIONS = (
     *("resize_mode", "crop_to_mask", "restore_size", "guidance_scale", "image_guidance_scale", "negative_prompt"),
     *("num_images_per_prompt", "task"),
 )
-# The tasks of `processing_editar.TASK_PREFIXES` that need an image, without the imports that would slow `--help` down.
+# The tasks of `processing_editar.TASK_PREFIXES` that need an image. They are copied here, because that import is slow.
 TASKS = ("edit", "canny", "depth", "segmentation")
-# What a line of `--prompts` may hold.
+# The keys that a line of `--prompts` may have, and the types of their values.
 LINE_KINDS = {"image": str, "prompt": str, "output": str, "task": str, "seed": int, "mask": str}
-# With Pillow's defaults, these formats change pixels that the edit did not change.
+# Pillow's default options would change pixels that the edit did not change, so these formats get other options.
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
     "WEBP": {"lossless": True},
 }
-# In the output folder: a JSON object per line says what an output was made from. The last line of an output counts.
+# A file in the output folder. Each line is a JSON object that describes from what an output was made. If an output has
+# several lines, the last one counts.
 RECORD_FILE = ".editar-edits.jsonl"
 
 
@@ -53,13 +54,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("--model", metavar="M", required=True, help="pipeline folder or Hub id")
     add("--image", metavar="PATH", type=parse_path, required=True, help="image to edit, or folder of images")
-    wish = parser.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--prompt", metavar="P", help="instruction: what to change")
-    wish.add_argument("--prompts", metavar="FILE", type=parse_path, help="file with an edit on each line")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="P", help="instruction: what to change")
+    prompt.add_argument("--prompts", metavar="FILE", type=parse_path, help="file with one edit on each line")
     output = "image to write, such as edited.png; a folder if --image is a folder"
     add("--output", metavar="PATH", type=parse_path, required=True, help=output)
     add("--mask", metavar="FILE", type=parse_path, help="mask image, white where the image may change")
-    add("--task", choices=TASKS, default="edit", help="what the image is to the prompt (default: edit)")
+    task = "edit the image, or generate an image from a canny, depth or segmentation map (default: edit)"
+    add("--task", choices=TASKS, default="edit", help=task)
     add("--seed", metavar="S", type=int, default=0, help="seed of the sampling (default: 0)")
     resize_mode = "how to resize images to the model's size: crop edits the centre, stretch edits the whole image"
     add("--resize-mode", choices=("crop", "stretch"), help=f"{resize_mode}; default: that of the model")
@@ -70,10 +72,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--guidance-scale", metavar="X", type=float, help="weight of the prompt; default: that of the model")
     add("--image-guidance-scale", metavar="X", type=float, help="weight of the source image; default: none")
     add("--negative-prompt", metavar="P", help="what the result should not show")
-    num_images = "results per edit (default: 1); several are named edited-0.png, edited-1.png, ..."
+    num_images = "results per edit (default: 1); if several, they are named edited-0.png, edited-1.png, ..."
     add("--num-images", metavar="N", type=int, default=1, dest="num_images_per_prompt", help=num_images)
     add("--lora", metavar="L", help="folder or Hub id of a LoRA adapter")
-    dtype = "dtype of the weights; auto: that of the files; default: that of the files if this machine computes in it"
+    dtype = "dtype of the weights; auto: that of the files; default: that of the files if this machine supports it"
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=f"{dtype}, else float32")
     add("--device", metavar="D", help="device, such as cpu or cuda:1; default: the GPU if there is one")
     quality = "quality of .jpg, .avif and .webp, 1 to 100; default: 95 for .jpg and .avif, lossless for .webp"
@@ -81,14 +83,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def parse_path(text: str) -> Path:
-    """Read a path; an empty one would be the current folder."""
+    """Read a path, and refuse an empty path, which would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Edit what is not edited yet, and list the edits that failed; return 1 if any did."""
+    """Run the edits that are not done yet, and list the edits that failed. Return 1 if an edit failed."""
     from tqdm import tqdm
 
     is_folder = args.image.is_dir()
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             edit(pipeline, job)
             if is_folder:
                 write_record(folder, job, describe_job(job))
-        except Exception as error:  # whatever is wrong with one image, the others are not
+        except Exception as error:  # An error in one edit must not stop the other edits.
             failures.append(f"{job.image}: {type(error).__name__}: {error}")
     for failure in failures:
         print(failure, file=sys.stderr)
@@ -118,11 +120,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-# What to do. A job is the command's options, with the values of one edit in their places.
+# Edits to do. A job holds the options of the command, with the values of one edit.
 
 
 def list_jobs(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
-    """List the edits: one, one for each image of a folder in alphabetical order, or one for each line of a file."""
+    """List the edits: one for each line of `--prompts`, one for each image of a folder by name, or a single one."""
     if args.prompts is not None:
         try:
             lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")
@@ -151,8 +153,8 @@ def read_line(args: argparse.Namespace, number: int, line: str) -> argparse.Name
     if not is_sound or not all(type(value) is LINE_KINDS[name] and value != "" for name, value in entry.items()):
         raise ValueError(
             f"`--prompts` {args.prompts}, line {number} is {line.strip()!r}; give a JSON object with `image` and "
-            "`prompt`, and optionally `output`, `task`, `seed`, `mask`. `seed` is a whole number; the others are text, "
-            "and not empty."
+            "`prompt`, and optionally `output`, `task`, `seed`, `mask`. `seed` is an integer; the other values are "
+            "text that is not empty."
         )
     entry["output"] = args.output / entry.get("output", f"{Path(entry['image']).stem}.png")
     entry |= {name: args.image / entry[name] for name in ("image", "mask") if name in entry}
@@ -160,30 +162,34 @@ def read_line(args: argparse.Namespace, number: int, line: str) -> argparse.Name
 
 
 def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None:
-    """Refuse, before any work, what every edit would fail of, and edits that would overwrite images."""
+    """Check the options before any edit runs, and refuse edits that would overwrite images."""
     import torch
 
     if args.prompts is not None and not args.image.is_dir():
-        raise ValueError(f"`--image` is {args.image}, which is not a folder; `--prompts` names images in a folder.")
+        raise ValueError(
+            f"`--image` is {args.image}, which is not a folder; with `--prompts`, give the folder of the images."
+        )
     if args.prompts is None and not jobs:
-        raise ValueError(f"`--image` is {args.image}, a folder without images; give an image, or a folder of some.")
+        raise ValueError(
+            f"`--image` is {args.image}, a folder without images; give an image, or a folder that contains images."
+        )
     for option in ("image", "mask"):
         path = getattr(args, option)
         if path is not None and not path.is_file() and not (option == "image" and path.is_dir()):
             raise ValueError(f"`--{option}` is {path}, which is not a file; give the path of an image.")
     if args.num_images_per_prompt < 1:
-        raise ValueError(f"`--num-images` is {args.num_images_per_prompt}; pass a whole number of at least 1.")
+        raise ValueError(f"`--num-images` is {args.num_images_per_prompt}; pass an integer of at least 1.")
     if args.device is not None:
         try:
             torch.empty(1, device=args.device)
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an `AssertionError`.
             raise ValueError(f"`--device` is {args.device!r}, which torch cannot use here: {error}") from error
     for job in jobs:
         choose_save_options(job)
         if not job.prompt.strip():
             raise ValueError(f"The prompt for {job.image} is empty; say what to change.")
         if job.task not in TASKS:
-            raise ValueError(f"The task for {job.image} is {job.task!r}; choose one of {', '.join(TASKS)}.")
+            raise ValueError(f"`task` for {job.image} is {job.task!r}; choose one of {', '.join(TASKS)}.")
         if job.crop_to_mask and job.mask is None:
             raise ValueError(f"`--crop-to-mask` needs a mask, and {job.image} has none; pass `--mask`.")
     if args.image.is_dir():
@@ -191,8 +197,8 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
         for path in (os.path.abspath(path) for job in jobs for path in list_outputs(job)):
             if path in taken:
                 raise ValueError(
-                    f"`--output` is {args.output}; two edits would write {path}, or it is one of the images to read. "
-                    "Give another folder, or an `output` for each line of `--prompts`."
+                    f"`--output` is {args.output}, but two edits would write {path}, or an edit would overwrite this "
+                    "input image. Give another folder, or an `output` for each line of `--prompts`."
                 )
             taken.add(path)
 
@@ -209,15 +215,15 @@ def choose_save_options(job: argparse.Namespace) -> dict[str, Any]:
     """Choose the format and Pillow's options for it.
 
     Raises:
-        ValueError: If Pillow writes no such format, or it does not take the quality.
+        ValueError: If Pillow cannot write the format, or the format does not support the quality.
     """
     from PIL import Image
 
     kind = Image.registered_extensions().get(job.output.suffix.lower(), "")
     if kind not in Image.SAVE:
         raise ValueError(
-            f"`--output` is {job.output}; end it in an image format that Pillow writes, such as .png. For many images, "
-            "give a folder as `--image`."
+            f"`--output` is {job.output}; pass a file name with the suffix of an image format that Pillow can write, "
+            "such as .png. To edit many images, pass a folder as `--image`."
         )
     options = {"format": kind, **SAVE_OPTIONS.get(kind, {})}
     if job.quality is None:
@@ -229,13 +235,13 @@ def choose_save_options(job: argparse.Namespace) -> dict[str, Any]:
     return {**options, "quality": job.quality, "lossless": False}
 
 
-# What was done before
+# Edits that are done
 
 
 def describe_job(job: argparse.Namespace) -> dict:
-    """Describe everything that the outputs of a job depend on.
+    """Describe all values that the outputs of a job depend on.
 
-    Files are described by name and time of change, so that the folder can be moved between two runs.
+    Files are described by name and modification time, so that the folder can be moved between two runs.
     """
     files = [path and path.exists() and [path.name, path.stat().st_mtime_ns] for path in (job.image, job.mask)]
     options = {name: getattr(job, name) for name in (*PIPELINE_OPTIONS, "prompt", "seed", "model", "lora", "dtype")}
@@ -243,33 +249,33 @@ def describe_job(job: argparse.Namespace) -> dict:
 
 
 def is_done(folder: Path, job: argparse.Namespace, record: dict) -> bool:
-    """Tell whether the outputs of a job exist and were made from what the job describes."""
+    """Return True if the outputs of a job exist and were made from the same images and options."""
     made_from = record.get(os.path.relpath(job.output, folder))
     return made_from == describe_job(job) and all(path.exists() for path in list_outputs(job))
 
 
 def read_record(folder: Path) -> dict:
-    """Read what each output was made from, by its path from the folder."""
+    """Read the record: what each output was made from, by the path of the output relative to the folder."""
     record: dict[str, dict] = {}
     path = folder / RECORD_FILE
     for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):  # a run that was killed may have left a part of a line
+        with suppress(ValueError):  # A run that was killed may have written only part of a line.
             record |= json.loads(line)
     return record
 
 
 def write_record(folder: Path, job: argparse.Namespace, made_from: dict | None) -> None:
-    """Record what the outputs of a job were made from: None while they are made, so a killed edit is made again."""
+    """Record what the outputs of a job were made from. None marks an edit in progress, which is repeated if killed."""
     with (folder / RECORD_FILE).open("a") as file:
-        # A line break first, because a killed run may have left a part of a line.
+        # Begin with a line break, because a killed run may have written only part of a line.
         file.write("\n" + json.dumps({os.path.relpath(job.output, folder): made_from}) + "\n")
 
 
-# The work
+# Run an edit
 
 
 def load_pipeline(args: argparse.Namespace) -> "EditARPipeline":
-    """Load the pipeline, and the adapter if one was given."""
+    """Load the pipeline, and the adapter of `--lora`."""
     import torch
 
     from ..pipelines.pipeline_editar import EditARPipeline
@@ -294,6 +300,6 @@ def edit(pipeline: Any, job: argparse.Namespace) -> None:
 
 
 def save_image(image: "Image.Image", path: Path, options: dict[str, Any]) -> None:
-    """Save an image with its colour profile, which not every format takes from the image itself."""
+    """Save an image with its colour profile, which some formats do not read from the image itself."""
     with atomic_path(path) as unfinished:
         image.save(unfinished, icc_profile=image.info.get("icc_profile"), **options)

@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per version and per device, and one on the dtype."""
+    """Print one line for each version and each device, and one for the dtype."""
     rows = [
         ("editar-hf", __version__),
         ("python", platform.python_version()),
@@ -33,13 +33,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def list_requirements() -> list[str]:
-    """List the packages that this one requires, those of its extras after the core ones, each once."""
+    """List the packages that this package requires, each once: first the core ones, then those of the extras."""
     names = [re.split(r"[^\w.-]", requirement)[0] for requirement in metadata.requires("editar-hf") or []]
     return [name for name in dict.fromkeys(names) if name != "editar-hf"]
 
 
 def describe_version(package: str) -> str:
-    """Give the version of a package that is installed, or say that it is not."""
+    """Return the version of a package, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -47,7 +47,7 @@ def describe_version(package: str) -> str:
 
 
 def describe_devices() -> list[tuple[str, str]]:
-    """Name the processor and every accelerator torch can use, with its memory in GiB."""
+    """List the CPU and every accelerator that torch can use, with its memory in GiB."""
     import torch
 
     cores, threads = os.cpu_count(), torch.get_num_threads()
@@ -64,7 +64,7 @@ def describe_devices() -> list[tuple[str, str]]:
 
 
 def describe_dtype() -> str:
-    """Say in which dtype a pipeline whose weights are stored in bfloat16 is loaded here, and why."""
+    """Describe in which dtype this machine loads a pipeline whose weights are stored in bfloat16, and why."""
     import torch
 
     from ..pipelines.hub import choose_dtype

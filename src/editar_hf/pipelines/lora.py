@@ -154,8 +154,8 @@ class EditARLoraMixin(LoraBaseMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder in PEFT's format, or a Hub id.
-            adapter_name (`str`, *optional*): Its name, without dots; *defaults to* the first free one of `"default_0"`,
-                `"default_1"`, ….
+            adapter_name (`str`, *optional*): Name of the adapter, without dots; *defaults to* the first unused name of
+                `"default_0"`, `"default_1"`, ….
             revision, cache_dir, token, local_files_only (*optional*): See huggingface_hub's `snapshot_download`.
 
         Raises:
