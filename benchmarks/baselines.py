@@ -1,13 +1,13 @@
-"""Two plain ways to decode with the weights of this package, to measure its own against.
+"""Two baseline decoders. They use the weights of this package, and its own decoding is compared with them.
 
-`decode_like_published` does what the published code does: both guidance branches from the first position on, a cache
-of the full length allocated anew on every call, attention over all of its slots under a boolean mask, a
-`repeat_interleave` by a factor of 1 in each layer, logits in float32 of every position that is fed.
-`decode_with_library` is what a careful user would write in an afternoon: a doubled batch, transformers' `DynamicCache`,
-sdpa, one token a step.
+`decode_like_published` decodes like the published code. It runs both guidance branches from the first position on. It
+allocates a cache of the full length in every call, and attends to all slots of the cache with a boolean mask. Each
+layer calls `repeat_interleave` with a factor of 1, and float32 logits are computed for all positions of the input.
+`decode_with_library` is what a careful user would write in an afternoon: a doubled batch, the `DynamicCache` of
+transformers, sdpa attention, and one token per step.
 
-Both are greedy, eager, and give the tokens of `generate`; a benchmark checks that in the same run. Neither is code of
-the package or of the published repository.
+Both are greedy and eager, and give the same tokens as `generate`, which the benchmarks check in the same run. Neither
+is code of this package or of the published repository.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ from editar_hf.modeling_editar import apply_rotary
 
 
 class PublishedStyleDecoder:
-    """One call of the published kind of decoding.
+    """Decode one batch like the published code.
 
     Args:
-        model (`EditARForConditionalGeneration`): Whose weights are used.
-        num_images (`int`): Images of the batch; the rows are twice as many.
+        model (`EditARForConditionalGeneration`): The decoder with the weights.
+        num_images (`int`): Images in the batch. There are twice as many rows, for the two guidance branches.
         grid_size (`int`): Tokens per side.
     """
 
@@ -41,7 +41,7 @@ class PublishedStyleDecoder:
         self.rotations = model.model.rotary_emb(slots, grid_size, grid_size)
 
     def run(self, hidden_states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Run positions through all layers; return float32 logits of each."""
+        """Run positions through all layers. Return the float32 logits of each position."""
         cos, sin = (table[:, None, slots] for table in self.rotations)
         for index, layer in enumerate(self.model.model.layers):
             hidden_states = hidden_states + self.attend(index, layer, hidden_states, slots, cos, sin)
@@ -62,8 +62,9 @@ class PublishedStyleDecoder:
         return attention.o_proj(output.transpose(1, 2).flatten(2))
 
 
-# A feed runs target tokens from a position on; where the position is None, also the source and the text before them. It
-# returns the logits after the last token, conditional rows first.
+# A feed takes target tokens and the position of the first of them, and runs the decoder on them. If the position is
+# None, the feed also runs the source tokens and the text before them. It returns the logits after the last token,
+# conditional rows first.
 Feed = Callable[[torch.LongTensor, int | None], torch.Tensor]
 
 
@@ -113,7 +114,7 @@ def decode_greedily(
     free_positions: Sequence[int],
     on_token: Callable[[], None] | None = None,
 ) -> torch.LongTensor:
-    """Decode the target tokens at `free_positions`; all others are the source's. `on_token` hears of each."""
+    """Decode the target tokens at `free_positions`; all others are source tokens. Call `on_token` for each token."""
     feed = build_feed(model, source, prompt_embeds, grid_size)
     tokens, start = source.clone(), None
     for position in free_positions:
@@ -130,6 +131,6 @@ decode_with_library = partial(decode_greedily, build_library_feed)
 
 
 def select_greedily(logits: torch.Tensor, guidance_scale: float) -> torch.LongTensor:
-    """Choose the likeliest token of guided logits; rows are conditional, then unconditional."""
+    """Choose the most probable token under guided logits. The conditional rows come first."""
     conditional, unconditional = logits.chunk(2)
     return (unconditional + guidance_scale * (conditional - unconditional)).argmax(dim=-1)

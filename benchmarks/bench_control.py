@@ -1,13 +1,13 @@
-"""What masks, kept sources, drafts and previews save or cost; and how well the edit map finds the edit.
+"""Measure the time that masks, source caches, drafts and previews save or cost, and the accuracy of the edit map.
 
     python benchmarks/bench_control.py                # GPT-B at 256×256 with random weights, and the sticker editor
     python benchmarks/bench_control.py --samples 16   # fewer test samples of the sticker editor
     python benchmarks/bench_control.py --device cuda  # on a GPU; the random weights are in bf16 there
 
-Masks, kept sources and previews are timed on random weights. Drafts and the edit map are measured on test samples of
-the sticker editor, drawn on the spot: what they find there says nothing about the published weights. On a CPU, one
-thread and processor time; orders alternate. Results go to `benchmarks/results/control.md`, of a GPU to
-`control-gpu.md`.
+Masks, source caches and previews are timed with random weights. Drafts and the edit map are measured with the sticker
+editor, on test samples that this script draws. These results do not carry over to the published weights. On a CPU, one
+thread is used and processor time is measured. The order of the calls alternates. Results are written to
+`benchmarks/results/control.md`, or `control-gpu.md` on a GPU.
 """
 
 import argparse
@@ -34,14 +34,17 @@ from make_sticker_edits import OPERATIONS, TRANSLATIONS, make_sample  # noqa: E4
 
 
 GRID_SIZE, STRIDE = 16, 16
-EDIT_MAPS_PER_SAMPLE = 5  # they are quick
+EDIT_MAPS_PER_SAMPLE = 5  # edit maps are quick, so more samples are used for them
 MASK_SHARES = (0.05, 0.15, 0.3, 0.5, 1.0)
 WINDOWS = (1, 2, 4, 8, 16)
 SETTINGS = [(how, scale) for how in ("greedy", "sampled") for scale in (1.0, 3.0)]
 
 
 def time_rows(calls: dict[str, Callable], num_rounds: int, device: str) -> tuple[list[list[str]], dict]:
-    """Time calls in turn: rows of the median, and the ratio to the first call as median (least – most); and results."""
+    """Time calls in turn. Return table rows and the results of the calls.
+
+    A row has the name, the median, and the ratio to the first call as median (least – most).
+    """
     seconds, results = time_in_turn(calls, num_rounds, device)
     base = next(iter(seconds.values()))
     rows = [[name, f"{statistics.median(times):.2f}", format_ratios(times, base)] for name, times in seconds.items()]
@@ -52,7 +55,7 @@ def time_rows(calls: dict[str, Callable], num_rounds: int, device: str) -> tuple
 
 
 def draw_square_mask(share: float) -> torch.BoolTensor:
-    """Free a square in the middle of the grid, of about that share of all tokens."""
+    """Draw a mask with a square in the middle of the grid that covers about `share` of all tokens."""
     side = round(GRID_SIZE * share**0.5)
     first = (GRID_SIZE - side) // 2
     mask = torch.zeros(1, GRID_SIZE, GRID_SIZE, dtype=torch.bool)
@@ -61,7 +64,7 @@ def draw_square_mask(share: float) -> torch.BoolTensor:
 
 
 def benchmark_masks(model, source, prompt_embeds, num_rounds: int) -> str:
-    """Time an edit of each mask against one without."""
+    """Time an edit without a mask, and an edit with each mask."""
     edit = partial(model.generate, source, prompt_embeds, do_sample=False, return_dict_in_generate=True)
     calls = {"no mask": edit}
     for share in MASK_SHARES:
@@ -73,7 +76,7 @@ def benchmark_masks(model, source, prompt_embeds, num_rounds: int) -> str:
 
 
 def benchmark_second_edit(model, vq_model, source, prompt_embeds, num_rounds: int) -> str:
-    """Time what comes before the first token: VQ, source and text, with and without a kept source."""
+    """Time all work before the first token (VQ encoder, source and text), with and without a source cache."""
     pixels = torch.zeros(1, 3, GRID_SIZE * STRIDE, GRID_SIZE * STRIDE, device=source.device)
     cache = model.prepare_source_cache(source)
     first_token = torch.zeros_like(source, dtype=torch.bool)
@@ -88,7 +91,7 @@ def benchmark_second_edit(model, vq_model, source, prompt_embeds, num_rounds: in
 
 
 def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_rounds: int) -> str:
-    """Time an edit, its image included, and its previews of every row by themselves; and those of a larger one."""
+    """Time an edit with its image, the previews of all its rows alone, and the previews of a larger edit."""
 
     def draw_previews(grid_size: int, num_rows: int):
         pixels = torch.zeros(1, 3, grid_size * STRIDE, grid_size * STRIDE, device=source.device)
@@ -109,7 +112,7 @@ def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_ro
         f"{GRID_SIZE} previews, of every row": partial(draw_previews, GRID_SIZE, GRID_SIZE),
         name: partial(draw_previews, large, large),
     }
-    draw_previews(GRID_SIZE, 2)  # the first convolutions of a shape set libraries up
+    draw_previews(GRID_SIZE, 2)  # warm-up: libraries initialise in the first convolutions of a shape
     return format_table(["", "s", "of an edit"], time_rows(calls, num_rounds, source.device.type)[0])
 
 
@@ -130,7 +133,7 @@ def make_samples(num_samples: int, resolution: int) -> dict[str, list[dict]]:
 
 
 def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
-    """Count passes by way of choosing, guidance, kind of edit and window, and time the windows."""
+    """Count passes for each sampling mode, guidance scale, kind of edit and window, and time the windows."""
     num_tokens = pipe.transformer.config.num_image_tokens
     ways = {0: {}} | {window: {"decoding": "speculative", "num_draft_tokens": window} for window in WINDOWS}
     rows, seconds, num_different = [], {window: [] for window in ways}, 0
@@ -159,14 +162,14 @@ def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
     header = ["tokens are", "guidance", "kind of edit", "source tokens kept", *(f"window {w}" for w in WINDOWS)]
     medians = {window: statistics.median(times) for window, times in seconds.items()}
     times = [[str(window), f"{median:.3f}", f"{median / medians[0]:.2f}"] for window, median in medians.items()]
-    note = f"{num_different} of the speculative results differ from the exact ones in any token."
+    note = f"{num_different} speculative results differ from the exact result in at least one token."
     return f"{format_table(header, rows)}\n\n{note}", format_table(["window", "s", "of exact"], times)
 
 
 def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
-    """Compare the edit map with the tokens of the true mask, overall and by row of the edit.
+    """Compute the IoU of the edit map and the tokens in the true mask, overall and by row of the edit.
 
-    As many tokens as truly change are taken, those of the highest values: an IoU without a threshold to choose.
+    No threshold is needed: if the true mask has n tokens, the n tokens with the highest values of the map are compared.
     """
     grid = pipe.transformer.config.grid_size
     ious, by_row = {task: [] for task in OPERATIONS}, {}
@@ -195,7 +198,7 @@ def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=80, help="test samples of the sticker editor, for drafts")
-    parser.add_argument("--rounds", type=int, default=3, help="of the timings on random weights")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the timings with random weights")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--model", default=str(EXAMPLES / "sticker-editor"), help="the sticker editor")
     args = parser.parse_args()
@@ -206,7 +209,7 @@ def main():
     source, prompt_embeds = build_inputs(model, 1, args.device)
     torch.manual_seed(0)
     vq_model = EditARVQModel(EditARVQConfig()).to(args.device).eval()
-    # In bf16 near-ties fall otherwise in passes of another length: counts of tokens that differ would say nothing.
+    # float32, because in bf16 passes of different lengths may choose different tokens where two logits almost agree.
     pipe = EditARPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.processor.image_processor.size.height
@@ -235,20 +238,20 @@ def main():
 
 ## The sticker editor, fp32: drafts
 
-Passes after the first of an edit of {pipe.transformer.config.num_image_tokens} tokens, and in brackets how many
-tokens a pass decides; {len(samples["add"])} test samples of each kind. Drafts are the source's tokens, then what
-earlier passes chose. How many hold here says nothing about the published weights, which have another vocabulary and
-grid.
+Number of passes after the first, for an edit of {pipe.transformer.config.num_image_tokens} tokens, and in brackets the
+number of tokens per pass; {len(samples["add"])} test samples of each kind. Drafts are the source tokens at first, then
+the tokens that earlier passes chose. The share of accepted drafts does not carry over to the published weights, which
+have another vocabulary and grid.
 
 {drafts}
 
-Processor time of an edit, all of the above together:
+Processor time of an edit, median over all edits of the table above:
 
 {draft_times}
 
 ## The sticker editor, fp32: the edit map
 
-IoU of the true mask's tokens with as many tokens of the highest values.
+IoU of the tokens in the true mask and the same number of tokens with the highest values of the edit map.
 
 {edit_map}
 """

@@ -1,8 +1,9 @@
-"""Time and peak memory of `editar-hf convert` at the true size, in both directions.
+"""Measure the time and the peak memory of `editar-hf convert` at the published size, in both directions.
 
-Makes published-format files of random bf16 weights (GPT-XL, VQ-16, the encoder of FLAN-T5-XL's configuration), converts
-them in a process of their own, self-check included, converts back, compares every tensor bit for bit, and writes
-`results/conversion.md`. Needs about 10 GB of disk and no network:
+The script writes files in the published format with random bf16 weights: GPT-XL, VQ-16, and an encoder with the
+configuration of FLAN-T5-XL. Separate processes convert them, self-check included, and convert them back. All tensors
+are then compared bit for bit, and the results are written to `results/conversion.md`. The script needs about 10 GB of
+disk and no network:
 
     python benchmarks/bench_conversion.py
 """
@@ -46,7 +47,7 @@ TEXT_ENCODER = {
 
 
 def write_random_files(folder: Path):
-    """Write the three sources, with weights as wide as a fresh network's."""
+    """Write the files of the three networks. Random weights have the standard deviation of freshly built networks."""
     with torch.device("meta"):
         networks = {
             REVERTED_TRANSFORMER: revert_transformer_weights(EditARForConditionalGeneration(TRANSFORMER)),
@@ -61,7 +62,7 @@ def write_random_files(folder: Path):
 
 
 def run_command(*arguments: str) -> tuple[float, float]:
-    """Run `editar-hf convert`; return its seconds and its peak resident memory in GiB."""
+    """Run `editar-hf convert`. Return the seconds that it takes and its peak resident memory in GiB."""
     start = time.perf_counter()
     program = Path(sys.executable).with_name("editar-hf")
     process = subprocess.Popen([program, "convert", *map(str, arguments)])
@@ -69,20 +70,20 @@ def run_command(*arguments: str) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"`editar-hf convert` failed with status {process.returncode}.")
-    # Linux counts in KiB, macOS in bytes.
+    # `ru_maxrss` is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - start, usage.ru_maxrss * unit / 2**30
 
 
 def count_equal_tensors(before: Path, after: Path) -> tuple[int, int]:
-    """Count the tensors that came back bit for bit, and those that should have."""
+    """Count the tensors that are bit-identical after both conversions, and all tensors."""
     old, new = (torch.load(path, mmap=True, weights_only=True)["model"] for path in (before, after))
     names = old.keys() - {CODEBOOK_USAGE_KEY}
     return sum(torch.equal(old[name], new[name]) for name in names), len(names)
 
 
 def measure(folder: Path) -> str:
-    """Convert there and back in `folder`; return the report as Markdown."""
+    """Convert in both directions in `folder`. Return the report as Markdown."""
     write_random_files(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**30
     sources = ("--transformer", folder / REVERTED_TRANSFORMER, "--vq-model", folder / REVERTED_VQ_MODEL)
@@ -110,7 +111,7 @@ def measure(folder: Path) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work-dir", type=Path, help="where the files are made and removed; default: the system's")
+    parser.add_argument("--work-dir", type=Path, help="folder for temporary files; default: the system's")
     args = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:

@@ -1,12 +1,12 @@
-"""Time and memory of decoding against two baselines, parity first; see `baselines.py` for what these do.
+"""Compare time and memory of decoding with two baselines (see `baselines.py`), after a check of parity.
 
     python benchmarks/bench_generation.py                  # GPT-B at 256×256 pixels, one CPU thread
     python benchmarks/bench_generation.py --batch-size 8
-    python benchmarks/bench_generation.py --pieces         # each piece of the engine with and without
-    python benchmarks/bench_generation.py --full           # GPT-XL at 512×512, some tokens along the way
+    python benchmarks/bench_generation.py --pieces         # with and without each part of the decoding engine
+    python benchmarks/bench_generation.py --full           # GPT-XL at 512×512; only some tokens are timed
 
-Every sample is a process of its own with one CPU thread, timed by the processor time it takes, in the order A B C D,
-D C B A, A B C D. Weights are random. Results go to `benchmarks/results/`. `bench_gpu.py` measures on a GPU.
+Each measurement runs in a separate process with one CPU thread. Processor time is measured, in the order A B C D,
+D C B A, A B C D. Weights are random. Results are written to `benchmarks/results/`. `bench_gpu.py` measures on a GPU.
 """
 
 import argparse
@@ -45,12 +45,12 @@ SYSTEMS = tuple(DECODERS)
 
 
 def measure_sample(args: argparse.Namespace) -> dict:
-    """Time one system in this process: the prefill, and tokens at some places of the target."""
+    """Time one system in this process: the prefill, and tokens at some positions of the target."""
     torch.set_num_threads(1)
     model = build_model(args.preset, args.grid_size, getattr(torch, args.dtypes[0]), "cpu")
     source, prompt_embeds = build_inputs(model, args.batch_size, "cpu")
     decode, inputs = DECODERS[args.system], (model, source, prompt_embeds, GUIDANCE_SCALE, args.grid_size)
-    with torch.no_grad():  # the first forward sets libraries up
+    with torch.no_grad():  # warm-up: libraries initialise in the first forward pass
         model(source_image_tokens=source[:, :4], grid_height=2, grid_width=2)
     if args.system.endswith("compiled"):
         model.compile_decoding()
@@ -60,7 +60,7 @@ def measure_sample(args: argparse.Namespace) -> dict:
     times = [time.process_time()]
     positions = list(chain(*(range(start, start + length) for start in starts)))
     tokens = decode(*inputs, positions, on_token=lambda: times.append(time.process_time()))
-    # The first token of a run waits for the tokens before it, which are forced.
+    # The time of the first token of a run includes the forced tokens before it, so this token is not counted.
     runs = [times[1 + length * index :][:length] for index in range(len(PLACES))]
     prefill, token = times[1] - times[0], statistics.mean((run[-1] - run[0]) / args.num_timed for run in runs)
     edit = prefill + (num_tokens - 1) * token
@@ -69,7 +69,7 @@ def measure_sample(args: argparse.Namespace) -> dict:
 
 
 def check_all_parity(args: argparse.Namespace, dtype: str) -> str:
-    """Check what is timed, eager and compiled, and in fp32 all other ways to decode; return what was found."""
+    """Check parity of eager and compiled decoding and, in fp32, of all other decoding modes. Return the findings."""
     size = (args.preset, args.grid_size)
     findings = [
         check_parity(*size, getattr(torch, dtype), args.parity_tokens, args.batch_size, is_compiled=is_compiled)
@@ -81,7 +81,7 @@ def check_all_parity(args: argparse.Namespace, dtype: str) -> str:
 
 
 def benchmark_dtype(args: argparse.Namespace, dtype: str, bandwidth: float) -> list[str]:
-    """Check parity and measure all systems; return the parts of the report."""
+    """Check parity and measure all systems. Return the parts of the report."""
     parity, samples = check_all_parity(args, dtype), {system: [] for system in SYSTEMS}
     words = ["--sample", "--dtypes", dtype, "--batch-size", str(args.batch_size), *(["--full"] if args.full else [])]
     for system in take_turns(SYSTEMS, args.rounds):
@@ -99,9 +99,9 @@ def benchmark_dtype(args: argparse.Namespace, dtype: str, bandwidth: float) -> l
     shares = (f"{system} {floor / statistics.median(figures['token'][system]):.0%}" for system in SYSTEMS)
     parts = [
         f"## {dtype}",
-        f"Parity: {parity}; of {ours.numel()} greedy tokens, those of `editar_hf` that differ: {counts}.",
-        f"One thread reads {bandwidth / 1e9:.1f} GB/s here, so weights, sources, keys and values of a token take "
-        f"{floor:.3f} s to read at the least. Share of that floor: {', '.join(shares)}.",
+        f"Parity: {parity}; of {ours.numel()} greedy tokens, the number in which `editar_hf` differs: {counts}.",
+        f"One thread reads {bandwidth / 1e9:.1f} GB/s here, so reading the weights, sources, keys and values for a "
+        f"token takes at least {floor:.3f} s, the floor. Floor divided by the time of a token: {', '.join(shares)}.",
     ]
     for name, title in (("edit", "whole edit, s"), ("prefill", "prefill, s"), ("token", "token, s")):
         rows = [
@@ -114,15 +114,15 @@ def benchmark_dtype(args: argparse.Namespace, dtype: str, bandwidth: float) -> l
 
 
 def benchmark_cpu(args: argparse.Namespace) -> str:
-    """Measure all systems in both dtypes; return the report."""
+    """Measure all systems in all dtypes. Return the report."""
     size = 16 * args.grid_size
     parts = [
         f"# Decoding: {args.preset} at {size}×{size}, batch {args.batch_size}, CPU",
         describe_machine(),
-        f"Seconds of processor time, one thread, a process per sample, {args.rounds} rounds, in the order A B C D, "
-        "D C B A, …; medians, and ratios to `editar_hf` round by round as median (least – most). An edit is its "
-        f"prefill and the mean time of {args.num_timed} tokens at {len(PLACES)} places, for all tokens. Random "
-        f"weights, greedy, guidance {GUIDANCE_SCALE}. Made by "
+        f"Seconds of processor time, one thread, one process per measurement, {args.rounds} rounds, in the order "
+        "A B C D, D C B A, …; medians, and ratios to `editar_hf` round by round as median (least – most). The time of "
+        f"an edit is extrapolated: {args.num_timed} tokens are timed at {len(PLACES)} places, and their mean, for each "
+        f"token after the first, is added to the prefill. Random weights, greedy, guidance {GUIDANCE_SCALE}. Made by "
         f"`python benchmarks/bench_generation.py{''.join(f' {word}' for word in sys.argv[1:])}`.",
     ]
     torch.set_num_threads(1)
@@ -134,7 +134,7 @@ def benchmark_cpu(args: argparse.Namespace) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="GPT-XL at 512×512")
-    parser.add_argument("--pieces", action="store_true", help="each piece of the engine with and without")
+    parser.add_argument("--pieces", action="store_true", help="time decoding with and without each part")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

@@ -1,11 +1,12 @@
-"""Decoding and training on a GPU within a time budget, the most telling figures first.
+"""Measure decoding and training on a GPU within a time budget, the most important figures first.
 
     python benchmarks/bench_gpu.py                # GPT-XL at 512×512 in bf16, in 130 s
     python benchmarks/bench_gpu.py --rehearse     # tiny sizes on the CPU, in seconds
 
-Whole edits by every system would take ten minutes. So the prefill and some tokens are timed, and whole edits only where
-they are quick. Each stage has a time limit. A stage that fails or runs out of time does not end the next one. The
-figures so far are written to `generation-gpu.md` and `generation-gpu.json` after each stage. Weights are random.
+Whole edits with every system would take ten minutes. Therefore only the prefill and some tokens are timed, and whole
+edits only where they are quick. Each stage has a time limit. If a stage fails or runs out of time, the next stage still
+runs. After each stage, the results so far are written to `generation-gpu.md` and `generation-gpu.json`. Weights are
+random.
 """
 
 import argparse
@@ -53,7 +54,7 @@ FULL = {
     "small": ("GPT-B", 16),
     "parity_tokens": 32,
     "timed": 32,
-    # Edits at once, and the sources that they share.
+    # (edits in a batch, different sources among them)
     "batches": ((4, 4), (16, 16), (16, 1)),
     "training_batch_size": 8,
     "training_seconds": 6.0,
@@ -74,12 +75,12 @@ NUM_KERNELS = 15
 
 
 class TimeIsUp(BaseException):
-    """No `Exception`: what is measured must not catch it."""
+    """The time limit of a stage. It is not an `Exception`, so that the measured code does not catch it."""
 
 
 @contextmanager
 def limit_time(seconds: float):
-    """Raise `TimeIsUp` after so many seconds."""
+    """Raise `TimeIsUp` after `seconds`."""
 
     def stop(*_):
         raise TimeIsUp
@@ -94,7 +95,7 @@ def limit_time(seconds: float):
 
 
 class Benchmark:
-    """The stages, and the `results` they add to, plain enough for JSON; what a stage has added stays if it fails."""
+    """The stages and their `results`, a dict that JSON can hold. If a stage fails, the results so far are kept."""
 
     def __init__(self, is_rehearsal: bool):
         self.device = Device("cpu" if is_rehearsal else "cuda")
@@ -138,7 +139,7 @@ class Benchmark:
         self.check("fp32, compiled paths", check_paths, num_tokens=num_tokens, **options)
 
     def check(self, name: str, compare: Callable[..., str], *dtype: torch.dtype, **how):
-        """Note what a comparison finds, or how it fails."""
+        """Record the finding of a comparison, or its error."""
         start = time.monotonic()
         how = {"num_tokens": self.sizes["parity_tokens"], "device": self.device.name, **how}
         try:
@@ -151,7 +152,7 @@ class Benchmark:
 
     @torch.no_grad()
     def compare_captured(self, preset: str, grid_size: int, num_tokens: int, device: str) -> str:
-        """Compare the tokens of the captured step with those of `generate`, in fp32."""
+        """Compare the tokens of the captured step with the tokens of `generate`, in fp32."""
         model = build_model(preset, grid_size, torch.float32, device)
         inputs = build_inputs(model, 1, device)
         expected = DECODERS["editar_hf"](model, *inputs, GUIDANCE_SCALE, grid_size, range(num_tokens))
@@ -188,7 +189,7 @@ class Benchmark:
             torch.compiler.reset()  # frees the graphs and their memory
 
     def time_systems(self, num_edits: int, num_sources: int, rounds: int):
-        """Time what needs no compilation on a batch; one that fails, as for want of memory, does not end the next."""
+        """Time all systems without compilation on a batch. If one runs out of memory or fails, the next still runs."""
         for system in ("editar_hf", CAPTURED, "published style", "library"):
             try:
                 self.time_system(system, num_edits, num_sources, rounds)
@@ -205,7 +206,7 @@ class Benchmark:
         if system in (CAPTURED, CAPTURED_COMPILED):
             options = self.sizes["compile_options"]
             forward = model if system == CAPTURED else compile_apart(model.forward, **options)
-            # Its prefill is that of `generate`, which was timed before.
+            # The prefill is the same as in `generate`, which was timed before.
             (eager,) = (r for r in self.results["edits"] if r == {**r, **row, "system": "editar_hf"})
             row["prefill"] = eager["prefill"]
             row |= time_captured(model, forward, source, prompt_embeds, device, num_timed)
@@ -219,7 +220,7 @@ class Benchmark:
         print(" | ".join(format_row(row)), flush=True)
 
     def watch(self, name: str = "eager"):
-        """Note where `generate` waits for the device, and what runs there, per token."""
+        """Record where `generate` waits for the device, and which kernels run on it, per token."""
         model, waits, kernels, host_calls = self.get_large_model(), Counter(), [], []
         inputs = build_inputs(model, 1, self.device.name)
         watch_tokens(model, *inputs, self.device.count_waits(waits))
@@ -237,7 +238,7 @@ class Benchmark:
     # Training
 
     def train(self):
-        """Time steps from tokens: weights in fp32, computed in bf16, each layer compiled."""
+        """Time training steps from tokens, with weights in fp32, computation in bf16, and each layer compiled."""
         device, batch_size, self.large_model = self.device, self.sizes["training_batch_size"], None
         device.free_memory()
         model = build_model(*self.sizes["large"], torch.float32, device.name, **NO_DROPOUT).train()
@@ -271,7 +272,7 @@ class Benchmark:
     # Running
 
     def run(self, names: list[str], seconds: float, output_dir: Path):
-        """Run stages within a time; write the results after each."""
+        """Run stages within `seconds`. Write the results after each stage."""
         end = time.monotonic() + seconds
         for name in names:
             method, least, most = STAGES[name]
@@ -293,7 +294,7 @@ class Benchmark:
             (output_dir / "generation-gpu.md").write_text(compose_page(self.results), encoding="utf-8")
 
 
-# In order of worth: the method, the seconds without which a stage is not begun, and those after which it is stopped.
+# In order of importance: name → method, seconds that must be left to start the stage, seconds until it is stopped.
 STAGES = {
     "floors": (Benchmark.measure_floors, 3, 20),
     "parity": (Benchmark.check_eager, 5, 30),
@@ -313,7 +314,7 @@ def describe_error(error: Exception) -> str:
 
 
 def compose_page(results: dict) -> str:
-    """Lay out what has been found so far as Markdown."""
+    """Compose the results so far as Markdown."""
     parts = [f"# Decoding on a GPU: {results['title']}", results["machine"], describe_method(results)]
     parity = [f"* {name}: {finding}" for name, finding in results["parity"].items()]
     parts += ["## Parity, GPT-B at 256×256", "\n".join(parity)] if parity else []
@@ -349,11 +350,11 @@ def describe_method(results: dict) -> str:
         rates += f"{results['matrix_rate'] / 1e12:.0f} TFLOP/s. "
     return (
         f"{rates}Random weights, greedy, guidance {GUIDANCE_SCALE}. {FULL['timed']} tokens are timed at each of "
-        f"{len(PLACES)} places: 0, 1/3, 2/3 and the end of the target. The time of an edit is extrapolated: the "
-        "prefill, and the mean token for all tokens. The floor is the time of reading weights, sources and own keys "
-        "and values. Captured is an experiment: one step in a hand-made CUDA graph, which reads all slots at every "
-        "position, so one place is timed. The first call compiles or captures. Made by "
-        "`python benchmarks/bench_gpu.py`."
+        f"{len(PLACES)} places: 0, 1/3, 2/3 and the end of the target. The time of an edit is extrapolated: the mean "
+        "time of a token, for each token after the first, is added to the prefill. The floor is the time to read "
+        "weights, sources, and the keys and values of the target. `captured` is an experiment: one step in a hand-made "
+        "CUDA graph. It reads all slots at every position, so one place is timed. The first call compiles or captures. "
+        "Made by `python benchmarks/bench_gpu.py`."
     )
 
 
@@ -378,9 +379,9 @@ def describe_training(results: dict) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=130, help="for all stages together")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="some of them alone")
-    parser.add_argument("--output-dir", "--output_dir", type=Path, default=RESULTS, help="for the page and the figures")
+    parser.add_argument("--seconds", type=float, default=130, help="time for all stages together")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to run; default: all")
+    parser.add_argument("--output-dir", "--output_dir", type=Path, default=RESULTS, help="folder for results")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     args = parser.parse_args()
     if not (args.rehearse or torch.cuda.is_available()):

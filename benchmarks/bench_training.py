@@ -1,14 +1,15 @@
-"""Speed and memory of a training step: ours against a plain loop, on the same networks with the same data.
+"""Compare speed and memory of a training step with a plain training loop, on the same networks and data.
 
-The plain loop encodes both images and the prompt in every step, computes logits of every position, and waits for the
-loss. Ours encodes both images at once, computes the logits of target positions and waits for nothing; or it reads
-tokens and text states that `examples/precompute_tokens.py` made in advance. Reading and decoding files is not in it.
+The plain loop encodes source image, target image and prompt one after the other, computes the logits of all positions,
+and waits for the loss. Our step encodes both images in one batch, computes only the logits of target positions, and
+does not wait for the loss. A third variant reads tokens and text states that `examples/precompute_tokens.py` stores.
+Reading and decoding of files is not measured.
 
     python benchmarks/bench_training.py           # a small decoder on one CPU thread, a few minutes
     python benchmarks/bench_training.py --full    # GPT-XL at 512×512 in bf16, on a GPU
 
-Every sample is a process of its own. The ways take turns, forth and back. The losses must agree, or no speed counts.
-Writes `results/training.md`, or `results/training-full.md`.
+Each measurement runs in a separate process. The variants are measured in turn, in alternating order. The script stops
+if their losses differ. Results are written to `results/training.md`, or `results/training-full.md` with `--full`.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from editar_hf.training.step import TrainingStep, draw_dropout, encode_image_tok
 
 WAYS = {"plain": "plain loop", "images": "ours, from images", "tokens": "ours, from tokens and text states"}
 NO_DROPOUT = {"text_dropout": 0.0, "residual_dropout": 0.0, "mlp_dropout": 0.0, "distillation_hidden_size": None}
-# The VQ model and the text encoder take about the share of a step that they take at the published size.
+# In a step, VQ model and text encoder take about the same fraction of the time as at the published size.
 SMALL = {
     "transformer": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "grid_size": 16},
     "vq_model": {"base_channels": 32, "norm_num_groups": 2},
@@ -58,7 +59,7 @@ FULL = {
 
 
 def build_networks(sizes: dict) -> tuple[EditARForConditionalGeneration, EditARVQModel, T5EncoderModel]:
-    """Build the three networks with random weights, the same in every process, the head's included."""
+    """Build the three networks with random weights, the same in every process. The head is random too."""
     torch.manual_seed(0)
     transformer = EditARForConditionalGeneration(EditARConfig(**{**sizes["transformer"], **NO_DROPOUT}))
     torch.nn.init.normal_(transformer.lm_head.weight, std=0.02)
@@ -79,7 +80,7 @@ def draw_batch(sizes: dict, transformer: EditARForConditionalGeneration, stride:
 
 
 def compute_plain_loss(transformer, vq_model, text_encoder, batch: dict, drop_source, drop_prompt) -> torch.Tensor:
-    """Compute the loss as a loop does that nobody has made faster."""
+    """Compute the loss as a plain, unoptimised training loop does."""
     with torch.no_grad():
         source, target = (vq_model.encode(batch[f"{name}_pixel_values"]).image_tokens for name in ("source", "target"))
         prompt_embeds = text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
@@ -89,7 +90,7 @@ def compute_plain_loss(transformer, vq_model, text_encoder, batch: dict, drop_so
 
 
 def measure_way(way: str, is_full: bool) -> dict:
-    """Train a few steps in this process; return losses, seconds a step and the most memory held."""
+    """Train a few steps in this process. Return the losses, the seconds per step, and the peak memory."""
     sizes = FULL if is_full else SMALL
     if not is_full:
         torch.set_num_threads(1)
@@ -137,26 +138,29 @@ def measure_way(way: str, is_full: bool) -> dict:
 
 
 def count_operations(config: EditARConfig) -> float:
-    """Count the operations of a training sample, forward and twice that backward; GPT-XL at 512×512: 10.94e12."""
+    """Count the operations of a training sample. The backward pass has twice as many as the forward pass.
+
+    GPT-XL at 512×512 needs 10.94e12 operations in total.
+    """
     num_positions = 2 * config.num_image_tokens + config.num_text_tokens - 1
     matrices = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
     layers = 2 * config.num_hidden_layers * matrices * num_positions
-    # Causal: half of all pairs of positions, once for the scores and once for the values.
+    # Attention is causal: half of all pairs of positions, once for the attention scores and once for the values.
     attention = 2 * config.num_hidden_layers * config.hidden_size * num_positions**2
     head = 2 * config.hidden_size * config.vocab_size * config.num_image_tokens
     return 3 * (layers + attention + head)
 
 
 def check_parity(samples: dict[str, list[dict]], tolerance: float):
-    """Stop if the ways' losses differ: the speed of another computation says nothing."""
+    """Stop if the losses of the variants differ, because then they do not compute the same thing."""
     for way, measured in samples.items():
         for loss, expected in zip(measured[0]["losses"], samples["plain"][0]["losses"], strict=True):
             if abs(loss - expected) > tolerance * expected:
-                raise SystemExit(f"{WAYS[way]}: a loss is {loss}, the plain loop's {expected}.")
+                raise SystemExit(f"{WAYS[way]}: a loss is {loss}, but {expected} in the plain loop.")
 
 
 def compose_report(samples: dict[str, list[dict]], is_full: bool, machine: str) -> str:
-    """Lay the samples out as Markdown: medians, and ratios to the plain loop of the same round."""
+    """Compose the report in Markdown: medians, and ratios to the plain loop of the same round."""
     sizes = FULL if is_full else SMALL
     config = EditARConfig(**{**sizes["transformer"], **NO_DROPOUT})
     operations = sizes["batch_size"] * count_operations(config)
@@ -173,10 +177,10 @@ def compose_report(samples: dict[str, list[dict]], is_full: bool, machine: str) 
         f"# Training step, {'GPT-XL' if is_full else 'a small decoder'} at {side}×{side}",
         machine,
         f"Decoder of {config.num_hidden_layers} layers, width {config.hidden_size}; batches of {sizes['batch_size']}; "
-        f"{'bf16, compiled but for the plain loop' if is_full else 'fp32, eager, one thread'}. Samples a second are by "
-        f"{'the clock' if is_full else 'the processor time of the process'}: median (least – most) of "
-        f"{len(samples['plain'])} processes, in turns. The losses of all steps agree. The share is that of the rate of "
-        "a large matrix product in the same process; operations of the decoder alone count. Made by "
+        f"{'bf16, all but the plain loop compiled' if is_full else 'fp32, eager, one thread'}. Samples per second are "
+        f"measured by {'wall-clock time' if is_full else 'processor time'}: median (least – most) of "
+        f"{len(samples['plain'])} processes, in turn. The losses of all steps agree. The share is relative to the rate "
+        "of a large matrix product in the same process, and counts only operations of the decoder. Made by "
         f"`python benchmarks/bench_training.py{' --full' if is_full else ''}`.",
         format_table(header, rows),
     ]
@@ -187,7 +191,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="the published size, on a GPU")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--way", choices=WAYS, help="measure one way in this process, and print JSON")
+    parser.add_argument("--way", choices=WAYS, help="measure one variant in this process, and print JSON")
     args = parser.parse_args()
     if args.full and not torch.cuda.is_available():
         raise SystemExit("`--full` needs a GPU.")

@@ -1,7 +1,7 @@
-"""How decoding is timed, watched and captured on a GPU; `bench_gpu.py` runs it.
+"""Time, profile and capture decoding on a GPU, for `bench_gpu.py`.
 
-Tokens are timed without waiting for the device between them: a call that decodes some tokens more, against one that
-decodes fewer. Where the name of the device is "cpu", as in a rehearsal, every call does what is possible there.
+Tokens are timed without a wait for the device between them: the time of a call that decodes few tokens is subtracted
+from the time of a call that decodes more. In a rehearsal, the device is "cpu", and functions skip what needs a GPU.
 """
 
 import gc
@@ -23,13 +23,13 @@ from editar_hf.generation.decoding import CompiledDecoding, PassRunner
 from editar_hf.generation.sampling import select_branches
 
 
-# Passes before a call is timed; CUDA graphs are recorded in the second and replayed from the third on.
+# Passes before a call is timed. CUDA graphs are recorded in the second pass and replayed from the third pass on.
 NUM_WARM_UP = 4
 NUM_WATCHED = 8
 
 
 class Device:
-    """What a benchmark asks of a GPU.
+    """The GPU of a benchmark, or the CPU in a rehearsal.
 
     Args:
         name (`str`): "cuda", or "cpu" in a rehearsal.
@@ -40,18 +40,18 @@ class Device:
         self.is_gpu = name != "cpu"
 
     def free_memory(self):
-        """Give memory back that nothing uses, and begin to measure the peak."""
+        """Release unused memory, and reset the peak."""
         if self.is_gpu:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def measure_peak_memory(self) -> float:
-        """Return the most memory held since `free_memory`, in GiB."""
+        """Return the peak memory since `free_memory`, in GiB."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.is_gpu else measure_peak_memory()
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Record a step in a CUDA graph; return what replays it. The step runs some times before that."""
+        """Record a step in a CUDA graph, after some warm-up runs. Return a function that replays the graph."""
         if not self.is_gpu:
             step()
             return step
@@ -68,7 +68,7 @@ class Device:
 
     @contextmanager
     def count_waits(self, waits: Counter):
-        """Count where Python waits for the device, as "file:line"."""
+        """Count how often Python waits for the device, for each "file:line"."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if self.is_gpu:
@@ -83,9 +83,9 @@ class Device:
 
     @contextmanager
     def profile(self, kernels: list[dict], host_calls: list[dict]):
-        """List the kernels that ran, and the calls to the driver; on a CPU the operations, and nothing.
+        """Add kernels to `kernels` and calls to the driver to `host_calls`. On a CPU, add operations to `kernels` only.
 
-        Each has a name, calls and microseconds per token; the longest comes first.
+        Each entry has a name, and calls and microseconds per token. The longest comes first.
         """
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_gpu else [])]
         with torch.profiler.profile(activities=activities) as profiler:
@@ -105,7 +105,10 @@ class Device:
 
 
 def measure_floors(device: Device) -> tuple[float, float]:
-    """Measure copy bandwidth in bytes per second, read and write, and FLOP per second of an 8192³ product in bf16."""
+    """Measure the copy bandwidth (reads and writes) in bytes per second, and the FLOP per second of bf16 products.
+
+    The matrices of the products are 8192×8192.
+    """
     size, num_bytes = (8192, 2**32) if device.is_gpu else (256, 2**20)
     block = torch.randint(256, (num_bytes,), device=device.name, dtype=torch.uint8)
     target = torch.empty_like(block)
@@ -118,8 +121,8 @@ def time_decoding(decode, model, source, prompt_embeds, device: Device, num_time
     """Time one of the `DECODERS`.
 
     Returns:
-        `dict`: Seconds of the first call, of the prefill (up to the first token), and of a token at each of `PLACES`;
-        and the peak of memory in GiB, weights included.
+        `dict`: Seconds of the first call, of the prefill (up to the first token), and of a token at each of `PLACES`,
+        and the peak memory in GiB, weights included.
     """
     num_tokens, grid_size = source.shape[1], model.config.grid_size
 
@@ -140,21 +143,21 @@ def time_decoding(decode, model, source, prompt_embeds, device: Device, num_time
 
 
 class CapturedDecoding:
-    """Greedy decoding in one step that names no position, so that a CUDA graph of it serves every token.
+    """Greedy decoding by a step that keeps its position in a tensor, so that one CUDA graph serves all tokens.
 
-    An experiment: what decoding costs where Python does nothing but start the same graph again.
+    This is an experiment. It shows the cost of decoding if Python only starts the same graph again and again.
 
     Args:
         model (`EditARForConditionalGeneration`): The decoder.
-        forward (`Callable`): Its forward, perhaps compiled.
-        source, prompt_embeds (`torch.Tensor`): What is edited.
-        device (`Device`): Where.
+        forward (`Callable`): The forward of the decoder, compiled or not.
+        source, prompt_embeds (`torch.Tensor`): Source tokens and text states of the edits.
+        device (`Device`): The device.
     """
 
     def __init__(self, model, forward: Callable, source: torch.LongTensor, prompt_embeds: torch.Tensor, device: Device):
         self.forward, self.tokens = forward, source.clone()
         self.grid = dict.fromkeys(("grid_height", "grid_width"), model.config.grid_size)
-        model.compiled_decoding = CompiledDecoding(model.forward)  # compiles nothing here: its caches stay in place
+        model.compiled_decoding = CompiledDecoding(model.forward)  # compiles nothing, but keeps caches at one address
         branches = select_branches(GUIDANCE_SCALE, 1)
         runner = PassRunner(model, source, prompt_embeds, None, branches, self.grid)
         logits = runner(self.tokens, None, [0])
@@ -166,7 +169,7 @@ class CapturedDecoding:
         self.position.zero_()
 
     def step(self):
-        """Feed the token at the position, choose the next one, and go on to it."""
+        """Feed the token at the position, choose the next token, and advance the position."""
         logits = self.forward(
             target_image_tokens=self.tokens.index_select(1, self.position).repeat(2, 1),
             **self.cache.start_pass(self.num_text_tokens + self.position, 1),
@@ -177,7 +180,7 @@ class CapturedDecoding:
         self.tokens.index_copy_(1, self.position, chosen[:, None])
 
     def decode(self, num_tokens: int) -> torch.LongTensor:
-        """Decode the first tokens anew."""
+        """Decode the first `num_tokens` tokens again."""
         self.position.zero_()
         for _ in range(num_tokens - 1):
             self.replay()
@@ -186,20 +189,20 @@ class CapturedDecoding:
 
 @torch.no_grad()
 def time_captured(model, forward, source, prompt_embeds, device: Device, num_timed: int) -> dict:
-    """Time `CapturedDecoding` as `time_decoding` does, but for the prefill and at one place."""
+    """Time `CapturedDecoding` like `time_decoding`, but without the prefill and at one place only."""
     device.free_memory()
     first_call, decoding = time_call(
         lambda: CapturedDecoding(model, forward, source, prompt_embeds, device), device.name
     )
     decoding.decode(1 + num_timed)
-    # It reads all slots at every position, so one place tells of all.
+    # Every step reads all slots of the cache, so the time of a token is the same at all places.
     spent = min(time_call(lambda: decoding.decode(1 + num_timed), device.name)[0] for _ in range(3))
     memory = device.measure_peak_memory()
     return {"first_call": first_call, "tokens": [spent / num_timed], "memory": memory}
 
 
 class BetweenTokens(StoppingCriteria):
-    """Enter a context after some tokens and leave it after `NUM_WATCHED` more; never end decoding."""
+    """Enter a context after some tokens, and leave it after `NUM_WATCHED` more. This criterion never ends decoding."""
 
     def __init__(self, context, first: int):
         self.context, self.first = context, first

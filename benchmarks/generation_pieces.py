@@ -1,4 +1,4 @@
-"""Pieces of the decoding engine with and without, each by itself; run by `bench_generation.py --pieces`."""
+"""Time decoding with and without each part of the engine; `bench_generation.py --pieces` runs this."""
 
 import statistics
 from collections.abc import Callable
@@ -15,7 +15,7 @@ WINDOWS = (1, 2, 4, 8, 16)
 
 
 def time_tokens(model, num_after: int = 0, **how) -> float:
-    """Time a token in the middle of the target, with `num_after` more to decode after those timed.
+    """Time a token in the middle of the target, where `num_after` more tokens follow the timed ones.
 
     Returns:
         Milliseconds of processor time.
@@ -31,7 +31,7 @@ def time_tokens(model, num_after: int = 0, **how) -> float:
 
 
 def compare(name: str, without: Callable[[], float], with_piece: Callable[[], float]) -> list[str]:
-    """Measure both in turn; return the name, the medians in ms, and the gain as median (least – most)."""
+    """Measure both in turn. Return the name, the medians in ms, and the gain as median (least – most)."""
     measured = {without: [], with_piece: []}
     for measure in take_turns(measured, ROUNDS):
         measured[measure].append(measure())
@@ -43,7 +43,7 @@ def compare(name: str, without: Callable[[], float], with_piece: Callable[[], fl
 
 
 def compare_windows(model) -> list[list[str]]:
-    """Feed drafts along, of which none holds with random weights: what a pass of so many tokens costs."""
+    """Time passes with drafts. With random weights no draft is accepted, so this gives the cost of longer passes."""
     dtype, after = str(model.dtype)[6:], WINDOWS[-1]
     return [
         compare(
@@ -56,7 +56,7 @@ def compare_windows(model) -> list[list[str]]:
 
 
 def compare_compilation(model) -> list[str]:
-    """Compile the pass of one token."""
+    """Time decoding with and without the compiled pass of one token."""
 
     def run(compiled) -> float:
         model.compiled_decoding = compiled
@@ -73,7 +73,7 @@ def compare_compilation(model) -> list[str]:
 
 @torch.no_grad()
 def compare_vq() -> list[list[str]]:
-    """Run the VQ model's two halves in bf16 and channels-last, against fp32 as loaded."""
+    """Time VQ decoder and VQ encoder in fp32 as loaded, and in bf16 with channels-last memory format."""
     torch.manual_seed(0)
     fine, coarse = EditARVQModel(EditARVQConfig()).eval(), EditARVQModel(EditARVQConfig()).eval()
     coarse = coarse.to(torch.bfloat16, memory_format=torch.channels_last)
@@ -81,7 +81,7 @@ def compare_vq() -> list[list[str]]:
     halves = {"decoder": lambda model: model.decode(tokens), "encoder": lambda model: model.encode(pixels)}
     rows = []
     for name, half in halves.items():
-        # The first call sets libraries up.
+        # Both are called once before they are timed, because libraries initialise in the first call.
         runs = [
             lambda model=model, half=half: 1000 * time_call(lambda: half(model), "cpu")[0] for model in (fine, coarse)
         ]
@@ -92,7 +92,7 @@ def compare_vq() -> list[list[str]]:
 
 
 def benchmark_pieces(args) -> str:
-    """Measure every piece on GPT-B at 256×256; return the report."""
+    """Measure every part with GPT-B at 256×256. Return the report."""
     torch.set_num_threads(1)
     machine, rows = describe_machine(), []
     for dtype in args.dtypes:

@@ -1,7 +1,7 @@
-"""What the decoding benchmarks share: a model of random weights, the systems that are compared, and parity.
+"""Shared by the decoding benchmarks: a model with random weights, the systems that are compared, and parity checks.
 
-A system decodes the target tokens at some positions, all others being the source's: two plain baselines
-(`baselines.py`) and the package's `generate`.
+A system decodes the target tokens at some positions; at all other positions, target tokens are source tokens. The
+systems are the two baselines of `baselines.py` and the package's `generate`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,16 +14,16 @@ from editar_hf import EditARConfig, EditARForConditionalGeneration
 
 
 GUIDANCE_SCALE = 3.0
-# Where tokens are timed: at these fractions of the target, with the others forced.
+# Tokens are timed at these fractions of the target. All other tokens are forced.
 PLACES = (0, 1 / 3, 2 / 3, 1)
-# A first token that differs must have been this close to its rival in the plain loop; in fp32 logits of random weights.
+# In fp32, tokens may differ only where the two highest logits of the whole forward pass are closer than this.
 MAX_MARGIN = 1e-3
-# In bf16, how much larger rounding may be than that of one whole forward.
+# In bf16, the rounding error may be larger by this factor than the error of one whole forward pass.
 MAX_ERROR_RATIO = 1.5
 
 
 class HearTokens(StoppingCriteria):
-    """Never end decoding; `on_token` hears of each token at a free position."""
+    """Call `on_token` for each token at a free position. This criterion never ends decoding."""
 
     def __init__(self, free_positions: Sequence[int], on_token: Callable[[], None]):
         self.free_positions, self.on_token = set(free_positions), on_token
@@ -35,7 +35,7 @@ class HearTokens(StoppingCriteria):
 
 
 def build_edit_mask(source: torch.LongTensor, free_positions: Sequence[int]) -> torch.BoolTensor:
-    """Mark the free positions of every image, shaped like `source`."""
+    """Mark the free positions of every image, in the shape of `source`."""
     positions = torch.arange(source.shape[1], device=source.device).expand_as(source)
     return torch.isin(positions, torch.tensor(free_positions, device=source.device))
 
@@ -43,7 +43,7 @@ def build_edit_mask(source: torch.LongTensor, free_positions: Sequence[int]) -> 
 def decode_with_package(
     model, source, prompt_embeds, guidance_scale, grid_size, free_positions, on_token=None
 ) -> torch.LongTensor:
-    """Decode the target tokens at `free_positions` with `generate`; a mask has all others be the source's."""
+    """Decode the target tokens at `free_positions` with `generate`. A mask sets all others to source tokens."""
     is_whole = len(free_positions) == source.shape[1]
     target = model.generate(
         source,
@@ -51,7 +51,7 @@ def decode_with_package(
         do_sample=False,
         guidance_scale=guidance_scale,
         edit_mask=None if is_whole else build_edit_mask(source, free_positions),
-        # Criteria wait for the device after every token: none where a whole edit is timed.
+        # Stopping criteria wait for the device after every token, so they are used only if `on_token` is given.
         stopping_criteria=None if on_token is None else [HearTokens(free_positions, on_token)],
         grid_height=grid_size,
         grid_width=grid_size,
@@ -59,7 +59,7 @@ def decode_with_package(
     return target[:, list(free_positions)]
 
 
-# Of a rehearsal: all that a benchmark calls, in seconds on a CPU.
+# The decoder of a rehearsal. With it, a benchmark takes seconds on a CPU.
 TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -77,7 +77,7 @@ DECODERS = {
 
 
 def build_empty_model(preset: str, grid_size: int, **overrides) -> EditARForConditionalGeneration:
-    """Build a decoder of a published size, or "tiny", without memory for its weights."""
+    """Build a decoder of a published size, or "tiny", on the meta device, without memory for its weights."""
     overrides = {"grid_size": grid_size, "distillation_hidden_size": None, **overrides}
     config = EditARConfig(**TINY, **overrides) if preset == "tiny" else EditARConfig.from_preset(preset, **overrides)
     with torch.device("meta"):
@@ -87,8 +87,8 @@ def build_empty_model(preset: str, grid_size: int, **overrides) -> EditARForCond
 def build_model(
     preset: str, grid_size: int, dtype: torch.dtype, device: str, **overrides
 ) -> EditARForConditionalGeneration:
-    """Build a decoder with random weights; its head too, which a fresh one has zero."""
-    # The type before the memory: a benchmark's peak is not to be that of making the weights.
+    """Build a decoder with random weights. The head is random too; in a freshly built decoder, it is zero."""
+    # The dtype is set before memory is allocated, so that peak memory does not include a conversion of the weights.
     model = build_empty_model(preset, grid_size, **overrides).to(dtype).to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def build_model(
 
 
 def build_inputs(model, batch_size: int, device: str) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Draw one source per image and text states."""
+    """Draw random source tokens and text states."""
     config, generator = model.config, torch.Generator().manual_seed(1)
     source = torch.randint(config.vocab_size, (batch_size, config.num_image_tokens), generator=generator)
     text = torch.randn(batch_size, config.num_text_tokens, config.text_hidden_size, generator=generator)
@@ -109,13 +109,15 @@ def build_inputs(model, batch_size: int, device: str) -> tuple[torch.LongTensor,
 
 
 def compute_decode_floor(model, batch_size: int, num_sources: int, dtype: torch.dtype, bandwidth: float) -> float:
-    """Compute the mean seconds a token takes to read: all weights, every source once, half the slots of each row.
+    """Compute the mean time in seconds to read the data that a token needs, a lower bound of its decoding time.
+
+    These data are all weights, every source once, and on average half of the target slots of each row.
 
     Args:
-        model (`EditARForConditionalGeneration`): The decoder, of which the sizes alone matter.
-        batch_size (`int`): Images, in two guidance branches.
-        num_sources (`int`): Source images that they edit.
-        dtype (`torch.dtype`): Of weights, keys and values.
+        model (`EditARForConditionalGeneration`): The decoder; only its sizes matter.
+        batch_size (`int`): Number of edits. Each has two guidance branches.
+        num_sources (`int`): Number of different source images.
+        dtype (`torch.dtype`): Dtype of weights, keys and values.
         bandwidth (`float`): Bytes read per second.
     """
     config = model.config
@@ -127,7 +129,7 @@ def compute_decode_floor(model, batch_size: int, num_sources: int, dtype: torch.
 
 
 class RecordLogits(LogitsProcessor):
-    """Note the guided logits of every token."""
+    """Record the guided logits of every token."""
 
     def __init__(self):
         self.logits = []
@@ -163,12 +165,14 @@ def check_parity(
     is_compiled: bool = False,
     **compile_options,
 ) -> str:
-    """Compare teacher-forced logits, and in fp32 the tokens, with those of one forward over the whole sequence.
+    """Compare the logits of decoding with the logits of one forward pass over the same tokens; in fp32, also tokens.
 
-    In bf16 both are compared with the same weights in fp32: ours must not be further from it than the plain forward is.
+    In bf16, both are compared with the logits of the same weights in fp32. The error of decoding may exceed the error
+    of the forward pass only by the factor `MAX_ERROR_RATIO`.
 
     Raises:
-        AssertionError: If logits differ by more than rounding, or a token whose rival was not close.
+        AssertionError: If logits differ by more than rounding, or a token differs whose two highest logits are not
+            close.
     """
     model = build_model(preset, grid_size, dtype, device)
     source, prompt_embeds = build_inputs(model, batch_size, device)
@@ -212,15 +216,15 @@ def check_parity(
 def check_paths(
     preset: str, grid_size: int, num_tokens: int, device: str = "cpu", is_compiled: bool = True, **compile_options
 ) -> str:
-    """Compare the tokens of every other way to decode with those of exact decoding, in fp32, greedy and sampled.
+    """Compare the tokens of every other decoding mode with the tokens of exact decoding, in fp32, greedy and sampled.
 
     Raises:
-        AssertionError: If any differs.
+        AssertionError: If a token differs.
     """
     model = build_model(preset, grid_size, torch.float32, device)
     source, prompt_embeds = build_inputs(model, 1, device)
     grid = {"grid_height": grid_size, "grid_width": grid_size}
-    # Two runs of free positions, so that forced tokens lie between.
+    # Two runs of free positions, with forced tokens between them.
     far = source.shape[1] // 2
     edit_mask = build_edit_mask(source, [*range(num_tokens // 2), *range(far, far + num_tokens // 2)])
     ways = {

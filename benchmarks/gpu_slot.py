@@ -1,12 +1,13 @@
-"""Benchmarks, then the training of the scene editor, on a GPU that is at hand for some minutes.
+"""Run the benchmarks, then train the scene editor, on a GPU that is available for some minutes.
 
     bash benchmarks/gpu_slot.sh --stages benchmarks
     bash benchmarks/gpu_slot.sh --stages benchmarks training --seconds 120 --bank bank --text-encoder FOLDER \
         --features FILE --vq-minutes 2.5 --editor-minutes 4
     bash benchmarks/gpu_slot.sh --rehearse --stages benchmarks    # tiny sizes on the CPU
 
-`gpu_slot.sh` unpacks what `make wheels` packed and starts this. Options that are unknown here go to
-`projects/scenes/train.py`. Each stage is a process of its own: one that fails does not end the next.
+`gpu_slot.sh` unpacks the files that `make wheels` packed, and starts this script. Options that this script does not
+know are passed to `projects/scenes/train.py`. Each stage is a separate process, so the next stage runs even if one
+fails.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-# How much longer than asked for the benchmarks may take before they are killed, in seconds: to start, and to stop.
+# The benchmarks are killed if they exceed `--seconds` by this number of seconds. They need some time to start and stop.
 GRACE = 45
 
 
 def run_stage(name: str, words: list[str], seconds: float | None = None) -> bool:
-    """Run a stage as `python *words`, for so many seconds at most; tell how it ended."""
+    """Run a stage as `python *words`, for at most `seconds`. Return whether it succeeded."""
     print(f"==== {name}: python {' '.join(words)}", flush=True)
     start = time.monotonic()
     try:
@@ -37,8 +38,8 @@ def run_stage(name: str, words: list[str], seconds: float | None = None) -> bool
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--stages", nargs="+", choices=("benchmarks", "training"), default=["benchmarks", "training"])
-    parser.add_argument("--seconds", type=float, default=130, help="for all benchmarks together")
-    parser.add_argument("--output-dir", "--output_dir", type=Path, required=True, help="for the results of all stages")
+    parser.add_argument("--seconds", type=float, default=130, help="time for all benchmarks together")
+    parser.add_argument("--output-dir", "--output_dir", type=Path, required=True, help="folder for results")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     args, training_words = parser.parse_known_args()
     output_dir, rehearse = args.output_dir.absolute(), ["--rehearse"] if args.rehearse else []

@@ -1,4 +1,4 @@
-"""What the benchmarks share: where they run, how they take turns and time, and what they write."""
+"""Functions that the benchmarks share: describe the machine, time calls in turn, and write results."""
 
 import json
 import os
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe_machine() -> str:
-    """Name the device, the load beside the benchmark, the versions and the day that the figures stand for."""
+    """Describe the device, the library versions, the date, and whether other work ran on the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -37,7 +37,10 @@ def describe_machine() -> str:
 
 
 def time_call(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Time a call and return its result too: processor time on a CPU; on a GPU, the clock until its work is done."""
+    """Time a call. Return the seconds and its result.
+
+    On a CPU, processor time is measured; on a GPU, wall-clock time until the GPU has finished.
+    """
     clock = time.process_time if device == "cpu" else time.perf_counter
     synchronise = torch.cuda.synchronize if device != "cpu" else lambda: None
     synchronise()
@@ -48,13 +51,13 @@ def time_call(call: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 def take_turns(names: Iterable[str], num_rounds: int) -> Iterator[str]:
-    """Yield all names in their order, then in the opposite order, and so on."""
+    """Yield all names in order, then all names in reverse order, and so on, for `num_rounds` rounds."""
     for turn in range(num_rounds):
         yield from list(names)[:: -1 if turn % 2 else 1]
 
 
 def time_in_turn(calls: dict[str, Callable], num_rounds: int, device: str) -> tuple[dict[str, list[float]], dict]:
-    """Time calls that take turns; return the seconds of each, and the last result of each."""
+    """Time several calls in turn. Return the seconds of each call in each round, and the last result of each call."""
     seconds, results = {name: [] for name in calls}, {}
     for name in take_turns(calls, num_rounds):
         spent, results[name] = time_call(calls[name], device)
@@ -63,7 +66,7 @@ def time_in_turn(calls: dict[str, Callable], num_rounds: int, device: str) -> tu
 
 
 def run_sample(script: str, *words: str, is_one_thread: bool = True) -> dict:
-    """Run `python script *words` in a process of its own, and read the JSON that it prints last."""
+    """Run `python script *words` in a separate process, and parse the JSON in its last line of output."""
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if is_one_thread else {}
     command = [sys.executable, "-W", "ignore", script, *words]
     result = subprocess.run(command, env=os.environ | threads, stdout=subprocess.PIPE, text=True, check=True)
@@ -71,14 +74,14 @@ def run_sample(script: str, *words: str, is_one_thread: bool = True) -> dict:
 
 
 def measure_peak_memory() -> float:
-    """Measure the most memory this process has held, in GiB, on Linux; `getrusage` would begin with its parent's."""
+    """Measure the peak memory of this process in GiB, on Linux. `getrusage` would include the peak of its parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
     return int(peak) / 2**20
 
 
 def measure_matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """Measure the FLOP per second of a product of square matrices; by processor time on a CPU."""
+    """Measure the FLOP per second of a product of square matrices. On a CPU, processor time is measured."""
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds = min(time_call(lambda: [left @ right for _ in range(3)], device)[0] for _ in range(4))
     return 3 * 2 * size**3 / seconds
@@ -88,17 +91,17 @@ def measure_matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:
 
 
 def format_range(values: list[float], digits: str = ".2f") -> str:
-    """Give the median (least – most)."""
+    """Format values as median (least – most)."""
     return f"{statistics.median(values):{digits}} ({min(values):{digits}} – {max(values):{digits}})"
 
 
 def format_ratios(values: list[float], bases: list[float]) -> str:
-    """Give the ratios of two lists, round by round, as median (least – most)."""
+    """Format the ratios of two lists, round by round, as median (least – most)."""
     return format_range([value / base for value, base in zip(values, bases, strict=True)])
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Lay out a table in Markdown."""
+    """Format a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
