@@ -30,7 +30,7 @@ TEXT_HEAD_DIM = 64
 
 @dataclass
 class Arguments:
-    dataset: str = field(metadata={"help": "what `train_editar.py` will train on; its prompts make the vocabulary"})
+    dataset: str = field(metadata={"help": "data set for `train_editar.py`; the tokenizer is trained on its prompts"})
     vq_model: str = field(metadata={"help": "folder or Hub id of the trained VQ model"})
     output_dir: str
     resolution: int = 64

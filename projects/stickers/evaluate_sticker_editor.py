@@ -1,11 +1,11 @@
-"""Measure the sticker editor on held-out samples: which share of the edits it carries out, and what two controls say.
+"""Evaluate the sticker editor on held-out samples: compute the fraction of edits that are done, and three controls.
 
     python projects/stickers/evaluate_sticker_editor.py --model examples/sticker-editor --dataset stickers \
         --settings greedy-3 sampled-3 greedy-1 greedy-7.5 --output results.json
 
-A setting is a way to choose tokens, a guidance scale and, where tokens are sampled at another temperature than 1, that
-temperature. Beside them stand the true target passed through the VQ model (the ceiling), the untouched source, and the
-model given another sample's instruction. What counts as done is said in `projects/stickers/stickers.py`.
+A setting consists of `greedy` or `sampled`, a guidance scale and, if it is not 1, a temperature. There are three
+controls: the target image that the VQ model has encoded and decoded (the ceiling), the unchanged source image, and the
+model with the instruction of another sample. `projects/stickers/stickers.py` defines when an edit is done.
 """
 
 import json
@@ -32,25 +32,25 @@ CONTROLS = ("ceiling", "untouched source", "another instruction")
 class Arguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id"})
     dataset: str = field(metadata={"help": "folder that make_sticker_edits.py wrote"})
-    output: str = field(metadata={"help": "JSON file for the figures"})
+    output: str = field(metadata={"help": "JSON file for the results"})
     lora: str | None = field(default=None, metadata={"help": "folder or Hub id of an adapter to edit with"})
     split: str = "test"
     settings: list[str] = field(
-        default_factory=lambda: ["greedy-3"], metadata={"help": "such as greedy-3, sampled-1, sampled-1.5-0.3"}
+        default_factory=lambda: ["greedy-3"], metadata={"help": "for example greedy-3, sampled-1, sampled-1.5-0.3"}
     )
     controls: list[str] = field(default_factory=lambda: list(CONTROLS), metadata={"choices": CONTROLS})
-    max_samples: int | None = field(default=None, metadata={"help": "evenly spaced samples; default: all"})
+    max_samples: int | None = field(default=None, metadata={"help": "number of evenly spaced samples; default: all"})
     batch_size: int = 64
     seed: int = 0
 
 
 def parse_setting(setting: str) -> dict:
-    """Turn `greedy-3` or `sampled-3-0.5` into the arguments of the pipeline that it stands for."""
+    """Turn a setting such as `greedy-3` or `sampled-3-0.5` into arguments of the pipeline."""
     match = re.fullmatch(r"(greedy|sampled)-(\d+\.?\d*)(?:-(\d+\.?\d*))?", setting)
     if match is None or (match[1] == "greedy" and match[3]):
         raise ValueError(
-            f"`settings` holds {setting!r}; write greedy and a scale, as in greedy-3, or sampled, a scale and, if it "
-            "is not 1, a temperature, as in sampled-3-0.5."
+            f"`settings` holds {setting!r}; write greedy and a guidance scale, as in greedy-3, or sampled, a guidance "
+            "scale and, if it is not 1, a temperature, as in sampled-3-0.5."
         )
     if match[1] == "greedy":
         return {"do_sample": False, "guidance_scale": float(match[2])}
@@ -58,7 +58,7 @@ def parse_setting(setting: str) -> dict:
 
 
 def load_samples(args: Arguments) -> list[dict]:
-    """Load samples with their images and with their details parsed."""
+    """Load samples with their images, and parse their details."""
     files = find_files(args.dataset, args.split)
     if not files:
         raise ValueError(f"`dataset` {args.dataset!r} has no parquet file whose name starts with {args.split!r}.")
@@ -72,20 +72,20 @@ def load_samples(args: Arguments) -> list[dict]:
 
 
 def pick_other_prompts(samples: list[dict]) -> list[str]:
-    """Pick, for each sample, the prompt of the next one of its operation whose prompt differs."""
+    """Pick another prompt for each sample: the different prompt of the next sample with the same operation."""
     prompts = []
     for index, sample in enumerate(samples):
         operation, prompt = sample["details"]["operation"], sample["prompt"]
         others = (other for other in samples[index + 1 :] + samples[:index] if other["prompt"] != prompt)
         other = next((other for other in others if other["details"]["operation"] == operation), None)
         if other is None:
-            raise ValueError(f"`dataset` has one prompt of operation {operation!r}; give more samples to choose from.")
+            raise ValueError(f"`dataset` has one prompt of operation {operation!r}; give at least two different ones.")
         prompts.append(other["prompt"])
     return prompts
 
 
 def edit_samples(args: Arguments, pipeline: EditARPipeline, samples: list[dict], prompts: list[str], setting: str):
-    """Edit every source, or pass every target through the VQ model. Sample k always has seed `args.seed` + k."""
+    """Edit every source image, or encode and decode every target image. Sample k always has seed `args.seed` + k."""
     images = []
     for start in tqdm(range(0, len(samples), args.batch_size), desc=setting, mininterval=5):
         rows = slice(start, start + args.batch_size)
@@ -115,7 +115,7 @@ def score_images(samples: list[dict], images: list, ceilings: list, token_size: 
 
 
 def summarise(scores: list[dict]) -> dict:
-    """Average scores: seen photographs by operation, each held-out photograph, and unseen pairs by operation."""
+    """Average scores by part and operation; for seen and held-out photographs, also by photograph."""
     parts = {
         part: [score for score in scores if score["part"] == part] for part in ("seen", "held_out", "unseen_pairs")
     }

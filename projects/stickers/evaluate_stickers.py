@@ -1,11 +1,11 @@
-"""Score editors on the test set of make_sticker_edits.py: `editar-hf evaluate` with the benchmark `sticker-edits`.
+"""Evaluate editors on the test set of make_sticker_edits.py: `editar-hf evaluate` with the benchmark `sticker-edits`.
 
     python projects/stickers/evaluate_stickers.py run --benchmark sticker-edits --source stickers \
         --model examples/sticker-editor --output-dir runs/stickers
 
-The steps and options are those of `editar-hf evaluate`. One more option, `--vq-model`, names the pipeline whose VQ
-model decides how close the part outside the mask must stay to the target. It defaults to `--model`. `stickers.py` says
-when an edit is done.
+The steps and options are the same as in `editar-hf evaluate`. There is one more option, `--vq-model`, a pipeline whose
+VQ model reconstructs the target image. The reconstruction sets how close an edit must be to the target image outside
+the mask. `--vq-model` defaults to `--model`. `stickers.py` defines when an edit is done.
 """
 
 import argparse
@@ -56,12 +56,12 @@ def make_sample(source: str, sample_id: str, row: dict) -> Sample:
 
 
 def make_metrics(vq_model: str | None) -> dict[str, Metric]:
-    """Make the metrics; `vq_model` is loaded when the first edit is scored."""
+    """Make the metrics. `vq_model` is loaded when the first edit is scored."""
 
     @cache
     def load_pipeline() -> EditARPipeline:
         if vq_model is None:
-            raise ValueError("`vq_model` is missing; pass the pipeline whose VQ model sets the standard.")
+            raise ValueError("`vq_model` is missing; pass a pipeline whose VQ model reconstructs the target images.")
         pipeline = EditARPipeline.from_pretrained(vq_model, dtype=torch.float32, text_encoder=None)
         return pipeline.to(get_process().device)
 
@@ -76,14 +76,15 @@ def make_metrics(vq_model: str | None) -> dict[str, Metric]:
             size = pipeline.processor.image_processor.size
             if sample.size != (size.width, size.height):
                 raise ValueError(
-                    f"`vq_model` works at {size.width}×{size.height} pixels; the images have {sample.size}."
+                    f"`vq_model` works at {size.width}×{size.height} pixels, but the images have {sample.size}; pass "
+                    "another pipeline."
                 )
             (through,) = pipeline.decode_image_tokens(pipeline.encode_image(sample.target_image))
             ceiling = compute_outside_psnr(np.asarray(through), target, mask, token_size)
         return score_sample(image, ceiling, source, target, mask, sample.details, token_size)
 
     def pick(name: str):
-        """Pick a score; it is NaN where it does not apply."""
+        """Return a function that picks one score, or NaN where it does not apply."""
         return lambda pair, network: score(pair).get(name, math.nan)
 
     shares = {name: Metric(title, pick(name), 1e2) for name, title in TITLES.items()}

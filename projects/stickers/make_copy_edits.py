@@ -1,10 +1,10 @@
-"""Make pairs of an edit that the sticker editor was never taught: "copy the red circle to the top left".
+"""Make pairs for an edit that the sticker editor was not trained on: "copy the red circle to the top left".
 
     python projects/stickers/make_copy_edits.py --output-dir copy --resolution 64
 
-writes `train.parquet` and `test.parquet`, with the columns of `make_sticker_edits.py`. They show how a LoRA adapter
-learns a new operation from few pairs: the editor can add stickers and move them, and has never seen one stay and
-come again elsewhere.
+The script writes `train.parquet` and `test.parquet`, with the same columns as `make_sticker_edits.py`. A LoRA adapter
+learns the new operation from these few pairs. The editor can already add and move stickers, but it has never seen an
+edit that keeps a sticker and adds a copy of it.
 """
 
 import json
@@ -48,7 +48,7 @@ class Arguments:
 
 
 def draw_scene(rng, split, resolution):
-    """Draw a photograph, one to three stickers that stand out from it, all different, and a copy of the first."""
+    """Draw a photograph, one to three different stickers that stand out from it, and a copy of the first sticker."""
     while True:
         name, background = draw_background(rng, split, resolution)
         legible = find_legible(background)
@@ -64,7 +64,7 @@ def draw_scene(rng, split, resolution):
 
 
 def make_copy(seed, split, index, resolution):
-    """Make one pair; it depends on its seed, split, index and resolution alone."""
+    """Make one pair. It depends only on the seed, the split, the index and the resolution."""
     rng = random.Random(f"copy {seed} {split} {index}")
     name, background, stickers, copy = draw_scene(rng, split, resolution)
     prompt = rng.choice(PROMPTS).format(

@@ -1,15 +1,15 @@
-"""Make the "stickers" data set: pairs of images with an instruction that turns the first into the second.
+"""Make the "stickers" data set: pairs of a source image and a target image, with an instruction for the edit.
 
 An image is a crop of a real photograph with one to four coloured stickers on it. An edit recolours, reshapes, removes,
-adds or moves one sticker. A translation turns a canny, depth or segmentation map into stickers on a plain background;
-a caption tells the colours. Every length is a fraction of the image's side, so any resolution works.
+adds or moves one sticker. A translation turns a canny, depth or segmentation map into stickers on a plain background,
+and the caption gives the colours. Every length is a fraction of the side of the image, so any resolution works.
 
     python projects/stickers/make_sticker_edits.py --output-dir stickers --num-train 200000 --resolution 128
 
-writes `train-*.parquet`, `validation-*.parquet` and `test-*.parquet` with the columns `source_image`, `target_image`,
-`prompt` (without a task prefix), `mask` (white = may change), `task` and `details` (JSON, what the scoring needs).
-Sample `i` of a split depends on the seed, the split, `i` and the resolution alone. Shards that exist are kept: a second
-run goes on where the first stopped.
+The script writes `train-*.parquet`, `validation-*.parquet` and `test-*.parquet` with the columns `source_image`,
+`target_image`, `prompt` (without a task prefix), `mask` (white = may change), `task` and `details` (JSON with the data
+that scoring needs). Sample `i` of a split depends only on the seed, the split, `i` and the resolution. Existing shards
+are kept, so a second run continues where the first stopped.
 """
 
 import io
@@ -38,8 +38,8 @@ from transformers import HfArgumentParser
 from editar_hf.io import atomic_path
 
 
-# The photographs, all inside scikit-image's wheel; licences as stated in the docstrings of `skimage.data`.
-# name: (file, licence, weight among the photographs trained on; None = held out, never trained on).
+# The photographs are part of the wheel of scikit-image. Licences are as in the docstrings of `skimage.data`.
+# name: (file, licence, weight among the training photographs). The weight None marks a held-out photograph.
 PHOTOGRAPHS = {
     "astronaut": ("astronaut.png", "public domain (NASA)", 3),
     "coffee": ("coffee.png", "CC0 (Rachel Michetti)", 3),
@@ -55,7 +55,7 @@ PHOTOGRAPHS = {
 }
 HELD_OUT = tuple(name for name, (_, _, weight) in PHOTOGRAPHS.items() if weight is None)
 
-# (left, top, right, bottom) of the part of a photograph that a split may see, as fractions. They share no pixel.
+# The region (left, top, right, bottom) of a photograph for each split, as fractions. The regions do not overlap.
 REGIONS = {"train": (0, 0, 0.65, 1), "validation": (0.65, 0, 1, 0.5), "test": (0.65, 0.5, 1, 1)}
 
 SEGMENTATION_PALETTE = {
@@ -67,10 +67,10 @@ SEGMENTATION_PALETTE = {
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
 OPERATIONS = ("recolour", "reshape", "remove", "add", "move")
-# Of the training pairs, in the order of the operations; the rest are translations.
+# Fractions of the training pairs, in the order of `OPERATIONS`. The other pairs are translations.
 SHARES = (0.1625, 0.13, 0.0975, 0.13, 0.13)
 
-# Never the subject or the result of an edit in training and validation; they do occur as bystanders.
+# In training and validation, these pairs are never edited and never the result of an edit. They occur as bystanders.
 UNSEEN_PAIRS = {("red", "triangle"), ("yellow", "circle"), ("blue", "star"), ("white", "square")}
 
 # Lengths in tokens of an 8×8 grid, as fractions of the image.
@@ -78,7 +78,7 @@ TOKEN = 1 / 8
 SMALLEST, LARGEST, CANONICAL = 2.0 * TOKEN, 2.6 * TOKEN, 2.3 * TOKEN
 GAP = 0.3 * TOKEN
 
-# The phrasings of each kind, separated by "|".
+# The phrasings for each kind of edit, separated by "|".
 PROMPTS = {
     "recolour": (
         "make the {old} {to_colour} | turn the {old} {to_colour} | paint the {old} {to_colour} | "
@@ -121,7 +121,7 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class Sticker:
-    """One sticker: `x`, `y` are its centre and `size` the width of its bounding square, as fractions of the image."""
+    """A sticker. As fractions of the image, `x`, `y` are its centre and `size` is the width of its bounding square."""
 
     colour: str
     shape: str
@@ -136,7 +136,7 @@ class Sticker:
 
 
 def draw_stickers(background, stickers, fill=None):
-    """Draw stickers on a copy of `background`; `fill` maps a sticker to its colour, by default its own."""
+    """Draw stickers on a copy of `background`. `fill` maps a sticker to its colour, which defaults to its `rgb`."""
     image = background.copy()
     for sticker in stickers:
         coverage, corner = draw_coverage(sticker.shape, sticker.x, sticker.y, sticker.size, image.width)
@@ -145,7 +145,7 @@ def draw_stickers(background, stickers, fill=None):
 
 
 def draw_mask(stickers, resolution):
-    """Draw the pixels that may change: the stickers' bounding squares, a quarter of a token wider on every side."""
+    """Draw the mask of pixels that may change: the bounding squares, a quarter of a token wider on every side."""
     mask = PILImage.new("L", (resolution, resolution))
     for sticker in stickers:
         reach = sticker.size / 2 + MASK_MARGIN
@@ -157,7 +157,7 @@ def draw_mask(stickers, resolution):
 
 @lru_cache
 def load_photograph(name, split):
-    """Load the part of a photograph that `split` may see; the held-out photographs are seen whole, by no one else."""
+    """Load the region of a photograph for `split`. A held-out photograph is loaded whole."""
     path = Path(skimage.__file__).parent / "data" / PHOTOGRAPHS[name][0]
     photograph = PILImage.open(path).convert("RGB")
     if name in HELD_OUT:
@@ -168,7 +168,7 @@ def load_photograph(name, split):
 
 
 def draw_colour_matrix(rng):
-    """Draw a random colour change: channel order, hue, saturation, gain, bias; as `PIL.Image.convert`'s 12 numbers."""
+    """Draw a random change of channel order, hue, saturation, gain and bias: 12 numbers for `PIL.Image.convert`."""
     order = np.eye(3)[rng.sample(range(3), 3) if rng.random() < 0.5 else [0, 1, 2]]
     angle = rng.uniform(-0.5, 0.5)
     grey = np.full((3, 3), 1 / 3)
@@ -182,7 +182,7 @@ def draw_colour_matrix(rng):
 
 
 def draw_background(rng, split, resolution, photograph=None):
-    """Draw a square crop of a photograph; crops for training are also mirrored and change colours."""
+    """Draw a square crop of a photograph. Some training crops are also mirrored and have changed colours."""
     if photograph is None:
         names = [name for name in PHOTOGRAPHS if name not in HELD_OUT]
         photograph = rng.choices(names, [PHOTOGRAPHS[name][2] for name in names])[0]
@@ -202,9 +202,10 @@ COLOURS_LAB = rgb2lab(np.array([list(COLOURS.values())], dtype=np.uint8))[0]
 
 
 def find_legible(background):
-    """Return the (place, colour) pairs where a sticker stands out from the photograph beneath and around it.
+    """Return the pairs (place, colour) where a sticker stands out from the photograph.
 
-    In its cell of the 3×3 grid the mean Lab distance is at least 35, and below 18 for a tenth of the cell at most.
+    In the cell of the 3×3 grid, the mean Lab distance from the colour to the photograph must be at least 35, and at
+    most a tenth of the cell may have a distance below 18.
     """
     lab = rgb2lab(np.asarray(background.resize((24, 24), PILImage.Resampling.BOX)))
     distance = np.linalg.norm(lab[:, :, None] - COLOURS_LAB, axis=-1)
@@ -224,13 +225,13 @@ def get_centre(place):
 
 
 def draw_rgb(rng, colour, split):
-    """Draw a named colour's RGB: exact for validation and test, up to 6 off per channel for training."""
+    """Draw the RGB values of a named colour: exact for validation and test, up to 6 off per channel for training."""
     jitter = 6 if split == "train" else 0
     return tuple(min(255, max(0, value + rng.randint(-jitter, jitter))) for value in COLOURS[colour])
 
 
 def draw_sticker(rng, pair, place, split):
-    """Draw a sticker's size and its position, which strays from the centre of its place without leaving the cell."""
+    """Draw a sticker with a random size and a random position inside the cell of its place."""
     size = rng.uniform(SMALLEST, LARGEST)
     slack = 1 / 6 - size / 2
     x, y = (centre + rng.uniform(-slack, slack) for centre in get_centre(place))
@@ -238,7 +239,7 @@ def draw_sticker(rng, pair, place, split):
 
 
 def are_apart(stickers):
-    """Tell whether every two stickers' bounding squares leave a gap."""
+    """Return whether there is a gap between the bounding squares of any two stickers."""
     return all(
         max(abs(one.x - other.x), abs(one.y - other.y)) >= (one.size + other.size) / 2 + GAP
         for one, other in itertools.combinations(stickers, 2)
@@ -246,7 +247,7 @@ def are_apart(stickers):
 
 
 def draw_pair(rng, like=None):
-    """Draw a (colour, shape); with `like`, most often one that shares its colour or its shape."""
+    """Draw a pair (colour, shape). With `like`, in 70 % of the draws it has the colour or the shape of `like`."""
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     draw = rng.random()
     if like is None or draw > 0.7:
@@ -255,7 +256,7 @@ def draw_pair(rng, like=None):
 
 
 def draw_edited_pair(rng, operation, unseen):
-    """Draw the edited sticker's (colour, shape) before and after; `unseen`: one of the two is an unseen pair."""
+    """Draw the pair (colour, shape) of the edited sticker before and after; one is an unseen pair if `unseen`."""
     while True:
         old = draw_pair(rng)
         new = old
@@ -268,7 +269,7 @@ def draw_edited_pair(rng, operation, unseen):
 
 
 def draw_edit_scene(rng, operation, num_bystanders, unseen, legible, split):
-    """Draw (old sticker, new sticker, bystanders), or None where they collide, repeat a pair or are hard to see."""
+    """Draw (old sticker, new sticker, bystanders). Return None if they collide, repeat a pair or are hard to see."""
     old_pair, new_pair = draw_edited_pair(rng, operation, unseen)
     pairs = [draw_pair(rng, like=old_pair) for _ in range(num_bystanders)]
     if len({old_pair, new_pair, *pairs}) < num_bystanders + 1 + (old_pair != new_pair):
@@ -293,7 +294,7 @@ def draw_edit_scene(rng, operation, num_bystanders, unseen, legible, split):
 
 
 def draw_translation_scene(rng, split):
-    """Draw one to four stickers, with all (colour, shape) pairs different, for a plain background."""
+    """Draw one to four stickers for a plain background. All pairs (colour, shape) are different."""
     num_stickers = rng.randint(1, 4)
     while True:
         pairs = [draw_pair(rng)]
@@ -308,18 +309,18 @@ def draw_translation_scene(rng, split):
 
 
 def describe(sticker, turned=False):
-    """Name a sticker: "red circle", or turned, "circle that is red"."""
+    """Name a sticker: "red circle", or with `turned`, "circle that is red"."""
     return f"{sticker.shape} that is {sticker.colour}" if turned else f"{sticker.colour} {sticker.shape}"
 
 
 def describe_place(place, motion=False):
-    """Put the preposition before a place: "at the top", "on the right", "in the centre"; in motion, "to the top"."""
+    """Add the preposition to a place: "at the top", "on the right", "in the centre"; with `motion`, "to the top"."""
     preposition = {"left": "on", "right": "on", "centre": "in"}.get(place, "at")
     return f"{'to' if motion else preposition} the {place}"
 
 
 def add_article(words):
-    """Put "a" or "an" before words."""
+    """Add "a" or "an" before words."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -377,27 +378,27 @@ def make_edit(rng, operation, split, resolution, part="seen", photograph=None):
 
 
 def draw_canny_map(rng, stickers, resolution):
-    """Draw the stickers' edges in white on black, whatever their colours."""
+    """Draw the outlines of the stickers in white on black."""
     silhouettes = draw_stickers(PILImage.new("L", (resolution, resolution)), stickers, lambda sticker: 255)
     edges = canny(np.asarray(silhouettes) / 255, sigma=0.7)
     return PILImage.fromarray(edges.astype(np.uint8) * 255).convert("RGB")
 
 
 def draw_depth_map(rng, stickers, resolution):
-    """Draw a floor that comes nearer (brighter) towards the bottom, and before it each sticker at its own depth."""
+    """Draw a floor that is nearer (brighter) towards the bottom, and in front of it each sticker at its own depth."""
     floor = np.linspace(10, rng.uniform(40, 80), resolution).round().astype(np.uint8)
     floor = PILImage.fromarray(np.repeat(floor[:, None], resolution, 1))
     return draw_stickers(floor, stickers, lambda sticker: rng.randint(115, 185)).convert("RGB")
 
 
 def draw_segmentation_map(rng, stickers, resolution):
-    """Draw each sticker in the colour of its shape, on black."""
+    """Draw each sticker on black, in the palette colour of its shape."""
     black = PILImage.new("RGB", (resolution, resolution))
     return draw_stickers(black, stickers, lambda sticker: SEGMENTATION_PALETTE[sticker.shape])
 
 
 def make_translation(rng, task, split, resolution):
-    """Make one translation, condition map → stickers on a plain background: the same dict as `make_edit`."""
+    """Make one translation of a condition map into stickers on a plain background: the same dict as `make_edit`."""
     stickers = draw_translation_scene(rng, split)
     background = rng.choice(list(BACKGROUNDS))
     draw_map = {"canny": draw_canny_map, "depth": draw_depth_map, "segmentation": draw_segmentation_map}[task]
@@ -415,7 +416,7 @@ def make_translation(rng, task, split, resolution):
 
 
 def make_sample(seed, split, index, resolution, job=None, shares=SHARES):
-    """Make sample `index` of a split; `job` = (operation, part, photograph) is drawn from `shares` where None."""
+    """Make sample `index` of a split. `job` is (operation, part, photograph); if it is None, draw it from `shares`."""
     rng = random.Random(f"{seed} {split} {index}")
     if job is None:
         kind = rng.choices(OPERATIONS, shares)[0]
@@ -431,10 +432,11 @@ def make_sample(seed, split, index, resolution, job=None, shares=SHARES):
 
 
 def plan_split(split, num_samples):
-    """List a split's jobs (operation, part, photograph); None where each sample draws its own.
+    """List the jobs (operation, part, photograph) of a split. In training they are None: each sample draws its job.
 
-    `num_samples` counts training and validation samples, and test samples per task of the part "seen"; test adds a
-    fifth of it per operation and held-out photograph, and two fifths per operation with an unseen pair.
+    For training and validation, `num_samples` is the number of samples. For test, it is the number of samples per task
+    of the part "seen". The test split also has `num_samples` / 5 samples per operation and held-out photograph, and
+    2 · `num_samples` / 5 samples per operation with an unseen pair.
     """
     if split == "train":
         return [None] * num_samples
@@ -447,14 +449,14 @@ def plan_split(split, num_samples):
 
 
 def encode_png(image):
-    """Encode a PIL image as `datasets` stores it: lossless, little compressed because time matters more than space."""
+    """Encode a PIL image as `datasets` stores it, as a lossless PNG with fast, weak compression."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def write_shard(path, seed, split, start, jobs, resolution, shares=SHARES):
-    """Write the samples `start` ... `start + len(jobs) - 1` of a split; returns how many."""
+    """Write the samples `start` ... `start + len(jobs) - 1` of a split. Return their number."""
     rows = []
     for index, job in enumerate(jobs, start):
         sample = make_sample(seed, split, index, resolution, job, shares)
@@ -467,10 +469,10 @@ def write_shard(path, seed, split, start, jobs, resolution, shares=SHARES):
 
 
 def list_missing_shards(arguments):
-    """List the `write_shard` arguments of every shard that is not there yet."""
+    """List the arguments of `write_shard` for every missing shard."""
     counts = {"train": arguments.num_train, "validation": arguments.num_validation, "test": arguments.num_test}
     missing = []
-    # Validation and test come first: they are small, and whoever trains wants to look at them at once.
+    # Validation and test come first, because they are small and useful before training data are complete.
     for split in ("validation", "test", "train"):
         jobs = plan_split(split, counts[split])
         num_shards = math.ceil(len(jobs) / arguments.shard_size)
@@ -487,19 +489,19 @@ def list_missing_shards(arguments):
 class Arguments:
     output_dir: Path
     num_train: int = 200_000
-    num_validation: int = field(default=1600, metadata={"help": "in all, in equal parts for the eight tasks"})
-    num_test: int = field(default=500, metadata={"help": "per task"})
+    num_validation: int = field(default=1600, metadata={"help": "total, in equal parts for the eight tasks"})
+    num_test: int = field(default=500, metadata={"help": "test samples per task"})
     resolution: int = field(default=128, metadata={"help": "pixels per side"})
     shares: list[float] = field(
         default_factory=lambda: list(SHARES),
-        metadata={"help": f"of the training pairs: {', '.join(OPERATIONS)}; the rest are translations"},
+        metadata={"help": f"fractions of the training pairs: {', '.join(OPERATIONS)}; the rest are translations"},
     )
     seed: int = 0
     num_workers: int = 2
     shard_size: int = field(default=5000, metadata={"help": "pairs per file"})
 
     def __post_init__(self):
-        # Decimal fractions that make up 1 may miss it by a rounding error.
+        # The sum of decimal fractions may exceed 1 by a rounding error.
         is_part = len(self.shares) == len(OPERATIONS) and all(share >= 0 for share in self.shares)
         if not (is_part and 0 < sum(self.shares) <= 1 + 1e-9):
             raise ValueError(

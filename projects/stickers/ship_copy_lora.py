@@ -1,11 +1,11 @@
-"""Ship the adapter that `train_copy_lora.sh` trained: its weights, and a card with its figures and an image.
+"""Ship the adapter that `train_copy_lora.sh` trained: its weights, and a model card with results and an image.
 
     python projects/stickers/ship_copy_lora.py --model examples/sticker-editor --adapter runs/copy/run/adapter \
         --dataset runs/copy/new --figures runs/copy/figures --output-dir examples/sticker-copy-lora \
         --hardware "two CPU cores, 12 minutes"
 
-The figures are what `evaluate_sticker_editor.py` wrote for new and old test samples, with the adapter and without it.
-The image shows the first new test samples; nothing is picked.
+The results are the output of `evaluate_sticker_editor.py` for new and old test samples, with and without the adapter.
+The image shows the first new test samples, without any selection.
 """
 
 import json
@@ -57,7 +57,7 @@ def compose_rows(results: dict[str, dict], setting: str) -> str:
 
 
 def average(means: dict[str, dict]) -> dict[str, float]:
-    """Average the shares of operations over their samples."""
+    """Average the fractions of edits that are done over all operations, weighted by their numbers of samples."""
     total = sum(mean["n"] for mean in means.values())
     return {"n": total, "done": sum(mean["n"] * mean["done"] for mean in means.values()) / total}
 

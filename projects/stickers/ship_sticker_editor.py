@@ -1,4 +1,4 @@
-"""Turn a trained sticker editor into the folder that is shipped: 16-bit weights and chosen defaults for sampling.
+"""Convert a trained sticker editor to the folder that is shipped: bfloat16 weights and new defaults for sampling.
 
     python projects/stickers/ship_sticker_editor.py --model runs/editor/pipeline --output-dir examples/sticker-editor \
         --guidance-scale 1.5 --temperature 0.3
@@ -28,7 +28,7 @@ def main():
     pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.bfloat16)
     for name in ("guidance_scale", "do_sample", "temperature", "top_k", "top_p"):
         setattr(pipeline.transformer.generation_config, name, getattr(args, name))
-    # Where the weights lay on the machine that trained them is nobody's business.
+    # Remove the local path of the weights on the training machine.
     pipeline.register_to_config(_name_or_path="sticker-editor")
     pipeline.save_pretrained(args.output_dir)
 

@@ -1,8 +1,9 @@
-"""Show masks, sessions and a kept source with the sticker editor: draw the image of docs/masks-and-sessions.md.
+"""Draw the image of docs/masks-and-sessions.md: masks, sessions and a source cache with the sticker editor.
 
     python projects/stickers/show_control.py --model examples/sticker-editor --output docs/control.png
 
-The sources are the first test samples of `make_sticker_edits.py` with its seed 0, made on the spot; nothing is picked.
+The source images are the first test samples of `make_sticker_edits.py` with seed 0. This script draws them, without any
+selection.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Arguments:
 
 
 def draw_box_mask(size: tuple[int, int], left: float, top: float, right: float, bottom: float) -> Image.Image:
-    """Draw a white box, in parts of the image's sides, on black."""
+    """Draw a white box on black. The coordinates are fractions of the sides of the image."""
     mask = Image.new("L", size)
     mask.paste(255, [round(part * side) for part, side in zip((left, top, right, bottom), 2 * size, strict=True)])
     return mask
@@ -50,7 +51,7 @@ def show_mask(pipe: EditARPipeline, seed: int) -> list[tuple[str, Image.Image]]:
 
 
 def show_session(pipe: EditARPipeline, seed: int) -> list[tuple[str, Image.Image]]:
-    """Edit turn after turn in tokens, each inside a mask."""
+    """Edit an image three times. Each edit has a mask and starts from the tokens of the previous result."""
     sample = make_sample(0, "test", 2, 64, ("remove", "seen", None))
     size = sample["source_image"].size
     turns = [
@@ -68,7 +69,7 @@ def show_session(pipe: EditARPipeline, seed: int) -> list[tuple[str, Image.Image
 
 
 def show_many_edits(pipe: EditARPipeline, seed: int) -> list[tuple[str, Image.Image]]:
-    """Edit one image in several ways; the source is prepared once."""
+    """Edit one image in several ways. The source image is prepared once."""
     sample = make_sample(0, "test", 4, 64, ("move", "seen", None))
     cache = pipe.prepare_source_cache(sample["source_image"])
     prompts = [sample["prompt"], "add a red star at the bottom left", "add an orange square at the bottom"]
@@ -78,7 +79,7 @@ def show_many_edits(pipe: EditARPipeline, seed: int) -> list[tuple[str, Image.Im
 
 
 def draw_sheet(rows: list[list[tuple[str, Image.Image]]]) -> Image.Image:
-    """Lay out rows of images, each under its text."""
+    """Arrange rows of images, each below its text."""
     return build_contact_sheet(
         [
             [

@@ -1,8 +1,9 @@
-"""Draw the edits of the first test samples by the sticker editor: a row for each task, with source, result and target.
+"""Draw how the sticker editor edits the first test samples: a row for each task, with source, result and target.
 
     python projects/stickers/show_sticker_edits.py --model examples/sticker-editor --output docs/sticker-editor.png
 
-The samples are those of `make_sticker_edits.py` with its seed 0, made on the spot; nothing is picked.
+The samples are the first test samples of `make_sticker_edits.py` with seed 0. This script draws them, without any
+selection.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Arguments:
 
 def make_samples(num_per_task: int, resolution: int) -> list[dict]:
     """Make the first test samples of each task, task after task."""
-    # The test split goes through the tasks again and again.
+    # The test split repeats the tasks in the same order.
     return [
         make_sample(0, "test", start + turn * len(TASKS), resolution, (task, "seen", None))
         for start, task in enumerate(TASKS)
@@ -40,7 +41,7 @@ def make_samples(num_per_task: int, resolution: int) -> list[dict]:
 
 
 def draw_sheet(samples: list[dict], results: list[Image.Image], num_columns: int) -> Image.Image:
-    """Lay out source | result | target of every sample under its prompt."""
+    """Arrange source | result | target of every sample below its prompt."""
     cells = []
     for sample, result in zip(samples, results, strict=True):
         images = (sample["source_image"], result, sample["target_image"])

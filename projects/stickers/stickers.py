@@ -1,18 +1,18 @@
-"""Sticker edits: what stickers look like, and whether an edit of them was carried out, told by the pixels alone.
+"""Draw stickers, and decide from the pixels alone whether an edit of stickers is done.
 
-An edit counts as done when two things hold:
+An edit is done when both of these conditions hold:
 
-* inside the mask, the asked sticker is there (its eroded mean colour is nearest to the asked one in Lab, and the asked
-  shape fits best of the four), or the sticker is gone;
-* everything further than a token from the mask is as near to the target as the target that the VQ model has encoded
-  and decoded, minus 1 dB of PSNR.
+* Inside the mask, the requested sticker is there, or the removed sticker is gone. A sticker is there if the mean colour
+  of its eroded shape is nearest to the requested colour in Lab, and the requested shape fits best of the four shapes.
+* Further than one token from the mask, the PSNR between result and target is at most 1 dB lower than the PSNR between
+  the target and its reconstruction by the VQ model.
 
-A translated image counts as done when every sticker and the background are right. Geometry comes from the `details` of
-the data set that `make_sticker_edits.py` draws, with the colours and outlines of this file.
+A translation is done when all stickers and the background are right. The positions come from the column `details` of
+the data set that `make_sticker_edits.py` draws with the colours and outlines of this file.
 
     ceiling = compute_outside_psnr(target_through_vq_model, target, mask, token_size)
     scores = [score_sample(image, ceiling, source, target, mask, details, token_size) for ...]
-    aggregate_scores(scores)["recolour"]["done"]            # share of edits done
+    aggregate_scores(scores)["recolour"]["done"]            # fraction of edits that are done
 """
 
 import math
@@ -27,7 +27,8 @@ from skimage.morphology import isotropic_dilation, isotropic_erosion
 from editar_hf.evaluation.metrics import compute_psnr
 
 
-# Chosen far apart in Lab: the closest two, blue and purple, are 41 apart; a background and a sticker, 41.
+# The colours are far apart in Lab: the distance of the closest two, blue and purple, is 41, and so is the smallest
+# distance between a background and a sticker.
 COLOURS = {
     "red": (205, 0, 30),
     "orange": (255, 140, 0),
@@ -45,13 +46,13 @@ TRANSLATIONS = ("canny", "depth", "segmentation")
 # How far a mask reaches beyond a sticker, as a fraction of the image: a quarter of a token of an 8×8 grid.
 MASK_MARGIN = 1 / 32
 
-# How much of a sticker's width erosion takes off: blurred outlines must not count as its colour.
+# Erosion of a sticker on each side, as a fraction of its width, so that blurred outlines do not change its mean colour.
 EROSION = 0.07
-# A sticker is there only if its pixels and the best template share half of their union.
+# A sticker is there only if the intersection over union of its pixels and the best template is at least this.
 SMALLEST_OVERLAP = 0.5
-# Named colours nearer than this to the photograph (in Lab) say nothing about whether a sticker is gone.
+# Named colours with a smaller Lab distance to the photograph are ignored in the decision whether a sticker is gone.
 ALIKE = 25.0
-# How far outside the mask a image may fall behind the VQ model, in dB.
+# Outside the mask, the PSNR of a result may be lower than the PSNR of the VQ reconstruction by this many dB.
 PSNR_TOLERANCE = 1.0
 
 COLOURS_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in COLOURS.items()}
@@ -59,7 +60,7 @@ BACKGROUNDS_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in BACKGROUN
 
 
 def compute_outlines():
-    """Compute each shape's corners around its centre, (points, 2) in [-0.5, 0.5]; every shape is exactly 1 wide."""
+    """Compute the corners of each shape around its centre, (points, 2) in [-0.5, 0.5]. All shapes have the width 1."""
     turn = np.arange(64) * 2 * math.pi / 64
     circle = 0.5 * np.stack([np.cos(turn), np.sin(turn)], -1)
     square = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
@@ -75,7 +76,7 @@ OUTLINES = compute_outlines()
 
 
 def draw_coverage(shape, x, y, size, resolution):
-    """Draw how much of each pixel a shape covers; returns (coverage, (left, top)) of the bounding box alone."""
+    """Draw how much of each pixel a shape covers. Return the coverage inside the bounding box, and its (left, top)."""
     side = math.ceil(size * resolution) + 4
     left, top = (math.floor((centre - size / 2) * resolution) - 1 for centre in (x, y))
     points = 4 * (OUTLINES[shape] * size * resolution + (x * resolution - left, y * resolution - top))
@@ -85,7 +86,7 @@ def draw_coverage(shape, x, y, size, resolution):
 
 
 def draw_template(sticker, resolution, shape=None):
-    """Draw how much of each pixel a sticker covers, in [0, 1] (resolution, resolution); `shape` replaces its own."""
+    """Draw the fraction of each pixel that a sticker covers, (resolution, resolution). `shape` replaces its shape."""
     coverage, corner = draw_coverage(shape or sticker["shape"], sticker["x"], sticker["y"], sticker["size"], resolution)
     template = Image.new("L", (resolution, resolution))
     template.paste(coverage, corner)
@@ -93,20 +94,20 @@ def draw_template(sticker, resolution, shape=None):
 
 
 def draw_core(sticker, resolution, shape=None):
-    """Draw a sticker's eroded inside, bool (resolution, resolution); `shape` replaces its own."""
+    """Draw the eroded shape of a sticker, bool (resolution, resolution). `shape` replaces its shape."""
     template = draw_template(sticker, resolution, shape) > 0.5
     return isotropic_erosion(template, EROSION * sticker["size"] * resolution)
 
 
 def draw_box(sticker, resolution, margin):
-    """Draw a sticker's bounding square, `margin` (fraction of the image) wider on every side."""
+    """Draw the bounding square of a sticker, wider by `margin` (a fraction of the image) on every side."""
     centres = (np.arange(resolution) + 0.5) / resolution
     reach = sticker["size"] / 2 + margin
     return (abs(centres - sticker["y"]) < reach)[:, None] & (abs(centres - sticker["x"]) < reach)
 
 
 def draw_ring(sticker, resolution):
-    """Draw the background next to a sticker, bool: a quarter of a token around its bounding square."""
+    """Draw the ring around a sticker, bool: a quarter of a token around its bounding square."""
     return draw_box(sticker, resolution, MASK_MARGIN) & ~draw_box(sticker, resolution, 0.5 / resolution)
 
 
@@ -116,22 +117,24 @@ def compute_mean_lab(image, region):
 
 
 def find_nearest(lab, names):
-    """Return the name whose Lab colour is nearest to `lab`, of a dict name → Lab."""
+    """Return the name in `names`, a dict from names to Lab colours, whose colour is nearest to `lab`."""
     return min(names, key=lambda name: np.linalg.norm(names[name] - lab))
 
 
 def compute_overlaps(image, surroundings, sticker):
-    """Compute how well each shape fits the pixels at a sticker's place, dict shape → [0, 1].
+    """Compute how well each shape fits the pixels at the place of a sticker: dict shape → [0, 1].
 
-    How much of a pixel the sticker covers is read off where its RGB colour lies on the line from the background to the
-    colour in the middle, which all four shapes cover; blurring and antialiasing move a pixel along that line. The fit
-    is the soft intersection over union with the shape's own coverage. `surroundings` (n, 3): pixels it lies on.
+    First, the fraction of each pixel that the sticker covers is estimated. All four shapes cover the middle, which
+    gives the colour of the sticker. Blurring and antialiasing move the RGB colour of a pixel along the line from the
+    background to this colour, so the position on the line gives the fraction. The fit is the soft intersection over
+    union of these fractions and the coverage of the shape. `surroundings` (n, 3) are pixels of the background.
     """
     resolution = len(image)
     colour = image[np.all([draw_core(sticker, resolution, shape) for shape in SHAPES], 0)].mean(0)
     box = draw_box(sticker, resolution, MASK_MARGIN)
     pixels = image[box].astype(float)
-    # Photographs are not plain: each pixel has its own background, the tenth of the surroundings most like it.
+    # A photograph is not uniform. The background of each pixel is therefore a surrounding pixel with a similar colour:
+    # the pixel at the 10 % quantile of colour distances.
     candidates = surroundings[:: max(1, len(surroundings) // 40)].astype(float)
     tenth = len(candidates) // 10
     distance = ((pixels[:, None] - candidates) ** 2).sum(-1)
@@ -146,9 +149,10 @@ def compute_overlaps(image, surroundings, sticker):
 
 
 def score_sticker(image, surroundings, sticker, other_colours):
-    """Tell whether a sticker is at its place with the right `colour`, and with the right `shape`: a dict of the two.
+    """Return whether a sticker is at its place with the right colour and shape: a dict with `colour` and `shape`.
 
-    `surroundings` are pixels (n, 3) of what it lies on; `other_colours` answers besides the eight named colours.
+    `surroundings` (n, 3) are pixels of the background. `other_colours` are possible colours in addition to the eight
+    named colours.
     """
     overlaps = compute_overlaps(image, surroundings, sticker)
     best = max(overlaps, key=overlaps.get)
@@ -162,10 +166,11 @@ def score_sticker(image, surroundings, sticker, other_colours):
 
 
 def is_gone(image, source, target, sticker):
-    """Tell whether a sticker of the source has made way for what the target shows in its place.
+    """Return whether a sticker of the source image is gone, so that its place looks as in the target image.
 
-    The mean colour there must be nearer to the target's than to the sticker's and to any other named colour unlike the
-    target's. Means, because a photograph's texture may come back differently.
+    The mean colour of its place must be nearer to the mean colour in the target image than to the colour of the sticker
+    and to all named colours that differ clearly from the target image. Means are compared, because the texture of the
+    photograph may be different.
     """
     core = draw_core(sticker, len(image))
     beneath = compute_mean_lab(target, core)
@@ -175,9 +180,9 @@ def is_gone(image, source, target, sticker):
 
 
 def compute_outside_psnr(image, target, mask, token_size):
-    """Compute the PSNR in dB, at most 148, of what lies further than a token from the mask; NaN where nothing does.
+    """Compute the PSNR in dB, at most 148, over pixels further than a token from the mask; NaN if there are none.
 
-    Arguments as in `score_edit`.
+    The arguments are the same as in `score_edit`.
     """
     edited = torch.from_numpy(isotropic_dilation(np.asarray(mask) > 127, token_size))[None, None]
     images, references = (torch.tensor(pixels).permute(2, 0, 1)[None] / 255 for pixels in (image, target))
@@ -189,14 +194,15 @@ def score_edit(image, outside_psnr_ceiling, source, target, mask, details, token
 
     Args:
         image, source, target: uint8 arrays (height, width, 3); height = width.
-        outside_psnr_ceiling: `compute_outside_psnr` of the target that the VQ model has encoded and decoded, in dB.
+        outside_psnr_ceiling: `compute_outside_psnr` of the VQ model's reconstruction of the target, in dB.
         mask: uint8 array (height, width), above 127 where pixels may change.
         details: the data set's `details`, parsed.
         token_size: pixels per token.
 
     Returns:
-        A dict with `done`; `inside` and `outside`, which make it up; `colour` and `shape` of a sticker that must be
-        there and `gone` of one that must not, which make up `inside`; `outside_psnr` and its `outside_psnr_ceiling`.
+        A dict. `done` is true if `inside` and `outside` are true. `inside` combines `colour` and `shape`, for a sticker
+        that must be there, and `gone`, for a sticker that must not. `outside` compares `outside_psnr` with
+        `outside_psnr_ceiling`.
     """
     score = {}
     if details["new"] is not None:
@@ -217,11 +223,12 @@ def score_edit(image, outside_psnr_ceiling, source, target, mask, details, token
 
 
 def score_translation(image, details):
-    """Score one image made from a condition map; images as in `score_edit`.
+    """Score one image made from a condition map. `image` and `details` are as in `score_edit`.
 
     Returns:
-        A dict with `stickers`, the share of them with the right colour and shape at the right place; `placed`, the same
-        whatever the shape; `background`, whether it has the right colour; `done`, whether everything is right.
+        A dict with `stickers`, the fraction of stickers with the right colour and shape at the right place; `placed`,
+        the fraction with the right colour at the right place; `background`, whether the background has the right
+        colour; and `done`, whether everything is right.
     """
     plain = ~np.any([draw_box(sticker, len(image), MASK_MARGIN) for sticker in details["stickers"]], 0)
     found = [score_sticker(image, image[plain], sticker, BACKGROUNDS_LAB) for sticker in details["stickers"]]
@@ -236,7 +243,7 @@ def score_translation(image, details):
 
 
 def score_sample(image, outside_psnr_ceiling, source, target, mask, details, token_size):
-    """Score one image, edit or translation: its score with `operation`, `part` and `photograph` from `details`."""
+    """Score one edit or translation. Add `operation`, `part` and `photograph` from `details` to the scores."""
     if details["operation"] in TRANSLATIONS:
         score = score_translation(image, details)
     else:
@@ -245,7 +252,7 @@ def score_sample(image, outside_psnr_ceiling, source, target, mask, details, tok
 
 
 def aggregate_scores(scores, by="operation"):
-    """Average scores per operation, or `by` another name: dict group → {"n": count, score name: mean}."""
+    """Average scores for each value of `by`: dict value → {"n": count, name of score: mean}."""
     groups = defaultdict(list)
     for score in scores:
         groups[score[by]].append(score)
@@ -253,6 +260,6 @@ def aggregate_scores(scores, by="operation"):
 
 
 def compute_means(scores):
-    """Compute the mean of every number or truth value in score dicts; one that only some have counts where it is."""
+    """Compute the mean of each score. If only some dicts have a score, the mean is over these dicts."""
     names = dict.fromkeys(name for score in scores for name in score if name not in ("operation", "part", "photograph"))
     return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}

@@ -1,10 +1,11 @@
-"""Train a stand-in for DINOv2: a tiny `Dinov2Model` that knows the colour and the shape of stickers, patch by patch.
+"""Train a substitute for DINOv2: a tiny `Dinov2Model` that encodes the colour and the shape of stickers in each patch.
 
     python projects/stickers/train_patch_teacher.py --output-dir runs/patch-teacher
 
-Where the real weights are at hand they are the better teacher. This one lets `train_editar.py --distillation-model` be
-studied at the size of the demo: its features tell what a sticker editor must know. It sees training scenes alone,
-prepared as `train_editar.py` prepares images for a teacher, and is measured on validation scenes at the end.
+The published DINOv2 weights are a better teacher. With this one, `train_editar.py --distillation-model` can be studied
+at the size of the sticker editor, because its features encode what the editor must know. The model is trained only on
+training scenes, which are preprocessed as in `train_editar.py`. At the end, its accuracy is computed on validation
+scenes.
 """
 
 from dataclasses import dataclass, field
@@ -22,16 +23,16 @@ from transformers import Dinov2Config, Dinov2Model, HfArgumentParser, set_seed
 from editar_hf.training.distillation import CROPPED_SIDE, RESIZED_SIDE, prepare_teacher_pixels
 
 
-# Images of 64 pixels; of the centre 56, which the teacher sees, a patch has 7 a side.
+# Images have 64×64 pixels. The teacher sees the central 56×56, in 8×8 patches of 7×7 pixels.
 RESOLUTION, GRID = 64, 8
 VISIBLE = RESOLUTION * CROPPED_SIDE // RESIZED_SIDE
-# A patch belongs to the sticker that covers most of it, if that is at least this much.
+# A patch belongs to the sticker that covers most of it, if this sticker covers at least this fraction of the patch.
 SMALLEST_COVERAGE = 0.3
 
 
 @dataclass
 class Arguments:
-    output_dir: Path = field(metadata={"help": "for the teacher's folder"})
+    output_dir: Path = field(metadata={"help": "folder for the teacher"})
     hidden_size: int = 96
     num_hidden_layers: int = 3
     num_attention_heads: int = 3
@@ -43,7 +44,7 @@ class Arguments:
 
 
 class PatchClassifier(nn.Module):
-    """A DINOv2 with two heads on its patches: colour and shape, of which the last class is "no sticker"."""
+    """A DINOv2 model with two heads on its patches, colour and shape. The last class of each is "no sticker"."""
 
     def __init__(self, backbone: Dinov2Model):
         super().__init__()
@@ -52,7 +53,7 @@ class PatchClassifier(nn.Module):
         self.colour_head, self.shape_head = nn.Linear(width, len(COLOURS) + 1), nn.Linear(width, len(SHAPES) + 1)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits (batch, patches, classes) of colour and shape, of pixels in [−1, 1]."""
+        """Compute the logits (batch, patches, classes) of colour and of shape for pixels in [−1, 1]."""
         states = self.backbone(pixel_values=prepare_teacher_pixels(pixel_values)).last_hidden_state[:, 1:]
         return self.colour_head(states), self.shape_head(states)
 
@@ -85,7 +86,7 @@ def make_batch(split: str, indices: range, seed: int) -> tuple[torch.Tensor, tor
 
 
 def compute_accuracy(model: PatchClassifier, args: Arguments) -> tuple[float, float]:
-    """Compute the share of patches on stickers of validation scenes whose colour, and whose shape, is told."""
+    """Compute the accuracy of colour and of shape on the patches of validation scenes that show a sticker."""
     pixel_values, labels = make_batch("validation", range(args.num_validation), args.seed)
     with torch.no_grad():
         found = [logits.argmax(-1) for logits in model(pixel_values)]
