@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_server import HubServer
+from hub_server import HubServer, Repository
 from huggingface_hub.constants import HF_HUB_CACHE
 from plain_editar import PlainEditAR, PlainVQ, redraw
 from processes import run_python
@@ -390,13 +390,20 @@ def test_convert_warns_loudly_where_the_self_check_fails_and_still_writes_the_fo
     assert main(["check", str(tmp_path / "pipeline")]) == 1
 
 
-def test_push_uploads_the_folder_with_its_card(published, tmp_path):
+def test_push_uploads_the_folder_with_its_card_and_a_public_repository_is_refused_first(published, tmp_path):
     words = ["-m", "editar_hf.commands", "convert", "--output-dir", tmp_path / "out", "--num-attention-heads", 2]
-    words += ["--license", "cc-by-4.0", "--push-to-hub", "tester/editar"]
     for part, source in published.sources.items():
         words += [f"--{part.replace('_', '-')}", source]
+    words += ["--license", "cc-by-4.0", "--push-to-hub"]
     with HubServer() as hub:
-        finished = run_python(*words, environment=hub.get_environment(tmp_path / "home"))
+        hub.repositories["models/tester/public"] = public = Repository()
+        public.commit({"config.json": b"{}"})
+        environment = hub.get_environment(tmp_path / "home")
+        refused = run_python(*words, "tester/public", environment=environment)
+        assert "the repository tester/public exists and is public" in refused.stderr
+        assert refused.returncode == 2
+        assert not (tmp_path / "out").exists()
+        finished = run_python(*words, "tester/editar", environment=environment)
         assert finished.returncode == 0, finished.stderr
         pushed = hub.read_files("tester/editar")
         assert hub.repositories["models/tester/editar"].private

@@ -74,12 +74,14 @@ def convert(args: argparse.Namespace) -> int:
 
     from ..conversion import PUBLISHED_TEXT_ENCODER, PUBLISHED_TRANSFORMER, PUBLISHED_VQ_MODEL, convert_pipeline
     from ..io import atomic_path
-    from ..pipelines.hub import CARD_FILE, make_card, upload_folder
+    from ..pipelines.hub import CARD_FILE, create_repository, make_card, upload_folder
     from ..self_check import check_pipeline
 
     output_dir = Path(args.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` is {output_dir}, which already exists and is not empty; give a new folder.")
+    if args.push_to_hub is not None:
+        create_repository(args.push_to_hub, args.hub_private_repo)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     files = args.transformer, args.vq_model, args.text_encoder
     pipeline = convert_pipeline(*files, args.num_attention_heads, dtype, args.grid_size)
