@@ -351,7 +351,7 @@ def test_options_that_do_not_fit_the_file_are_refused(published, tmp_path, capsy
 
 
 def test_heads_that_no_published_width_explains_must_be_given(published):
-    with pytest.raises(ValueError, match="give --num-attention-heads"):
+    with pytest.raises(ValueError, match="pass --num-attention-heads"):
         read_transformer_config(published.transformer.state_dict())
 
 

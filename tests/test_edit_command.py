@@ -190,8 +190,8 @@ def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
         (["--image", "images", "--output", "images"], "a.png, or an edit would overwrite this input image"),
         (["--image", "empty", "--output", "out"], "`--image` is empty, a folder without images"),
         ([[LINE]], "`--image` is images/b.png, which is not a folder"),
-        (["--prompt", " "], "The prompt for images/b.png is empty"),
-        (["--crop-to-mask"], "`--crop-to-mask` needs a mask, and images/b.png has none"),
+        (["--prompt", " "], "`prompt` for images/b.png is empty"),
+        (["--crop-to-mask"], "`--crop-to-mask` needs a mask, but images/b.png has no mask"),
         (["--image", "images", "--prompts", "images/a.png"], "`--prompts` is images/a.png, which is not UTF-8"),
     ],
 )
@@ -261,7 +261,7 @@ WRONG_LINES += ['"text"', '{"image": "a.png", "prompt"', {**LINE, "mask": ""}]
     ("line", "message"),
     [
         *((line, "prompts.jsonl, line 2 is") for line in WRONG_LINES),
-        ({**LINE, "prompt": " "}, "The prompt for images/a.png is empty"),
+        ({**LINE, "prompt": " "}, "`prompt` for images/a.png is empty"),
         ({**LINE, "task": "paint"}, "`task` for images/a.png is 'paint'"),
         ({**LINE, "output": "a.psd"}, "a.psd; pass a file name with the suffix of an image format"),
         ({**LINE, "output": "b.png"}, "two edits would write"),

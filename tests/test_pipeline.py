@@ -452,7 +452,7 @@ def test_a_missing_folder_and_a_file_in_its_place_are_called_what_they_are(tmp_p
         EditARPipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(OSError, match=r"`sticker-editor` is not a local folder, .* the Hub"):
         EditARPipeline.from_pretrained("sticker-editor")
-    with pytest.raises(ValueError, match="is a file; give a pipeline folder"):
+    with pytest.raises(ValueError, match="is a file; pass a pipeline folder"):
         EditARPipeline.from_pretrained(tmp_path / "editar.pt")
 
 

@@ -189,7 +189,7 @@ def test_long_data_sets_are_judged_before_their_end():
         ({"task": ["edit"]}, "`task` is "),
         ({"source_image": b""}, "`source_image` does not decode"),
         ({"source_image": encode(Image.new("L", (512, 512)))}, "`source_image` does not decode: Image size"),
-        ({"mask": encode(Image.new("L", (8, 2)))}, "`mask_image` is 8×2 pixels and its image 2×2"),
+        ({"mask": encode(Image.new("L", (8, 2)))}, "`mask_image` is 8×2 pixels and its image is 2×2"),
         ({"source_image": encode(Image.new("RGB", (64, 64)))[:60]}, "does not decode"),
     ],
     ids=["thin", "float", "task", "task type", "no bytes", "bomb", "mask", "cut file"],

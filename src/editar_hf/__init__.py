@@ -53,7 +53,7 @@ _LOADABLE_BASE_CLASSES = ("ImageProcessingMixin", "PreTrainedModel", "ProcessorM
 def _register_auto_classes() -> None:
     """Register the classes of this package with `AutoConfig`, `AutoModel`, `AutoImageProcessor` and `AutoProcessor`.
 
-    `AutoModel` gives `EditARModel`, the decoder without its head, as it does for all models of transformers.
+    `AutoModel` loads `EditARModel`, the decoder without its LM head, as is usual in transformers.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 

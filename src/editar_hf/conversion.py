@@ -188,7 +188,7 @@ def read_transformer_config(
         num_attention_heads, rest = divmod(hidden_size, 100 if hidden_size == 3200 else 64)
         if rest:
             raise ValueError(
-                f"`num_attention_heads` cannot be computed from a width of {hidden_size}; give --num-attention-heads."
+                f"`num_attention_heads` cannot be computed from a width of {hidden_size}; pass --num-attention-heads."
             )
     # A head needs multiples of four numbers: one rotation pair for the row and one for the column.
     elif num_attention_heads < 1 or hidden_size % (4 * num_attention_heads):
@@ -368,13 +368,13 @@ def convert_pipeline(
     if decoder.config.vocab_size != vq.config.num_embeddings:
         raise ValueError(
             f"`vq_model` has {vq.config.num_embeddings} codes and `transformer` predicts {decoder.config.vocab_size}; "
-            "give the VQ model that the decoder was trained with."
+            "pass the VQ model that the decoder was trained with."
         )
     text_width = T5Config.from_pretrained(text_encoder).d_model
     if decoder.config.text_hidden_size != text_width:
         raise ValueError(
             f"`text_encoder` has states of width {text_width} and `transformer` needs width "
-            f"{decoder.config.text_hidden_size}; give the text encoder that the decoder was trained with."
+            f"{decoder.config.text_hidden_size}; pass the text encoder that the decoder was trained with."
         )
     encoder, report = T5EncoderModel.from_pretrained(text_encoder, dtype=dtype or "auto", output_loading_info=True)
     if missing := report["missing_keys"]:
@@ -397,7 +397,7 @@ def revert_pipeline(model: str | Path, output_dir: str | Path) -> None:
     check_folder_or_hub_id(model, "model")
     for name in (REVERTED_TRANSFORMER, REVERTED_VQ_MODEL):
         if (output_dir / name).exists():
-            raise ValueError(f"`output_dir` is {output_dir}, which already holds {name}; give another folder.")
+            raise ValueError(f"`output_dir` is {output_dir}, which already holds {name}; pass another folder.")
     pipeline = EditARPipeline.from_pretrained(model, dtype="auto", text_encoder=None, processor=None)
     check_constants(pipeline.transformer.config, TRANSFORMER_CONSTANTS)
     check_constants(pipeline.vq_model.config, VQ_CONSTANTS)

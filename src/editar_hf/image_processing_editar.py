@@ -84,7 +84,7 @@ def make_image(array: np.ndarray, name: str = "images") -> Image.Image:
 
 
 def turn_upright(image: Image.Image, name: str) -> Image.Image:
-    """Read the pixels of an image, and rotate it as its EXIF block says; if that block is damaged, warn instead."""
+    """Read the pixels of an image, and rotate it according to its EXIF block. If the block is damaged, only warn."""
     file_name = getattr(image, "filename", None) or "a file"
     try:
         image.load()

@@ -79,7 +79,7 @@ def convert(args: argparse.Namespace) -> int:
 
     output_dir = Path(args.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"`output_dir` is {output_dir}, which already exists and is not empty; give a new folder.")
+        raise ValueError(f"`output_dir` is {output_dir}, which already exists and is not empty; pass a new folder.")
     if args.push_to_hub is not None:
         create_repository(args.push_to_hub, args.hub_private_repo)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)

@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         f"{summary.capitalize()}. With a folder and --prompt, every image gets the same edit. With a folder and "
         "--prompts, each line of the file is a JSON object that describes one edit: `image` (a name in the folder) and "
         "`prompt`, and optionally `output`, `task`, `seed` and `mask` (a name in the folder). If a line has no `task`, "
-        "`seed` or `mask`, the option of that name counts. The command can be stopped and started again: it skips "
+        "`seed` or `mask`, the option of that name is used. You can stop the command and start it again: it skips "
         "edits that are already in the output folder and were made from the same image, prompt and options. Edits "
         "that fail are listed at the end, and the exit status is then 1."
     )
@@ -152,7 +152,7 @@ def read_line(args: argparse.Namespace, number: int, line: str) -> argparse.Name
     # `type`, because `True` is an instance of `int`.
     if not is_sound or not all(type(value) is LINE_KINDS[name] and value != "" for name, value in entry.items()):
         raise ValueError(
-            f"`--prompts` {args.prompts}, line {number} is {line.strip()!r}; give a JSON object with `image` and "
+            f"`--prompts` {args.prompts}, line {number} is {line.strip()!r}; pass a JSON object with `image` and "
             "`prompt`, and optionally `output`, `task`, `seed`, `mask`. `seed` is an integer; the other values are "
             "text that is not empty."
         )
@@ -167,16 +167,16 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
 
     if args.prompts is not None and not args.image.is_dir():
         raise ValueError(
-            f"`--image` is {args.image}, which is not a folder; with `--prompts`, give the folder of the images."
+            f"`--image` is {args.image}, which is not a folder; with `--prompts`, pass the folder of the images."
         )
     if args.prompts is None and not jobs:
         raise ValueError(
-            f"`--image` is {args.image}, a folder without images; give an image, or a folder that contains images."
+            f"`--image` is {args.image}, a folder without images; pass an image, or a folder that contains images."
         )
     for option in ("image", "mask"):
         path = getattr(args, option)
         if path is not None and not path.is_file() and not (option == "image" and path.is_dir()):
-            raise ValueError(f"`--{option}` is {path}, which is not a file; give the path of an image.")
+            raise ValueError(f"`--{option}` is {path}, which is not a file; pass the path of an image.")
     if args.num_images_per_prompt < 1:
         raise ValueError(f"`--num-images` is {args.num_images_per_prompt}; pass an integer of at least 1.")
     if args.device is not None:
@@ -187,18 +187,18 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
     for job in jobs:
         choose_save_options(job)
         if not job.prompt.strip():
-            raise ValueError(f"The prompt for {job.image} is empty; say what to change.")
+            raise ValueError(f"`prompt` for {job.image} is empty; pass an instruction.")
         if job.task not in TASKS:
             raise ValueError(f"`task` for {job.image} is {job.task!r}; choose one of {', '.join(TASKS)}.")
         if job.crop_to_mask and job.mask is None:
-            raise ValueError(f"`--crop-to-mask` needs a mask, and {job.image} has none; pass `--mask`.")
+            raise ValueError(f"`--crop-to-mask` needs a mask, but {job.image} has no mask; pass `--mask`.")
     if args.image.is_dir():
         taken = {os.path.abspath(path) for job in jobs for path in (job.image, job.mask) if path is not None}
         for path in (os.path.abspath(path) for job in jobs for path in list_outputs(job)):
             if path in taken:
                 raise ValueError(
                     f"`--output` is {args.output}, but two edits would write {path}, or an edit would overwrite this "
-                    "input image. Give another folder, or an `output` for each line of `--prompts`."
+                    "input image. Pass another folder, or an `output` for each line of `--prompts`."
                 )
             taken.add(path)
 

@@ -171,8 +171,8 @@ class CompiledDecoding:
     Two kinds of passes are rare and therefore not compiled: the first pass, with the text, and passes with many forced
     tokens. Every other pass is padded to one of `COMPILED_LENGTHS`. The next pass overwrites the slots of the padding.
 
-    A call takes the cache of its shape and gives it back at its end. If a second thread decodes the same shape at the
-    same time, it gets a new cache; the cache that is given back last is kept. A copy of a decoder has no compiled
+    A call takes the cache of its shape and returns it at its end. If a second thread decodes the same shape at the
+    same time, it gets a new cache; the cache that is returned last is kept. A copy of a decoder has no compiled
     passes, because they use the weights of the original.
     """
 

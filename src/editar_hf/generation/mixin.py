@@ -217,8 +217,8 @@ class EditARGenerationMixin(GenerationMixin):
     def compile_decoding(self, **options: Any) -> None:
         """Compile the decoding steps of `generate` for all later calls. The first calls then take longer.
 
-        A compilation is used by all calls with the same number of rows and the same grid. Each such shape also has a
-        cache, which stays allocated until `free_compiled_caches` is called.
+        All calls with the same number of rows and the same grid share one compilation and one cache. The cache stays
+        allocated until `free_compiled_caches` is called.
 
         Args:
             options: Options of `torch.compile`, such as `backend`. On a GPU, `mode` *defaults to* "reduce-overhead"

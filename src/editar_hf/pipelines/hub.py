@@ -256,7 +256,7 @@ def check_pipeline_folder(
     """
     if folder.is_file():
         raise ValueError(
-            f"`{folder}` is a file; give a pipeline folder. `editar-hf convert` converts published EditAR files to one."
+            f"`{folder}` is a file; pass a pipeline folder. `editar-hf convert` converts published EditAR files to one."
         )
     if not (folder / INDEX_FILE).is_file():
         raise ValueError(f"`{folder}` has no `{INDEX_FILE}`; pass a folder that a pipeline's `save_pretrained` wrote.")
@@ -350,17 +350,17 @@ class EditARHubMixin(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder that `save_pretrained` wrote, or a Hub id.
-            dtype (`torch.dtype`, `dict` or `"auto"`, *optional*): One dtype, one per component, or `"auto"` for that of
-                the files. *Defaults to* that of the files if the device computes in it (GPUs, and CPUs with
-                instructions for it), and to float32 otherwise. The log says which.
-            attn_implementation (`str`, *optional*): The decoder's attention: `"eager"`, `"sdpa"`, ….
+            dtype (`torch.dtype`, `dict` or `"auto"`, *optional*): One dtype, a dictionary with one for each component,
+                or `"auto"` for the dtype of the files. *Defaults to* the dtype of the files if the device supports it
+                (GPUs, and CPUs with instructions for it), and to float32 otherwise. The log shows the chosen dtype.
+            attn_implementation (`str`, *optional*): The attention function of the decoder: `"eager"`, `"sdpa"`, ….
             kwargs: Arguments of `DiffusionPipeline.from_pretrained`: `variant`, `revision`, `token`, `cache_dir`,
-                `local_files_only`, `device_map`, `quantization_config`, or components to be used in place of the stored
-                ones.
+                `local_files_only`, `device_map`, `quantization_config`, or components that replace the stored ones.
 
         Raises:
-            ValueError: If there is no pipeline, a component's weights have missing, unexpected or wrongly shaped keys,
-                or `dtype` is unknown, before any weight is read; or if `attn_implementation` is unknown.
+            ValueError: If the folder is not a pipeline, keys of a component's weights are missing, unexpected or have
+                the wrong shape, or `dtype` or `attn_implementation` is unknown. All but the last are checked before
+                any weight is read.
             OSError: If there is no such folder, and no such repository on the Hub or in its cache.
         """
         name = str(pretrained_model_name_or_path)

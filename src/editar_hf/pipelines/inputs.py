@@ -93,7 +93,7 @@ def check_source(
             "into the image."
         )
     if image is None and restore_size:
-        raise ValueError("`restore_size` is True without an `image`; pass the image whose size is to be restored.")
+        raise ValueError("`restore_size` is True without an `image`; pass the image that has the size to restore.")
     if crop_to_mask and (image is None or mask_image is None or given):
         raise ValueError(
             "`crop_to_mask` is True; pass `image` and `mask_image` with it, and leave `source_image_tokens` and "
