@@ -26,11 +26,11 @@ def describe_machine() -> str:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     device = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory"
     if torch.cuda.is_available():
-        device = f"{torch.cuda.get_device_name()}, beside {device}"
+        device = f"{torch.cuda.get_device_name()}; host: {device}"
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "diffusers"))
     load = os.getloadavg()[0]
-    beside = f"Other work ran on the machine (load {load:.1f} at the start)." if load > 0.5 else "Nothing else ran."
-    return f"Device: {device}. Python {platform.python_version()}, {versions}. {date.today()}. {beside}"
+    other_work = f"Other work ran on the machine (load {load:.1f} at the start)." if load > 0.5 else "Nothing else ran."
+    return f"Device: {device}. Python {platform.python_version()}, {versions}. {date.today()}. {other_work}"
 
 
 # Measuring

@@ -42,7 +42,7 @@ class Arguments:
 def compose_rows(results: dict[str, dict], setting: str) -> str:
     """Compose the rows of the table."""
     rows = []
-    for part, beside in (("new", "ceiling"), ("old", "figure without")):
+    for part, reference_name in (("new", "ceiling"), ("old", "result without")):
         without, adapted = results[f"{part}-without"], results[f"{part}-with"]
         columns = [without["ceiling"]["seen"], without[setting]["seen"], adapted[setting]["seen"]]
         if part == "old":
@@ -50,7 +50,7 @@ def compose_rows(results: dict[str, dict], setting: str) -> str:
         for operation in columns[0]:
             ceiling, base, ours = (column[operation]["done"] for column in columns)
             reference = ceiling if part == "new" else base
-            share = f"{ours / reference:.1%} of the {beside}" if reference else ""
+            share = f"{ours / reference:.1%} of the {reference_name}" if reference else ""
             rates = " | ".join(f"{100 * rate:.1f}" for rate in (ceiling, base, ours))
             rows.append(f"| {operation} | {columns[0][operation]['n']:,} | {rates} | {share} |")
     return "\n".join(rows)

@@ -112,7 +112,8 @@ def copy_source() -> System:
 def vq_reconstruction(model: str, reconstruct: str = "source") -> System:
     """A baseline that encodes and decodes an image with the VQ model of a pipeline.
 
-    The reconstruction of the source image is a lower bound for an editor, and that of the target image an upper bound.
+    An editor should score higher than the reconstruction of the source image. It can hardly score higher than the
+    reconstruction of the target image.
     """
     check_choice("reconstruct", reconstruct, ("source", "target"))
 
