@@ -22,9 +22,11 @@ BENCHMARK.add_argument(
     "--task",
     metavar="B",
     required=True,
-    help="pie-bench, depth, canny, segmentation, magicbrush, magicbrush-multi-turn or folder",
+    help="pie-bench, depth, canny, segmentation, magicbrush, magicbrush-multi-turn or folder; --task is the old name",
 )
-BENCHMARK.add_argument("--source", metavar="PATH", help="folder or Hub id; default: its published Hub id")
+BENCHMARK.add_argument(
+    "--source", metavar="PATH", help="folder or Hub id; depth, canny and segmentation are downloaded by default"
+)
 BENCHMARK.add_argument("--allow-partial", action="store_true", help="accept a part of the benchmark; noted in reports")
 BENCHMARK.add_argument(
     "--resolution", metavar="N", type=int, help="depth, canny, segmentation: pixels per side; default: 512"

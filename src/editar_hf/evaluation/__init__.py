@@ -4,4 +4,4 @@ from pathlib import Path
 
 
 # Path of the module that `evaluate.load` loads.
-METRIC_PATH = str(Path(__file__).with_name("metric.py"))
+METRIC_PATH = str(Path(__file__).with_name("evaluate_module.py"))

@@ -52,7 +52,9 @@ class RunArguments:
     logging_steps: int = HfArg(default=20, help="steps between log lines")
     log_with: str | None = HfArg(default=None, help="tensorboard, wandb, ...")
     push_to_hub: str | None = HfArg(default=None, help="repository id to upload the result to")
-    hub_private_repo: bool = HfArg(default=True, help="make a new repository private")
+    hub_private_repo: bool = HfArg(
+        default=True, help="a new repository is private; --no-hub-private-repo makes it public"
+    )
     push_steps: int | None = HfArg(default=None, help="steps between uploads; default: only at the end")
     license: str | None = HfArg(default=None, help="licence identifier of the weights, for the model card")
 
@@ -115,13 +117,17 @@ class TrainingArguments(PairArguments, RunArguments):
     """
 
     model: str = HfArg(help="pipeline folder or Hub id to start from")
-    streaming: bool = HfArg(default=True, help="read a data set of the Hub while it is downloaded")
+    streaming: bool = HfArg(
+        default=True, help="a data set of the Hub is read while it is downloaded; --no-streaming downloads it first"
+    )
     validation_dataset: str | None = HfArg(default=None, help="like --dataset; the split `validation` is read")
 
     train_text_encoder: bool = HfArg(default=False, help="also train the text encoder")
     edit_region_weight: float = HfArg(default=1.0, help="loss weight of tokens inside the mask")
     conditioning_dropout: bool = HfArg(
-        default=True, help="drop conditions: in 5 %% of pairs the source image, in 5 %% the prompt, in 5 %% both"
+        default=True,
+        help="5 %% of the pairs lose the source image, 5 %% the prompt, and 5 %% both; "
+        "--no-conditioning-dropout switches this off",
     )
     target_token_dropout: float = HfArg(
         default=0.0, help="fraction of pairs in which source tokens replace some input target tokens"
