@@ -415,6 +415,12 @@ def test_file_that_is_no_checkpoint_is_refused(folder):
         EditARPipeline.from_pretrained(folder)
 
 
+def test_folder_without_its_vocabulary_is_refused(folder):
+    (folder / "processor" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"processor` does not load as EditARProcessor: there is no .*tokenizer\.json"):
+        EditARPipeline.from_pretrained(folder)
+
+
 def test_folder_without_model_index_or_of_another_pipeline_is_refused(folder):
     (folder / "model_index.json").write_text('{"_class_name": "OtherPipeline", "unet": ["diffusers", "Unet"]}')
     with pytest.raises(ValueError, match="lacks transformer, vq_model, text_encoder, processor"):

@@ -279,6 +279,10 @@ def check_pipeline_folder(
                 # of a processor.
                 loaded_class = getattr(import_module("editar_hf"), component_class.__name__)
                 loaded[name] = loaded_class.from_pretrained(folder / name)
+                # Without its file, a tokenizer loads with an empty vocabulary, and prompts have no effect.
+                files = loaded[name].tokenizer.vocab_files_names.values()
+                if files and not any((folder / name / file).is_file() for file in files):
+                    raise ValueError(f"there is no {' or '.join(files)}")
         except Exception as error:  # For damaged files, libraries raise many types of errors.
             raise ValueError(
                 f"`{folder / name}` does not load as {component_class.__name__}: {error}. Save or download it again."
