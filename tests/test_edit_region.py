@@ -167,7 +167,7 @@ def test_white_that_cannot_be_edited_is_described_with_its_cause_and_remedy():
     assert describe_lost_white(outside, 16, 16, "stretch") is None
     message = describe_lost_white(inside | outside, 16, 16, "crop")
     assert "The centre crop cuts away 50% of the white pixels of `mask_image`" in message
-    assert 'pass `resize_mode="stretch"`' in message
+    assert 'Pass `resize_mode="stretch"`' in message
 
 
 def test_a_mask_of_another_size_is_resized_with_a_warning():
