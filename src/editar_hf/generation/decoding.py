@@ -27,8 +27,12 @@ from .cache import DecodingCache, SourceCache, compute_source_cache
 from .sampling import GuidanceBranch, TokenSelector, as_index
 
 
-# Lengths of compiled passes: one token, or one token with up to 16 drafts or forced tokens.
-COMPILED_LENGTHS = (1, 17)
+# Largest number of drafts in a speculative pass. On a GPU, a pass is limited by memory bandwidth, so drafts are almost
+# free. On a CPU, every draft costs arithmetic: a pass of GPT-B with 8 drafts takes about 1.9 times as long as a pass
+# without drafts in fp32, and 2.3 times in bf16 (`benchmarks/results/generation-pieces.md`).
+NUM_DRAFT_TOKENS_CPU, NUM_DRAFT_TOKENS = 8, 16
+# Lengths of compiled passes: one token, or one token with drafts or forced tokens.
+COMPILED_LENGTHS = (1, 1 + NUM_DRAFT_TOKENS)
 
 
 def decode_target_tokens(

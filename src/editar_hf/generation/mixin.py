@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .cache import SourceCache, compute_source_cache, sample_weights
-from .decoding import CompiledDecoding, PassRunner, decode_target_tokens
+from .decoding import NUM_DRAFT_TOKENS, NUM_DRAFT_TOKENS_CPU, CompiledDecoding, PassRunner, decode_target_tokens
 from .inputs import (
     check_decoding,
     check_generator,
@@ -34,12 +34,6 @@ from .inputs import (
     resolve_settings,
 )
 from .sampling import TokenSelector, compute_noise_keys, draw_seeds, select_branches
-
-
-# Largest number of drafts in a speculative pass. On a GPU, a pass is limited by memory bandwidth, so drafts are almost
-# free. On a CPU, every draft costs arithmetic: a pass of GPT-B with 8 drafts takes about 1.9 times as long as a pass
-# without drafts in fp32, and 2.3 times in bf16 (`benchmarks/results/generation-pieces.md`).
-NUM_DRAFT_TOKENS_CPU, NUM_DRAFT_TOKENS = 8, 16
 
 
 @dataclass
