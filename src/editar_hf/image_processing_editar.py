@@ -209,6 +209,18 @@ def compute_crop_geometry(
     return CropGeometry(resized_height, resized_width, top, left, box, cut_fraction)
 
 
+def apply_crop(
+    image: Image.Image,
+    crop: CropGeometry,
+    height: int,
+    width: int,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
+    """Resize and crop an image as `compute_crop_geometry` says, to `height`×`width` pixels."""
+    resized = image.resize((crop.resized_width, crop.resized_height), resampling)
+    return resized.crop((crop.left, crop.top, crop.left + width, crop.top + height))
+
+
 # The processor
 
 
@@ -311,8 +323,7 @@ class EditARImageProcessor(PilBackend):
                 '`resize_mode="stretch"`, or a `height` and `width` with the proportions of the image.',
                 stacklevel=2,
             )
-        resized = image.resize((crop.resized_width, crop.resized_height), Image.Resampling.LANCZOS)
-        return resized.crop((crop.left, crop.top, crop.left + width, crop.top + height))
+        return apply_crop(image, crop, height, width)
 
     @overload
     def postprocess(self, pixel_values: torch.Tensor, output_type: Literal["pil"] = "pil") -> list[Image.Image]: ...

@@ -33,7 +33,7 @@ from PIL import Image
 
 from ..checks import check_choice, check_integer
 from ..condition_maps import make_canny_map
-from ..image_processing_editar import compute_crop_geometry, prepare_rgb_image
+from ..image_processing_editar import apply_crop, compute_crop_geometry, prepare_rgb_image
 from ..pipelines.edit_region import prepare_mask
 from ..pipelines.hub import check_folder_or_hub_id
 from ..processing_editar import TASK_PREFIXES
@@ -174,9 +174,8 @@ def crop(image: Image.Image, resolution: int, resampling: Image.Resampling = Ima
 
     Source: the image preparation of EditAR (arXiv 2501.04699).
     """
-    found = compute_crop_geometry(image.height, image.width, resolution, resolution)
-    resized = image.resize((found.resized_width, found.resized_height), resampling)
-    return resized.crop((found.left, found.top, found.left + resolution, found.top + resolution))
+    geometry = compute_crop_geometry(image.height, image.width, resolution, resolution)
+    return apply_crop(image, geometry, resolution, resolution, resampling)
 
 
 def make_translation(task: str, source: str, sample_id: str, row: dict, resolution: int = RESOLUTION) -> Sample:
