@@ -149,6 +149,15 @@ def test_class_tokens_are_of_the_centre(networks, images, photographs):
     torch.testing.assert_close(tokens, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_corner_of_the_centre_is_rounded_to_nearest(networks):
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 259, 3), dtype=np.uint8)
+    seen = Image.fromarray(pixels).crop((18, 16, 242, 240))  # 17.5 pixels to the left
+    expected = build_dino()(normalise(seen, *IMAGENET)).last_hidden_state[:, 0]
+    tokens = features.encode_class_tokens(networks["structure"], torch.from_numpy(pixels / 255).movedim(2, 0)[None])
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+
+
 # LPIPS
 
 

@@ -176,8 +176,13 @@ def encode_class_tokens(network: Network, images: torch.Tensor) -> torch.Tensor:
     Source: the evaluation of MagicBrush (arXiv 2306.10012): the shorter side is 256, then the centre is cropped to
     224×224.
     """
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 256}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
-    outputs = network.model(**prepare_inputs(network, images, processor), interpolate_pos_encoding=True)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 256}, do_center_crop=False, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
+    )
+    pixels = prepare_inputs(network, images, processor).pixel_values
+    # Parity: the published code rounds the corner of the centre crop to nearest. The image processor would round down.
+    top, left = (round((side - 224) / 2) for side in pixels.shape[2:])
+    outputs = network.model(pixels[:, :, top : top + 224, left : left + 224], interpolate_pos_encoding=True)
     return outputs.last_hidden_state[:, 0]
 
 
