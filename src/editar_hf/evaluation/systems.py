@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Options whose values are folders or Hub ids.
+MODEL_OPTIONS = ("model", "lora", "controlnet")
 Edit = Callable[[list[Sample], list[int]], list[Image.Image]]
 
 
@@ -39,8 +41,7 @@ class System:
         name (`str`): The name of the system in configurations and reports.
         load (`Callable`): Loads the system, and returns a function that maps samples and their seeds to predictions.
             Each prediction has the size of its source image.
-        options (`dict`): All options that the results depend on. `model`, `lora` and `controlnet` are folders or Hub
-            ids.
+        options (`dict`): All options that the results depend on. Those in `MODEL_OPTIONS` are folders or Hub ids.
         needs (`str`, *optional*): The field of `Sample` with an image that every sample must have, such as `"mask"`.
     """
 
@@ -50,14 +51,14 @@ class System:
     needs: str | None = None
 
     def __post_init__(self) -> None:
-        for option in ("model", "lora", "controlnet"):
+        for option in MODEL_OPTIONS:
             if (model := self.options.get(option)) is not None:
                 check_folder_or_hub_id(model, option)
 
     def describe(self) -> dict:
         """Return the name and the options, with absolute paths of folders and commits of Hub ids."""
         options = dict(self.options)
-        for option in ("model", "lora", "controlnet"):
+        for option in MODEL_OPTIONS:
             if (model := self.options.get(option)) is not None:
                 options[option] = str(Path(model).resolve()) if Path(model).exists() else str(model)
                 options[f"{option}_commit"] = find_commit(model)
