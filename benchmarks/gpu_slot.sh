@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a bare GPU machine without a network: unpack what `make wheels` packed, apart from what is installed there, and run
-# gpu_slot.py, which says what it takes. Results go to $OUT, or to runs/gpu-slot.
+# Run gpu_slot.py on a GPU machine without a network. First, the libraries that `make wheels` packed are unpacked to a
+# folder of their own. gpu_slot.py describes the options. Results go to $OUT, or to runs/gpu-slot.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -9,7 +9,7 @@ site=/tmp/editar-hf-site
 
 if [ -e "$archive" ]; then
     mkdir -p "$site"
-    # Machines without xz have Python's module, as a rule.
+    # Most machines without xz have Python's lzma module.
     tar -C "$site" -xJf "$archive" || "$python" -m tarfile -e "$archive" "$site"
 fi
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD/src:$site${PYTHONPATH:+:$PYTHONPATH}"

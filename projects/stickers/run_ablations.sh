@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The paper's two studies at the size of the demo: guidance from 1 to 7.5 with the shipped checkpoint, and distillation
-# on and off, from training to report. Each stage may be stopped and started again, and goes on where it was.
-# Both: bash projects/stickers/run_ablations.sh
-# One of them: bash projects/stickers/run_ablations.sh guidance
+# Repeat two studies of the paper with the small checkpoint, from training to report: guidance from 1 to 7.5, and
+# training with and without distillation. A stage that was stopped continues where it stopped.
+# Both studies: bash projects/stickers/run_ablations.sh
+# One study: bash projects/stickers/run_ablations.sh guidance
 #
-# TEACHER is the DINOv2 of the distillation study. The default is a stand-in, trained here for some minutes to tell the
-# colour and shape of stickers. The paper's:
+# TEACHER is the DINOv2 model of the distillation study. By default, the script trains a stand-in for some minutes to
+# recognise the colour and shape of stickers. To use the teacher of the paper:
 # TEACHER=facebook/dinov2-base bash projects/stickers/run_ablations.sh distillation
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,13 +13,13 @@ RUNS=${RUNS:-runs/ablations}
 MODEL=${MODEL:-examples/sticker-editor}
 TEACHER=${TEACHER:-$RUNS/stand-in-teacher}
 RESULTS=${RESULTS:-benchmarks/results}
-NUM_TEST=${NUM_TEST:-100}  # test samples of each of the eight tasks; half as many again, in all, of held-out edits
+NUM_TEST=${NUM_TEST:-100}  # test samples per operation or map; held-out edits add half as many
 NUM_TRAIN=${NUM_TRAIN:-20000}
 STEPS=${STEPS:-1000}
 SCALES=${SCALES:-1 1.5 2 3 4.5 6 7.5}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# All runs are about the same samples.
+# All runs use the same samples.
 data() {
     [ -d "$RUNS/stickers" ] || python projects/stickers/make_sticker_edits.py --output-dir "$RUNS/stickers" \
         --resolution 64 --seed 0 --num-train 0 --num-validation 0 --num-test "$NUM_TEST" --num-workers 1
@@ -30,7 +30,7 @@ evaluate() {  # NAME MODEL SCALE
         --model "$2" --vq-model "$MODEL" --guidance-scale "$3" --no-do-sample --batch-size 64 --output-dir "$RUNS/$1"
 }
 
-# Table and plot, without the contact sheets; how they were made stands under the table.
+# Copy table and plot without the contact sheets, and say under the table how they were made.
 publish() {  # STUDY RUN...
     study=$1; shift
     python projects/stickers/evaluate_stickers.py report "$@" --output-dir "$RUNS/$study-report"
@@ -58,7 +58,7 @@ teacher() {
         python projects/stickers/train_patch_teacher.py --output-dir "$TEACHER"
 }
 
-# Both editors start from the same weights, see the same pairs in the same order, and differ in the teacher alone.
+# Both editors start from the same weights and see the same pairs in the same order. Only the teacher differs.
 distillation() {
     data
     teacher

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Make the small checkpoint in examples/sticker-editor, stage by stage, on two CPU cores. Every stage may be stopped and
-# started again, and goes on where it was. All stages: bash projects/stickers/train_sticker_editor.sh
-# One of them: bash projects/stickers/train_sticker_editor.sh vq_model
+# Make the small checkpoint in examples/sticker-editor, stage by stage, on two CPU cores. A stage that was stopped
+# continues where it stopped.
+# All stages: bash projects/stickers/train_sticker_editor.sh
+# One stage: bash projects/stickers/train_sticker_editor.sh vq_model
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUNS=${RUNS:-runs}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-# Freed memory stays with the process: asking the system for it anew is a good part of a step on a CPU.
+# The process keeps freed memory. To request it again from the system takes a large part of a training step on a CPU.
 export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 
 data() {
@@ -25,13 +26,13 @@ train_vq_model() {
         --checkpointing-steps 500 --resume-from-checkpoint latest "$@"
 }
 
-# The second part sharpens shapes: with equal weights, faint texture has most of the say.
+# The second part sharpens shapes. Without the larger weight, faint texture dominates the loss.
 vq_model() {
     train_vq_model --max-steps 4500
     train_vq_model --max-steps 6000 --squared-error-weight 20
 }
 
-# The decoding half alone goes on: the tokens stay what they are.
+# Continue with the decoder half of the VQ model alone. The tokens do not change.
 decoding() {
     python examples/train_vq.py --model "$RUNS/vq-model/vq_model" --freeze-codes --dataset "$RUNS/stickers" \
         --split "train[:50000]" --validation-split validation --image-columns source_image,target_image \
@@ -58,10 +59,10 @@ train_editor() {
         --num-validation-batches 8 --resume-from-checkpoint latest "$@"
 }
 
-# Small batches first; then, from their result, larger ones, of which a share shows the decoder an unedited target so
-# far; the learning rate falls from step 1,500 on. From that result, rounded to bfloat16, once more: a learning rate two
-# thirds as high that falls from the start. And again, half as high, on new pairs, most of them of the operations that
-# fail most often; in float32, because that machine multiplied it faster.
+# Four stages. 1: small batches. 2: larger batches, in which some pairs show the decoder unedited tokens; the learning
+# rate falls from step 1,500 on. 3: the same from the weights rounded to bfloat16, with two thirds of the learning rate,
+# which falls from the start. 4: half of the learning rate, on new pairs, most of them of the operations that fail most
+# often; in float32, which was faster on that machine.
 editor() {
     [ -d "$RUNS/untrained" ] || python projects/stickers/create_sticker_editor.py \
         --vq-model "$RUNS/vq-model-decoding/vq_model" --dataset "$RUNS/stickers/train-00000*.parquet" \
@@ -89,8 +90,8 @@ ship_pipeline() {
         --guidance-scale 1.5 --temperature 0.3
 }
 
-# The guidance scale is the one with the most edits done on validation samples; at this temperature sampling costs less
-# than two points, so that seeds mean something.
+# This guidance scale has the most edits done on validation samples. At this temperature, seeds give different results,
+# and sampling costs less than two points.
 ship() {
     ship_pipeline "$RUNS/editor/pipeline" examples/sticker-editor
     python projects/stickers/show_sticker_edits.py --model examples/sticker-editor --output docs/sticker-editor.png
