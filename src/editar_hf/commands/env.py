@@ -67,7 +67,7 @@ def describe_dtype() -> str:
     """Describe in which dtype this machine loads a pipeline whose weights are stored in bfloat16, and why."""
     import torch
 
-    from ..pipelines.hub import choose_dtype
+    from ..pipelines.dtypes import choose_dtype
 
     dtype, reason = choose_dtype([torch.bfloat16])
     return f"{str(dtype or torch.bfloat16).removeprefix('torch.')} for weights stored in bfloat16; {reason}"

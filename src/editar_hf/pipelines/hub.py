@@ -35,6 +35,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from ..checks import check_path
+from .dtypes import choose_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -45,12 +46,6 @@ INDEX_FILE = "model_index.json"
 # Files of a component other than its weights: configurations, tokenizers, chat templates.
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 WEIGHTS_SUFFIX = ".safetensors"
-# The CPU instructions for each dtype, with their names in `torch.cpu.get_capabilities()`. Without them, torch computes
-# in a slow loop (pytorch#146508).
-CPU_INSTRUCTIONS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16"),
-}
 # While transformers loads a model, it disables the initialisation of weights in the whole process. Two
 # loads at the same time could therefore leave weights random.
 LOADING = threading.Lock()
@@ -203,28 +198,6 @@ def try_to_upload_folder(
 
 
 # Checks before weights are read
-
-
-def choose_dtype(stored: Iterable[torch.dtype]) -> tuple[torch.dtype | None, str]:
-    """Choose the dtype of a pipeline that is loaded without `dtype`.
-
-    Args:
-        stored (iterable of `torch.dtype`): The dtypes of its weight files.
-
-    Returns:
-        The dtype, or None if each component keeps the dtype of its files; and the reason, for a message.
-    """
-    half = [dtype for dtype in CPU_INSTRUCTIONS if dtype in set(stored)]
-    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in half)
-    if not half:
-        return None, "as stored"
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and torch.accelerator.is_available():
-        return None, f"as stored: the {accelerator.type} device computes in {names}"
-    capabilities = torch.cpu.get_capabilities()
-    if all(any(capabilities.get(name) for name in CPU_INSTRUCTIONS[dtype]) for dtype in half):
-        return None, f"as stored: this CPU has instructions for {names}"
-    return torch.float32, f"this CPU has no instructions for {names}, in which the weights are stored"
 
 
 def select_weight_files(filenames: Iterable[str], variant: str | None) -> set[str]:
