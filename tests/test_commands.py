@@ -1,5 +1,6 @@
 """The `editar-hf` command, run in this process through `main` and once as the installed program."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -56,6 +57,23 @@ def test_installed_program_says_its_version():
     program = Path(sys.executable).with_name("editar-hf")
     result = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
     assert result.stdout == f"editar-hf {editar_hf.__version__}\n"
+
+
+def test_env_and_refused_edits_import_no_pipeline(tmp_path):
+    code = (
+        "import sys, editar_hf.commands as c\n"
+        "assert c.main(['edit', '--model', 'm', '--image', 'absent.png', '--prompt', 'p', '--output', 'o.png']) == 2\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert c.main(['env']) == 0\n"
+        "assert not {'transformers', 'diffusers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_garbage_collector_runs_after_the_imports_but_skips_their_objects():
+    commands.import_pipeline()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 100_000
 
 
 def test_help_names_every_command_without_importing_torch():

@@ -12,8 +12,10 @@ Input that cannot be used raises `ValueError`, `TypeError` or `OSError`. The com
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
+from functools import cache
 
 from .. import __version__
 from . import check, convert, edit, env, evaluate
@@ -31,6 +33,21 @@ def build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_parser(subparsers)
     return parser
+
+
+@cache
+def import_pipeline() -> None:
+    """Import `EditARPipeline` without garbage collection, for commands that often take only some seconds.
+
+    torch, transformers and diffusers create about a million objects that live as long as the process. The collector
+    would visit these objects several times during the imports and again at the end of the process, in vain.
+    """
+    gc.disable()
+    try:
+        from ..pipelines import pipeline_editar  # noqa: F401
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

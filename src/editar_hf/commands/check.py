@@ -18,6 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the measurements, and return 1 if one of them is not that of a trained pipeline."""
+    from . import import_pipeline
+
+    import_pipeline()
     from ..pipelines.hub import check_folder_or_hub_id
     from ..pipelines.pipeline_editar import EditARPipeline
     from ..self_check import check_pipeline

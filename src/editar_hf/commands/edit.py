@@ -163,8 +163,6 @@ def read_line(args: argparse.Namespace, number: int, line: str) -> argparse.Name
 
 def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None:
     """Check the options before any edit runs, and refuse edits that would overwrite images."""
-    import torch
-
     if args.prompts is not None and not args.image.is_dir():
         raise ValueError(
             f"`--image` is {args.image}, which is not a folder; with `--prompts`, pass the folder of the images."
@@ -180,6 +178,8 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
     if args.num_images_per_prompt < 1:
         raise ValueError(f"`--num-images` is {args.num_images_per_prompt}; pass an integer of at least 1.")
     if args.device is not None:
+        import torch
+
         try:
             torch.empty(1, device=args.device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an `AssertionError`.
@@ -276,6 +276,9 @@ def write_record(folder: Path, job: argparse.Namespace, made_from: dict | None) 
 
 def load_pipeline(args: argparse.Namespace) -> "EditARPipeline":
     """Load the pipeline, and the adapter of `--lora`."""
+    from . import import_pipeline
+
+    import_pipeline()
     import torch
 
     from ..pipelines.pipeline_editar import EditARPipeline
