@@ -71,7 +71,7 @@ def benchmark_masks(model, source, prompt_embeds, num_rounds: int) -> str:
         mask = draw_square_mask(share).to(source.device)
         calls[f"{mask.sum()} ({mask.float().mean():.0%})"] = partial(edit, edit_mask=mask)
     rows, outputs = time_rows(calls, num_rounds, source.device.type)
-    rows = [[name, str(outputs[name].num_passes), *cells] for name, *cells in rows]
+    rows = [[name, str(outputs[name].num_decode_steps), *cells] for name, *cells in rows]
     return format_table(["tokens that may change", "passes", "s", "of an edit without mask"], rows)
 
 
@@ -151,7 +151,7 @@ def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
                     spent, output = time_call(edit, tokens.device.type)
                     seconds[window].append(spent)
                     if window:
-                        passes[window].append(output.num_passes)
+                        passes[window].append(output.num_decode_steps)
                     else:
                         exact = output.sequences
                     num_different += (output.sequences != exact).any().item()

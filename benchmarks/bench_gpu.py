@@ -10,6 +10,7 @@ random.
 """
 
 import argparse
+import gc
 import json
 import signal
 import statistics
@@ -25,10 +26,8 @@ import torch
 from bench_training import NO_DROPOUT, count_operations
 from generation_gpu import (
     NUM_WATCHED,
-    CapturedDecoding,
     Device,
     measure_floors,
-    time_captured,
     time_decoding,
     watch_tokens,
 )
@@ -45,7 +44,6 @@ from generation_systems import (
 from report import RESULTS, describe_machine, format_table, time_call
 from torch._dynamo.utils import counters
 
-from editar_hf.generation.decoding import compile_apart
 from editar_hf.training.optimization import build_optimizer
 
 
@@ -70,7 +68,13 @@ TINY = {
     "training_seconds": 0.1,
     "compile_options": {"backend": "eager"},
 }
-CAPTURED, CAPTURED_COMPILED = "editar_hf, captured", "editar_hf, compiled and captured"
+# Options of `compile_decoding`. A captured step is one CUDA graph.
+CAPTURED = {"editar_hf, captured": {"disable": True}}
+COMPILED = {
+    "editar_hf, compiled and captured": {},
+    "editar_hf, compiled": {},
+    "editar_hf, reduce-overhead": {"mode": "reduce-overhead"},
+}
 NUM_KERNELS = 15
 
 
@@ -110,6 +114,25 @@ class Benchmark:
         }
         self.large_model = None
 
+    @contextmanager
+    def use(self, model, system: str):
+        """Compile the decoding of a model as a system does, and undo that at the end."""
+        options = {**CAPTURED, **COMPILED}.get(system)
+        if options is None:
+            yield
+            return
+        if system in COMPILED and not self.device.is_gpu:
+            options = {"backend": "eager"}
+        model.compile_decoding(**options)
+        if system == "editar_hf, compiled":
+            model.compiled_decoding.captures_steps = False
+        try:
+            yield
+        finally:
+            model.compiled_decoding = None
+            torch.compiler.reset()  # frees the graphs and their memory
+            gc.collect()
+
     def get_large_model(self):
         """Build the large decoder once."""
         if self.large_model is None:
@@ -127,14 +150,10 @@ class Benchmark:
         self.check("fp32", check_parity, torch.float32)
         self.check("bf16", check_parity, torch.bfloat16)
         self.check("bf16, 4 edits", check_parity, torch.bfloat16, batch_size=4)
-        self.check("fp32, captured", self.compare_captured)
         self.check("fp32, paths", check_paths, num_tokens=2 * self.sizes["parity_tokens"], is_compiled=False)
+        self.check("fp32, captured paths", check_paths, num_tokens=2 * self.sizes["parity_tokens"], disable=True)
 
     def check_compiled(self):
-        options = self.sizes["compile_options"]
-        self.check("fp32, compiled", check_parity, torch.float32, is_compiled=True, **options)
-
-    def check_compiled_paths(self):
         num_tokens, options = 2 * self.sizes["parity_tokens"], self.sizes["compile_options"]
         self.check("fp32, compiled paths", check_paths, num_tokens=num_tokens, **options)
 
@@ -150,74 +169,64 @@ class Benchmark:
         self.results["parity"][name] = finding
         print(f"{name}: {finding} ({time.monotonic() - start:.1f} s)", flush=True)
 
-    @torch.no_grad()
-    def compare_captured(self, preset: str, grid_size: int, num_tokens: int, device: str) -> str:
-        """Compare the tokens of the captured step with the tokens of `generate`, in fp32."""
-        model = build_model(preset, grid_size, torch.float32, device)
-        inputs = build_inputs(model, 1, device)
-        expected = DECODERS["editar_hf"](model, *inputs, GUIDANCE_SCALE, grid_size, range(num_tokens))
-        tokens = CapturedDecoding(model, model, *inputs, self.device).decode(num_tokens)
-        num_different = (tokens != expected).sum().item()
-        assert num_different == 0, f"{num_different} of {num_tokens} tokens differ from those of `generate`"
-        return f"captured by hand, the {num_tokens} tokens are those of `generate`"
-
     # Time, at the large size
 
     def time_one_edit(self):
-        self.time_systems(1, 1, rounds=2)
+        for system in (*CAPTURED, "editar_hf", "published style", "library"):
+            self.time_system(system, 1, 1, rounds=1)
+        self.time_whole_edits("editar_hf, captured")
 
-    def time_captured_compiled(self):
-        self.time_system(CAPTURED_COMPILED, 1, 1)
+    def time_compiled(self):
+        self.time_system("editar_hf, compiled and captured", 1, 1)
+        self.time_whole_edits("editar_hf, compiled and captured")
+
+    def time_other_compilations(self):
+        for system in ("editar_hf, compiled", "editar_hf, reduce-overhead"):
+            self.time_system(system, 1, 1)
 
     def time_batches(self):
         for num_edits, num_sources in self.sizes["batches"]:
-            self.time_systems(num_edits, num_sources, rounds=1)
+            for system in (*CAPTURED, "published style"):
+                self.time_system(system, num_edits, num_sources, rounds=1)
 
-    def time_compiled(self):
-        model = self.get_large_model()
-        model.compile_decoding(**self.sizes["compile_options"])
-        try:
-            self.time_system("editar_hf, compiled", 1, 1)
-            inputs, positions = build_inputs(model, 1, self.device.name), range(model.config.num_image_tokens)
-            decode = partial(DECODERS["editar_hf, compiled"], model, *inputs, GUIDANCE_SCALE)
-            edit = partial(decode, model.config.grid_size, positions)
-            self.results["whole_edits"] = [time_call(edit, self.device.name)[0] for _ in range(2)]
-            print("whole edits, compiled:", self.results["whole_edits"], flush=True)
-            self.watch("compiled")
-        finally:
-            model.compiled_decoding = None
-            torch.compiler.reset()  # frees the graphs and their memory
-
-    def time_systems(self, num_edits: int, num_sources: int, rounds: int):
-        """Time all systems without compilation on a batch. If one runs out of memory or fails, the next still runs."""
-        for system in ("editar_hf", CAPTURED, "published style", "library"):
-            try:
-                self.time_system(system, num_edits, num_sources, rounds)
-            except Exception as error:
-                traceback.print_exc()
-                self.results["failures"].append(f"{system}, {num_edits} edits: {describe_error(error)}")
+    def time_compiled_batches(self):
+        for num_edits, num_sources in reversed(self.sizes["batches"]):
+            self.time_system("editar_hf, compiled and captured", num_edits, num_sources, rounds=1)
 
     def time_system(self, system: str, num_edits: int, num_sources: int, rounds: int = 2):
-        """Time a system on a batch, and add the row to the results."""
+        """Time a system on a batch, and add the row to the results. If it fails, record the error."""
         model, device, num_timed = self.get_large_model(), self.device, self.sizes["timed"]
         source, prompt_embeds = build_inputs(model, num_edits, device.name)
         source = source[:num_sources].repeat_interleave(num_edits // num_sources, dim=0)
         row = {"edits": num_edits, "sources": num_sources, "system": system}
-        if system in (CAPTURED, CAPTURED_COMPILED):
-            options = self.sizes["compile_options"]
-            forward = model if system == CAPTURED else compile_apart(model.forward, **options)
-            # The prefill is the same as in `generate`, which was timed before.
-            (eager,) = (r for r in self.results["edits"] if r == {**r, **row, "system": "editar_hf"})
-            row["prefill"] = eager["prefill"]
-            row |= time_captured(model, forward, source, prompt_embeds, device, num_timed)
-            torch.compiler.reset()
-        else:
-            row |= time_decoding(DECODERS[system], model, source, prompt_embeds, device, num_timed, rounds)
+        decode = DECODERS.get(system, DECODERS["editar_hf"])
+        try:
+            with self.use(model, system):
+                row |= time_decoding(decode, model, source, prompt_embeds, device, num_timed, rounds)
+        except Exception as error:
+            traceback.print_exc()
+            self.results["failures"].append(f"{system}, {num_edits} edits: {describe_error(error)}")
+            return
         num_others = source.shape[1] - 1
         floor = compute_decode_floor(model, num_edits, num_sources, model.dtype, self.results["bandwidth"])
         row |= {"edit": row["prefill"] + num_others * statistics.mean(row["tokens"]), "floor": num_others * floor}
         self.results["edits"].append(row)
         print(" | ".join(format_row(row)), flush=True)
+
+    def time_whole_edits(self, system: str):
+        """Time whole edits: sampled twice with another prompt and seed, and a second edit of the same image."""
+        model = self.get_large_model()
+        source, prompt_embeds = build_inputs(model, 2, self.device.name)
+        source, how = source[:1], {"guidance_scale": GUIDANCE_SCALE, "top_k": 1000}
+        with self.use(model, system):
+            edit = lambda row: model.generate(source, prompt_embeds[row : row + 1], **how)  # noqa: E731
+            times = [time_call(partial(edit, row), self.device.name)[0] for row in (0, 1, 0)]
+            cache = model.prepare_source_cache(source)
+            again = lambda: model.generate(prompt_embeds=prompt_embeds[1:], source_cache=cache, **how)  # noqa: E731
+            times.append(time_call(again, self.device.name)[0])
+            self.results.setdefault("whole_edits", {})[system] = times
+            print("whole edits:", system, times, flush=True)
+            self.watch(system)
 
     def watch(self, name: str = "eager"):
         """Record where `generate` waits for the device, and which kernels run on it, per token."""
@@ -298,14 +307,14 @@ class Benchmark:
 STAGES = {
     "floors": (Benchmark.measure_floors, 3, 20),
     "parity": (Benchmark.check_eager, 5, 30),
-    "one edit": (Benchmark.time_one_edit, 8, 40),
+    "one edit": (Benchmark.time_one_edit, 8, 70),
     "watch": (Benchmark.watch, 3, 15),
-    "parity, compiled": (Benchmark.check_compiled, 10, 45),
-    "one edit, compiled": (Benchmark.time_compiled, 25, 80),
-    "batches": (Benchmark.time_batches, 5, 45),
+    "one edit, compiled": (Benchmark.time_compiled, 25, 100),
+    "batches": (Benchmark.time_batches, 5, 60),
     "training": (Benchmark.train, 12, 35),
-    "one edit, compiled and captured": (Benchmark.time_captured_compiled, 25, 60),
-    "parity, compiled paths": (Benchmark.check_compiled_paths, 20, 60),
+    "batches, compiled": (Benchmark.time_compiled_batches, 25, 150),
+    "parity, compiled": (Benchmark.check_compiled, 20, 60),
+    "one edit, other compilations": (Benchmark.time_other_compilations, 25, 150),
 }
 
 
@@ -324,8 +333,9 @@ def compose_page(results: dict) -> str:
         rows = [format_row(row) for row in results["edits"]]
         parts += ["## Time", format_table(header, rows), *(f"Failed: {failure}" for failure in results["failures"])]
     if "whole_edits" in results:
-        times = ", ".join(f"{seconds:.3f}" for seconds in results["whole_edits"])
-        parts.append(f"Whole edits by `editar_hf, compiled`, to compare with the extrapolated time: {times} s.")
+        header = ["whole edits, sampled", "first, s", "second, s", "third, s", "with `source_cache`, s"]
+        rows = [[name, *(f"{one:.3f}" for one in times)] for name, times in results["whole_edits"].items()]
+        parts.append(format_table(header, rows))
     for name, found in results.get("watched", {}).items():
         waits, host = (
             ", ".join(f"{name} {count:g}" for name, count in found[key].items()) or "none" for key in ("waits", "host")
@@ -352,9 +362,8 @@ def describe_method(results: dict) -> str:
         f"{rates}Random weights, greedy, guidance {GUIDANCE_SCALE}. {FULL['timed']} tokens are timed at each of "
         f"{len(PLACES)} places: 0, 1/3, 2/3 and the end of the target. The time of an edit is extrapolated: the mean "
         "time of a token, for each token after the first, is added to the prefill. The floor is the time to read "
-        "weights, sources, and the keys and values of the target. `captured` is an experiment: one step in a hand-made "
-        "CUDA graph. It reads all slots at every position, so one place is timed. The first call compiles or captures. "
-        "Made by `python benchmarks/bench_gpu.py`."
+        "weights, sources, and the keys and values of the target. `captured`: each step is one CUDA graph. The first "
+        "call compiles or captures. Made by `python benchmarks/bench_gpu.py`."
     )
 
 

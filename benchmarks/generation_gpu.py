@@ -1,4 +1,4 @@
-"""Time, profile and capture decoding on a GPU, for `bench_gpu.py`.
+"""Time and profile decoding on a GPU, for `bench_gpu.py`.
 
 Tokens are timed without a wait for the device between them: the time of a call that decodes few tokens is subtracted
 from the time of a call that decodes more. In a rehearsal, the device is "cpu", and functions skip what needs a GPU.
@@ -7,23 +7,18 @@ from the time of a call that decodes more. In a rehearsal, the device is "cpu", 
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from baselines import select_greedily
 from generation_systems import GUIDANCE_SCALE, PLACES, build_edit_mask
 from report import measure_matrix_rate, measure_peak_memory, time_call
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from transformers import StoppingCriteria
 
-from editar_hf.generation.decoding import CompiledDecoding, PassRunner
-from editar_hf.generation.sampling import select_branches
 
-
-# Passes before a call is timed. CUDA graphs are recorded in the second pass and replayed from the third pass on.
+# Passes before a call is timed. With "reduce-overhead", the second pass records CUDA graphs; later ones replay them.
 NUM_WARM_UP = 4
 NUM_WATCHED = 8
 
@@ -49,22 +44,6 @@ class Device:
     def measure_peak_memory(self) -> float:
         """Return the peak memory since `free_memory`, in GiB."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.is_gpu else measure_peak_memory()
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Record a step in a CUDA graph, after some warm-up runs. Return a function that replays the graph."""
-        if not self.is_gpu:
-            step()
-            return step
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph.replay
 
     @contextmanager
     def count_waits(self, waits: Counter):
@@ -140,65 +119,6 @@ def time_decoding(decode, model, source, prompt_embeds, device: Device, num_time
         tokens.append(min(spent) / num_timed)
     memory = device.measure_peak_memory()
     return {"first_call": first_call, "prefill": prefill, "tokens": tokens, "memory": memory}
-
-
-class CapturedDecoding:
-    """Greedy decoding by a step that keeps its position in a tensor, so that one CUDA graph serves all tokens.
-
-    This is an experiment. It shows the cost of decoding if Python only starts the same graph again and again.
-
-    Args:
-        model (`EditARForConditionalGeneration`): The decoder.
-        forward (`Callable`): The forward of the decoder, compiled or not.
-        source, prompt_embeds (`torch.Tensor`): Source tokens and text states of the edits.
-        device (`Device`): The device.
-    """
-
-    def __init__(self, model, forward: Callable, source: torch.LongTensor, prompt_embeds: torch.Tensor, device: Device):
-        self.forward, self.tokens = forward, source.clone()
-        self.grid = dict.fromkeys(("grid_height", "grid_width"), model.config.grid_size)
-        model.compiled_decoding = CompiledDecoding(model.forward)  # compiles nothing, but keeps caches at one address
-        branches = select_branches(GUIDANCE_SCALE, 1)
-        runner = PassRunner(model, source, prompt_embeds, None, branches, self.grid)
-        logits = runner(self.tokens, None, [0])
-        model.compiled_decoding, self.cache = None, runner.cache
-        self.tokens[:, 0] = select_greedily(logits[:, :, 0].flatten(0, 1), GUIDANCE_SCALE)
-        self.num_text_tokens = model.config.num_text_tokens
-        self.position = torch.zeros(1, dtype=torch.long, device=source.device)
-        self.replay = device.capture(self.step)
-        self.position.zero_()
-
-    def step(self):
-        """Feed the token at the position, choose the next token, and advance the position."""
-        logits = self.forward(
-            target_image_tokens=self.tokens.index_select(1, self.position).repeat(2, 1),
-            **self.cache.start_pass(self.num_text_tokens + self.position, 1),
-            **self.grid,
-        ).logits
-        chosen = select_greedily(logits[:, -1].float(), GUIDANCE_SCALE)
-        self.position += 1
-        self.tokens.index_copy_(1, self.position, chosen[:, None])
-
-    def decode(self, num_tokens: int) -> torch.LongTensor:
-        """Decode the first `num_tokens` tokens again."""
-        self.position.zero_()
-        for _ in range(num_tokens - 1):
-            self.replay()
-        return self.tokens[:, :num_tokens]
-
-
-@torch.no_grad()
-def time_captured(model, forward, source, prompt_embeds, device: Device, num_timed: int) -> dict:
-    """Time `CapturedDecoding` like `time_decoding`, but without the prefill and at one place only."""
-    device.free_memory()
-    first_call, decoding = time_call(
-        lambda: CapturedDecoding(model, forward, source, prompt_embeds, device), device.name
-    )
-    decoding.decode(1 + num_timed)
-    # Every step reads all slots of the cache, so the time of a token is the same at all places.
-    spent = min(time_call(lambda: decoding.decode(1 + num_timed), device.name)[0] for _ in range(3))
-    memory = device.measure_peak_memory()
-    return {"first_call": first_call, "tokens": [spent / num_timed], "memory": memory}
 
 
 class BetweenTokens(StoppingCriteria):

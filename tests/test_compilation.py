@@ -2,11 +2,17 @@
 
 import copy
 import threading
+from collections import Counter
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from plain_decoding import draw_inputs
 from tiny import build_pipeline, build_transformer, draw_image, needs_compiler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from editar_hf.generation import decoding
 
 
 GRID_SIZE, NUM_TOKENS = 5, 25
@@ -21,6 +27,9 @@ class CountingBackend:
     def __call__(self, module, example_inputs):
         self.num_compilations += 1
         return module.forward
+
+
+SOURCE = draw_inputs(1, NUM_TOKENS, 9)["source_image_tokens"]
 
 
 @pytest.fixture
@@ -44,6 +53,11 @@ def draw_edit_mask(seed):
     return torch.rand(1, NUM_TOKENS, generator=torch.Generator().manual_seed(seed)) < 0.3
 
 
+def count_compiled(model):
+    """Count what was compiled, by the name of the function: a step, a pass of several tokens, a selection."""
+    return Counter(function.__name__ for function, _ in model.compiled_decoding.compiled)
+
+
 def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
     model, compiled = (build_transformer(GRID_SIZE, text_rotary="zero") for _ in range(2))
     compiled.compile_decoding(backend=backend)
@@ -57,7 +71,9 @@ def test_compiled_passes_give_the_same_tokens_without_compiling_again(backend):
     ]
     for seed, way in enumerate(ways):
         assert torch.equal(compiled.generate(**draw_call(seed), **way), model.generate(**draw_call(seed), **way))
-    assert backend.num_compilations == 2, "a pass of one token, and one of several"
+    # Sampled and greedy, with a mask and without one, and with top-k 5: only the selections are compiled again.
+    assert count_compiled(compiled) == {"compute_step_logits": 1, "forward": 1, "select_step_token": 4}
+    assert backend.num_compilations == 6
 
 
 @needs_compiler
@@ -70,7 +86,7 @@ def test_torchs_own_compiler_gives_the_same_tokens():
         how = {"do_sample": False, "grid_height": 4, "grid_width": 4}
         tokens, expected = (one.generate(**draw_call(seed, num_tokens=16), **how) for one in (compiled, model))
         assert torch.equal(tokens, expected)
-    assert len(compiled.compiled_decoding.compiled) == 1
+    assert count_compiled(compiled) == {"compute_step_logits": 1, "select_step_token": 1}
 
 
 def test_any_number_of_shapes_is_compiled(backend):
@@ -84,7 +100,86 @@ def test_any_number_of_shapes_is_compiled(backend):
         inputs = draw_call(0, batch_size, height * width)
         how |= {"do_sample": False, "grid_height": height, "grid_width": width}
         assert torch.equal(compiled.generate(**inputs, **how), model.generate(**inputs, **how))
-    assert backend.num_compilations == len(shapes) + 1, "one each, and two for the mask"
+    num_steps = {"compute_step_logits": len(shapes), "select_step_token": len(shapes)}
+    assert count_compiled(compiled) == {**num_steps, "forward": 1}, (
+        "one each, and a pass of several tokens for the mask"
+    )
+
+
+class OperationTape(TorchDispatchMode):
+    """Record operations and repeat them on the same tensors, without any Python of the step: what a CUDA graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a step waits for the device"
+        output = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, output))
+        return output
+
+    def replay(self):
+        for function, args, kwargs, output in self.calls:
+            again = function(*args, **kwargs)
+            for tensor, values in zip(tree_leaves(output), tree_leaves(again), strict=True):
+                if tensor.data_ptr() != values.data_ptr():  # neither a view nor changed in place
+                    tensor.copy_(values)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Capture steps on tapes instead of CUDA graphs."""
+    tapes = []
+
+    def capture(step, device):
+        step()
+        tapes.append(OperationTape())
+        with tapes[-1]:
+            step()
+        return tapes[-1].replay
+
+    monkeypatch.setattr(decoding, "capture_graph", capture)
+    return tapes
+
+
+def test_a_captured_step_serves_other_inputs_of_its_settings(tapes):
+    model, captured = (build_transformer(GRID_SIZE, text_rotary="zero") for _ in range(2))
+    captured.compile_decoding(disable=True)
+    sampled = [{}, {}, {"decoding": "speculative"}, {"source_cache": captured.prepare_source_cache(SOURCE)}]
+    masked = [{"edit_mask": draw_edit_mask(seed)} for seed in range(2)]
+    for seed, way in enumerate([*sampled, *masked]):
+        expected = model.generate(**draw_call(seed) | {"source_image_tokens": SOURCE}, **way)
+        assert torch.equal(captured.generate(**draw_call(seed) | {"source_image_tokens": SOURCE}, **way), expected)
+    assert len(tapes) == 2, "with a mask and without one"
+    assert torch.equal(captured.generate(**draw_call(7), top_k=3), model.generate(**draw_call(7), top_k=3))
+    assert torch.equal(captured.generate(**draw_call(8), top_k=3), model.generate(**draw_call(8), top_k=3))
+    assert len(tapes) == 3, "other settings are captured again, another source is not"
+
+
+def test_a_captured_step_is_not_used_after_adapters_or_weights_changed(tapes):
+    model = build_shallow_transformer()
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    layer = model.model.layers[0].self_attn.v_proj
+
+    def check(num_captured):
+        captured = model.generate(**draw_call(0))
+        compiled, model.compiled_decoding = model.compiled_decoding, None
+        assert torch.equal(captured, model.generate(**draw_call(0)))
+        model.compiled_decoding = compiled
+        assert len(tapes) == num_captured
+
+    model.compile_decoding(disable=True)
+    check(1)
+    layer.set_scale("default", 5.0)
+    check(2)
+    with peft_model.disable_adapter():
+        check(3)
+    check(4)
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.flip(0) + 1)
+    check(5)
+    model.lm_head.weight.data.mul_(-1)
+    check(5)
 
 
 def test_a_copy_of_a_compiled_model_decodes_without_compiled_passes(backend):
@@ -164,9 +259,10 @@ def test_pipeline_compiles_its_decoder(backend):
     pipe.compile(backend=backend)
     assert torch.equal(edit(), expected)
     assert torch.equal(edit(), expected)
-    assert backend.num_compilations == 1
+    assert backend.num_compilations == 2, "a step, and its selection"
     pipe.free_compiled_caches()
     assert not pipe.transformer.compiled_decoding.caches
+    assert not pipe.transformer.compiled_decoding.steps
 
 
 def test_the_old_name_of_compiling_still_works_with_a_warning(backend):

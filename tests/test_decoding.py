@@ -17,8 +17,12 @@ from plain_decoding import (
     select_row,
 )
 from tiny import NUM_CODES, NUM_TEXT_TOKENS, build_transformer
+from torch.overrides import TorchFunctionMode
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+
+from editar_hf.generation.decoding import TokenDecoder, decode_target_tokens
+from editar_hf.generation.sampling import DecodingSettings, TokenSelector, compute_noise_keys, select_branches
 
 
 NUM_TOKENS = 16
@@ -93,14 +97,16 @@ class RecordLogits(LogitsProcessor):
     ],
     ids=str,
 )
-def test_sources_and_the_null_image_are_run_once_and_each_token_is_one_forward(
+def test_sources_null_image_and_null_text_are_run_once_and_each_token_is_one_forward(
     model, change, source_rows, num_branches
 ):
     with PassRecorder(model) as recorder:
         output = generate(model, {**INPUTS, **GREEDY, **change})
     sources, (prompt, *steps) = recorder.passes[: len(source_rows)], recorder.passes[len(source_rows) :]
-    assert sources == [{"source_image_tokens": (rows, NUM_TOKENS)} for rows in source_rows]
-    assert prompt == {"prompt_embeds": (2 * num_branches, NUM_TEXT_TOKENS)}
+    null_text = {"prompt_embeds": NUM_TEXT_TOKENS} if num_branches > 1 else {}
+    segments = {"source_image_tokens": NUM_TOKENS, **null_text}
+    assert sources == [{name: (rows, length) for name, length in segments.items()} for rows in source_rows]
+    assert prompt == {"prompt_embeds": (2, NUM_TEXT_TOKENS)}
     assert steps == [{"target_image_tokens": (2 * num_branches, 1)}] * (NUM_TOKENS - 1)
     assert output.num_decode_steps == len(steps)
 
@@ -111,12 +117,12 @@ def test_a_mask_costs_a_pass_per_free_token_and_feeds_nothing_after_the_last(mod
     edit_mask[:, free] = True
     with PassRecorder(model) as recorder:
         output = generate(model, ROW, **GREEDY, edit_mask=edit_mask, generator=None)
-    assert output.num_decode_steps == len(free) - 1
-    _, text, *passes = recorder.passes
-    assert text.get("target_image_tokens", (2, 0)) == (2, free[0]), "forced first tokens go in with the text"
+    _, _, *passes = recorder.passes
+    assert output.num_decode_steps == len(passes)
     fed = [bring["target_image_tokens"][1] for bring in passes]
-    assert fed == [after - before for before, after in pairwise(free)]
-    assert recorder.num_logits == [1] * len(free), "the head runs where a token is chosen"
+    # The text chooses token 0 without a pass.
+    assert fed == [after - before for before, after in pairwise([0, *free]) if after > 0]
+    assert recorder.num_logits == [1, 1] + [1] * len(passes), "the head runs for the texts, and where a token is chosen"
 
 
 def test_a_mask_without_a_free_token_runs_nothing_and_keeps_the_source(model):
@@ -129,18 +135,18 @@ def test_a_mask_without_a_free_token_runs_nothing_and_keeps_the_source(model):
 def test_a_speculative_pass_on_a_cpu_brings_eight_drafts(model):
     with PassRecorder(model) as recorder:
         generate(model, ROW, **GREEDY, decoding="speculative", generator=None)
-    assert recorder.passes[1]["target_image_tokens"] == (2, 8), "for each branch"
+    assert recorder.passes[2]["target_image_tokens"] == (2, 9), "for each branch: a token and its drafts"
 
 
 @pytest.mark.parametrize(
     ("exceptions", "num_decode_steps"),
-    [((), 3), ((2,), 3), ((4,), 3), ((3, 9), 4)],
-    ids=["all hold", "one fails in the text pass", "one fails where a pass ends", "two fail"],
+    [((), 3), ((2,), 4), ((5,), 3), ((3, 9), 5)],
+    ids=["all hold", "one fails", "one fails where a pass ends", "two fail"],
 )
 def test_drafts_that_hold_save_passes(model, exceptions, num_decode_steps):
-    """With four drafts a pass decides up to five tokens: 0–4, 5–9, 10–14 and 15, unless a draft fails before.
+    """With four drafts a pass decides up to five tokens: 1–5, 6–10 and 11–15, unless a draft fails before.
 
-    With 3 and 9 changed: 0–3, 4–8, 9, 10–14 and 15. The first of these belongs to the text.
+    With 3 and 9 changed: 1–3, 4–8, 9, 10–14 and 15. The text decides token 0.
     """
     how = {"decoding": "speculative", "num_draft_tokens": 4, "generator": None}
     output = generate(model, ROW, **GREEDY, **how, logits_processor=[PreferSource(exceptions=exceptions)])
@@ -168,7 +174,37 @@ def test_what_was_chosen_after_a_failed_draft_is_the_next_draft():
     how = {"decoding": "speculative", "num_draft_tokens": NUM_TOKENS, "generator": seed_generators(1)}
     output = generate(model, wrong_everywhere, **how)
     assert torch.equal(output.sequences, target)
-    assert output.num_decode_steps == 1
+    assert output.num_decode_steps == 2
+
+
+class WaitCounter(TorchFunctionMode):
+    """Count calls that would wait for a GPU."""
+
+    WAITS = frozenset({"item", "cpu", "numpy", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__"})
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in self.WAITS:
+            self.waits.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_drafts", [0, 5], ids=["exact", "drafts"])
+def test_decoding_reads_nothing_from_the_device_between_two_tokens(model, num_drafts):
+    settings, cpu = DecodingSettings(top_k=5, top_p=0.9), torch.device("cpu")
+    selector = TokenSelector(settings, 1, [], cpu, compute_noise_keys(torch.arange(2), NUM_TOKENS), draw_mask(3, 4))
+    arguments = None, select_branches(3.0, 1), {"grid_height": 4, "grid_width": 4}, SOURCE.clone(), selector
+    decoder = TokenDecoder(model, SOURCE, INPUTS["prompt_embeds"], *arguments)
+    with torch.no_grad():
+        tokens = decode_target_tokens(decoder, range(NUM_TOKENS), num_drafts)
+        next(tokens)
+        with WaitCounter() as counter:
+            assert len(list(tokens)) == NUM_TOKENS - 1
+    # Speculative decoding reads once in a pass how many drafts hold.
+    assert counter.waits == ["__int__"] * (decoder.num_passes if num_drafts else 0)
 
 
 # Processors, criteria, streamer
@@ -263,7 +299,13 @@ def test_images_of_one_source_share_its_prefill_and_get_the_tokens_they_get_alon
     how = {"image_guidance_scale": 1.6}
     with PassRecorder(model) as recorder:
         together = model.generate(source, prompts, **how, generator=seed_generators(1, 2, 3, 4))
-    assert recorder.passes[:2] == [{"source_image_tokens": (rows, NUM_TOKENS)} for rows in (num_sources, 1)]
+    assert recorder.passes[:3] == [
+        *(
+            {"source_image_tokens": (rows, NUM_TOKENS), "prompt_embeds": (rows, NUM_TEXT_TOKENS)}
+            for rows in (num_sources, 1)
+        ),
+        {"prompt_embeds": (4, NUM_TEXT_TOKENS)},
+    ]
     assert recorder.cache.layers[0].keys.shape[::2] == (12, NUM_TEXT_TOKENS + NUM_TOKENS - 1)
     assert [len(source.keys[0]) for source in recorder.cache.sources] == [num_sources, 1], "stored once"
     for row in range(4):
@@ -299,11 +341,10 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_forward(model):
         assert recorder.passes == []
 
 
-def test_a_cache_outlives_other_threads_another_head_and_a_file(tmp_path):
+def test_a_cache_outlives_other_threads_and_a_file(tmp_path):
     model = build_transformer()
     torch.save(model.prepare_source_cache(SOURCE), tmp_path / "cache.pt")
     cache = torch.load(tmp_path / "cache.pt", weights_only=False)
-    torch.nn.init.normal_(model.lm_head.weight)
     try:
         torch.set_num_threads(2)
         tokens = model.generate(**PROMPTS, **GREEDY, source_cache=cache)

@@ -33,7 +33,13 @@ def test_every_benchmark_runs_in_the_rehearsal(tmp_path):
     assert not [finding for finding in results["parity"].values() if finding.startswith("FAILED")]
     page = (tmp_path / "generation-gpu.md").read_text()
     assert page.startswith("# Decoding on a GPU: rehearsal")
-    for system in ("published style", "library", "editar_hf", "editar_hf, compiled", "editar_hf, captured"):
+    for system in (
+        "published style",
+        "library",
+        "editar_hf",
+        "editar_hf, captured",
+        "editar_hf, compiled and captured",
+    ):
         assert f"| 1 | 1 | {system} |" in page
 
 

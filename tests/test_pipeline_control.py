@@ -63,7 +63,7 @@ def test_tokens_outside_the_mask_are_the_sources_and_a_pass_is_run_for_each_insi
     edit_mask[:, FREE] = True
     assert torch.equal(output.image_tokens[~edit_mask], source[~edit_mask])
     assert not torch.equal(output.image_tokens, source)
-    assert output.num_decode_steps == len(FREE) - 1
+    assert output.num_decode_steps == len(FREE)
     how = {"edit_mask": edit_mask, "generator": seeded()}
     with torch.no_grad():
         assert torch.equal(output.image_tokens, pipe.transformer.generate(source, pipe.encode_prompt(PROMPT), **how))

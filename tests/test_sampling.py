@@ -138,7 +138,7 @@ def test_sampled_frequencies_are_the_probabilities(temperature, top_k, top_p):
     weights = np.exp(filter_naively(logits.double().numpy(), temperature, top_k, top_p))
     probabilities = torch.as_tensor(weights / weights.sum())
     settings = DecodingSettings(guidance_scale=1.0, temperature=temperature, top_k=top_k, top_p=top_p)
-    selector = TokenSelector(settings, 1, [], compute_noise_keys(torch.arange(num_samples), 1))
+    selector = TokenSelector(settings, 1, [], torch.device("cpu"), compute_noise_keys(torch.arange(num_samples), 1))
     tokens = selector(logits.expand(1, num_samples, 1, -1), torch.empty(num_samples, 0, dtype=torch.long), [0])[:, 0]
     counts = torch.bincount(tokens, minlength=12).double()
     possible = probabilities > 0

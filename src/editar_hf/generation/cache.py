@@ -1,9 +1,9 @@
 """The key-value caches of decoding, and the attention function that reads them.
 
 The source image comes first in the sequence and attention is causal. Therefore the keys and values of a source do not
-depend on the instruction, the seed or the guidance branch. `SourceCache` holds them once. `DecodingCache` holds, for
-each row of a batch, the keys and values of its text and of its target tokens. The attention function reads both caches
-without copying the source to every row.
+depend on the instruction, the seed or the guidance branch. `SourceCache` holds them once, with those of the null text
+after the source. `DecodingCache` holds, for each row of a batch, the keys and values of its text and of its target
+tokens. The attention function reads both caches without copying the source to every row.
 
 Source: Hydragen (arXiv 2402.05099), attention over a shared prefix and a part of each row.
 """
@@ -11,10 +11,11 @@ Source: Hydragen (arXiv 2402.05099), attention over a shared prefix and a part o
 import math
 import re
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from ..configuration_editar import EditARConfig
@@ -29,6 +30,28 @@ ADAPTER_PARAMETER = re.compile(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)")
 
 
 @dataclass
+class TextCache:
+    """Hold the keys and values of texts after their sources, and the logits of the first target token.
+
+    Args:
+        keys, values (`list[torch.Tensor]`): One tensor `(texts, heads, num_text_tokens, head_dim)` for each layer.
+        logits (`torch.Tensor` of shape `(texts, vocab_size)`): Logits of the first target token, in float32.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    logits: torch.Tensor
+
+    def expand(self, num_texts: int) -> "TextCache":
+        """Repeat each text, so that there are `num_texts`; all repetitions of a text follow each other."""
+        repeats = num_texts // len(self.logits)
+        keys, values = (
+            [states.repeat_interleave(repeats, dim=0) for states in layers] for layers in (self.keys, self.values)
+        )
+        return TextCache(keys, values, self.logits.repeat_interleave(repeats, dim=0))
+
+
+@dataclass
 class SourceCache:
     """Hold the keys and values of source images. `prepare_source_cache` creates it.
 
@@ -36,6 +59,8 @@ class SourceCache:
         source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Tokens of the source images.
         keys, values (`list[torch.Tensor]`): One tensor `(sources, heads, N, head_dim)` for each layer.
         grid_height, grid_width (`int`): Tokens per column and per row.
+        null_text (`TextCache`, *optional*): The null text after each source, which guidance needs unless there is a
+            negative prompt.
         weight_samples (`dict[str, list[float]]`): A few numbers of each parameter of the decoder. `generate` refuses a
             cache if the decoder's numbers differ, because the weights, the adapters or their scales have changed since
             the cache was created. It may not notice a change of few numbers, such as one embedding. After `unfuse_lora`
@@ -51,6 +76,7 @@ class SourceCache:
     values: list[torch.Tensor]
     grid_height: int
     grid_width: int
+    null_text: TextCache | None = None
     weight_samples: dict[str, list[float]] = field(default_factory=dict)
     pixel_values: torch.Tensor | None = None
     num_rows: int = 0
@@ -80,37 +106,74 @@ class SourceCache:
 
 
 def compute_source_cache(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     source_image_tokens: torch.Tensor,
     grid: dict[str, int],
-    drop_source: torch.Tensor | None = None,
+    is_null_image: bool = False,
+    with_null_text: bool = True,
 ) -> SourceCache:
-    """Compute the keys and values of source images; those whose `drop_source` is True are the null image."""
-    outputs = model(source_image_tokens=source_image_tokens, drop_source=drop_source, use_cache=True, **grid)
+    """Compute the keys and values of source images, or of the null image, and of the null text after each of them."""
+    num_sources, num_tokens = source_image_tokens.shape
+    drop = torch.ones(num_sources, dtype=torch.bool, device=source_image_tokens.device)
+    inputs: dict[str, Any] = {"drop_source": drop} if is_null_image else {}
+    if with_null_text:
+        any_text = drop.new_zeros(num_sources, model.config.num_text_tokens, model.config.text_hidden_size)
+        inputs |= {"prompt_embeds": any_text.to(model.dtype), "drop_prompt": drop, "logits_to_keep": 1}
+    outputs = model(source_image_tokens=source_image_tokens, use_cache=True, **inputs, **grid)
     keys = [layer.keys for layer in outputs.cache.layers]
     values = [layer.values for layer in outputs.cache.layers]
-    return SourceCache(source_image_tokens, keys, values, grid["grid_height"], grid["grid_width"])
+    null_text = None
+    if with_null_text:
+        text_keys, text_values = ([states[:, :, num_tokens:] for states in layers] for layers in (keys, values))
+        null_text = TextCache(text_keys, text_values, outputs.logits[:, -1].float())
+        keys, values = ([states[:, :, :num_tokens] for states in layers] for layers in (keys, values))
+    return SourceCache(source_image_tokens, keys, values, grid["grid_height"], grid["grid_width"], null_text)
+
+
+def compute_text_cache(
+    model: PreTrainedModel, sources: list[SourceCache], prompt_embeds: torch.Tensor, grid: dict[str, int]
+) -> TextCache:
+    """Compute the keys and values of texts, `(rows, num_text_tokens, text_hidden_size)`, after the rows' sources."""
+    cache = DecodingCache(model.config, sources, num_target_slots=0)
+    inputs = cache.start_pass(0, model.config.num_text_tokens)
+    logits = model(prompt_embeds=prompt_embeds, logits_to_keep=1, **inputs, **grid).logits
+    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+    return TextCache(keys, values, logits[:, -1].float())
+
+
+def describe_adapters(decoder: torch.nn.Module) -> dict[tuple[str, str], float]:
+    """Return the scale of each active adapter in each layer, by the layer's path and the adapter's name."""
+    scales: dict[tuple[str, str], float] = {}
+    for path, module in decoder.named_modules():
+        if hasattr(module, "adapter_layer_names") and not (module.disable_adapters or getattr(module, "merged", False)):
+            scaling = getattr(module, "scaling", {})
+            scales |= {(path, name): scaling.get(name, 1.0) for name in module.active_adapters}
+    return scales
 
 
 def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
-    """Read about 32 numbers of every parameter, and the scales of active adapters, without running the decoder.
+    """Read about 32 numbers of every parameter and buffer, and the scales of active adapters.
 
     The numbers are the same on every device and in every process. Parameters on the meta device, as under sequential
     offload, give an empty list.
     """
-    samples: dict[str, list[float]] = {}
-    active: set[str] = set()
-    for path, module in decoder.named_modules():
-        if hasattr(module, "adapter_layer_names") and not (module.disable_adapters or getattr(module, "merged", False)):
-            active.update(module.active_adapters)
-            scales = getattr(module, "scaling", {})
-            samples |= {f"{path}: {name}": [scales[name]] for name in module.active_adapters if name in scales}
-    for name, parameter in decoder.named_parameters():
+    adapters = describe_adapters(decoder)
+    active = {name for _, name in adapters}
+    samples = {f"{path}: {name}": [scale] for (path, name), scale in adapters.items()}
+    picked: dict[str, torch.Tensor] = {}
+    for name, weight in chain(decoder.named_parameters(), decoder.named_buffers()):
         adapter = ADAPTER_PARAMETER.search(name)
         if adapter is None or adapter[1] in active:
-            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 32)]
+            values = weight.detach().flatten()[:: max(1, weight.numel() // 32)]
             name = name.replace(".base_layer", "").replace(".original_module", "")
-            samples[name] = [] if parameter.is_meta else values.tolist()
+            samples[name] = []
+            if not weight.is_meta:
+                picked[name] = values.float()
+    # One copy for each device, because every copy waits for the device.
+    for device in {values.device for values in picked.values()}:
+        on_device = {name: values for name, values in picked.items() if values.device == device}
+        numbers = torch.cat(list(on_device.values())).cpu().split([len(values) for values in on_device.values()])
+        samples |= {name: values.tolist() for name, values in zip(on_device, numbers, strict=True)}
     return samples
 
 
@@ -140,6 +203,14 @@ class DecodingCache(Cache):
         for own, given in zip(self.sources, sources, strict=True):
             for buffer, states in zip(own.keys + own.values, given.keys + given.values, strict=True):
                 buffer.copy_(states)
+
+    def write_texts(self, texts: list[TextCache]) -> None:
+        """Write the keys and values of the texts of all rows, before the first pass with target tokens."""
+        for index, layer in enumerate(self.layers):
+            keys = torch.cat([text.keys[index] for text in texts])
+            values = torch.cat([text.values[index] for text in texts])
+            num_slots = keys.shape[2]
+            layer.keys[:, :, :num_slots], layer.values[:, :, :num_slots] = keys, values
 
     def start_pass(self, start: int | torch.Tensor, num_new: int) -> dict:
         """Prepare for a pass that writes `num_new` slots from `start` on; return its arguments for `forward`.
@@ -174,7 +245,8 @@ def copy_source(source: SourceCache) -> SourceCache:
     keys, values = ([states.clone() for states in layers] for layers in (source.keys, source.values))
     for states in (*keys, *values):
         torch._dynamo.mark_static_address(states)
-    return replace(source, keys=keys, values=values)
+    # The null text would keep all keys and values of the original in memory.
+    return replace(source, keys=keys, values=values, null_text=None)
 
 
 def attend_to_sources(

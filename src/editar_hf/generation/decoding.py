@@ -1,6 +1,7 @@
 """The decoding loop for exact, masked and speculative decoding, its decoder passes, and their compilation.
 
-A pass feeds the last accepted token and the proposed tokens after it. Proposed tokens are of two kinds: tokens outside
+The first passes feed the source images and the texts, and give the logits of the first target token. Every later pass
+feeds the last accepted token and the proposed tokens after it. Proposed tokens are of two kinds: tokens outside
 the edit mask, which are known (forced), and drafts of speculative decoding. A draft is right if it equals the token
 that the logits before it choose. The first wrong draft is replaced by the chosen token, and the next pass starts there.
 Forced tokens are always right. The sampling noise of each position is fixed, so the result is the same as with one
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..configuration_editar import EditARConfig
-from .cache import DecodingCache, SourceCache, compute_source_cache
+from .cache import DecodingCache, SourceCache, compute_source_cache, compute_text_cache, describe_adapters
 from .sampling import GuidanceBranch, TokenSelector, as_index
 
 
@@ -36,37 +37,31 @@ COMPILED_LENGTHS = (1, 1 + NUM_DRAFT_TOKENS)
 
 
 def decode_target_tokens(
-    run_pass: Callable[[torch.Tensor, int | None, Sequence[int]], torch.Tensor],
-    select_tokens: TokenSelector,
-    tokens: torch.Tensor,
-    free_positions: Sequence[int],
-    num_draft_tokens: int,
+    decoder: "TokenDecoder", free_positions: Sequence[int], num_draft_tokens: int
 ) -> Iterator[torch.Tensor]:
-    """Decode the free positions of `tokens`, `(batch, N)`, in place. Yield the first T tokens, for T = 1 … N.
+    """Decode the free positions of `decoder.tokens`, `(batch, N)`. Yield the first T tokens, for T = 1 … N.
 
     Args:
-        run_pass (`Callable`): `run_pass(tokens, start, positions)` feeds the target tokens from `start` to the last
-            position, which is not included. If `start` is None, it feeds the text and then all tokens before that
-            position. It returns the logits of the tokens at `positions`, `(branches, batch, positions, vocab_size)` in
-            float32.
-        select_tokens (`TokenSelector`): Chooses tokens from logits.
-        tokens (`torch.LongTensor`): The forced tokens, and the first drafts at the free positions.
+        decoder (`TokenDecoder`): Chooses tokens. Its `tokens` hold the forced tokens, and first drafts at the free
+            positions.
         free_positions (sequence of `int`): Positions to decode, in ascending order.
         num_draft_tokens (`int`): Largest number of drafts in a pass; 0 in exact decoding.
     """
-    start, num_decided, num_known, num_tokens = None, 0, 0, tokens.shape[1]
+    start, num_decided, num_known, num_tokens = 0, 0, 0, decoder.tokens.shape[1]
     while True:
         # All tokens before the next free position are now known.
         next_free = free_positions[num_decided] if num_decided < len(free_positions) else num_tokens
-        yield from (tokens[:, :count] for count in range(num_known + 1, next_free + 1))
+        yield from (decoder.tokens[:, :count] for count in range(num_known + 1, next_free + 1))
         num_known = next_free
         if num_known == num_tokens:
             return
         # Forced tokens after the last free token are never fed, because no logits after it are needed.
         window = free_positions[num_decided : num_decided + 1 + num_draft_tokens]
-        chosen = select_tokens(run_pass(tokens, start, window), tokens, window)
-        num_accepted = count_accepted(chosen, tokens, window)
-        tokens[:, as_index(window[: chosen.shape[1]])] = chosen
+        if window[0] == 0:  # The text chooses the first token, without a pass.
+            window = window[:1]
+        chosen = decoder.choose(start, window)
+        num_accepted = count_accepted(chosen, decoder.tokens, window)
+        decoder.tokens[:, as_index(window[: chosen.shape[1]])] = chosen
         start = window[num_accepted - 1]
         num_decided += num_accepted
 
@@ -81,10 +76,11 @@ def count_accepted(chosen: torch.Tensor, tokens: torch.Tensor, window: Sequence[
 
 
 @dataclass
-class PassRunner:
-    """Run the passes of the decoding loop for all guidance branches. The first pass also feeds the source and the text.
+class TokenDecoder:
+    """Choose target tokens: run the passes of all guidance branches, and select tokens by their logits.
 
-    `source` holds the tokens of the source images, or their cache, or None for the null image.
+    `source` holds the tokens of the source images, or their cache, or None for the null image. `tokens`, `(batch, N)`,
+    holds the accepted tokens and the proposed tokens after them.
     """
 
     model: PreTrainedModel
@@ -93,74 +89,104 @@ class PassRunner:
     negative_prompt_embeds: torch.Tensor | None
     branches: list[GuidanceBranch]
     grid: dict[str, int]
+    tokens: torch.Tensor
+    select_tokens: TokenSelector
 
     def __post_init__(self) -> None:
         self.compiled: CompiledDecoding | None = self.model.compiled_decoding
-        self.num_image_tokens = self.grid["grid_height"] * self.grid["grid_width"]
         self.cache: DecodingCache | None = None
+        self.first_logits: torch.Tensor | None = None
+        self.step: CompiledStep | None = None
         self.num_passes = 0
 
-    def __call__(self, tokens: torch.Tensor, start: int | None, positions: Sequence[int]) -> torch.Tensor:
-        """Run one pass, see `decode_target_tokens`; return logits `(branches, batch, positions, vocab_size)`."""
-        stop, num_text_tokens = positions[-1], self.model.config.num_text_tokens
-        first_slot, first_predicted = (0, 0) if start is None else (num_text_tokens + start, start + 1)
-        num_new = num_text_tokens + stop - first_slot
-        fed = tokens[:, start:stop].repeat(len(self.branches), 1)
-        kept = [position - first_predicted for position in positions]
+    def choose(self, start: int, window: Sequence[int]) -> torch.Tensor:
+        """Choose the tokens at the positions of `window`, after a pass over the target tokens from `start` on.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, positions)`. With logits processors, the choices may end early.
+        """
+        if self.first_logits is None:
+            self.cache, self.first_logits = self.prefill()
+        num_new = window[-1] - start
+        if num_new == 0:
+            return self.select_tokens(self.first_logits[:, :, None], self.tokens, window)
         self.num_passes += 1
-        if self.cache is None:
-            self.cache = self.build_cache()
-        lengths = [length for length in COMPILED_LENGTHS if num_new <= length < self.num_image_tokens]
-        compiled = self.compiled if start is not None and lengths else None
-        length = num_new if compiled is None else lengths[0]
-        inputs = self.cache.start_pass(first_slot, length) | self.grid
-        if compiled is not None:
-            logits = compiled.run(target_image_tokens=F.pad(fed, (0, length - num_new)), **inputs)
+        if self.compiled is not None and num_new == len(window) == 1 and not self.select_tokens.logits_processor:
+            if self.step is None:
+                self.step = self.compiled.take_step(self)
+            return self.step(start)
+        return self.select_tokens(self.run_pass(start, window), self.tokens, window)
+
+    def run_pass(self, start: int, window: Sequence[int]) -> torch.Tensor:
+        """Feed the tokens from `start` to the last position of the window, which is not included.
+
+        Returns:
+            `torch.Tensor` of shape `(branches, batch, positions, vocab_size)`: The float32 logits of the tokens at the
+            positions of the window.
+        """
+        assert self.cache is not None
+        fed = self.tokens[:, start : window[-1]].repeat(len(self.branches), 1)
+        num_new, first_slot = fed.shape[1], self.model.config.num_text_tokens + start
+        kept = [position - start - 1 for position in window]
+        # `forward` leaves out the last token of the grid.
+        lengths = [length for length in COMPILED_LENGTHS if num_new <= length < self.tokens.shape[1]]
+        if self.compiled is not None and lengths:
+            inputs = self.cache.start_pass(first_slot, lengths[0]) | self.grid
+            logits = self.compiled.run(target_image_tokens=F.pad(fed, (0, lengths[0] - num_new)), **inputs)
             # A copy is needed, because the next pass overwrites these logits.
             logits = logits[:, as_index(kept)].to(torch.float32, copy=True)
         else:
-            inputs |= self.prepare_text_rows() if start is None else {}
-            inputs |= {"target_image_tokens": fed} if stop > 0 else {}
-            inputs["logits_to_keep"] = 1 if len(kept) == 1 else torch.tensor(kept, device=tokens.device)
-            logits = self.model(**inputs).logits.float()
+            inputs = self.cache.start_pass(first_slot, num_new) | self.grid
+            to_keep = 1 if len(kept) == 1 else torch.tensor(kept, device=fed.device)
+            logits = self.model(target_image_tokens=fed, logits_to_keep=to_keep, **inputs).logits.float()
         return logits.unflatten(0, (len(self.branches), -1))
 
-    def close(self) -> None:
-        """Keep a static cache for the next call with the same shapes."""
-        if self.cache is not None and self.compiled is not None:
-            self.compiled.caches[describe_sources(self.cache.sources)] = self.cache
-
-    def build_cache(self) -> DecodingCache:
-        """Compute the keys and values of the sources, and allocate a cache for the text and the target tokens.
+    def prefill(self) -> tuple[DecodingCache, torch.Tensor]:
+        """Compute the keys and values of the sources and the texts, and the logits of the first target token.
 
         Each different source runs through the decoder once, and so does the null image if a branch needs it. All rows
-        can share the result, because attention is causal and the text comes after the source.
-        """
-        num_images, sources = len(self.prompt_embeds), []
-        # Branches without the source come last.
-        num_null_rows = num_images * sum(branch.drop_source for branch in self.branches)
-        num_source_rows = num_images * len(self.branches) - num_null_rows
-        if self.source is not None:
-            cache = self.source
-            if not isinstance(cache, SourceCache):
-                cache = compute_source_cache(self.model, find_sources(cache), self.grid)
-            sources.append(replace(cache, num_rows=num_source_rows, num_images=num_images))
-        if num_null_rows:
-            tokens = torch.zeros(1, self.num_image_tokens, dtype=torch.long, device=self.prompt_embeds.device)
-            null = compute_source_cache(self.model, tokens, self.grid, drop_source=torch.ones_like(tokens[:, 0]).bool())
-            sources.append(replace(null, num_rows=num_null_rows, num_images=num_images))
-        arguments = self.model.config, sources, self.num_image_tokens - 1  # The last token is never fed.
-        return DecodingCache(*arguments) if self.compiled is None else self.compiled.take_cache(*arguments)
+        can share the result, because attention is causal and the text comes after the source. The null text is part of
+        these passes. Another pass runs the prompts and, if there are any, the negative prompts.
 
-    def prepare_text_rows(self) -> dict[str, torch.Tensor]:
-        """Prepare the text of each branch. Branches without the prompt get the negative prompt or the null text."""
-        drops = [branch.drop_prompt for branch in self.branches]
+        Returns:
+            `tuple`: A cache for the target tokens, and the logits, `(branches, batch, vocab_size)`.
+        """
+        num_images, num_image_tokens = self.tokens.shape
+        prompts = [self.prompt_embeds]
         if self.negative_prompt_embeds is not None:
-            texts = [self.negative_prompt_embeds if drop else self.prompt_embeds for drop in drops]
-            return {"prompt_embeds": torch.cat(texts)}
-        rows = self.prompt_embeds.repeat(len(drops), 1, 1)
-        drop_prompt = torch.tensor(drops, device=rows.device).repeat_interleave(len(self.prompt_embeds))
-        return {"prompt_embeds": rows, "drop_prompt": drop_prompt}
+            prompts += [self.negative_prompt_embeds] * (len(self.branches) - 1)
+        run_branches, null_branches = self.branches[: len(prompts)], self.branches[len(prompts) :]
+        needs_null_text = len(null_branches) > 0
+        sources: dict[bool, SourceCache] = {}  # by `drop_source` of the branches that read them
+        if isinstance(self.source, SourceCache):
+            sources[False] = self.source
+        elif self.source is not None:
+            different = find_sources(self.source)
+            sources[False] = compute_source_cache(self.model, different, self.grid, with_null_text=needs_null_text)
+        if self.branches[-1].drop_source:
+            null = torch.zeros_like(self.tokens[:1])
+            sources[True] = compute_source_cache(self.model, null, self.grid, True, needs_null_text)
+
+        def assign_rows(branches: list[GuidanceBranch]) -> list[SourceCache]:
+            """List the sources that some branches read, with the numbers of their rows."""
+            counts = {drop: num_images * sum(branch.drop_source == drop for branch in branches) for drop in sources}
+            return [replace(sources[drop], num_rows=n, num_images=num_images) for drop, n in counts.items() if n]
+
+        texts = [compute_text_cache(self.model, assign_rows(run_branches), torch.cat(prompts), self.grid)]
+        for branch in null_branches:
+            null_text = sources[branch.drop_source].null_text
+            assert null_text is not None
+            texts.append(null_text.expand(num_images))
+        arguments = self.model.config, assign_rows(self.branches), num_image_tokens - 1  # The last token is never fed.
+        cache = DecodingCache(*arguments) if self.compiled is None else self.compiled.take_cache(*arguments)
+        cache.write_texts(texts)
+        logits = torch.cat([text.logits for text in texts])
+        return cache, logits.unflatten(0, (len(self.branches), -1))
+
+    def close(self) -> None:
+        """Keep what is compiled for this shape for the next call."""
+        if self.cache is not None and self.compiled is not None:
+            self.compiled.keep(self.cache, self.step)
 
 
 def find_sources(source_image_tokens: torch.Tensor) -> torch.Tensor:
@@ -170,14 +196,19 @@ def find_sources(source_image_tokens: torch.Tensor) -> torch.Tensor:
 
 
 class CompiledDecoding:
-    """Hold the compiled passes of a decoder and their static caches, one for each shape.
+    """Hold what is compiled for a decoder, and its static caches, one for each shape.
 
-    Two kinds of passes are rare and therefore not compiled: the first pass, with the text, and passes with many forced
-    tokens. Every other pass is padded to one of `COMPILED_LENGTHS`. The next pass overwrites the slots of the padding.
+    A step decodes one token, see `CompiledStep`. Speculative decoding, logits processors and short runs of forced
+    tokens use compiled passes, which are padded to one of `COMPILED_LENGTHS`. The next pass overwrites the slots of the
+    padding. The first passes, and passes with many forced tokens, are rare and therefore not compiled.
 
     A call takes the cache of its shape and returns it at its end. If a second thread decodes the same shape at the
-    same time, it gets a new cache; the cache that is returned last is kept. A copy of a decoder has no compiled
-    passes, because they use the weights of the original.
+    same time, it gets a new cache; the cache that is returned last is kept. A copy of a decoder has nothing compiled,
+    because compiled code uses the weights of the original.
+
+    Args:
+        forward (`Callable`): The forward of the decoder.
+        options: Options of `torch.compile`.
     """
 
     def __init__(self, forward: Callable, **options: Any) -> None:
@@ -185,19 +216,25 @@ class CompiledDecoding:
         self.options = options
         self.compiled: dict[tuple, Callable] = {}
         self.caches: dict[tuple, DecodingCache] = {}
+        self.steps: dict[tuple, CompiledStep] = {}
+        # These modes of torch.compile make CUDA graphs of their own.
+        self.captures_steps = options.get("mode") not in ("reduce-overhead", "max-autotune")
 
     def __reduce__(self) -> tuple:
         """Copy and pickle this object as None."""
         return type(None), ()
 
+    def call(self, function: Callable, key: tuple, **inputs: Any) -> Any:
+        """Call a function, compiled for this key. The key describes all inputs that compiled code depends on."""
+        if (function, key) not in self.compiled:
+            self.compiled[function, key] = compile_apart(function, **self.options)
+        return self.compiled[function, key](**inputs)
+
     def run(self, **inputs: Any) -> torch.Tensor:
-        """Run `forward`, compiled for the shapes of these inputs, and return its logits."""
-        key = describe_sources(inputs["sources"]), inputs["target_image_tokens"].shape
-        key += inputs["grid_height"], inputs["grid_width"]
-        if key not in self.compiled:
-            self.compiled[key] = compile_apart(self.forward, **self.options)
+        """Run the decoder, compiled for the shapes of these inputs, and return its logits."""
         torch.compiler.cudagraph_mark_step_begin()
-        return self.compiled[key](**inputs).logits
+        key = describe_sources(inputs["sources"]), inputs["target_image_tokens"].shape
+        return self.call(self.forward, (*key, inputs["grid_height"], inputs["grid_width"]), **inputs).logits
 
     def take_cache(self, config: EditARConfig, sources: list[SourceCache], num_target_slots: int) -> DecodingCache:
         """Take the cache of this shape and copy the sources into it. If there is none, make a new cache."""
@@ -207,8 +244,118 @@ class CompiledDecoding:
         cache.reuse(sources)
         return cache
 
+    def take_step(self, decoder: TokenDecoder) -> "CompiledStep":
+        """Take the step of this shape and prepare it for this call. If there is none, make a new step."""
+        assert decoder.cache is not None
+        step = self.steps.pop(describe_sources(decoder.cache.sources), None)
+        if step is None or not step.reuse(decoder):
+            return CompiledStep(self, decoder)
+        return step
 
-def compile_apart(forward: Callable, **options: Any) -> Callable:
+    def keep(self, cache: DecodingCache, step: "CompiledStep | None") -> None:
+        """Keep a cache and a step for the next call with the same shapes."""
+        key = describe_sources(cache.sources)
+        self.caches[key] = cache
+        if step is not None:
+            self.steps[key] = step
+
+
+class CompiledStep:
+    """Decode one token: feed the token before it, select it, and write it. On a GPU, a step is one CUDA graph.
+
+    A CUDA graph reads and writes fixed addresses, and repeats what Python decided when it was captured. Therefore the
+    step owns the tokens, the noise keys and the mask of a call, and those of the next call are copied to it. After a
+    change of the weights' addresses or of the adapters, the step is not used again.
+    """
+
+    def __init__(self, compiled: CompiledDecoding, decoder: TokenDecoder) -> None:
+        assert decoder.cache is not None
+        self.compiled, self.cache = compiled, decoder.cache
+        self.tokens, self.select_tokens = decoder.tokens, decoder.select_tokens
+        self.num_branches, self.grid = len(decoder.branches), decoder.grid
+        self.num_text_tokens = decoder.model.config.num_text_tokens
+        self.key = describe_sources(self.cache.sources), self.num_branches, *self.grid.values()
+        self.weights = describe_weights(decoder.model)
+        self.start = torch.zeros(1, dtype=torch.long, device=self.tokens.device)
+        self.replay: Callable[[], Any] | None = None
+        selector = self.select_tokens
+        for buffer in (self.start, self.tokens, selector.noise_keys, selector.edit_mask, selector.sum_of_highest):
+            if buffer is not None:
+                torch._dynamo.mark_static_address(buffer)
+
+    def __call__(self, start: int) -> torch.Tensor:
+        """Decode the token after position `start`; return it as `(batch, 1)`."""
+        self.start.fill_(start)
+        if self.replay is None:
+            self.replay = capture_graph(self.run, self.start.device) if self.compiled.captures_steps else self.run
+        self.replay()
+        return self.tokens[:, start + 1 : start + 2]
+
+    def run(self) -> None:
+        """Run the step once. Running it again changes nothing."""
+        torch.compiler.cudagraph_mark_step_begin()
+        inputs = {"cache": self.cache, "tokens": self.tokens, "start": self.start, "grid": self.grid}
+        sizes = {"num_branches": self.num_branches, "num_text_tokens": self.num_text_tokens}
+        logits = self.compiled.call(compute_step_logits, self.key, forward=self.compiled.forward, **inputs, **sizes)
+        selection = {"select_tokens": self.select_tokens, "tokens": self.tokens, "start": self.start}
+        self.compiled.call(select_step_token, self.key + self.select_tokens.describe(), logits=logits, **selection)
+
+    def reuse(self, decoder: TokenDecoder) -> bool:
+        """Prepare this step for another call. Return False if it does not fit the call."""
+        own, given = self.select_tokens, decoder.select_tokens
+        has_same_inputs = self.cache is decoder.cache and self.grid == decoder.grid
+        if not has_same_inputs or own.describe() != given.describe() or self.weights != describe_weights(decoder.model):
+            return False
+        self.tokens.copy_(decoder.tokens)
+        own.sum_of_highest.copy_(given.sum_of_highest)
+        for buffer, values in ((own.noise_keys, given.noise_keys), (own.edit_mask, given.edit_mask)):
+            if buffer is not None and values is not None:
+                buffer.copy_(values)
+        decoder.tokens, decoder.select_tokens = self.tokens, own
+        return True
+
+
+def compute_step_logits(
+    forward: Callable,
+    cache: DecodingCache,
+    tokens: torch.Tensor,
+    start: torch.Tensor,
+    num_branches: int,
+    num_text_tokens: int,
+    grid: dict[str, int],
+) -> torch.Tensor:
+    """Feed the tokens at position `start`, a tensor; return float32 logits `(branches, batch, 1, vocab_size)`."""
+    fed = tokens.index_select(1, start).repeat(num_branches, 1)
+    inputs = cache.start_pass(num_text_tokens + start, 1) | grid
+    return forward(target_image_tokens=fed, **inputs).logits.float().unflatten(0, (num_branches, -1))
+
+
+def select_step_token(
+    select_tokens: TokenSelector, logits: torch.Tensor, tokens: torch.Tensor, start: torch.Tensor
+) -> None:
+    """Select the tokens after position `start`, and write them."""
+    tokens.index_copy_(1, start + 1, select_tokens(logits, tokens, start + 1))
+
+
+def capture_graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Return a function that replays a step as a CUDA graph. On other devices, return the step itself."""
+    if device.type != "cuda":
+        return step
+    # The step is compiled in the first of these runs.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may use the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+def compile_apart(function: Callable, **options: Any) -> Callable:
     """Compile a function separately from its other compilations.
 
     torch allows eight compilations of one code object, so each compilation gets a new code object.
@@ -216,10 +363,15 @@ def compile_apart(forward: Callable, **options: Any) -> Callable:
     """
 
     def run(**inputs: Any) -> Any:
-        return forward(**inputs)
+        return function(**inputs)
 
     apart = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
     return torch.compile(apart, fullgraph=True, dynamic=False, **options)
+
+
+def describe_weights(decoder: PreTrainedModel) -> tuple:
+    """Describe the addresses of all weights, and the adapters that are active."""
+    return tuple(parameter.data_ptr() for parameter in decoder.parameters()), describe_adapters(decoder)
 
 
 def describe_sources(sources: list[SourceCache]) -> tuple:

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .cache import SourceCache, compute_source_cache, sample_weights
-from .decoding import NUM_DRAFT_TOKENS, NUM_DRAFT_TOKENS_CPU, CompiledDecoding, PassRunner, decode_target_tokens
+from .decoding import NUM_DRAFT_TOKENS, NUM_DRAFT_TOKENS_CPU, CompiledDecoding, TokenDecoder, decode_target_tokens
 from .inputs import (
     check_decoding,
     check_generator,
@@ -166,7 +166,7 @@ class EditARGenerationMixin(GenerationMixin):
         batch_size, device = len(prompt_embeds), prompt_embeds.device
         if source_cache is not None:
             check_source_cache(source_cache, self.dtype, device, **grid)
-            check_weights(source_cache, self.model)
+            check_weights(source_cache, self)
             source_image_tokens = source_cache.expand_tokens(source_image_tokens, prompt_embeds)
         if source_image_tokens is not None:
             check_source_image_tokens(source_image_tokens, self.config.vocab_size)
@@ -189,37 +189,39 @@ class EditARGenerationMixin(GenerationMixin):
         noise_keys = None
         if settings.do_sample:
             noise_keys = compute_noise_keys(draw_seeds(generator, batch_size).to(device), num_tokens)
-        select_tokens = TokenSelector(settings, image_scale, logits_processor or [], noise_keys, edit_mask)
+        select_tokens = TokenSelector(settings, image_scale, logits_processor or [], device, noise_keys, edit_mask)
         branches = select_branches(settings.guidance_scale, image_scale, has_source)
         source = source_image_tokens if source_cache is None else source_cache
-        run_pass = PassRunner(self, source, prompt_embeds, negative_prompt_embeds, branches, grid)
+        texts = prompt_embeds, negative_prompt_embeds
+        decoder = TokenDecoder(self, source, *texts, branches, grid, tokens, select_tokens)
         try:
-            for sequences in decode_target_tokens(run_pass, select_tokens, tokens, free_positions, num_drafts):
+            for sequences in decode_target_tokens(decoder, free_positions, num_drafts):
                 if streamer is not None:
                     streamer.put(sequences[:, -1:].cpu())
                 if ask_to_stop(stopping_criteria or [], sequences):
                     break
         finally:
-            run_pass.close()
-        select_tokens.check_logits()
+            decoder.close()
+        decoder.select_tokens.check_logits()
         if streamer is not None:
             streamer.end()
+        sequences = sequences.clone()  # A compiled step reuses its tokens in the next call.
         if not return_dict_in_generate:
             return sequences
-        return EditARGenerateOutput(sequences=sequences, num_decode_steps=max(run_pass.num_passes - 1, 0))
+        return EditARGenerateOutput(sequences=sequences, num_decode_steps=decoder.num_passes)
 
     def compile_decoding(self, **options: Any) -> None:
         """Compile the decoding steps of `generate` for all later calls. The first calls then take longer.
 
-        All calls with the same number of rows and the same grid share one compilation and one cache. The cache stays
-        allocated until `free_compiled_caches` is called.
+        All calls with the same number of rows and the same grid share one compilation and one cache. On a GPU, the step
+        that decodes a token is also captured as a CUDA graph, unless `mode` is "reduce-overhead" or "max-autotune",
+        which make CUDA graphs of their own. The graph and the cache stay allocated until `free_compiled_caches` is
+        called. Speculative decoding and logits processors use compiled passes without a graph.
 
         Args:
-            options: Options of `torch.compile`, such as `backend`. On a GPU, `mode` *defaults to* "reduce-overhead"
-                (CUDA graphs).
+            options: Options of `torch.compile`, such as `mode`. `disable=True` skips torch's compiler. On a GPU, steps
+                are then only captured, which takes seconds instead of a minute, and gives a part of the gain.
         """
-        if self.device.type == "cuda":
-            options = {"mode": "reduce-overhead", **options}
         self.compiled_decoding = CompiledDecoding(self.forward, **options)
 
     def compile_passes(self, **options: Any) -> None:
@@ -228,9 +230,10 @@ class EditARGenerationMixin(GenerationMixin):
         self.compile_decoding(**options)
 
     def free_compiled_caches(self) -> None:
-        """Free the caches that compiled decoding keeps between calls."""
+        """Free the caches and CUDA graphs that compiled decoding keeps between calls."""
         if self.compiled_decoding is not None:
             self.compiled_decoding.caches.clear()
+            self.compiled_decoding.steps.clear()
 
     @torch.no_grad()
     def prepare_source_cache(
@@ -253,7 +256,7 @@ class EditARGenerationMixin(GenerationMixin):
         grid = {"grid_height": grid_height, "grid_width": grid_width}
         check_source_image_tokens(source_image_tokens, self.config.vocab_size)
         cache = compute_source_cache(self, source_image_tokens, grid)
-        cache.weight_samples = sample_weights(self.model)
+        cache.weight_samples = sample_weights(self)
         return cache
 
 

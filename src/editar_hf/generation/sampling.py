@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from transformers import (
     LogitsProcessor,
-    LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -154,8 +153,13 @@ def compute_gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def as_index(positions: Sequence[int]) -> slice | list[int]:
-    """Return a slice if positions are consecutive, otherwise a list. A list must be copied to the device first."""
+def as_index(positions: Sequence[int] | torch.Tensor) -> slice | list[int] | torch.Tensor:
+    """Return a tensor unchanged, consecutive positions as a slice, and other positions as a list.
+
+    A list must be copied to the device, and a slice must be known on the host.
+    """
+    if isinstance(positions, torch.Tensor):
+        return positions
     is_run = positions[-1] - positions[0] == len(positions) - 1
     return slice(positions[0], positions[-1] + 1) if is_run else list(positions)
 
@@ -165,46 +169,58 @@ class TokenSelector:
     """Choose tokens by guidance, logits processors, warpers and noise (if sampling), and arg-max.
 
     `noise_keys` come from `compute_noise_keys`; None means greedy decoding. Tokens stay unchanged where `edit_mask`,
-    `(batch, N)`, is False.
+    `(batch, N)`, is False. All tensors are on `device`.
     """
 
     settings: DecodingSettings
     image_guidance_scale: float
     logits_processor: Sequence[LogitsProcessor]
+    device: torch.device
     noise_keys: torch.Tensor | None
     edit_mask: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        warpers = [] if self.noise_keys is None else build_logits_warpers(self.settings)
-        self.processors = LogitsProcessorList([*self.logits_processor, *warpers])
+        self.warpers = [] if self.noise_keys is None else build_logits_warpers(self.settings)
         # The sum is finite as long as all guided logits are. It is read only at the end, so that decoding never waits
         # for the device.
-        self.sum_of_highest: torch.Tensor | float = 0.0
+        self.sum_of_highest = torch.zeros((), device=self.device)
 
-    def __call__(self, branch_logits: torch.Tensor, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+    def describe(self) -> tuple:
+        """Describe all that compiled code depends on, apart from the shapes of `tokens` and the logits."""
+        return self.settings, self.image_guidance_scale, self.noise_keys is None, self.edit_mask is None
+
+    def __call__(
+        self, branch_logits: torch.Tensor, tokens: torch.Tensor, positions: Sequence[int] | torch.Tensor
+    ) -> torch.Tensor:
         """Choose a token for each of the positions, which are in ascending order, on the condition of `tokens`.
 
         The float32 logits are `(branches, batch, positions, vocab_size)`. `tokens`, `(batch, N)`, holds the accepted
         tokens, and the proposed tokens after them. Logits processors must see the same inputs as with one token per
-        pass. With them, the choices end at the first position where a row chooses another token than the proposed one.
+        pass. With them, the choices end at the first position where a row chooses another token than the proposed one,
+        and `positions` must not be a tensor.
         """
         logits = apply_guidance(branch_logits, self.settings.guidance_scale, self.image_guidance_scale)
-        self.sum_of_highest = self.sum_of_highest + logits.amax(dim=-1).sum()
+        self.sum_of_highest += logits.amax(dim=-1).sum()
         if not self.logits_processor:
-            logits = self.processors(tokens, logits.flatten(0, 1)).view_as(logits)
             return self.choose(logits, tokens, positions)
         chosen: list[torch.Tensor] = []
         for index, position in enumerate(positions):
             # A choice that differs from the proposed token ends the pass. In exact decoding, nothing is compared.
             if chosen and not torch.equal(chosen[-1][:, 0], tokens[:, positions[index - 1]]):
                 break
-            processed = self.processors(tokens[:, :position], logits[:, index])
+            processed = logits[:, index]
+            for processor in self.logits_processor:
+                processed = processor(tokens[:, :position], processed)
             chosen.append(self.choose(processed[:, None], tokens, [position]))
         return torch.cat(chosen, dim=1)
 
-    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+    def choose(
+        self, logits: torch.Tensor, tokens: torch.Tensor, positions: Sequence[int] | torch.Tensor
+    ) -> torch.Tensor:
         """Choose from processed logits `(batch, positions, vocab_size)`; tokens outside the edit mask do not change."""
         index = as_index(positions)
+        for warper in self.warpers:
+            logits = warper(tokens, logits.flatten(0, 1)).view_as(logits)
         if self.noise_keys is not None:
             logits = logits + compute_gumbel_noise(self.noise_keys[:, :, index], logits.shape[-1])
         chosen = logits.argmax(dim=-1)
