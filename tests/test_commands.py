@@ -1,6 +1,7 @@
 """The `editar-hf` command, run in this process through `main` and once as the installed program."""
 
 import gc
+import platform
 import re
 import subprocess
 import sys
@@ -43,6 +44,14 @@ def test_env_prints_the_dtype_that_a_pipeline_is_loaded_in(capsys, tmp_path):
     loaded = str(EditARPipeline.from_pretrained(tmp_path).transformer.dtype)
     assert chosen.startswith(f"{loaded.removeprefix('torch.')} for weights stored in bfloat16; ")
     assert "bfloat16" in chosen.partition("; ")[2]
+
+
+def test_env_says_whether_weights_can_be_packed_here(capsys, monkeypatch):
+    for machine, start in (("x86_64", "available"), ("aarch64", "not available: this processor is aarch64")):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["fbgemm"])
+        main(["env"])
+        assert read_rows(capsys.readouterr().out)["16-bit-weights"].startswith(start)
 
 
 def test_env_lists_extras_and_says_which_are_missing(capsys, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageCms
-from tiny import build_pipeline, build_transformer, draw_image
+from tiny import build_pipeline, build_transformer, draw_image, needs_packing
 
 from editar_hf.commands import edit, main
 from editar_hf.commands.edit import RECORD_FILE
@@ -125,6 +125,24 @@ def test_an_adapter_and_a_dtype_are_loaded(model, images, tmp_path):
     assert not np.array_equal(results[1], edit_directly("images/b.png")[0])
 
 
+@needs_packing
+def test_packed_weights_give_the_results_of_float32(images, tmp_path, capsys):
+    build_pipeline().to(torch.bfloat16).save_pretrained(tmp_path / "editor")
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(build_transformer(), config).save_pretrained(tmp_path / "adapter")
+    for options in ([], ["--lora", "adapter"]):
+        assert run("editor", "--dtype", "float32", *options) == 0
+        expected = read("edited.png")
+        assert run("editor", "--pack-weights", *options) == 0
+        # With an adapter, packing rounds the fused weights, so the edit is made again.
+        assert options or np.array_equal(read("edited.png"), expected)
+        run_folder("editor", [LINE], "--dtype", "float32", *options)
+        capsys.readouterr()
+        run_folder("editor", [LINE], "--pack-weights", *options)
+        assert f"{len(options) // 2} done, 0 failed" in capsys.readouterr().out
+
+
 def test_a_lossy_format_keeps_what_the_mask_keeps(model, images):
     source = read("images/b.png").astype(int)
     # JPEG and AVIF round; on noise, the hardest case, Pillow's defaults move pixels by more than 150.
@@ -181,6 +199,8 @@ def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
         (["--num-images", "0"], "`--num-images` is 0"),
         (["--device", "gpu"], "`--device` is 'gpu', which torch cannot use here"),
         (["--device", "cuda:99"], "`--device` is 'cuda:99', which torch cannot use here"),
+        (["--pack-weights", "--dtype", "bfloat16"], "`--dtype` is bfloat16, but with `--pack-weights`"),
+        (["--pack-weights", "--device", "meta"], "`--pack-weights` is for CPUs, but the device is meta"),
         (["--image", "missing.png"], "`--image` is missing.png, which is not a file"),
         (["--mask", "missing.png"], "`--mask` is missing.png, which is not a file"),
         (["--output", "images"], "`--output` is images; pass a file name with the suffix of an image format"),

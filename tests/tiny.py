@@ -1,5 +1,6 @@
 """Tiny components with random weights, whose tokens and pictures still depend on every input."""
 
+import platform
 import shutil
 
 import datasets
@@ -23,6 +24,10 @@ from editar_hf.training.tokenizer import train_tokenizer
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler"
+)
+needs_packing = pytest.mark.skipif(
+    platform.machine() != "x86_64" or "fbgemm" not in torch.backends.quantized.supported_engines,
+    reason="packed weights need x86-64 with AVX2",
 )
 NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, STRIDE = 40, 10, 16, 4
 

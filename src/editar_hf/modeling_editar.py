@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_editar import EditARConfig
 from .generation import EditARGenerationMixin
+from .packing import PackedWeightsMixin
 
 
 class OutputWithCache(ModelOutput):
@@ -390,7 +391,7 @@ class EditARModel(EditARPreTrainedModel):
         return self.text_dropout(self.text_projection(prompt_embeds))
 
 
-class EditARForConditionalGeneration(EditARGenerationMixin, EditARPreTrainedModel):
+class EditARForConditionalGeneration(EditARGenerationMixin, PackedWeightsMixin, EditARPreTrainedModel):
     """Predict the tokens of an edited image from the tokens of its source and the text states of an instruction.
 
     Example:

@@ -77,6 +77,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--lora", metavar="L", help="folder or Hub id of a LoRA adapter")
     dtype = "dtype of the weights; auto: that of the files; default: that of the files if this machine supports it"
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=f"{dtype}, else float32")
+    pack_weights = "pack the weights in 16 bits, which is faster on a CPU; --lora is fused; computes in float32"
+    add("--pack-weights", action="store_true", help=pack_weights)
     add("--device", metavar="D", help="device, such as cpu or cuda:1; default: the GPU if there is one")
     quality = "quality of .jpg, .avif and .webp, 1 to 100; default: 95 for .jpg and .avif, lossless for .webp"
     add("--quality", metavar="Q", type=int, help=quality)
@@ -184,6 +186,21 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
             torch.empty(1, device=args.device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an `AssertionError`.
             raise ValueError(f"`--device` is {args.device!r}, which torch cannot use here: {error}") from error
+    if args.pack_weights:
+        import torch
+
+        from ..packing import explain_missing_kernel
+
+        if args.dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"`--dtype` is {args.dtype}, but with `--pack-weights` the pipeline computes in float32; leave one out."
+            )
+        if torch.device(choose_device(args)).type != "cpu":
+            raise ValueError(
+                f"`--pack-weights` is for CPUs, but the device is {choose_device(args)}; pass `--device cpu`."
+            )
+        if (reason := explain_missing_kernel()) is not None:
+            raise ValueError(f"`--pack-weights` does not work here: {reason}. Leave it out.")
     for job in jobs:
         choose_save_options(job)
         if not job.prompt.strip():
@@ -245,6 +262,8 @@ def describe_job(job: argparse.Namespace) -> dict:
     """
     files = [path and path.exists() and [path.name, path.stat().st_mtime_ns] for path in (job.image, job.mask)]
     options = {name: getattr(job, name) for name in (*PIPELINE_OPTIONS, "prompt", "seed", "model", "lora", "dtype")}
+    if job.pack_weights:  # The result is that of float32, but with an adapter, packing rounds the fused weights.
+        options |= {"dtype": "float32"} | ({"pack_weights": True} if job.lora is not None else {})
     return {"files": files, "quality": job.quality, **options}
 
 
@@ -283,12 +302,28 @@ def load_pipeline(args: argparse.Namespace) -> "EditARPipeline":
 
     from ..pipelines.pipeline_editar import EditARPipeline
 
-    dtype = args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype)
+    dtype = args.dtype
+    if args.pack_weights and dtype is None:
+        # Packing does not need float32 weights, except to fuse an adapter without rounding to bfloat16.
+        dtype = "auto" if args.lora is None else "float32"
+    dtype = dtype if dtype in (None, "auto") else getattr(torch, dtype)
     pipeline = EditARPipeline.from_pretrained(args.model, dtype=dtype)
     if args.lora is not None:
         pipeline.load_lora_weights(args.lora)
+    if args.pack_weights:
+        if args.lora is not None:
+            pipeline.fuse_lora()
+        pipeline.pack_weights()
+        pipeline.to(torch.float32)  # The VQ model, which is not packed.
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline.to(choose_device(args))
+
+
+def choose_device(args: argparse.Namespace) -> str:
+    """Return the device of `--device`; by default, the GPU if there is one."""
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def edit(pipeline: Any, job: argparse.Namespace) -> None:

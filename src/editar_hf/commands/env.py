@@ -1,4 +1,4 @@
-"""`editar-hf env`: print versions, devices and the default dtype for a bug report."""
+"""`editar-hf env`: print versions, devices, the default dtype and weight formats for a bug report."""
 
 import argparse
 import os
@@ -11,13 +11,13 @@ from .. import __version__
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `editar-hf env` to the command's parser."""
-    summary = "print versions, devices and the default dtype, for bug reports"
+    summary = "print versions, devices, the default dtype and weight formats, for bug reports"
     parser = subparsers.add_parser("env", help=summary, description=f"{summary.capitalize()}.")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line for each version and each device, and one for the dtype."""
+    """Print one line for each version and each device, one for the dtype, and one for packed weights."""
     rows = [
         ("editar-hf", __version__),
         ("python", platform.python_version()),
@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
         *((package, describe_version(package)) for package in list_requirements()),
         *describe_devices(),
         ("dtype", describe_dtype()),
+        ("16-bit-weights", describe_packing()),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -71,3 +72,11 @@ def describe_dtype() -> str:
 
     dtype, reason = choose_dtype([torch.bfloat16])
     return f"{str(dtype or torch.bfloat16).removeprefix('torch.')} for weights stored in bfloat16; {reason}"
+
+
+def describe_packing() -> str:
+    """Say whether this machine can decode with packed 16-bit weights (`pack_weights`), and if not, why."""
+    from ..packing import explain_missing_kernel
+
+    reason = explain_missing_kernel()
+    return "available" if reason is None else f"not available: {reason}"

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from ..configuration_editar import EditARConfig
+from ..packing import NUM_SAMPLES, list_weight_samples
 
 
 # The name under which `attend_to_sources` is registered in transformers.
@@ -161,10 +162,11 @@ def sample_weights(decoder: torch.nn.Module) -> dict[str, list[float]]:
     active = {name for _, name in adapters}
     samples = {f"{path}: {name}": [scale] for (path, name), scale in adapters.items()}
     picked: dict[str, torch.Tensor] = {}
-    for name, weight in chain(decoder.named_parameters(), decoder.named_buffers()):
+    packed = list_weight_samples(decoder)
+    for name, weight in chain(decoder.named_parameters(), decoder.named_buffers(), packed):
         adapter = ADAPTER_PARAMETER.search(name)
         if adapter is None or adapter[1] in active:
-            values = weight.detach().flatten()[:: max(1, weight.numel() // 32)]
+            values = weight.detach().flatten()[:: max(1, weight.numel() // NUM_SAMPLES)]
             name = name.replace(".base_layer", "").replace(".original_module", "")
             samples[name] = []
             if not weight.is_meta:

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from ..packing import check_not_packed
 from .cache import SourceCache, compute_source_cache, sample_weights
 from .decoding import NUM_DRAFT_TOKENS, NUM_DRAFT_TOKENS_CPU, CompiledDecoding, TokenDecoder, decode_target_tokens
 from .inputs import (
@@ -63,6 +64,7 @@ class EditARGenerationMixin(GenerationMixin):
 
     @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads the names of the arguments from the signature.
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        check_not_packed("Saving", self)  # Before the configuration is written.
         # A setting that is None is saved with its published value. For greedy decoding, the settings of sampling are
         # not saved, because transformers would refuse to save them.
         settings = resolve_settings(self.generation_config, None, {})._asdict()

@@ -35,6 +35,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from ..checks import check_path
+from ..packing import check_not_packed
 from .dtypes import choose_dtype
 
 
@@ -421,8 +422,10 @@ class EditARHubMixin(DiffusionPipeline):
             max_shard_size (`int` or `str`, *optional*): Size of the largest weight file, in bytes or as in `"5GB"`.
 
         Raises:
-            ValueError: If the decoder has LoRA adapters, because transformers would then save only the adapters.
+            ValueError: If weights are packed, or the decoder has LoRA adapters, because transformers would then save
+                only the adapters.
         """
+        check_not_packed("Saving", self.transformer)
         if names := list(getattr(self.transformer, "peft_config", {})):
             raise ValueError(
                 f"The pipeline has the adapters {', '.join(names)}. To save an adapter, call `save_lora_weights`. To "
@@ -457,8 +460,9 @@ class EditARHubMixin(DiffusionPipeline):
             The address of the commit.
 
         Raises:
-            ValueError: If `private` is True, but the repository exists and is public.
+            ValueError: If `private` is True, but the repository exists and is public, or weights are packed.
         """
+        check_not_packed("Saving", self.transformer)
         repo_id = create_repository(repo_id, private, token)
         with tempfile.TemporaryDirectory() as folder:
             card = make_card("base", repo_id)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..checks import check_number, check_path
 from ..io import atomic_path
+from ..packing import check_not_packed
 from .hub import check_folder_or_hub_id, describe_key_problems
 
 
@@ -160,7 +161,8 @@ class EditARLoraMixin(LoraBaseMixin):
 
         Raises:
             ValueError: If there is no adapter, it is not plain LoRA, it does not fit this decoder or its other
-                adapters, the name is in use or invalid, adapters are fused, or the decoder's weights are offloaded.
+                adapters, the name is in use or invalid, adapters are fused, or the decoder's weights are packed or
+                offloaded.
         """
         names = self.list_adapters()
         if adapter_name is None:
@@ -172,7 +174,7 @@ class EditARLoraMixin(LoraBaseMixin):
                 f"`adapter_name` is {adapter_name!r}; pass a name without dots that is not in use. In use are: {names}."
             )
         self._check_not_fused()
-        self._check_not_offloaded()
+        self._check_weights()
         check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         folder, active = Path(pretrained_model_name_or_path), self.get_active_adapters()
         is_disabled = any(layer.disable_adapters for _, layer in list_layers(self.transformer))
@@ -220,7 +222,8 @@ class EditARLoraMixin(LoraBaseMixin):
             adapter_name (`str`, *optional*): Name of the adapter; required if there are several.
 
         Raises:
-            ValueError: If there is no such adapter, there are several and no name is given, or weights are offloaded.
+            ValueError: If there is no such adapter, there are several and no name is given, or weights are packed or
+                offloaded.
         """
         names = self.list_adapters()
         if adapter_name is None and len(names) == 1:
@@ -230,7 +233,7 @@ class EditARLoraMixin(LoraBaseMixin):
             raise ValueError(
                 f"`adapter_name` is {adapter_name!r}; pass one of the loaded adapters: {', '.join(names) or 'none'}."
             )
-        self._check_not_offloaded()
+        self._check_weights()
         weights = get_adapter_weights(self.transformer, adapter_name)
         weights = {f"{KEY_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
         with atomic_path(Path(save_directory) / WEIGHTS_FILE) as unfinished:
@@ -265,7 +268,7 @@ class EditARLoraMixin(LoraBaseMixin):
         weights = before | dict(zip(names, weights, strict=True))
         is_changed = any(weights[name] != before.get(name, 1.0) for name in names)
         if is_changed and any(is_replaced(layer) for _, layer in list_layers(self.transformer)):
-            self._check_not_offloaded()
+            self._check_weights()
         self.transformer.adapter_weights = weights
         self._activate(names)
 
@@ -306,11 +309,11 @@ class EditARLoraMixin(LoraBaseMixin):
         Raises:
             TypeError: If a name is not a string.
             ValueError: If the scale is not a finite number, an adapter does not exist, no adapter is active, adapters
-                are disabled, or weights are quantised, offloaded, or would not be finite.
+                are disabled, or weights are quantised, packed, offloaded, or would not be finite.
         """
         names = self._check_choice(self.get_active_adapters() if adapter_names is None else adapter_names)
         lora_scale = check_number("lora_scale", lora_scale)
-        self._check_not_offloaded()
+        self._check_weights()
         if any(layer.disable_adapters for _, layer in list_layers(self.transformer)):
             raise ValueError("Adapters are disabled; call `enable_lora()` before `fuse_lora()`.")
         if not names:
@@ -339,11 +342,11 @@ class EditARLoraMixin(LoraBaseMixin):
         exactly the original weights, load the pipeline again.
 
         Raises:
-            ValueError: If weights are offloaded.
+            ValueError: If weights are packed or offloaded.
         """
         if not self.fused_loras:
             return
-        self._check_not_offloaded()
+        self._check_weights()
         for _, layer in list_layers(self.transformer):
             if not is_replaced(layer) and layer.merged:
                 layer.unmerge()
@@ -420,7 +423,9 @@ class EditARLoraMixin(LoraBaseMixin):
         if fused := self.fused_loras:
             raise ValueError(f"Adapters are fused ({', '.join(sorted(fused))}); call `unfuse_lora()` first.")
 
-    def _check_not_offloaded(self) -> None:
+    def _check_weights(self) -> None:
+        """Check that the decoder's weights are neither packed nor offloaded."""
+        check_not_packed("Changing or saving adapters", self.transformer)
         # accelerate's offload keeps weights on the meta device. diffusers' group offload does not move new layers.
         is_grouped = any(hasattr(module, "_diffusers_hook") for module in self.transformer.modules())
         if is_grouped or any(parameter.is_meta for parameter in self.transformer.parameters()):

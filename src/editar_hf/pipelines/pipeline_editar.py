@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ..generation.inputs import check_decoding, check_generator, check_source_ca
 from ..image_processing_editar import RESIZE_MODES, prepare_rgb_images
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel
+from ..packing import is_packed, pack_linears, unpack_linears
 from ..processing_editar import EditARProcessor, apply_task_prefix
 from .callbacks import RowPreview, StepReporter
 from .edit_region import EditRegion, repeat_rows
@@ -127,6 +128,31 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     def free_compiled_caches(self) -> None:
         """Free the caches that compiled decoding keeps between calls."""
         self.transformer.free_compiled_caches()
+
+    def pack_weights(self) -> None:
+        """Pack the weights of decoder and text encoder in float16, for faster edits on CPUs.
+
+        See `EditARForConditionalGeneration.pack_weights`. The VQ model keeps its dtype; if it is not float32, then
+        `.to(torch.float32)` gives the results of float32. Fuse LoRA adapters before.
+
+        Raises:
+            ValueError: If the weights cannot be packed, before any is packed.
+        """
+        pack_linears(*(model for model in (self.transformer, self.text_encoder) if model is not None))
+
+    def unpack_weights(self) -> None:
+        """Undo `pack_weights`: restore the original weights and dtypes, to the bit.
+
+        Raises:
+            ValueError: If packing has rounded a weight, before any is unpacked; then load the pipeline again.
+        """
+        unpack_linears(*(model for model in (self.transformer, self.text_encoder) if model is not None))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the pipeline to a device or convert it to a dtype; see `DiffusionPipeline.to`."""
+        if is_packed(self.transformer):  # An error of the decoder must come before other parts are converted.
+            self.transformer.to(*args, **{name: kwargs[name] for name in ("device", "dtype") if name in kwargs})
+        return super().to(*args, **kwargs)
 
     # Parts of a call
 
