@@ -314,6 +314,14 @@ def test_images_of_one_source_share_its_prefill_and_get_the_tokens_they_get_alon
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize(("text_rotary", "num_slots"), [("zero", 1), ("identity", NUM_TEXT_TOKENS)])
+def test_a_text_whose_keys_are_zero_takes_one_slot(text_rotary, num_slots):
+    model = build_transformer(text_rotary=text_rotary)
+    with PassRecorder(model) as recorder:
+        generate(model, INPUTS)
+    assert recorder.cache.layers[0].keys.shape[2] == num_slots + NUM_TOKENS - 1
+
+
 # Source caches
 
 

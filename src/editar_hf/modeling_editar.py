@@ -304,11 +304,13 @@ class EditARModel(EditARPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         grid_height: int | None = None,
         grid_width: int | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> EditARModelOutput:
         """Compute the hidden states of the given segments after the final norm.
 
-        The arguments are those of `EditARForConditionalGeneration.forward`.
+        The arguments are those of `EditARForConditionalGeneration.forward`. `position_embeddings` are the cosines and
+        sines of the given positions; by default, they are computed from `position_ids`.
         """
         grid_height, grid_width = self.resolve_grid(grid_height, grid_width)
         self.check_shapes(source_image_tokens, prompt_embeds, grid_height, grid_width)
@@ -331,7 +333,9 @@ class EditARModel(EditARPreTrainedModel):
         causal_mask = create_causal_mask(
             self.config, hidden_states, attention_mask, past_key_values, position_ids=position_ids
         )
-        cos, sin = self.rotary_emb(position_ids, grid_height, grid_width)
+        if position_embeddings is None:
+            position_embeddings = self.rotary_emb(position_ids, grid_height, grid_width)
+        cos, sin = position_embeddings
         position_embeddings = cos[:, None], sin[:, None]
         for layer in self.layers:
             hidden_states = layer(hidden_states, causal_mask, position_embeddings, past_key_values, **kwargs)

@@ -10,6 +10,7 @@ Source: Hydragen (arXiv 2402.05099), attention over a shared prefix and a part o
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -86,9 +87,17 @@ class SourceCache:
     def __len__(self) -> int:
         return len(self.source_image_tokens)
 
-    def split_rows(self, states: torch.Tensor) -> torch.Tensor:
-        """Reshape `(rows, …)` to `(branches, sources, images per source, …)`."""
-        return states.unflatten(0, (-1, len(self), self.num_images // len(self)))
+    def group_rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Group rows by source: `(rows, heads, queries, …)` to `(sources, heads, rows per source · queries, …)`."""
+        # (branches, sources, images per source, heads, queries, …)
+        states = states.unflatten(0, (-1, len(self), self.num_images // len(self)))
+        return states.permute(1, 3, 0, 2, 4, 5).flatten(2, 4)
+
+    def merge_rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Undo `group_rows`."""
+        images_per_source, num_branches = self.num_images // len(self), self.num_rows // self.num_images
+        states = states.unflatten(2, (num_branches, images_per_source, -1))
+        return states.permute(2, 0, 3, 1, 4, 5).flatten(0, 2)
 
     def expand_tokens(self, source_image_tokens: torch.Tensor | None, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Repeat the tokens of each source for its images, and check that the prompts and given tokens match them."""
@@ -128,6 +137,7 @@ def compute_source_cache(
         text_keys, text_values = ([states[:, :, num_tokens:] for states in layers] for layers in (keys, values))
         null_text = TextCache(text_keys, text_values, outputs.logits[:, -1].float())
         keys, values = ([states[:, :, :num_tokens] for states in layers] for layers in (keys, values))
+    values = [states.mT.contiguous().mT for states in values]  # for the reason that `DecodingCache` gives
     return SourceCache(source_image_tokens, keys, values, grid["grid_height"], grid["grid_width"], null_text)
 
 
@@ -135,7 +145,8 @@ def compute_text_cache(
     model: PreTrainedModel, sources: list[SourceCache], prompt_embeds: torch.Tensor, grid: dict[str, int]
 ) -> TextCache:
     """Compute the keys and values of texts, `(rows, num_text_tokens, text_hidden_size)`, after the rows' sources."""
-    cache = DecodingCache(model.config, sources, num_target_slots=0)
+    cache = DecodingCache(model.config, sources, num_text_slots=model.config.num_text_tokens, num_target_slots=0)
+    cache.write_rotations(model.model.rotary_emb, grid)
     inputs = cache.start_pass(0, model.config.num_text_tokens)
     logits = model(prompt_embeds=prompt_embeds, logits_to_keep=1, **inputs, **grid).logits
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
@@ -185,20 +196,40 @@ class DecodingCache(Cache):
     A pass writes to the slots that `start_pass` sets. The next pass may overwrite them, so rejected drafts need no
     clean-up. The first `num_rows` rows read `sources[0]`, the next rows read `sources[1]`, and so on.
 
+    With fewer text slots than text tokens, each slot stands for several tokens: it holds the mean of their keys and
+    values, and its score is raised by the logarithm of their number. This is exact if their keys are equal.
+
+    Values are stored with the slots innermost, because CPUs then multiply them with attention weights twice as fast.
+
     With `is_static`, every pass attends to all slots under a mask, and the sources are copied to buffers of the cache.
     The shapes of a pass then depend only on its length, so that passes can be compiled or captured as CUDA graphs.
     """
 
     def __init__(
-        self, config: EditARConfig, sources: list[SourceCache], num_target_slots: int, is_static: bool = False
+        self,
+        config: EditARConfig,
+        sources: list[SourceCache],
+        num_text_slots: int,
+        num_target_slots: int,
+        is_static: bool = False,
     ):
-        self.num_read = config.num_text_tokens + num_target_slots
+        self.num_text_slots, self.num_read = num_text_slots, num_text_slots + num_target_slots
         super().__init__(layers=[StaticLayer(self.num_read) for _ in range(config.num_hidden_layers)])
         keys, num_rows = sources[0].keys[0], sum(source.num_rows for source in sources)
         self.early_initialization(num_rows, config.num_attention_heads, config.head_dim, keys.dtype, keys.device)
+        for layer in self.layers:
+            layer.values = torch.zeros_like(layer.values.mT).mT
+            torch._dynamo.mark_static_address(layer.values)
         self.is_static = is_static
         self.sources = [copy_source(source) for source in sources] if is_static else sources
-        self.slots = torch.arange(0, device=keys.device)
+        self.all_slots = torch.arange(self.num_read, device=keys.device)
+        # Added to a slot, it gives the position in the sequence, which is right for target tokens.
+        self.first_position = keys.shape[2] + config.num_text_tokens - num_text_slots
+        log_tokens_per_slot = math.log(config.num_text_tokens / num_text_slots)
+        self.written: slice | torch.Tensor = slice(0)  # the slots that the current pass writes
+        self.bias = torch.where(self.all_slots < num_text_slots, log_tokens_per_slot, 0.0)
+        rotations = torch.empty(2, 1, self.num_read, config.head_dim, device=keys.device)
+        self.cos, self.sin = rotations.unbind()
 
     def reuse(self, sources: list[SourceCache]) -> None:
         """Copy other sources of the same shapes into the buffers, before a new call of `generate`."""
@@ -206,28 +237,37 @@ class DecodingCache(Cache):
             for buffer, states in zip(own.keys + own.values, given.keys + given.values, strict=True):
                 buffer.copy_(states)
 
+    def write_rotations(self, rotary_emb: Callable, grid: dict[str, int]) -> None:
+        """Compute the cosines and sines of all slots once, before the first pass."""
+        cos, sin = rotary_emb((self.first_position + self.all_slots)[None], **grid)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+
     def write_texts(self, texts: list[TextCache]) -> None:
         """Write the keys and values of the texts of all rows, before the first pass with target tokens."""
         for index, layer in enumerate(self.layers):
-            keys = torch.cat([text.keys[index] for text in texts])
-            values = torch.cat([text.values[index] for text in texts])
-            num_slots = keys.shape[2]
-            layer.keys[:, :, :num_slots], layer.values[:, :, :num_slots] = keys, values
+            for own, rows in (
+                (layer.keys, [text.keys[index] for text in texts]),
+                (layer.values, [text.values[index] for text in texts]),
+            ):
+                tokens_of_slots = torch.cat(rows).unflatten(2, (self.num_text_slots, -1))
+                own[:, :, : self.num_text_slots] = tokens_of_slots.mean(dim=3, dtype=torch.float32)
 
     def start_pass(self, start: int | torch.Tensor, num_new: int) -> dict:
         """Prepare for a pass that writes `num_new` slots from `start` on; return its arguments for `forward`.
 
-        Slot 0 is the first text position. In a static cache, `start` may be a tensor, for a CUDA graph.
+        In a static cache, `start` may be a tensor, for a CUDA graph.
         """
-        device = self.layers[0].keys.device
-        self.slots = start + torch.arange(num_new, device=device)
+        slots = self.written = start + self.all_slots[:num_new]
         if not self.is_static:
             self.num_read = int(start) + num_new
-        read = torch.arange(self.num_read, device=device)
-        bias = torch.zeros(num_new, len(read), device=device).masked_fill(read > self.slots[:, None], -math.inf)
+            self.written = slice(int(start), self.num_read)
+        is_later = self.all_slots[: self.num_read] > slots[:, None]
+        bias = torch.where(is_later, -math.inf, self.bias[: self.num_read])
         return {
             "past_key_values": self,
-            "position_ids": (self.sources[0].keys[0].shape[2] + self.slots)[None],
+            "position_ids": (self.first_position + slots)[None],
+            "position_embeddings": (self.cos[:, self.written], self.sin[:, self.written]),
             "attention_mask": bias[None, None],
             "attn_implementation": SHARED_SOURCE_ATTENTION,
             "sources": self.sources,
@@ -238,7 +278,7 @@ class DecodingCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values of a layer, and return the keys and values that the pass attends to."""
         keys, values = self.layers[layer_idx].keys, self.layers[layer_idx].values
-        keys[:, :, self.slots], values[:, :, self.slots] = key_states, value_states
+        keys[:, :, self.written], values[:, :, self.written] = key_states, value_states
         return keys[:, :, : self.num_read], values[:, :, : self.num_read]
 
 
@@ -273,8 +313,9 @@ def attend_to_sources(
         attended = [
             attend_in_one_softmax(chunk, source, module.layer_idx, keys, values, bias) for chunk, bias in chunks
         ]
-        outputs.append(torch.cat(attended, dim=2))
-    return torch.cat(outputs).transpose(1, 2), None
+        outputs.append(attended[0] if len(attended) == 1 else torch.cat(attended, dim=2))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output.transpose(1, 2), None
 
 
 def attend_in_one_softmax(
@@ -285,14 +326,18 @@ def attend_in_one_softmax(
     value: torch.Tensor,
     bias: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute one float32 softmax over the source keys and the row's own keys, and the weighted sum of their values."""
-    source_scores = torch.einsum("bsghqd,shnd->bsghqn", source.split_rows(query), source.keys[layer_idx])
-    own_scores = (query @ key.transpose(2, 3)).float() + bias
-    scores = torch.cat([source_scores.flatten(0, 2).float(), own_scores], dim=-1)
+    """Compute one float32 softmax over the source keys and the row's own keys, and the weighted sum of their values.
+
+    All products have the large matrix on the left, because CPUs multiply a matrix with few columns faster that way.
+    """
+    source_keys, source_values = source.keys[layer_idx], source.values[layer_idx]
+    source_scores = source.merge_rows((source_keys @ source.group_rows(query).mT).mT)
+    own_scores = (key @ query.mT).mT.float() + bias
+    scores = torch.cat([source_scores.float(), own_scores], dim=-1)
     weights = scores.softmax(dim=-1).to(value.dtype)
     source_weights, own_weights = weights.split([source_scores.shape[-1], own_scores.shape[-1]], dim=-1)
-    source_output = torch.einsum("bsghqn,shnd->bsghqd", source.split_rows(source_weights), source.values[layer_idx])
-    return source_output.flatten(0, 2) + own_weights @ value
+    source_output = source.merge_rows((source_values.mT @ source.group_rows(source_weights).mT).mT)
+    return source_output + (value.mT @ own_weights.mT).mT
 
 
 AttentionInterface.register(SHARED_SOURCE_ATTENTION, attend_to_sources)

@@ -126,7 +126,7 @@ class TokenDecoder:
         """
         assert self.cache is not None
         fed = self.tokens[:, start : window[-1]].repeat(len(self.branches), 1)
-        num_new, first_slot = fed.shape[1], self.model.config.num_text_tokens + start
+        num_new, first_slot = fed.shape[1], self.cache.num_text_slots + start
         kept = [position - start - 1 for position in window]
         # `forward` leaves out the last token of the grid.
         lengths = [length for length in COMPILED_LENGTHS if num_new <= length < self.tokens.shape[1]]
@@ -177,8 +177,12 @@ class TokenDecoder:
             null_text = sources[branch.drop_source].null_text
             assert null_text is not None
             texts.append(null_text.expand(num_images))
-        arguments = self.model.config, assign_rows(self.branches), num_image_tokens - 1  # The last token is never fed.
+        config = self.model.config
+        # With the published rotary, all keys of a text are zero vectors, so one slot can stand for all text tokens.
+        num_text_slots = 1 if config.text_rotary == "zero" else config.num_text_tokens
+        arguments = config, assign_rows(self.branches), num_text_slots, num_image_tokens - 1  # The last is never fed.
         cache = DecodingCache(*arguments) if self.compiled is None else self.compiled.take_cache(*arguments)
+        cache.write_rotations(self.model.model.rotary_emb, self.grid)
         cache.write_texts(texts)
         logits = torch.cat([text.logits for text in texts])
         return cache, logits.unflatten(0, (len(self.branches), -1))
@@ -236,11 +240,14 @@ class CompiledDecoding:
         key = describe_sources(inputs["sources"]), inputs["target_image_tokens"].shape
         return self.call(self.forward, (*key, inputs["grid_height"], inputs["grid_width"]), **inputs).logits
 
-    def take_cache(self, config: EditARConfig, sources: list[SourceCache], num_target_slots: int) -> DecodingCache:
+    def take_cache(
+        self, config: EditARConfig, sources: list[SourceCache], num_text_slots: int, num_target_slots: int
+    ) -> DecodingCache:
         """Take the cache of this shape and copy the sources into it. If there is none, make a new cache."""
         cache = self.caches.pop(describe_sources(sources), None)
         if cache is None:
-            return DecodingCache(config, sources, num_target_slots + COMPILED_LENGTHS[-1], is_static=True)
+            num_target_slots += COMPILED_LENGTHS[-1]
+            return DecodingCache(config, sources, num_text_slots, num_target_slots, is_static=True)
         cache.reuse(sources)
         return cache
 
@@ -273,7 +280,6 @@ class CompiledStep:
         self.compiled, self.cache = compiled, decoder.cache
         self.tokens, self.select_tokens = decoder.tokens, decoder.select_tokens
         self.num_branches, self.grid = len(decoder.branches), decoder.grid
-        self.num_text_tokens = decoder.model.config.num_text_tokens
         self.key = describe_sources(self.cache.sources), self.num_branches, *self.grid.values()
         self.weights = describe_weights(decoder.model)
         self.start = torch.zeros(1, dtype=torch.long, device=self.tokens.device)
@@ -295,8 +301,8 @@ class CompiledStep:
         """Run the step once. Running it again changes nothing."""
         torch.compiler.cudagraph_mark_step_begin()
         inputs = {"cache": self.cache, "tokens": self.tokens, "start": self.start, "grid": self.grid}
-        sizes = {"num_branches": self.num_branches, "num_text_tokens": self.num_text_tokens}
-        logits = self.compiled.call(compute_step_logits, self.key, forward=self.compiled.forward, **inputs, **sizes)
+        inputs |= {"forward": self.compiled.forward, "num_branches": self.num_branches}
+        logits = self.compiled.call(compute_step_logits, self.key, **inputs)
         selection = {"select_tokens": self.select_tokens, "tokens": self.tokens, "start": self.start}
         self.compiled.call(select_step_token, self.key + self.select_tokens.describe(), logits=logits, **selection)
 
@@ -321,12 +327,11 @@ def compute_step_logits(
     tokens: torch.Tensor,
     start: torch.Tensor,
     num_branches: int,
-    num_text_tokens: int,
     grid: dict[str, int],
 ) -> torch.Tensor:
     """Feed the tokens at position `start`, a tensor; return float32 logits `(branches, batch, 1, vocab_size)`."""
     fed = tokens.index_select(1, start).repeat(num_branches, 1)
-    inputs = cache.start_pass(num_text_tokens + start, 1) | grid
+    inputs = cache.start_pass(cache.num_text_slots + start, 1) | grid
     return forward(target_image_tokens=fed, **inputs).logits.float().unflatten(0, (num_branches, -1))
 
 

@@ -267,5 +267,7 @@ def ask_to_stop(stopping_criteria: Sequence[StoppingCriteria], tokens: torch.Ten
 
     `StoppingCriteriaList` is not used for this, because it waits for the device after every token.
     """
-    answers = [torch.as_tensor(criterion(tokens, None)).cpu().expand(len(tokens)) for criterion in stopping_criteria]
-    return bool(answers) and bool(torch.stack(answers).any(dim=0).all())
+    is_stopped = torch.zeros(len(tokens), dtype=torch.bool)
+    for criterion in stopping_criteria:
+        is_stopped |= torch.as_tensor(criterion(tokens, None), device="cpu")
+    return bool(is_stopped.all())
