@@ -27,6 +27,7 @@ from bench_training import NO_DROPOUT, count_operations
 from generation_gpu import (
     NUM_WATCHED,
     Device,
+    compare_attention,
     measure_floors,
     time_decoding,
     watch_tokens,
@@ -244,6 +245,15 @@ class Benchmark:
         self.results.setdefault("watched", {})[name] = found
         print(f"{name}, a token:", {key: value for key, value in found.items() if key != "kernels"}, flush=True)
 
+    def compare_attention(self):
+        """Compare ways to compute the attention of a token, for one edit and for batches."""
+        model = self.get_large_model()
+        for num_edits, num_sources in ((1, 1), *self.sizes["batches"]):
+            rows = compare_attention(self.device, model.config, num_edits, num_sources, model.dtype)
+            found = [{"edits": num_edits, "sources": num_sources, **row} for row in rows]
+            self.results.setdefault("attention", []).extend(found)
+            print(*found, sep="\n", flush=True)
+
     # Training
 
     def train(self):
@@ -312,6 +322,7 @@ STAGES = {
     "one edit, compiled": (Benchmark.time_compiled, 25, 100),
     "batches": (Benchmark.time_batches, 5, 60),
     "training": (Benchmark.train, 12, 35),
+    "attention": (Benchmark.compare_attention, 10, 60),
     "batches, compiled": (Benchmark.time_compiled_batches, 25, 150),
     "parity, compiled": (Benchmark.check_compiled, 20, 60),
     "one edit, other compilations": (Benchmark.time_other_compilations, 25, 150),
@@ -346,6 +357,17 @@ def compose_page(results: dict) -> str:
             f"Where Python waits for the device: {waits}. Calls to the driver: {host}. CUDA graphs skipped by the "
             f"compiler: {found['cuda_graphs_skipped']}. {found['calls']:.0f} kernels, {found['us']:.0f} µs in all:",
             format_table(["kernel", "calls", "µs"], rows),
+        ]
+    if "attention" in results:
+        rows = [
+            [str(row["edits"]), str(row["sources"]), row["way"]]
+            + ([f"{row['us']:.0f}", f"{row['error']:.1e}"] if "us" in row else [row["failure"], ""])
+            for row in results["attention"]
+        ]
+        parts += [
+            "## Attention of a token, all layers",
+            "Each way is one CUDA graph. The error is the largest difference from float64, of outputs of about 0.05.",
+            format_table(["edits", "sources", "way", "µs", "error"], rows),
         ]
     if "training" in results:
         parts += ["## Training from tokens", describe_training(results)]

@@ -5,17 +5,23 @@ from the time of a call that decodes more. In a rehearsal, the device is "cpu", 
 """
 
 import gc
+import math
 import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from generation_systems import GUIDANCE_SCALE, PLACES, build_edit_mask
 from report import measure_matrix_rate, measure_peak_memory, time_call
 from torch.autograd import DeviceType
+from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity
 from transformers import StoppingCriteria
+
+from editar_hf.generation.cache import SourceCache, attend_in_one_softmax
+from editar_hf.generation.decoding import capture_graph
 
 
 # Passes before a call is timed. With "reduce-overhead", the second pass records CUDA graphs; later ones replay them.
@@ -119,6 +125,81 @@ def time_decoding(decode, model, source, prompt_embeds, device: Device, num_time
         tokens.append(min(spent) / num_timed)
     memory = device.measure_peak_memory()
     return {"first_call": first_call, "prefill": prefill, "tokens": tokens, "memory": memory}
+
+
+@torch.no_grad()
+def compare_attention(device: Device, config, num_edits: int, num_sources: int, dtype: torch.dtype) -> list[dict]:
+    """Time the attention of all layers for one token in the middle of the target, in several ways.
+
+    Each way is captured in one CUDA graph. The keys and values are those of a static cache, with one text slot.
+
+    Returns:
+        `list[dict]`: For each way, its name, microseconds, and the largest difference from float64, or its error.
+    """
+    num_rows, num_tokens, heads = 2 * num_edits, config.num_image_tokens, config.num_attention_heads
+    generator = torch.Generator(device.name).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, config.head_dim, generator=generator, device=device.name, dtype=dtype)
+
+    layers = range(config.num_hidden_layers)
+    sources = {name: [draw(num_sources, heads, num_tokens) for _ in layers] for name in ("keys", "values")}
+    own = {name: [draw(num_rows, heads, num_tokens) for _ in layers] for name in ("keys", "values")}
+    query, scale = draw(num_rows, heads, 1), config.head_dim**-0.5
+    last = torch.tensor(num_tokens // 2, device=device.name)
+    is_read = torch.arange(num_tokens, device=device.name) <= last
+    bias = torch.where(is_read, 0.0, -math.inf)[None, None, None]
+    source = SourceCache(
+        torch.zeros(num_sources, 1), **sources, grid_height=1, grid_width=1, num_rows=num_rows, num_images=num_edits
+    )
+    # As in `DecodingCache`, the values have the slots innermost.
+    source.values, own_values = ([one.mT.contiguous().mT for one in of] for of in (source.values, own["values"]))
+
+    def attend_in_two_parts(layer: int) -> torch.Tensor:
+        return attend_in_one_softmax(query * scale, source, layer, own["keys"][layer], own_values[layer], bias)
+
+    repeats = num_edits // num_sources
+    joined = {
+        name: [
+            torch.cat([shared.repeat_interleave(repeats, dim=0).repeat(2, 1, 1, 1), rows], dim=2)
+            for shared, rows in zip(sources[name], own[name], strict=True)
+        ]
+        for name in own
+    }
+    mask = torch.cat([torch.ones_like(is_read), is_read])[None, None, None]
+
+    def attend_with_sdpa(layer: int) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, joined["keys"][layer], joined["values"][layer], mask)
+
+    def mask_later_slots(score, row, head, position, slot):
+        return torch.where(slot <= num_tokens + last, score, -math.inf)
+
+    compiled_flex = torch.compile(flex_attention) if device.is_gpu else flex_attention
+
+    def attend_with_flex(layer: int) -> torch.Tensor:
+        return compiled_flex(query, joined["keys"][layer], joined["values"][layer], mask_later_slots)
+
+    compiled_parts = torch.compile(attend_in_two_parts) if device.is_gpu else attend_in_two_parts
+    ways = {
+        "two parts": attend_in_two_parts,
+        "two parts, compiled": compiled_parts,
+        "SDPA, sources copied to all rows": attend_with_sdpa,
+        "FlexAttention, sources copied to all rows": attend_with_flex,
+    }
+    exact = F.scaled_dot_product_attention(query.double(), *(joined[name][0].double() for name in own), mask)
+    found = []
+    for name, attend in ways.items():
+        try:
+            replay = capture_graph(lambda attend=attend: [attend(layer) for layer in layers], last.device)
+            seconds = min(
+                time_call(lambda replay=replay: [replay() for _ in range(20)], device.name)[0] for _ in range(3)
+            )
+            error = (attend(0).double() - exact).abs().max().item()
+            found.append({"way": name, "us": 1e6 * seconds / 20, "error": error})
+        except Exception as error:
+            found.append({"way": name, "failure": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+        torch.compiler.reset()
+    return found
 
 
 class BetweenTokens(StoppingCriteria):
