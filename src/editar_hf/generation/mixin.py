@@ -243,7 +243,7 @@ class EditARGenerationMixin(GenerationMixin):
     ) -> SourceCache:
         """Compute the keys and values of source images once, for any number of `generate` calls.
 
-        A cache takes 180 MiB for one image of the published size in bf16.
+        A cache takes 200 MiB for one image of the published size in bf16.
 
         Args:
             source_image_tokens (`torch.LongTensor` of shape `(sources, N)`): Codes of the images in raster order, on

@@ -205,7 +205,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     ) -> SourceCache:
         """Compute the tokens, keys and values of images once. Pass them as `source_cache` to any number of calls.
 
-        A call with a cache neither encodes its source nor runs it through the decoder. A cache takes 180 MiB for one
+        A call with a cache neither encodes its source nor runs it through the decoder. A cache takes 200 MiB for one
         image of the published size in bf16. If the decoder's weights or adapters change, calls refuse the cache.
 
         Args:
