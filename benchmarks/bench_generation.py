@@ -40,8 +40,16 @@ from report import (
     write_result,
 )
 
+from editar_hf.packing import explain_missing_kernel
 
-SYSTEMS = tuple(DECODERS)
+
+SYSTEMS, PACKED = tuple(DECODERS), "editar_hf, packed"
+
+
+def list_systems(dtype: str) -> list[str]:
+    """List the systems to measure. Packed weights compute in float32, and need a kernel for this processor."""
+    can_pack = dtype == "float32" and explain_missing_kernel() is None
+    return [system for system in SYSTEMS if can_pack or system != PACKED]
 
 
 def measure_sample(args: argparse.Namespace) -> dict:
@@ -50,6 +58,8 @@ def measure_sample(args: argparse.Namespace) -> dict:
     model = build_model(args.preset, args.grid_size, getattr(torch, args.dtypes[0]), "cpu")
     source, prompt_embeds = build_inputs(model, args.batch_size, "cpu")
     decode, inputs = DECODERS[args.system], (model, source, prompt_embeds, GUIDANCE_SCALE, args.grid_size)
+    if args.system == PACKED:
+        model.pack_weights()
     with torch.no_grad():  # warm-up: libraries initialise in the first forward pass
         model(source_image_tokens=source[:, :4], grid_height=2, grid_width=2)
     if args.system.endswith("compiled"):
@@ -69,12 +79,10 @@ def measure_sample(args: argparse.Namespace) -> dict:
 
 
 def check_all_parity(args: argparse.Namespace, dtype: str) -> str:
-    """Check parity of eager and compiled decoding and, in fp32, of all other decoding modes. Return the findings."""
+    """Check parity of all systems of ours and, in fp32, of all other decoding modes. Return the findings."""
     size = (args.preset, args.grid_size)
-    findings = [
-        check_parity(*size, getattr(torch, dtype), args.parity_tokens, args.batch_size, is_compiled=is_compiled)
-        for is_compiled in (False, True)
-    ]
+    ways = [{}, {"is_compiled": True}, {"is_packed": True}][: 3 if PACKED in list_systems(dtype) else 2]
+    findings = [check_parity(*size, getattr(torch, dtype), args.parity_tokens, args.batch_size, **way) for way in ways]
     if dtype == "float32":
         findings.append(check_paths(*size, args.parity_tokens))
     return "; ".join(findings)
@@ -82,9 +90,10 @@ def check_all_parity(args: argparse.Namespace, dtype: str) -> str:
 
 def benchmark_dtype(args: argparse.Namespace, dtype: str, bandwidth: float) -> list[str]:
     """Check parity and measure all systems. Return the parts of the report."""
-    parity, samples = check_all_parity(args, dtype), {system: [] for system in SYSTEMS}
+    systems = list_systems(dtype)
+    parity, samples = check_all_parity(args, dtype), {system: [] for system in systems}
     words = ["--sample", "--dtypes", dtype, "--batch-size", str(args.batch_size), *(["--full"] if args.full else [])]
-    for system in take_turns(SYSTEMS, args.rounds):
+    for system in take_turns(systems, args.rounds):
         samples[system].append(run_sample(__file__, *words, "--system", system))
         print(dtype, system, {k: v for k, v in samples[system][-1].items() if k != "tokens"}, flush=True)
     figures = {
@@ -95,13 +104,16 @@ def benchmark_dtype(args: argparse.Namespace, dtype: str, bandwidth: float) -> l
     ours = tokens.pop("editar_hf")
     counts = ", ".join(f"{(others != ours).sum().item()} from {system}" for system, others in tokens.items())
     model = build_empty_model(args.preset, args.grid_size)
-    floor = compute_decode_floor(model, args.batch_size, args.batch_size, getattr(torch, dtype), bandwidth)
-    shares = (f"{system} {floor / statistics.median(figures['token'][system]):.0%}" for system in SYSTEMS)
+    sizes = (model, args.batch_size, args.batch_size, getattr(torch, dtype), bandwidth)
+    floors = {system: compute_decode_floor(*sizes, torch.float16 if system == PACKED else None) for system in systems}
+    shares = (f"{name} {floor / statistics.median(figures['token'][name]):.0%}" for name, floor in floors.items())
+    packed = f" ({floors[PACKED]:.3f} s with packed weights)" if PACKED in floors else ""
     parts = [
         f"## {dtype}",
         f"Parity: {parity}; of {ours.numel()} greedy tokens, the number in which `editar_hf` differs: {counts}.",
         f"One thread reads {bandwidth / 1e9:.1f} GB/s here, so reading the weights, sources, keys and values for a "
-        f"token takes at least {floor:.3f} s, the floor. Floor divided by the time of a token: {', '.join(shares)}.",
+        f"token takes at least {floors['editar_hf']:.3f} s, the floor{packed}. Floor divided by the time of a token: "
+        f"{', '.join(shares)}.",
     ]
     for name, title in (("edit", "whole edit, s"), ("prefill", "prefill, s"), ("token", "token, s")):
         rows = [

@@ -73,6 +73,7 @@ DECODERS = {
     "library": decode_with_library,
     "editar_hf": decode_with_package,
     "editar_hf, compiled": decode_with_package,
+    "editar_hf, packed": decode_with_package,
 }
 
 
@@ -87,7 +88,10 @@ def build_empty_model(preset: str, grid_size: int, **overrides) -> EditARForCond
 def build_model(
     preset: str, grid_size: int, dtype: torch.dtype, device: str, **overrides
 ) -> EditARForConditionalGeneration:
-    """Build a decoder with random weights. The head is random too; in a freshly built decoder, it is zero."""
+    """Build a decoder with random weights that bfloat16 holds, like published ones, in any dtype.
+
+    The head is random too; in a freshly built decoder, it is zero.
+    """
     # The dtype is set before memory is allocated, so that peak memory does not include a conversion of the weights.
     model = build_empty_model(preset, grid_size, **overrides).to(dtype).to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
@@ -97,6 +101,7 @@ def build_model(
                 tensor.fill_(1)
             else:
                 tensor.normal_(std=0.04, generator=generator)
+                tensor.copy_(tensor.bfloat16())
     return model
 
 
@@ -108,7 +113,14 @@ def build_inputs(model, batch_size: int, device: str) -> tuple[torch.LongTensor,
     return source.to(device), text.to(device, model.dtype)
 
 
-def compute_decode_floor(model, batch_size: int, num_sources: int, dtype: torch.dtype, bandwidth: float) -> float:
+def compute_decode_floor(
+    model,
+    batch_size: int,
+    num_sources: int,
+    dtype: torch.dtype,
+    bandwidth: float,
+    weight_dtype: torch.dtype | None = None,
+) -> float:
     """Compute the mean time in seconds to read the data that a token needs, a lower bound of its decoding time.
 
     These data are all weights, every source once, and on average half of the target slots of each row.
@@ -117,15 +129,16 @@ def compute_decode_floor(model, batch_size: int, num_sources: int, dtype: torch.
         model (`EditARForConditionalGeneration`): The decoder; only its sizes matter.
         batch_size (`int`): Number of edits. Each has two guidance branches.
         num_sources (`int`): Number of different source images.
-        dtype (`torch.dtype`): Dtype of weights, keys and values.
+        dtype (`torch.dtype`): Dtype of keys and values.
         bandwidth (`float`): Bytes read per second.
+        weight_dtype (`torch.dtype`, *optional*): Dtype of the weights; *defaults to* `dtype`.
     """
     config = model.config
     weights = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
     slot = 2 * config.num_hidden_layers * config.hidden_size
     own = 2 * batch_size * (1 + config.num_image_tokens / 2)
-    numbers = weights + slot * (num_sources * config.num_image_tokens + own)
-    return numbers * dtype.itemsize / bandwidth
+    states = slot * (num_sources * config.num_image_tokens + own)
+    return (weights * (weight_dtype or dtype).itemsize + states * dtype.itemsize) / bandwidth
 
 
 class RecordLogits(LogitsProcessor):
@@ -163,12 +176,14 @@ def check_parity(
     batch_size: int = 1,
     device: str = "cpu",
     is_compiled: bool = False,
+    is_packed: bool = False,
     **compile_options,
 ) -> str:
     """Compare the logits of decoding with the logits of one forward pass over the same tokens; in fp32, also tokens.
 
-    In bf16, both are compared with the logits of the same weights in fp32. The error of decoding may exceed the error
-    of the forward pass only by the factor `MAX_ERROR_RATIO`.
+    Packed decoding is compared with a forward pass of the unpacked weights. In bf16, decoding and forward pass are
+    compared with the logits of the same weights in fp32. The error of decoding may exceed the error of the forward pass
+    only by the factor `MAX_ERROR_RATIO`.
 
     Raises:
         AssertionError: If logits differ by more than rounding, or a token differs whose two highest logits are not
@@ -178,6 +193,8 @@ def check_parity(
     source, prompt_embeds = build_inputs(model, batch_size, device)
     if is_compiled:
         model.compile_decoding(**compile_options)
+    if is_packed:
+        model.pack_weights()
     record = RecordLogits()
     grid = {"grid_height": grid_size, "grid_width": grid_size}
     tokens = model.generate(
@@ -190,8 +207,11 @@ def check_parity(
         **grid,
     )[:, :num_tokens]
     ours = torch.stack(record.logits, dim=1)
+    if is_packed:
+        model.unpack_weights()
     plain = compute_guided_logits(model, source, prompt_embeds, tokens, grid)
-    start = f"{'compiled' if is_compiled else 'eager'}, over {tokens.numel()} tokens, guided logits"
+    way = "compiled" if is_compiled else "packed" if is_packed else "eager"
+    start = f"{way}, over {tokens.numel()} tokens, guided logits"
     if dtype != torch.float32:
         exact = compute_guided_logits(model.float(), source, prompt_embeds.float(), tokens, grid)
         our_error, plain_error = ((logits - exact).std() / exact.std() for logits in (ours, plain))
