@@ -146,6 +146,18 @@ def test_bf16_and_channels_last_agree_with_fp32(model, pixel_values):
     assert (half.float() - decoded).square().mean().sqrt() < 0.05 * decoded.std()
 
 
+def test_skipped_upsamples_are_the_last_ones(model):
+    image_tokens = torch.arange(24)[None]
+    quarter, half = (model.decode(image_tokens, 4, 6, num_skipped_upsamples=number) for number in (2, 1))
+    model.decoder.conv_blocks[1].upsample.nearest = torch.nn.Identity()
+    assert_close(model.decode(image_tokens, 4, 6), half, rtol=0, atol=0)
+    model.decoder.conv_blocks[0].upsample.nearest = torch.nn.Identity()
+    assert_close(model.decode(image_tokens, 4, 6), quarter, rtol=0, atol=0)
+    assert quarter.shape == (1, 3, 4, 6)
+    with pytest.raises(ValueError, match=r"`num_skipped_upsamples` is 3; .* from 0 to 2"):
+        model.decode(image_tokens, 4, 6, num_skipped_upsamples=3)
+
+
 def test_encode_and_decode_fire_offload_hooks(model, pixel_values):
     class CountingHook:
         calls = 0

@@ -1,6 +1,7 @@
 """What the pipeline promises of masks, sessions, kept sources, drafts, previews, windows and the edit map."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,12 +9,16 @@ import torch
 from PIL import Image
 from plain_decoding import compute_naive_logits
 from tiny import STRIDE, are_near, build_pipeline, draw_image
+from torch.testing import assert_close
 
+from editar_hf import EditARVQConfig, EditARVQModel
+from editar_hf.pipelines.callbacks import RowPreview
 from editar_hf.pipelines.edit_region import compute_edit_mask
 
 
 PROMPT = "make the red circle blue"
 SIDE, NUM_TOKENS = 16, 16
+STICKER_EDITOR = Path(__file__).parents[1] / "examples" / "sticker-editor"
 pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:`image` is missing")
 
 
@@ -356,6 +361,44 @@ def test_new_rows_of_a_preview_fade_into_the_row_above(pipe):
     expected = strip * weights + torch.cat([above, strip[:, :, 4:]], dim=2) * (1 - weights)
     expected = ((expected[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
     assert np.abs(previews[7][0][:8] - expected).max() < 0.51
+
+
+def test_previews_of_a_larger_stride_are_decoded_small_and_keep_rows_outside_the_mask():
+    torch.manual_seed(0)
+    config = EditARVQConfig(num_embeddings=40, base_channels=8, channel_multipliers=(1, 1, 2, 2), norm_num_groups=4)
+    vq_model, tokens, pixels = EditARVQModel(config).eval(), torch.arange(16)[None], torch.rand(1, 3, 32, 32) * 2 - 1
+    edit_mask = (tokens >= 6) & (tokens < 8)  # in the second row
+    preview = RowPreview(vq_model, pixels, edit_mask, (4, 4), 1, torch.clone)
+    with torch.no_grad():
+        first, second, third, last = (preview.draw(tokens[:, : 4 * num_rows]) for num_rows in (1, 2, 3, 4))
+        strip = vq_model.decode(tokens[:, :8], 2, 4, num_skipped_upsamples=1)
+        assert_close(last, vq_model.decode(tokens, 4, 4), rtol=0, atol=0)
+    assert torch.equal(first, pixels)
+    assert torch.equal(second[:, :, 16:], pixels[:, :, 16:])
+    assert torch.equal(third, second)
+    # Enlarged linearly: the pixels 2k and 2k + 1 lie a quarter of a small pixel before and after small pixel k.
+    middle = 0.25 * strip[..., :-1] + 0.75 * strip[..., 1:]
+    expected = 0.25 * middle[:, :, 5:7] + 0.75 * middle[:, :, 6:8]
+    assert_close(second[:, :, 12:16:2, 2::2], expected)
+
+
+def test_preview_of_a_trained_vq_model_shows_the_new_tokens():
+    """Where a row of the result differs from the source, its preview is nearer to the result."""
+    vq_model = EditARVQModel.from_pretrained(STICKER_EDITOR / "vq_model", dtype=torch.float32)
+    pixels = []
+    for color in ("red", "blue"):
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste(color, (16, 16, 48, 48))
+        pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1)
+    with torch.no_grad():
+        source, tokens = (vq_model.encode(one).image_tokens for one in pixels)
+        result, before = vq_model.decode(tokens), vq_model.decode(source)
+        preview = RowPreview(vq_model, before, None, (8, 8), 1, torch.clone)
+        for row in range(8):
+            rows = slice(8 * row, 8 * row + 8)
+            drawn, target, old = (one[:, :, rows] for one in (preview.draw(tokens[:, : rows.stop]), result, before))
+            if 2 <= row < 6:
+                assert (drawn - target).square().mean() < 0.2 * (old - target).square().mean()
 
 
 def test_the_result_is_drawn_once_where_the_last_preview_shows_it(pipe):

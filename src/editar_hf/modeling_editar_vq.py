@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
 
-from .checks import check_tensor
+from .checks import check_integer, check_tensor
 from .configuration_editar import EditARVQConfig
 
 
@@ -182,8 +182,9 @@ class EditARVQDecoderLevel(EditARVQLevel):
         super().__init__(config, in_channels, out_channels, config.num_res_blocks + 1, attention=is_first)
         self.upsample = nn.Identity() if is_last else build_upsample(out_channels)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.upsample(super().forward(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, upsample: bool = True) -> torch.Tensor:
+        hidden_states = super().forward(hidden_states)
+        return self.upsample(hidden_states) if upsample else self.upsample.get_submodule("conv")(hidden_states)
 
 
 def build_middle(config: EditARVQConfig, channels: int) -> nn.Sequential:
@@ -222,7 +223,7 @@ class EditARVQEncoder(nn.Module):
 class EditARVQDecoder(nn.Module):
     """Map latents (batch_size, latent_channels, grid_height, grid_width) to pixels.
 
-    Level 0 has the lowest resolution.
+    Level 0 has the lowest resolution. Each skipped upsampling, counted from the last, halves the size of the image.
     """
 
     def __init__(self, config: EditARVQConfig):
@@ -241,10 +242,12 @@ class EditARVQDecoder(nn.Module):
         self.norm_out = EditARVQNorm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, kernel_size=3, padding=1)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, num_skipped_upsamples: int = 0) -> torch.Tensor:
         hidden_states = self.mid(self.conv_in(prepare_layout(latents)))
-        for level in self.conv_blocks:
-            hidden_states = level(hidden_states)
+        num_upsamples = len(self.conv_blocks) - 1
+        skipped = range(num_upsamples - num_skipped_upsamples, num_upsamples)
+        for index, level in enumerate(self.conv_blocks):
+            hidden_states = level(hidden_states, upsample=index not in skipped)
         return self.conv_out(F.silu(self.norm_out(hidden_states), inplace=True))
 
 
@@ -334,7 +337,11 @@ class EditARVQModel(PreTrainedModel):
 
     @apply_forward_hook
     def decode(
-        self, image_tokens: torch.Tensor, grid_height: int | None = None, grid_width: int | None = None
+        self,
+        image_tokens: torch.Tensor,
+        grid_height: int | None = None,
+        grid_width: int | None = None,
+        num_skipped_upsamples: int = 0,
     ) -> torch.Tensor:
         """Decode codebook indices to pixels (batch_size, 3, height, width), nominally in [−1, 1] but not clamped.
 
@@ -342,12 +349,17 @@ class EditARVQModel(PreTrainedModel):
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`): Indices in raster order.
             grid_height, grid_width (`int`, *optional*): Tokens per column and per row. If one is None, it is computed
                 from the other. If both are None, the grid is square.
+            num_skipped_upsamples (`int`): How many upsamplings, counted from the last, the decoder leaves out;
+                *defaults to* 0. Each one halves height and width. This is faster, but the pixels are approximate.
 
         Raises:
-            ValueError: If the tokens do not fill the grid, or are not codebook indices.
+            ValueError: If the tokens do not fill the grid, or are not codebook indices, or the decoder has fewer
+                upsamplings than `num_skipped_upsamples`.
         """
+        num_upsamples = len(self.config.channel_multipliers) - 1
+        check_integer("num_skipped_upsamples", num_skipped_upsamples, 0, num_upsamples)
         grid_height, grid_width = self._resolve_grid(image_tokens, grid_height, grid_width)
-        return self._decode(self.quantize.decode(image_tokens), grid_height, grid_width)
+        return self._decode(self.quantize.decode(image_tokens), grid_height, grid_width, num_skipped_upsamples)
 
     def forward(self, pixel_values: torch.Tensor) -> EditARVQOutput:
         """Reconstruct images and compute the training losses of the VQ model.
@@ -396,9 +408,11 @@ class EditARVQModel(PreTrainedModel):
         latents = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)
         return self.quantize.encode(latents.detach()), latents
 
-    def _decode(self, codes: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
+    def _decode(
+        self, codes: torch.Tensor, grid_height: int, grid_width: int, num_skipped_upsamples: int = 0
+    ) -> torch.Tensor:
         latents = codes.to(self.dtype).transpose(1, 2).unflatten(2, (grid_height, grid_width))
-        return self.decoder(self.post_quant_conv(latents))
+        return self.decoder(self.post_quant_conv(latents), num_skipped_upsamples).contiguous()
 
     def _resolve_grid(
         self, image_tokens: torch.Tensor, grid_height: int | None, grid_width: int | None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import StoppingCriteria
@@ -14,13 +15,14 @@ from ..modeling_editar_vq import EditARVQModel
 class RowPreview:
     """Draw previews of the results during decoding: decoded rows of tokens replace the rows of the source.
 
-    A preview decodes only the new rows and one row above them, and blends that row with the earlier preview. It is
-    close to the result but not equal, because the VQ model decodes each pixel from the whole image. The last preview
-    decodes the whole image and is equal to the result.
+    A preview decodes the new rows and one row above them, and blends that row with the earlier preview. The rows are
+    decoded at 4 × 4 pixels per token and enlarged, so a preview is softer than the result. New rows outside the mask
+    are not decoded. The last preview decodes the whole image and is equal to the result.
 
     Args:
         vq_model (`EditARVQModel`): Decodes the tokens.
         pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Initial pixels, in [−1, 1].
+        edit_mask (`torch.BoolTensor` of shape `(batch, N)`, *optional*): True for tokens that may change.
         grid (`tuple[int, int]`): Tokens per column and per row.
         rows_per_preview (`int`): Rows between two previews. There is always a preview after the last row.
         compose (`Callable`): Makes the preview images from pixels, in the same way as the results.
@@ -30,12 +32,14 @@ class RowPreview:
         self,
         vq_model: EditARVQModel,
         pixel_values: torch.Tensor,
+        edit_mask: torch.Tensor | None,
         grid: tuple[int, int],
         rows_per_preview: int,
         compose: Callable[[torch.Tensor], Any],
     ):
         self.vq_model = vq_model
         self.canvas = pixel_values.clone()
+        self.edit_mask = edit_mask
         self.grid_height, self.grid_width = grid
         self.rows_per_preview = rows_per_preview
         self.compose = compose
@@ -51,19 +55,28 @@ class RowPreview:
         num_rows, rest = divmod(image_tokens.shape[1], self.grid_width)
         if rest or (num_rows % self.rows_per_preview and num_rows < self.grid_height):
             return None
-        first = 0 if num_rows == self.grid_height else max(self.num_drawn_rows - 1, 0)
-        strip = image_tokens[:, first * self.grid_width : num_rows * self.grid_width]
-        pixels = self.vq_model.decode(strip, num_rows - first, self.grid_width).float()
-        stride = self.vq_model.config.stride
-        # The row above the new rows blends linearly from the earlier preview to the new pixels.
-        weights = torch.ones(pixels.shape[2], 1, device=pixels.device)
-        if num_rows < self.grid_height:
-            num_faded = (self.num_drawn_rows - first) * stride
-            weights[:num_faded, 0] = torch.arange(1, num_faded + 1, device=pixels.device) / (num_faded + 1)
-        rows = slice(first * stride, num_rows * stride)
-        self.canvas[:, :, rows] = torch.lerp(self.canvas[:, :, rows].float(), pixels, weights)
+        new = slice(self.num_drawn_rows * self.grid_width, num_rows * self.grid_width)
+        if num_rows == self.grid_height:
+            self.canvas = self.vq_model.decode(image_tokens, self.grid_height, self.grid_width).float()
+        elif self.edit_mask is None or self.edit_mask[:, new].any():
+            self.draw_rows(image_tokens, num_rows)
         self.num_drawn_rows = num_rows
         return self.compose(self.canvas)
+
+    def draw_rows(self, image_tokens: torch.LongTensor, num_rows: int) -> None:
+        """Decode the new rows and one row above them, and blend them into the canvas."""
+        first = max(self.num_drawn_rows - 1, 0)
+        strip = image_tokens[:, first * self.grid_width :]
+        num_skipped = max(len(self.vq_model.config.channel_multipliers) - 3, 0)  # a token then has 4 × 4 pixels
+        pixels = self.vq_model.decode(strip, num_rows - first, self.grid_width, num_skipped).float()
+        pixels = F.interpolate(pixels, scale_factor=2**num_skipped, mode="bilinear")
+        # The row above the new rows blends linearly from the earlier preview to the new pixels.
+        stride = self.vq_model.config.stride
+        weights = torch.ones(pixels.shape[2], 1, device=pixels.device)
+        num_faded = (self.num_drawn_rows - first) * stride
+        weights[:num_faded, 0] = torch.arange(1, num_faded + 1, device=pixels.device) / (num_faded + 1)
+        rows = slice(first * stride, num_rows * stride)
+        self.canvas[:, :, rows] = torch.lerp(self.canvas[:, :, rows].float(), pixels, weights)
 
 
 class StepReporter(StoppingCriteria):

@@ -476,7 +476,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 (the tokens so far), `"source_image_tokens"`, `"prompt_embeds"`.
             preview_every (`int`, *optional*): After every `preview_every` rows of tokens, `tensors` also holds
                 `"preview"`: one PIL image for each result, with the decoded rows at the top and the source below. The
-                last preview is the result. Earlier previews decode only the new rows, which is fast but not exact.
+                last preview is the result. Earlier previews are fast and soft, because new rows are decoded small.
             output_type (`str`): `"pil"`, `"np"` (batch, height, width, 3) in [0, 1], `"pt"` (batch, 3, height, width)
                 in [0, 1], or `"tokens"`.
             return_dict (`bool`): Return an `EditARPipelineOutput`; if False, return its values as a tuple.
@@ -564,9 +564,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             region=region,
             resize_mode=resize_mode,
         )
+        edit_mask = None if region is None else region.edit_mask
         preview = None
         if preview_every is not None:
-            preview = RowPreview(self.vq_model, source_pixel_values, grid, preview_every, compose_images)
+            preview = RowPreview(self.vq_model, source_pixel_values, edit_mask, grid, preview_every, compose_images)
         with self.progress_bar(total=grid[0] * grid[1]) as progress_bar:
             reporter = StepReporter(self, progress_bar, *observers, rows, preview)
             output = self.transformer.generate(
@@ -575,7 +576,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 image_guidance_scale=image_guidance_scale,
                 generator=generator,
                 source_cache=source_cache,
-                edit_mask=None if region is None else region.edit_mask,
+                edit_mask=edit_mask,
                 decoding=decoding,
                 grid_height=grid[0],
                 grid_width=grid[1],
