@@ -9,10 +9,11 @@ bfloat16 has 8.
 
 import copy
 import ctypes
+import itertools
 import platform
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -37,8 +38,8 @@ def explain_missing_kernel() -> str | None:
         return f"this processor is {machine}, and packed weights are supported on x86-64 only"
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return "torch's FBGEMM kernels do not support this processor; they need AVX2"
-    names = ("wrapped_fbgemm_pack_gemm_matrix_fp16", "wrapped_fbgemm_linear_fp16_weight")
-    if not all(hasattr(torch.ops._quantized, name) for name in names):
+    names = ("linear_prepack_fp16", "linear_unpack_fp16", "linear_dynamic_fp16")
+    if not all(hasattr(torch.ops.quantized, name) for name in names):
         return f"torch {torch.__version__} does not have FBGEMM's operators for float16 weights"
     return None
 
@@ -59,9 +60,23 @@ def build_error(operation: str) -> ValueError:
     return ValueError(f"{operation} is not possible with packed weights; call `unpack_weights()` first.")
 
 
-def round_weights(weight: torch.Tensor) -> torch.Tensor:
-    """Round float32 weights as packing and unpacking do: to float16, and −0 to +0."""
-    return weight.half().float().add_(0.0)
+# torch's compiler does not accept packed weights as an argument of an operator, so compiled code passes their number.
+PACKED_WEIGHTS: WeakValueDictionary[int, torch.ScriptObject] = WeakValueDictionary()
+NUMBERS = itertools.count()
+LIBRARY = torch.library.Library("editar_hf", "FRAGMENT")
+LIBRARY.define("packed_linear(Tensor hidden_states, int number, int out_features) -> Tensor")
+
+
+def compute_packed_linear(hidden_states: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return torch.ops.quantized.linear_dynamic_fp16(hidden_states, PACKED_WEIGHTS[number])
+
+
+def allocate_output(hidden_states: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return hidden_states.new_empty(*hidden_states.shape[:-1], out_features)
+
+
+LIBRARY.impl("packed_linear", compute_packed_linear, "CPU")
+LIBRARY.impl("packed_linear", allocate_output, "Meta")
 
 
 class PackedLinear(nn.Module):
@@ -78,7 +93,7 @@ class PackedLinear(nn.Module):
         weight = layer.weight.detach().float()
         # Some rows at a time: temporary tensors of the whole size would be slow, and would leave gaps in memory.
         is_inexact = torch.cat(
-            [rows.view(torch.int32) != round_weights(rows).view(torch.int32) for rows in weight.split(64)]
+            [rows.view(torch.int32) != rows.half().float().view(torch.int32) for rows in weight.split(64)]
         )
         inexact = is_inexact.flatten().nonzero()[:, 0]
         self.is_exact = len(inexact) <= MAX_INEXACT_SHARE * weight.numel()
@@ -87,10 +102,10 @@ class PackedLinear(nn.Module):
             self.inexact_indices, self.inexact_values = inexact.int(), layer.weight.detach().flatten()[inexact]
             self.weight_samples = samples.clone()
         else:
-            self.weight_samples = round_weights(samples)
-        # A plain attribute, because these are the bytes of a pointer, which must not be saved or converted.
-        self.packed_weight = torch.ops._quantized.wrapped_fbgemm_pack_gemm_matrix_fp16(weight)
-        self.zero_bias = torch.zeros(self.out_features)  # The operator needs a bias.
+            self.weight_samples = samples.half().float()
+        self.packed_weight = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        self.number = next(NUMBERS)
+        PACKED_WEIGHTS[self.number] = self.packed_weight
         self.train(layer.training)
 
     @property
@@ -101,14 +116,14 @@ class PackedLinear(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise build_error("A forward pass with gradients, outside `torch.no_grad()`,")
-        return torch.ops._quantized.wrapped_fbgemm_linear_fp16_weight(
-            hidden_states.float(), self.packed_weight, self.zero_bias, self.out_features
-        )
+        hidden_states = hidden_states.float()
+        if torch.compiler.is_compiling():
+            return torch.ops.editar_hf.packed_linear(hidden_states, self.number, self.out_features)
+        return torch.ops.quantized.linear_dynamic_fp16(hidden_states, self.packed_weight)
 
     def unpack(self) -> nn.Linear:
         """Make the original layer, with the same bits. The layer must be exact."""
-        # The product with the identity matrix is exact: all other summands are 0.
-        weight = self(torch.eye(self.in_features)).T.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
+        weight = torch.ops.quantized.linear_unpack_fp16(self.packed_weight)[0].to(self.dtype)
         weight.view(-1)[self.inexact_indices.long()] = self.inexact_values
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(weight, requires_grad=self.is_trainable)
@@ -132,7 +147,6 @@ class PackedLinear(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> Self:
         copied = self.__new__(type(self))
-        # The packed weights are a pointer, and a copy of its bytes would not keep the weights alive.
         shared = {"packed_weight": self.packed_weight}
         copied.__dict__ = {**copy.deepcopy({**self.__dict__, **dict.fromkeys(shared)}, memo), **shared}
         return copied
@@ -198,12 +212,6 @@ def pack_linears(*models: "PreTrainedModel") -> None:
     """
     for model in models:
         check_can_pack(model)
-    with warnings.catch_warnings():
-        # Once in a process, torch warns that these operators are deprecated. Called from here, the warning can be
-        # filtered; called as in `PackedLinear`, it cannot.
-        warnings.filterwarnings("ignore", message="fbgemm_.* is deprecated")
-        one = torch.ones(1, 1)
-        torch.fbgemm_linear_fp16_weight_fp32_activation(one, torch.fbgemm_pack_gemm_matrix_fp16(one), None)
     for model in models:
         for path in [path for path, _ in list_linears(model)]:
             model.set_submodule(path, PackedLinear(model.get_submodule(path)))
