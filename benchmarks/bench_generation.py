@@ -4,6 +4,7 @@
     python benchmarks/bench_generation.py --batch-size 8
     python benchmarks/bench_generation.py --pieces         # with and without each part of the decoding engine
     python benchmarks/bench_generation.py --full           # GPT-XL at 512×512; only some tokens are timed
+    python benchmarks/bench_generation.py --avx2           # as on a processor without AVX-512
 
 Each measurement runs in a separate process with one CPU thread. Processor time is measured, in the order A B C D,
 D C B A, A B C D. Weights are random. Results are written to `benchmarks/results/`. `bench_gpu.py` measures on a GPU.
@@ -11,6 +12,7 @@ D C B A, A B C D. Weights are random. Results are written to `benchmarks/results
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -50,6 +52,16 @@ def list_systems(dtype: str) -> list[str]:
     """List the systems to measure. Packed weights compute in float32, and need a kernel for this processor."""
     can_pack = dtype == "float32" and explain_missing_kernel() is None
     return [system for system in SYSTEMS if can_pack or system != PACKED]
+
+
+# Each library has its own setting. Compiled code has a folder of its own, because code for AVX-512 crashes here.
+ONLY_AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor-avx2",
+}
 
 
 def measure_sample(args: argparse.Namespace) -> dict:
@@ -129,7 +141,7 @@ def benchmark_cpu(args: argparse.Namespace) -> str:
     """Measure all systems in all dtypes. Return the report."""
     size = 16 * args.grid_size
     parts = [
-        f"# Decoding: {args.preset} at {size}×{size}, batch {args.batch_size}, CPU",
+        f"# Decoding: {args.preset} at {size}×{size}, batch {args.batch_size}, CPU{' with AVX2' if args.avx2 else ''}",
         describe_machine(),
         f"Seconds of processor time, one thread, one process per measurement, {args.rounds} rounds, in the order "
         "A B C D, D C B A, …; medians, and ratios to `editar_hf` round by round as median (least – most). The time of "
@@ -147,6 +159,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="GPT-XL at 512×512")
     parser.add_argument("--pieces", action="store_true", help="time decoding with and without each part")
+    parser.add_argument("--avx2", action="store_true", help="use no instructions beyond AVX2")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -155,12 +168,15 @@ def main():
     args = parser.parse_args()
     args.preset, args.grid_size = ("GPT-XL", 32) if args.full else ("GPT-B", 16)
     args.num_timed, args.parity_tokens = (8, 16) if args.full else (16, 32)
+    if args.avx2 and not ONLY_AVX2.items() <= os.environ.items():  # They must be set before torch is imported.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONLY_AVX2})
     if args.sample:
         print(json.dumps(measure_sample(args)))
     elif args.pieces:
         write_result("generation-pieces", benchmark_pieces(args))
     else:
         suffix = ("-xl" if args.full else "") + (f"-batch-{args.batch_size}" if args.batch_size > 1 else "")
+        suffix += "-avx2" if args.avx2 else ""
         write_result(f"generation{suffix}", benchmark_cpu(args))
 
 

@@ -45,12 +45,15 @@ from generation_systems import (
 from report import RESULTS, describe_machine, format_table, time_call
 from torch._dynamo.utils import counters
 
+from editar_hf import EditARVQConfig, EditARVQModel
+from editar_hf.pipelines.callbacks import RowPreview
 from editar_hf.training.optimization import build_optimizer
 
 
 FULL = {
     "large": ("GPT-XL", 32),
     "small": ("GPT-B", 16),
+    "vq_model": {},
     "parity_tokens": 32,
     "timed": 32,
     # (edits in a batch, different sources among them)
@@ -62,6 +65,7 @@ FULL = {
 TINY = {
     "large": ("tiny", 6),
     "small": ("tiny", 6),
+    "vq_model": {"base_channels": 8, "norm_num_groups": 4},
     "parity_tokens": 4,
     "timed": 2,
     "batches": ((2, 1),),
@@ -254,6 +258,34 @@ class Benchmark:
             self.results.setdefault("attention", []).extend(found)
             print(*found, sep="\n", flush=True)
 
+    @torch.no_grad()
+    def time_vq(self):
+        """Time the VQ encoder, the VQ decoder and all previews before the last, for one image."""
+        device, sizes = self.device, self.sizes
+        torch.manual_seed(0)
+        vq_model = EditARVQModel(EditARVQConfig(**sizes["vq_model"])).eval().to(device.name, torch.bfloat16)
+        grid_size = sizes["large"][1]
+        side = vq_model.config.stride * grid_size
+        pixels = torch.zeros(1, 3, side, side, device=device.name)
+        tokens = torch.zeros(1, grid_size**2, dtype=torch.long, device=device.name)
+
+        def draw_previews():
+            preview = RowPreview(vq_model, pixels, None, (grid_size, grid_size), 1, torch.Tensor.cpu)
+            for row in range(1, grid_size):
+                preview.draw(tokens[:, : row * grid_size])
+
+        calls = {
+            "encode": lambda: vq_model.encode(pixels),
+            "decode": lambda: vq_model.decode(tokens),
+            f"{grid_size - 1} previews": draw_previews,
+        }
+        for call in calls.values():
+            call()
+        self.results["vq"] = {
+            name: 1000 * min(time_call(call, device.name)[0] for _ in range(3)) for name, call in calls.items()
+        }
+        print("VQ model, ms:", self.results["vq"], flush=True)
+
     # Training
 
     def train(self):
@@ -322,6 +354,7 @@ STAGES = {
     "one edit, compiled": (Benchmark.time_compiled, 25, 100),
     "batches": (Benchmark.time_batches, 5, 60),
     "training": (Benchmark.train, 12, 35),
+    "VQ model": (Benchmark.time_vq, 5, 20),
     "attention": (Benchmark.compare_attention, 10, 60),
     "batches, compiled": (Benchmark.time_compiled_batches, 25, 150),
     "parity, compiled": (Benchmark.check_compiled, 20, 60),
@@ -358,6 +391,9 @@ def compose_page(results: dict) -> str:
             f"compiler: {found['cuda_graphs_skipped']}. {found['calls']:.0f} kernels, {found['us']:.0f} µs in all:",
             format_table(["kernel", "calls", "µs"], rows),
         ]
+    if "vq" in results:
+        rows = [[name, f"{spent:.1f}"] for name, spent in results["vq"].items()]
+        parts += ["## VQ model, one image, bf16", format_table(["", "ms"], rows)]
     if "attention" in results:
         rows = [
             [str(row["edits"]), str(row["sources"]), row["way"]]

@@ -1,9 +1,9 @@
 """The decoding loop for exact, masked and speculative decoding, its decoder passes, and their compilation.
 
 The first passes feed the source images and the texts, and give the logits of the first target token. Every later pass
-feeds the last accepted token and the proposed tokens after it. Proposed tokens are of two kinds: tokens outside
-the edit mask, which are known (forced), and drafts of speculative decoding. A draft is right if it equals the token
-that the logits before it choose. The first wrong draft is replaced by the chosen token, and the next pass starts there.
+feeds the last accepted token and the proposed tokens after it. Proposed tokens are of two kinds: tokens outside the
+edit mask, which are known (forced), and drafts of speculative decoding. A draft is right if it equals the token that
+the logits before it choose. The first wrong draft is replaced by the chosen token, and the next pass starts there.
 Forced tokens are always right. The sampling noise of each position is fixed, so the result is the same as with one
 token per pass.
 
@@ -298,7 +298,7 @@ class CompiledStep:
         return self.tokens[:, start + 1 : start + 2]
 
     def run(self) -> None:
-        """Run the step once. Running it again changes nothing."""
+        """Run the step once. Running it again chooses the same token."""
         torch.compiler.cudagraph_mark_step_begin()
         inputs = {"cache": self.cache, "tokens": self.tokens, "start": self.start, "grid": self.grid}
         inputs |= {"forward": self.compiled.forward, "num_branches": self.num_branches}
