@@ -246,10 +246,10 @@ def main():
 
 ## The sticker editor, fp32: drafts
 
-Number of passes after the prefill, for an edit of {pipe.transformer.config.num_image_tokens} tokens, and in brackets the
-number of tokens per pass; {len(samples["add"])} test samples of each kind. Drafts are the source tokens at first, then
-the tokens that earlier passes chose. The share of accepted drafts does not carry over to the published weights, which
-have another vocabulary and grid.
+Number of passes after the prefill, for an edit of {pipe.transformer.config.num_image_tokens} tokens, and in brackets
+the number of tokens per pass; {len(samples["add"])} test samples of each kind. Drafts are the source tokens at first,
+then the tokens that earlier passes chose. The share of accepted drafts does not carry over to the published weights,
+which have another vocabulary and grid.
 
 {drafts}
 
