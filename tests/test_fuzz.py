@@ -78,6 +78,7 @@ MISTAKES = {
     "height": (-4, 0, 15, HUGE),
     "width": (-4, 0, 15, HUGE),
     "task": ("paint", ["edit", "paint"]),
+    "size_policy": ("loose", True),
     "resize_mode": ("squeeze",),
     "guidance_scale": (NAN, "3"),
     "image_guidance_scale": (NAN, "3"),

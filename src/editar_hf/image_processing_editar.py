@@ -310,11 +310,12 @@ class EditARImageProcessor(PilBackend):
         self, images: list[Image.Image], height: int, width: int, resize_mode: str
     ) -> torch.Tensor:
         """Resize upright RGB images and return pixels (batch, 3, height, width) in [−1, 1]."""
-        resized = [self._resize(image, height, width, resize_mode) for image in images]
+        resized = [self.resize_and_crop(image, height, width, resize_mode) for image in images]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
         return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
-    def _resize(self, image: Image.Image, height: int, width: int, resize_mode: str) -> Image.Image:
+    def resize_and_crop(self, image: Image.Image, height: int, width: int, resize_mode: str) -> Image.Image:
+        """Resize an upright RGB image to `height`×`width` pixels; warn if the centre crop cuts away more than 2 %."""
         crop = compute_crop_geometry(image.height, image.width, height, width, resize_mode)
         if crop.cut_fraction > MAX_SILENT_CUT:
             # The message is the same for all images, so Python shows it only once.

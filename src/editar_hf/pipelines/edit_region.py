@@ -93,6 +93,39 @@ def compute_coverage(is_white: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(mask.resize(size, Image.Resampling.BOX))
 
 
+def resize_mask(is_white: np.ndarray, height: int, width: int, resize_mode: str) -> np.ndarray:
+    """Resize and crop a mask like its source, bool (height, width): True for pixels with at least some white.
+
+    Args:
+        is_white (`np.ndarray`): The mask at the size of the source, bool.
+        height, width (`int`): Size of the result in pixels.
+        resize_mode (`str`): How the source is resized to that size.
+    """
+    source_height, source_width = is_white.shape
+    crop = compute_crop_geometry(source_height, source_width, height, width, resize_mode)
+    coverage = compute_coverage(is_white, (crop.resized_width, crop.resized_height))
+    return coverage[crop.top : crop.top + height, crop.left : crop.left + width] > 0
+
+
+def resize_masks(
+    mask_image: ImageInput, images: Sequence[Image.Image], height: int, width: int, resize_mode: str
+) -> list[np.ndarray]:
+    """Read masks, pair them with images, and resize and crop them like the images, bool (height, width).
+
+    One mask is used for all images, or one image for all masks. The arguments are those of `EditRegion.from_masks` and
+    of `resize_mask`.
+    """
+    masks = list_images(mask_image)
+    resized = []
+    for index in range(compute_batch_size(image=images, mask_image=masks)):
+        is_white = prepare_mask(masks[index % len(masks)], images[index % len(images)].size)
+        message = describe_lost_white(is_white, height, width, resize_mode)
+        if is_white.any() and message is not None:
+            warnings.warn(message, stacklevel=4)  # The call stack also holds torch's wrapper for no_grad.
+        resized.append(resize_mask(is_white, height, width, resize_mode))
+    return resized
+
+
 def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int, resize_mode: str) -> torch.Tensor:
     """Compute which tokens may change, bool (height / stride, width / stride): those with at least one white pixel.
 
@@ -102,11 +135,8 @@ def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int
         stride (`int`): Pixels per side of a token.
         resize_mode (`str`): How the source is resized to that size.
     """
-    source_height, source_width = is_white.shape
-    crop = compute_crop_geometry(source_height, source_width, height, width, resize_mode)
-    coverage = compute_coverage(is_white, (crop.resized_width, crop.resized_height))
-    coverage = coverage[crop.top : crop.top + height, crop.left : crop.left + width]
-    tokens = torch.from_numpy(coverage > 0).unflatten(0, (-1, stride)).unflatten(2, (-1, stride))
+    resized = resize_mask(is_white, height, width, resize_mode)
+    tokens = torch.from_numpy(resized).unflatten(0, (-1, stride)).unflatten(2, (-1, stride))
     return tokens.any(dim=3).any(dim=1)
 
 

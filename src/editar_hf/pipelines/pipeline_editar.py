@@ -27,7 +27,7 @@ from ..modeling_editar_vq import EditARVQModel
 from ..packing import is_packed, pack_linears, unpack_linears
 from ..processing_editar import EditARProcessor, apply_task_prefix
 from .callbacks import RowPreview, StepReporter
-from .edit_region import EditRegion, repeat_rows
+from .edit_region import EditRegion, repeat_rows, resize_masks
 from .hub import EditARHubMixin
 from .inputs import (
     add_task_prefixes,
@@ -40,6 +40,11 @@ from .inputs import (
     warn_of_greedy_decoding,
 )
 from .lora import EditARLoraMixin
+
+
+SIZE_POLICIES = ("strict", "fit")
+# The largest height or width of a result with `size_policy="fit"`, in pixels.
+MAX_SIDE = 16384
 
 
 @dataclass
@@ -94,6 +99,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     # The VQ model runs before and after the decoder. It is small, so it stays on the device after it has encoded.
     model_cpu_offload_seq = "text_encoder->transformer->vq_model"
     _callback_tensor_inputs = ("image_tokens", "source_image_tokens", "prompt_embeds")
+    # The default of the argument `size_policy`.
+    size_policy = "strict"
 
     def __init__(
         self,
@@ -291,13 +298,26 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         self.maybe_free_model_hooks()
         return (losses[:batch_size] - losses[batch_size:]).unflatten(1, grid)
 
-    def resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Replace None by the model's own height and width in pixels, and check that the model supports the size."""
+    def resolve_size(self, height: int | None, width: int | None, size_policy: str = "strict") -> tuple[int, int]:
+        """Choose the height and width the model works at, in pixels.
+
+        Args:
+            height, width (`int`, *optional*): The size that is asked for; *defaults to* that of the model.
+            size_policy (`str`): `"strict"` refuses a size that the model cannot work at. `"fit"` replaces it by the
+                nearest size of the same proportions.
+
+        Raises:
+            ValueError: If the policy is unknown, or refuses the size, or a side has more than 16384 pixels.
+        """
+        check_choice("size_policy", size_policy, SIZE_POLICIES)
         default, stride = self.processor.image_processor.size, self.vq_model.config.stride
-        largest = self.transformer.config.grid_size * stride
-        height = default.height if height is None else check_integer("height", height, stride, largest, stride)
-        width = default.width if width is None else check_integer("width", width, stride, largest, stride)
-        return height, width
+        grid_size = self.transformer.config.grid_size
+        limits = (1, MAX_SIDE) if size_policy == "fit" else (stride, grid_size * stride, stride)
+        height = default.height if height is None else check_integer("height", height, *limits)
+        width = default.width if width is None else check_integer("width", width, *limits)
+        tokens_per_pixel = min(1 / stride, grid_size / max(height, width))
+        rows, columns = (min(max(round(side * tokens_per_pixel), 1), grid_size) for side in (height, width))
+        return rows * stride, columns * stride
 
     def resolve_resize_mode(self, resize_mode: str | None) -> str:
         """Replace None by the model's own resize mode, and check that the mode exists."""
@@ -364,7 +384,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         region: EditRegion | None,
         resize_mode: str,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Convert pixels to images, keep the source outside the region, and put results back into `images` if given."""
+        """Convert pixels to images, keep the source outside the region, and put results back into `images` if given.
+
+        For arrays and tensors, the images must all have the same size.
+        """
         if images is None:
             if region is not None:
                 # Where the weight is 0, the source's pixels stay unchanged; where it is 1, the result's pixels do.
@@ -380,7 +403,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             result = self.processor.image_processor.restore(result, image.crop(window), resize_mode, weights)
             image.paste(result, window[:2])
             composed.append(image)
-        return composed
+        if output_type == "pil":
+            return composed
+        pixels = np.stack([np.asarray(image) for image in composed]) / np.float32(255)
+        return pixels if output_type == "np" else torch.from_numpy(pixels).permute(0, 3, 1, 2).to(pixel_values.device)
 
     @torch.no_grad()
     def __call__(
@@ -390,6 +416,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         task: str | Sequence[str] = "edit",
         height: int | None = None,
         width: int | None = None,
+        size_policy: str | None = None,
         resize_mode: str | None = None,
         restore_size: bool | None = None,
         mask_image: ImageInput | None = None,
@@ -430,6 +457,12 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 The published prefix of the task goes before the prompt and the negative prompt. `"text-to-image"` takes
                 no source; with the other tasks, a call without a source warns.
             height, width (`int`, *optional*): Size the model works at, in pixels; *defaults to* that of the model.
+            size_policy (`str`, *optional*): What happens if the model cannot work at `height` × `width`. `"strict"`
+                (*default*) raises an error. `"fit"` resizes source and mask to this size, edits them at the nearest
+                size of the same proportions that the model can work at, and returns images of `height` × `width`; with
+                a mask, all pixels that may not change are those of the resized source. With `restore_size=True` or
+                `crop_to_mask`, images have the size of the source instead, and with `output_type="tokens"`, the result
+                is the tokens at the size the model worked at.
             resize_mode (`str`, *optional*): How the source is resized to that size: `"crop"` (resize the shortest side,
                 then crop the centre; warns if more than 2 % is cut away) or `"stretch"`; *defaults to* that of the
                 model.
@@ -492,7 +525,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         )
         has_source = any(source is not None for source in (image, source_image_tokens, source_cache))
         check_decoding(decoding, None, 1 if image_guidance_scale is None else image_guidance_scale, has_source)
-        size = self.resolve_size(height, width)
+        size = self.resolve_size(height, width, self.size_policy if size_policy is None else size_policy)
+        default = self.processor.image_processor.size
+        asked_size = (height or default.height, width or default.width)
         resize_mode = self.resolve_resize_mode(resize_mode)
         if crop_to_mask:
             resize_mode = "stretch"  # The window has the model's proportions.
@@ -510,10 +545,18 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
         # 2. Prepare and pair prompts, images and masks
         prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
-        images = sources = None if image is None else prepare_rgb_images(image, "image")
-        region = pixel_values = None
+        images = None if image is None else prepare_rgb_images(image, "image")
+        is_fitted = size != asked_size and not (restore_size or crop_to_mask)
+        if is_fitted:
+            if images is not None:
+                if mask_image is not None:
+                    mask_image = resize_masks(mask_image, images, *asked_size, resize_mode)
+                resize_and_crop = self.processor.image_processor.resize_and_crop
+                images = [resize_and_crop(one, *asked_size, resize_mode) for one in images]
+            resize_mode = "stretch"
+        sources, region, pixel_values = images, None, None
         if mask_image is not None:
-            masked = images or [Image.new("RGB", size[::-1])]
+            masked = images or [Image.new("RGB", (asked_size if is_fitted else size)[::-1])]
             how = size, self.vq_model.config.stride, resize_mode, mask_blend, crop_to_mask
             region = EditRegion.from_masks(mask_image, masked, *how)
             sources = region.crop(masked) if crop_to_mask else images
@@ -555,11 +598,14 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         source_pixel_values: Any = None
         if region is not None or preview_every is not None:
             source_pixel_values = self.compute_source_pixels(pixel_values, rows["source_image_tokens"], num_rows, size)
+        if is_fitted and images is None:
+            shown = self.compute_source_pixels(pixel_values, rows["source_image_tokens"], num_rows, size)
+            images = [one.resize(asked_size[::-1]) for one in self.processor.postprocess(shown)]
 
         # 4. Decode the tokens of the edited images
         compose_images = partial(
             self.compose_images,
-            images=images if restore_size or crop_to_mask else None,
+            images=images if restore_size or crop_to_mask or is_fitted else None,
             source_pixel_values=source_pixel_values,
             region=region,
             resize_mode=resize_mode,
