@@ -134,7 +134,7 @@ def test_only_the_encoder_of_the_text_model_is_kept(published, pipeline, folder)
 
 
 def test_folder_holds_safetensors_the_published_sampling_defaults_and_the_right_image_size(folder, pipeline):
-    assert {path.suffix for path in folder.rglob("*.*")} <= {".safetensors", ".json", ".md", ".jinja"}
+    assert {path.suffix for path in folder.rglob("*.*")} <= {".safetensors", ".json", ".md", ".jinja", ".py"}
     settings = json.loads((folder / "transformer" / "generation_config.json").read_text())
     expected = {"do_sample": True, "temperature": 1.0, "top_k": 1000, "top_p": 1.0, "guidance_scale": 3.0}
     assert settings.items() >= expected.items()

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from hub_server import TOKEN, HubServer
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from processes import run_python
 from tiny import build_pipeline
 
 from editar_hf import EditARPipeline
-from editar_hf.pipelines.hub import make_card
+from editar_hf.pipelines.hub import ENGINE_FILES, make_card
 
 
 REPO, PRIVATE_REPO, BARE_REPO = "tester/tiny-editor", "tester/private-editor", "tester/bare"
@@ -37,7 +38,8 @@ def push():
     pipe.transformer.lm_head.weight.mul_(2)
     pipe.push_to_hub(REPO, variant="doubled")
     pipe.push_to_hub(PRIVATE_REPO, private=True, token=os.environ["HF_TOKEN"])
-    HfApi().upload_file(path_or_fileobj=b"what the user says", path_in_repo="README.md", repo_id=PRIVATE_REPO)
+    for name in ("README.md", "pipeline.py"):
+        HfApi().upload_file(path_or_fileobj=b"what the user says", path_in_repo=name, repo_id=PRIVATE_REPO)
     pipe.push_to_hub(PRIVATE_REPO)
     HfApi().create_repo(BARE_REPO)
     with pytest.raises(ValueError, match="`private` is True, but the repository tester/bare exists and is public"):
@@ -55,6 +57,9 @@ def load(commit, snippet):
     assert (folder / "transformer" / "generation_config.json").is_file()
     assert read_head(EditARPipeline.from_pretrained(REPO, variant="doubled")) == pytest.approx(2 * head)
     assert read_head(EditARPipeline.from_pretrained(REPO, revision=commit)) == head
+    # As SGLang does: the weights from a folder, and the code from the repository.
+    names = {"custom_pipeline": REPO, "trust_remote_code": True}
+    assert read_head(DiffusionPipeline.from_pretrained(snapshot_download(REPO), **names)) == head
     partly = Path(os.environ["HF_HOME"]) / "partly"
     EditARPipeline.from_pretrained(REPO, cache_dir=partly, text_encoder=None, vq_model=pipe.vq_model)
     assert {path.parent.name for path in partly.rglob("*.safetensors")} == {"transformer"}
@@ -107,7 +112,8 @@ def test_pushed_folder_is_safetensors_configurations_and_a_card_that_names_the_r
     doubled = {name.replace("model.s", "model.doubled.s") for name in WEIGHTS}
     assert {name for name in files if name.endswith(".safetensors")} == WEIGHTS | doubled
     assert {"README.md", "model_index.json", "transformer/generation_config.json"} <= set(files)
-    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".md", ""}
+    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".md", ".py", ""}
+    assert {name for name in files if name.endswith(".py")} == set(ENGINE_FILES)
     card = files["README.md"].decode()
     assert card == make_card("base", REPO)
     assert f'EditARPipeline.from_pretrained("{REPO}")' in read_snippet(card)
@@ -119,9 +125,10 @@ def test_second_load_finds_the_weights_in_the_cache_also_out_of_reach(hub, home)
     run(hub.get_environment(home / "user"), load_away_from_the_hub)
 
 
-def test_private_repository_stays_private_with_the_card_of_the_user(hub):
+def test_private_repository_stays_private_with_the_files_of_the_user(hub):
     assert hub.repositories[f"models/{PRIVATE_REPO}"].private
-    assert hub.read_files(PRIVATE_REPO)["README.md"] == b"what the user says"
+    for name in ("README.md", "pipeline.py"):
+        assert hub.read_files(PRIVATE_REPO)[name] == b"what the user says"
     assert set(hub.read_files(BARE_REPO)) == {".gitattributes"}
 
 

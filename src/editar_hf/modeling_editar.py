@@ -245,6 +245,19 @@ class EditARPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": EditARDecoderLayer, "attentions": EditARAttention}  # noqa: RUF012
 
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose the attention of torch under diffusers' name for it, `"native"`.
+
+        vLLM-Omni calls this method of every diffusers pipeline's transformer with several names, the last of which is
+        `"native"`. In your own code, call `set_attn_implementation`.
+
+        Raises:
+            ValueError: If `backend` is not `"native"`.
+        """
+        if backend != "native":
+            raise ValueError(f"`backend` is {backend!r}; pass 'native', or call `set_attn_implementation`.")
+        self.set_attn_implementation("sdpa")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw weights from N(0, initializer_range²), null embeddings at the published scale, and zero the LM head."""

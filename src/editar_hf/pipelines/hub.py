@@ -44,6 +44,8 @@ logger = logging.get_logger(__name__)
 CARD_FILE = "README.md"
 CARD_TAGS = {"adapter": ["image-editing", "lora"], "vq_model": ["vq-tokenizer"]}
 INDEX_FILE = "model_index.json"
+# Files of a pipeline folder through which serving engines and endpoints find this package; see docs/engines.md.
+ENGINE_FILES = ("pipeline.py",)
 # Files of a component other than its weights: configurations, tokenizers, chat templates.
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 WEIGHTS_SUFFIX = ".safetensors"
@@ -156,7 +158,7 @@ def upload_folder(
     token: str | bool | None = None,
     **options: Any,
 ) -> str:
-    """Upload a folder to the Hub without overwriting a hand-written model card.
+    """Upload a folder to the Hub without overwriting a hand-written model card, or files for serving engines.
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -171,12 +173,13 @@ def upload_folder(
         The address of the commit.
     """
     create_repository(repo_id, private, token)
-    ignored = None
+    names = [name for name in ENGINE_FILES if (Path(folder) / name).exists()]
+    ignored = [name for name in names if file_exists(repo_id, name, token=token)]
     if file_exists(repo_id, CARD_FILE, token=token):
         card = Path(hf_hub_download(repo_id, CARD_FILE, token=token)).read_text(encoding="utf-8")
-        ignored = [CARD_FILE] if card != previous_card else None
-    if ignored:
-        logger.warning(f"{repo_id} keeps its own model card; {Path(folder) / CARD_FILE} was not uploaded.")
+        if card != previous_card:
+            ignored.append(CARD_FILE)
+            logger.warning(f"{repo_id} keeps its own model card; {Path(folder) / CARD_FILE} was not uploaded.")
     commit = upload_to_hub(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored, token=token, **options)
     return commit.commit_url
 
@@ -414,7 +417,7 @@ class EditARHubMixin(DiffusionPipeline):
     def save_pretrained(
         self, save_directory: str | Path, variant: str | None = None, max_shard_size: int | str | None = None
     ) -> None:
-        """Write the pipeline to a folder, with a model card unless the folder has one.
+        """Write the pipeline to a folder, with a model card and files for serving engines unless the folder has them.
 
         Args:
             save_directory (`str` or `Path`): The folder; it is created if it does not exist.
@@ -437,6 +440,10 @@ class EditARHubMixin(DiffusionPipeline):
         card = Path(save_directory) / CARD_FILE
         if not card.exists():
             card.write_text(make_card("base", card.resolve().parent.name), encoding="utf-8")
+        for name in ENGINE_FILES:
+            file = Path(save_directory) / name
+            if not file.exists():
+                file.write_bytes((files("editar_hf") / "engine_files" / name).read_bytes())
 
     def push_to_hub(
         self,

@@ -1,0 +1,137 @@
+"""Pipeline folders in the hands of serving engines and endpoints, which know diffusers and not this package."""
+
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
+from tiny import build_pipeline, draw_image
+
+import editar_hf
+from editar_hf.pipelines.hub import ENGINE_FILES
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts")
+ROOT = Path(__file__).parents[1]
+PROMPT = "make the red circle blue"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "editor"
+    build_pipeline().save_pretrained(folder)
+    return folder
+
+
+def load_as_an_engine(folder, **options):
+    """Load a folder as SGLang does: first plainly, then with the folder's own `pipeline.py`."""
+    options = {"torch_dtype": torch.float32, "revision": None, **options}
+    with pytest.raises(AttributeError, match="has no attribute EditARPipeline"):
+        DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=False, **options)
+    options |= {"custom_pipeline": str(folder), "trust_remote_code": True}
+    pipe = DiffusionPipeline.from_pretrained(str(folder), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield load_as_an_engine(folder)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# Loading
+
+
+def test_saved_and_shipped_folders_hold_the_files_for_engines(folder):
+    package = Path(editar_hf.__file__).parent / "engine_files"
+    for name in ENGINE_FILES:
+        expected = (package / name).read_bytes()
+        assert (folder / name).read_bytes() == expected
+        assert (ROOT / "examples" / "sticker-editor" / name).read_bytes() == expected
+    # diffusers-cli and vLLM-Omni fail if it is a list.
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "EditARPipeline"
+
+
+def test_saving_keeps_files_that_somebody_has_changed(folder, tmp_path):
+    (tmp_path / "pipeline.py").write_text("# mine")
+    build_pipeline().save_pretrained(tmp_path)
+    assert (tmp_path / "pipeline.py").read_text() == "# mine"
+
+
+def test_an_engine_loads_the_weights_and_settings_of_the_folder(pipe, folder, tmp_path):
+    assert isinstance(pipe, editar_hf.EditARPipeline)
+    own = editar_hf.EditARPipeline.from_pretrained(folder)
+    for name in ("transformer", "vq_model", "text_encoder"):
+        own_weights = getattr(own, name).state_dict()
+        assert all(torch.equal(own_weights[key], tensor) for key, tensor in getattr(pipe, name).state_dict().items())
+    assert pipe.transformer.generation_config.guidance_scale == own.transformer.generation_config.guidance_scale == 3
+    pipe.save_pretrained(tmp_path)
+    saved, first = (json.loads((path / "model_index.json").read_text()) for path in (tmp_path, folder))
+    assert {**saved, "_name_or_path": None} == {**first, "_name_or_path": None}
+
+
+# The calls that engines make
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (24, 40)], ids=["default", "of the source"])
+def test_a_call_of_sglang_returns_the_size_that_it_asks_for(pipe, size):
+    source = draw_image(0, 40, 24)
+    accepted = inspect.signature(pipe.__call__).parameters
+    call = {"prompt": PROMPT, "num_inference_steps": 50, "guidance_scale": 3.5, "height": size[0], "width": size[1]}
+    call |= {"generator": seeded(), "image": source}
+    call = {name: value for name, value in call.items() if name in accepted}
+    assert "num_inference_steps" not in call
+    images = pipe(**call, output_type="pt").images
+    assert images.shape == (1, 3, *size)
+    own = build_pipeline()(
+        PROMPT,
+        image=source,
+        height=size[0],
+        width=size[1],
+        size_policy="fit",
+        guidance_scale=3.5,
+        generator=seeded(),
+        output_type="pt",
+    )
+    assert torch.equal(images, own.images)
+    assert 0 <= images.min() < images.max() <= 1
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 4.0])
+def test_a_call_of_vllm_omni_returns_the_size_that_it_asks_for(pipe, guidance_scale):
+    source = draw_image(0, 40, 24)
+    for backend in ("_flash_3_hub", "flash"):
+        with pytest.raises(ValueError, match="`backend` is"):
+            pipe.transformer.set_attention_backend(backend)
+    pipe.transformer.set_attention_backend("native")
+    call = {"prompt": PROMPT, "image": source, "guidance_scale": guidance_scale, "generator": seeded()}
+    with torch.inference_mode():
+        output = pipe(**call, height=1024, width=1024, num_images_per_prompt=2, output_type="pil")
+    assert [image.size for image in output.images] == [(1024, 1024)] * 2
+    # 0 stands for the folder's own guidance.
+    call |= {"guidance_scale": guidance_scale or 3.0, "generator": seeded()}
+    own = build_pipeline()(**call, height=1024, width=1024, size_policy="fit", num_images_per_prompt=2)
+    assert torch.equal(output.image_tokens, own.image_tokens)
+
+
+def test_a_call_without_a_size_returns_the_size_of_the_source(pipe):
+    source = draw_image(0, 40, 24)
+    (image,) = pipe(PROMPT, image=source, generator=seeded()).images
+    (own,) = build_pipeline()(PROMPT, image=source, generator=seeded()).images
+    assert np.array_equal(image, own)
+
+
+def test_an_image_from_text_has_the_size_that_is_asked_for(pipe):
+    with pytest.warns(UserWarning, match="`image` is missing"):
+        output = pipe(prompt=PROMPT, height=1024, width=512, generator=seeded(), output_type="np")
+    assert output.images.shape == (1, 1024, 512, 3)
