@@ -1,0 +1,75 @@
+"""`editar-hf serve`: serve a pipeline over HTTP, with OpenAI's image API."""
+
+import argparse
+import os
+
+
+# The variable of the environment that holds the API key. Other users can see the arguments of a process.
+API_KEY = "EDITAR_HF_API_KEY"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `editar-hf serve` to the command's parser."""
+    summary = "serve a pipeline over HTTP, with OpenAI's image API"
+    description = (
+        f"{summary.capitalize()}: POST /v1/images/edits, POST /v1/images/generations, GET /v1/models, GET /health. "
+        "Requests that wait together and have the same size and settings run in one batch. Needs the extra `serve`."
+    )
+    parser = subparsers.add_parser("serve", help=summary, description=description)
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--model", metavar="M", required=True, help="pipeline folder or Hub id")
+    host = "address to listen on (default: 127.0.0.1, which only this machine can reach)"
+    add("--host", metavar="H", default="127.0.0.1", help=host)
+    add("--port", metavar="P", type=int, default=8000, help="port to listen on (default: 8000)")
+    add("--max-batch-size", metavar="N", type=int, default=8, help="images that are made together (default: 8)")
+    max_queue = "images that may wait beside one batch; further requests get status 429 (default: 64)"
+    add("--max-queue", metavar="N", type=int, default=64, help=max_queue)
+    api_key = f"key that clients must send; better pass it in the environment variable {API_KEY}"
+    add("--api-key", metavar="K", default=os.environ.get(API_KEY), help=api_key)
+    add("--lora", metavar="L", help="folder or Hub id of a LoRA adapter")
+    dtype = "dtype of the weights; auto: that of the files; default: that of the files if this machine supports it"
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=f"{dtype}, else float32")
+    pack_weights = "on a CPU, do not pack the weights in 16 bits; packed weights are faster, and not used with --dtype"
+    add("--no-pack-weights", dest="pack_weights", action="store_false", help=pack_weights)
+    add("--device", metavar="D", help="device, such as cpu or cuda:1; default: the GPU if there is one")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until the process is interrupted. Then finish the requests that have begun."""
+    try:
+        import uvicorn
+
+        from ..serving.app import create_app
+    except ImportError as error:
+        raise ValueError(f"{error}; install the extra `serve`: run `pip install 'editar-hf[serve]'`.") from error
+    import logging
+    from contextlib import suppress
+    from pathlib import Path
+
+    from ..packing import explain_missing_kernel
+    from ..pipelines.hub import check_folder_or_hub_id
+    from ..serving.worker import Worker
+    from .edit import choose_device, load_pipeline
+
+    check_folder_or_hub_id(args.model, "model")
+    logger = logging.getLogger("editar_hf.serving")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler())
+    if args.api_key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("There is no API key, so everyone who can reach %s can use this server.", args.host)
+    is_cpu = choose_device(args).startswith("cpu")
+    args.pack_weights &= is_cpu and args.dtype is None and explain_missing_kernel() is None
+
+    def stop() -> None:
+        server.should_exit = True
+
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    worker = Worker(lambda: load_pipeline(args), args.max_batch_size, on_failure=stop)
+    app = create_app(worker, name, args.api_key, args.max_queue)
+    server = uvicorn.Server(uvicorn.Config(app, args.host, args.port, access_log=False))
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if worker.error is not None:
+        raise worker.error
+    return 0

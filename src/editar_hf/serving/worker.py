@@ -1,0 +1,218 @@
+"""The worker: one thread that owns the pipeline and makes the images that wait, in batches.
+
+The pipeline has state that changes during a call, so no other thread may call it. Images that wait together and have
+equal settings are made in one call. The noise of an image depends only on its own seed, so an image is the same alone
+and in a batch.
+"""
+
+import json
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from ..checks import check_integer
+from ..pipelines.pipeline_editar import EditARPipeline
+
+
+logger = logging.getLogger(__name__)
+# How long the worker waits for more images before it begins a batch. Clients that wait for their results send their
+# next requests at the same time.
+GATHER_SECONDS = 0.02
+
+
+class BatchSettings(NamedTuple):
+    """What the images of a batch have in common.
+
+    Attributes:
+        size (`tuple`): Height and width the model works at, in pixels, or None twice for those of the model.
+        restore_size (`bool`): Return images of the size of their sources.
+        guidance_scale (`float`, *optional*): Weight of the prompt.
+        has_image, has_mask, has_negative_prompt (`bool`): What each image comes with.
+        num_previews (`int`): Number of previews before each image.
+    """
+
+    size: tuple[int, int] | tuple[None, None]
+    restore_size: bool
+    guidance_scale: float | None
+    has_image: bool
+    has_mask: bool
+    has_negative_prompt: bool
+    num_previews: int
+
+
+class Outcome(NamedTuple):
+    """What the worker reports about a job: a preview, the image, or an error. After the last two, the job has ended."""
+
+    job: "Job"
+    preview: Image.Image | None = None
+    image: Image.Image | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """One image to make.
+
+    Args:
+        settings (`BatchSettings`): Settings that only equal settings share a batch with.
+        prompt, negative_prompt, task, image, mask_image: See `EditARPipeline.__call__`.
+        seed (`int`): Seed of the image.
+        report (`Callable`): Called by the worker's thread with every `Outcome`.
+        index (`int`): Place of the image in its request.
+        is_abandoned (`bool`): True if nobody waits for the image any more.
+    """
+
+    settings: BatchSettings
+    prompt: str
+    negative_prompt: str | None
+    task: str
+    image: Image.Image | None
+    mask_image: Image.Image | None
+    seed: int
+    report: Callable[[Outcome], Any]
+    index: int = 0
+    is_abandoned: bool = False
+
+
+class Worker:
+    """Load a pipeline and make images with it, in a thread of its own.
+
+    Args:
+        load_pipeline (`Callable`): Returns the pipeline.
+        max_batch_size (`int`): The largest number of images in one call.
+        on_failure (`Callable`): Called if the pipeline does not load.
+
+    Raises:
+        ValueError: If `max_batch_size` is below 1.
+
+    Attributes:
+        pipeline (`EditARPipeline`, *optional*): The pipeline; None until it is loaded.
+        error (`Exception`, *optional*): Why the pipeline did not load.
+        waiting (`list[Job]`): The jobs that wait, in the order of their arrival.
+        batch_seconds (`float`): Duration of the last batch.
+    """
+
+    def __init__(
+        self,
+        load_pipeline: Callable[[], EditARPipeline],
+        max_batch_size: int = 8,
+        on_failure: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.load_pipeline = load_pipeline
+        self.max_batch_size = check_integer("max_batch_size", max_batch_size)
+        self.pipeline: EditARPipeline | None = None
+        self.error: Exception | None = None
+        self.on_failure = on_failure
+        self.waiting: list[Job] = []
+        self.batch_seconds = 1.0
+        self.is_closing = False
+        self.condition = threading.Condition()
+        # A daemon, so that a second Ctrl-C ends the process during a batch.
+        self.thread = threading.Thread(target=self.run, name="editar-hf worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load the pipeline."""
+        self.thread.start()
+
+    def close(self) -> None:
+        """Make the images that wait, then end the thread."""
+        with self.condition:
+            self.is_closing = True
+            self.condition.notify()
+        self.thread.join()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Let jobs wait for the next batches."""
+        with self.condition:
+            self.waiting += jobs
+            self.condition.notify()
+
+    def abandon(self, jobs: Sequence[Job]) -> None:
+        """Drop jobs that wait, and the results of those that run. A batch without other jobs stops after its pass."""
+        with self.condition:
+            for job in jobs:
+                job.is_abandoned = True
+            self.waiting = [job for job in self.waiting if not job.is_abandoned]
+
+    def run(self) -> None:
+        try:
+            self.pipeline = self.load_pipeline()
+        except Exception as error:
+            self.error = error
+            self.on_failure()
+            return
+        while batch := self.take_batch():
+            start = time.monotonic()
+            self.make_images(batch)
+            self.batch_seconds = time.monotonic() - start
+            logger.info(json.dumps({"event": "batch", "images": len(batch), "seconds": round(self.batch_seconds, 3)}))
+
+    def take_batch(self) -> list[Job]:
+        """Wait for jobs, and take the first one and those that share its settings. Return [] to end the thread."""
+        with self.condition:
+            while True:
+                self.condition.wait_for(lambda: self.waiting or self.is_closing)
+                if not self.waiting:
+                    return []
+                self.condition.wait_for(lambda: len(self.waiting) >= self.max_batch_size, GATHER_SECONDS)
+                if self.waiting:  # The jobs can be abandoned meanwhile.
+                    break
+            settings = self.waiting[0].settings
+            batch = [job for job in self.waiting if job.settings == settings][: self.max_batch_size]
+            self.waiting = [job for job in self.waiting if job not in batch]
+        return batch
+
+    def make_images(self, batch: Sequence[Job]) -> None:
+        """Make the images of a batch in one call, and report them. If the call fails, make each image alone."""
+        try:
+            images = self.call_pipeline(batch)
+        except Exception as error:
+            if len(batch) > 1:
+                for job in batch:
+                    self.make_images([job])
+                return
+            # The messages of errors can quote prompts, so the log has only the type and the place.
+            place = "".join(traceback.format_tb(error.__traceback__))
+            logger.error(json.dumps({"event": "failure", "error": type(error).__name__, "traceback": place}))
+            batch[0].report(Outcome(batch[0], error=error))
+            return
+        for job, image in zip(batch, images, strict=True):
+            job.report(Outcome(job, image=image))
+
+    def call_pipeline(self, batch: Sequence[Job]) -> list[Image.Image]:
+        assert self.pipeline is not None
+        settings = batch[0].settings
+        num_rows, num_columns = self.pipeline.compute_grid(*self.pipeline.resolve_size(*settings.size))
+        # The last preview is the image itself, so there is one more than the clients get.
+        preview_every = -(-num_rows // (settings.num_previews + 1)) if settings.num_previews else None
+
+        def report_step(pipeline: EditARPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> None:
+            if all(job.is_abandoned for job in batch):
+                pipeline.interrupt()
+            if "preview" in tensors and step + 1 < num_rows * num_columns:
+                for job, preview in zip(batch, tensors["preview"], strict=True):
+                    job.report(Outcome(job, preview=preview))
+
+        output: Any = self.pipeline(
+            prompt=[job.prompt for job in batch],
+            negative_prompt=[job.negative_prompt or "" for job in batch] if settings.has_negative_prompt else None,
+            task=[job.task for job in batch],
+            image=[job.image for job in batch] if settings.has_image else None,
+            mask_image=[job.mask_image for job in batch] if settings.has_mask else None,
+            height=settings.size[0],
+            width=settings.size[1],
+            restore_size=settings.restore_size,
+            guidance_scale=settings.guidance_scale,
+            generator=[torch.Generator().manual_seed(job.seed) for job in batch],
+            callback_on_step_end=report_step,
+            callback_on_step_end_tensor_inputs=(),
+            preview_every=preview_every,
+        )
+        return output.images

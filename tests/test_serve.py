@@ -1,0 +1,472 @@
+"""`editar-hf serve`: requests on loopback, through the `openai` client and httpx, to a server with a tiny pipeline."""
+
+import asyncio
+import base64
+import contextlib
+import functools
+import io
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+import uvicorn
+from pages import ROOT
+from PIL import Image
+from processes import PythonProcess, find_free_port
+from tiny import are_near, draw_image
+from tiny import build_pipeline as build_tiny_pipeline
+
+from editar_hf.commands import main
+from editar_hf.serving import requests
+from editar_hf.serving.app import create_app
+from editar_hf.serving.worker import BatchSettings, Job, Worker
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts")
+KEY = "a key"
+NUM_TOKENS = 16
+# Long enough for the prefixes of the tasks.
+build_pipeline = functools.partial(build_tiny_pipeline, num_text_tokens=80)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited 20 seconds"
+        time.sleep(0.01)
+
+
+def read_events(caplog, kind):
+    """Read the lines of the server's log that tell of requests or batches."""
+    lines = [record.message for record in caplog.records if record.name.startswith("editar_hf.serving")]
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@dataclass
+class RunningServer:
+    """A server in a thread of this process."""
+
+    worker: Worker
+    server: uvicorn.Server
+    thread: threading.Thread
+    url: str
+
+    def wait_until_loaded(self):
+        wait_until(lambda: self.worker.pipeline is not None)
+
+    def post(self, path="edits", timeout=20, **arguments) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.post(f"{self.url}/v1/images/{path}", headers=headers, timeout=timeout, **arguments)
+
+    @contextlib.contextmanager
+    def hold_worker(self):
+        """Keep the worker's thread busy, so that all requests meanwhile wait."""
+        running, go_on = threading.Event(), threading.Event()
+
+        def report(outcome):
+            running.set()
+            assert go_on.wait(20)
+
+        settings = BatchSettings((None, None), False, None, False, False, False, 0)
+        self.worker.submit([Job(settings, "hold", None, "text-to-image", None, None, 0, report)])
+        assert running.wait(20)
+        try:
+            yield
+        finally:
+            go_on.set()
+
+    def wait_for_queue(self, num_images):
+        wait_until(lambda: len(self.worker.waiting) == num_images)
+
+
+@contextlib.contextmanager
+def run_server(load_pipeline=build_pipeline, max_batch_size=8, max_queue=64):
+    worker = Worker(load_pipeline, max_batch_size)
+    config = uvicorn.Config(create_app(worker, "tiny", KEY, max_queue), log_level="warning")
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield RunningServer(worker, server, thread, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def served():
+    with run_server() as running:
+        running.wait_until_loaded()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return build_pipeline()
+
+
+def write_image(image, image_format="PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format)
+    return file.getvalue()
+
+
+def read_image(text) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def draw_mask(size, box) -> Image.Image:
+    """Draw a mask in OpenAI's convention: transparent, with arbitrary colour, where the image may change."""
+    mask = Image.new("RGBA", size, (200, 30, 60, 255))
+    mask.paste((255, 255, 255, 0), box)
+    return mask
+
+
+def seed_generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# Answers
+
+
+def test_edit_through_the_openai_client_is_that_of_the_pipeline(client, pipe):
+    image = draw_image(0, 24, 18)
+    answer = client.images.edit(
+        image=write_image(image), prompt="make it blue", model="tiny", n=2, user="me", extra_body={"seed": 7}
+    )
+    expected = pipe("make it blue", image=image, num_images_per_prompt=2, generator=seed_generators(7, 8)).images
+    results = [read_image(entry.b64_json) for entry in answer.data]
+    assert all(np.array_equal(*pair) for pair in zip(results, expected, strict=True))
+    assert not np.array_equal(*results)
+    assert (answer.size, answer.output_format, answer.seed) == ("24x18", "png", 7)
+    num_text = len(pipe.processor.tokenizer("make it blue").input_ids)
+    assert answer.usage.input_tokens_details.to_dict() == {"image_tokens": NUM_TOKENS, "text_tokens": num_text}
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (NUM_TOKENS + num_text, 2 * NUM_TOKENS)
+    assert answer.usage.total_tokens == 3 * NUM_TOKENS + num_text
+
+
+def test_transparent_pixels_of_the_mask_are_edited_and_the_others_stay(client, pipe):
+    image, box = draw_image(1), (8, 8, 16, 16)
+    mask = draw_mask(image.size, box)
+    answer = client.images.edit(
+        image=[write_image(image)], mask=write_image(mask), prompt="a hat", extra_body={"seed": 3}
+    )
+    result = np.asarray(read_image(answer.data[0].b64_json))
+    white = Image.new("L", image.size)
+    white.paste(255, box)
+    assert np.array_equal(result, pipe("a hat", image=image, mask_image=white, generator=seed_generators(3)).images[0])
+    assert np.array_equal(result[:4], np.asarray(image)[:4])
+    assert not np.array_equal(result[8:, 8:], np.asarray(image)[8:, 8:])
+
+
+def test_generation_and_formats(client, pipe):
+    answer = client.images.generate(
+        prompt="a hat", output_format="webp", extra_body={"seed": 5, "guidance_scale": 1.5, "negative_prompt": "red"}
+    )
+    result = read_image(answer.data[0].b64_json)
+    settings = {"guidance_scale": 1.5, "negative_prompt": "red", "generator": seed_generators(5)}
+    assert np.array_equal(result.convert("RGB"), pipe("a hat", task="text-to-image", **settings).images[0])
+    assert result.format == "WEBP"
+    assert answer.usage.input_tokens_details.image_tokens == 0
+    sizes = []
+    for quality in (10, 90):
+        answer = client.images.generate(
+            prompt="a hat", size="16x8", output_format="jpeg", output_compression=quality, extra_body={"seed": 5}
+        )
+        sizes.append(len(answer.data[0].b64_json))
+    assert answer.size == "16x8"
+    assert read_image(answer.data[0].b64_json).format == "JPEG"
+    assert sizes[0] < sizes[1]
+
+
+def test_missing_seed_is_random_and_returned(client):
+    first, second = (client.images.generate(prompt="a hat") for _ in range(2))
+    assert first.seed != second.seed
+    again = client.images.generate(prompt="a hat", extra_body={"seed": first.seed})
+    assert again.data[0].b64_json == first.data[0].b64_json != second.data[0].b64_json
+
+
+def test_models_lists_the_served_one(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+# Batches
+
+
+def test_requests_that_wait_together_run_in_batches_and_get_the_images_of_each_alone(served, pipe, caplog):
+    def list_calls():
+        for k in range(4):
+            yield {"prompt": f"edit {k}", "task": ("edit", "canny")[k // 2]}, k
+            yield {"prompt": f"masked {k}", "mask": draw_mask((16, 16), (4 * k, 0, 4 * k + 4, 8))}, k
+            yield {"prompt": f"small {k}", "size": "8x16", "negative_prompt": "no " * k + "more"}, k
+        yield {"prompt": "two", "n": 2, "guidance_scale": 2.0}, 5
+
+    async def run_all():
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0) as client:
+            tasks = []
+            for call, seed in list_calls():
+                mask = {"mask": write_image(call["mask"])} if "mask" in call else {}
+                extra = {name: value for name, value in call.items() if name in ("guidance_scale", "task")}
+                extra |= {name: call[name] for name in ("negative_prompt",) if name in call}
+                fields = {name: call[name] for name in ("size", "n") if name in call}
+                image = write_image(draw_image(seed))
+                request = client.images.edit(
+                    image=image, prompt=call["prompt"], **mask, **fields, extra_body={"seed": seed, **extra}
+                )
+                tasks.append(asyncio.create_task(request))
+            await asyncio.to_thread(served.wait_for_queue, 14)
+            release.set()
+            return await asyncio.gather(*tasks)
+
+    release = threading.Event()
+    with caplog.at_level(logging.INFO, logger="editar_hf.serving"):
+        with served.hold_worker():
+            holder = threading.Thread(target=lambda: results.append(asyncio.run(run_all())))
+            results: list = []
+            holder.start()
+            assert release.wait(20)
+        holder.join(20)
+    for (call, seed), answer in zip(list_calls(), results[0], strict=True):
+        options = {name: call[name] for name in ("task", "negative_prompt", "guidance_scale") if name in call}
+        if "mask" in call:
+            options["mask_image"] = Image.eval(call["mask"].getchannel("A"), lambda alpha: 255 - alpha)
+        if "size" in call:
+            options |= {"width": 8, "height": 16}
+        for index, entry in enumerate(answer.data):
+            expected = pipe(
+                call["prompt"], image=draw_image(seed), generator=seed_generators(seed + index), **options
+            ).images[0]
+            assert are_near(read_image(entry.b64_json), expected), call
+    wait_until(lambda: len(read_events(caplog, "batch")) >= 5)
+    assert sorted(event["images"] for event in read_events(caplog, "batch"))[-5:] == [2, 2, 2, 4, 4]
+
+
+def test_failed_call_of_a_batch_fails_only_the_image_that_is_at_fault():
+    outcomes: queue.Queue = queue.Queue()
+    worker = Worker(build_pipeline)
+    settings = BatchSettings((None, None), False, None, True, False, False, 0)
+    images = {"good": draw_image(0), "bad": "not an image", "fine": draw_image(1)}
+    worker.submit([Job(settings, name, None, "edit", image, None, 0, outcomes.put) for name, image in images.items()])
+    worker.start()
+    ended = {outcome.job.prompt: outcome for outcome in (outcomes.get(timeout=20) for _ in images)}
+    worker.close()
+    assert isinstance(ended["bad"].error, ValueError)
+    assert ended["good"].image.size == ended["fine"].image.size == (16, 16)
+
+
+# Errors
+
+IMAGE = write_image(draw_image(0))
+CASES = {
+    "no prompt": ({}, {"image": IMAGE}, 400, "prompt"),
+    "empty prompt": ({"prompt": " "}, {"image": IMAGE}, 400, "prompt"),
+    "long prompt": ({"prompt": "red " * 90}, {"image": IMAGE}, 400, "prompt"),
+    "endless prompt": ({"prompt": "red " * 9000}, {"image": IMAGE}, 400, "prompt"),
+    "long negative prompt": ({"prompt": "a", "negative_prompt": "red " * 90}, {"image": IMAGE}, 400, "negative_prompt"),
+    "no image": ({"prompt": "a"}, {}, 400, None),
+    "path as image": ({"prompt": "a", "image": "/etc/hostname"}, {"x": IMAGE}, 400, "image"),
+    "url as image": ({"prompt": "a", "image": "http://127.0.0.1/a.png"}, {"x": IMAGE}, 400, "image"),
+    "two images": ({"prompt": "a"}, [("image[]", IMAGE), ("image[]", IMAGE)], 400, "image"),
+    "text as image file": ({"prompt": "a"}, {"image": b"hello"}, 400, "image"),
+    "half an image": ({"prompt": "a"}, {"image": write_image(draw_image(0, 64, 64))[:6000]}, 400, "image"),
+    "thin image": ({"prompt": "a"}, {"image": write_image(draw_image(0, 400, 1))}, 400, "image"),
+    "gif": ({"prompt": "a"}, {"image": write_image(draw_image(0), "GIF")}, 400, "image"),
+    "large image": ({"prompt": "a"}, {"image": write_image(Image.new("1", (5000, 5000)))}, 413, "image"),
+    "bomb": ({"prompt": "a"}, {"image": write_image(Image.new("1", (20000, 20000)))}, 413, "image"),
+    "file as prompt": ({}, {"prompt": b"a", "image": IMAGE}, 400, "prompt"),
+    "unknown field": ({"prompt": "a", "style": "vivid"}, {"image": IMAGE}, 400, "style"),
+    "unknown task": ({"prompt": "a", "task": "draw"}, {"image": IMAGE}, 400, "task"),
+    "eleven images": ({"prompt": "a", "n": 11}, {"image": IMAGE}, 400, "n"),
+    "size off the grid": ({"prompt": "a", "size": "1024x1024"}, {"image": IMAGE}, 400, "size"),
+    "size in words": ({"prompt": "a", "size": "large"}, {"image": IMAGE}, 400, "size"),
+    "quality": ({"prompt": "a", "quality": "high"}, {"image": IMAGE}, 400, "quality"),
+    "url as answer": ({"prompt": "a", "response_format": "url"}, {"image": IMAGE}, 400, "response_format"),
+    "compressed png": ({"prompt": "a", "output_compression": 5}, {"image": IMAGE}, 400, "output_compression"),
+    "guidance nan": ({"prompt": "a", "guidance_scale": "nan"}, {"image": IMAGE}, 400, "guidance_scale"),
+    "negative seed": ({"prompt": "a", "seed": -1}, {"image": IMAGE}, 400, "seed"),
+    "previews unstreamed": ({"prompt": "a", "partial_images": 2}, {"image": IMAGE}, 400, "partial_images"),
+    "streamed pair": ({"prompt": "a", "n": 2, "stream": "true"}, {"image": IMAGE}, 400, "n"),
+    "other model": ({"prompt": "a", "model": "gpt-image-1"}, {"image": IMAGE}, 404, "model"),
+    "opaque mask": ({"prompt": "a"}, {"image": IMAGE, "mask": IMAGE}, 400, "mask"),
+    "mask of another size": (
+        {"prompt": "a"},
+        {"image": IMAGE, "mask": write_image(draw_mask((8, 8), (0, 0, 4, 4)))},
+        400,
+        "mask",
+    ),
+    "mask without holes": (
+        {"prompt": "a"},
+        {"image": IMAGE, "mask": write_image(Image.new("RGBA", (16, 16), "red"))},
+        400,
+        "mask",
+    ),
+    "mask outside the crop": (
+        {"prompt": "a"},
+        {"image": write_image(draw_image(0, 64, 16)), "mask": write_image(draw_mask((64, 16), (0, 0, 8, 8)))},
+        400,
+        "mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_request_is_refused_by_the_name_of_the_field(case, served):
+    fields, files, status, param = CASES[case]
+    answer = served.post(data=fields, files=files)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param), error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b"[" * 100_000, b'{"prompt": "\\ud800"}', b'{"prompt": 3}', b"\xff"]
+)
+def test_bad_json_is_refused(body, served):
+    answer = served.post("generations", content=body)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_unknown_paths_and_methods_have_errors_of_the_same_shape(served):
+    for path, status in (("/v1/nothing", 404), ("/v1/images/edits", 405)):
+        answer = httpx.get(served.url + path)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+
+
+def test_large_bodies_are_refused_with_and_without_a_length(served, monkeypatch):
+    monkeypatch.setattr(requests, "MAX_BODY_BYTES", 50_000)
+    parts = [b"x" * 1000] * 100
+    for content in (b"".join(parts), iter(parts)):
+        assert served.post("generations", content=content).status_code == 413
+    assert served.post(data={"prompt": "a"}, files={"image": b"x" * 100_000}).status_code == 413
+
+
+@pytest.mark.parametrize("key", [None, "a kex", "a key2", "kéy"])
+def test_wrong_key_gets_401_before_the_body_is_read(key, served):
+    headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
+    for method, path in (("POST", "/v1/images/edits"), ("POST", "/v1/images/generations"), ("GET", "/v1/models")):
+        answer = httpx.request(method, served.url + path, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_full_queue_gets_429_and_leaving_frees_the_place():
+    with run_server(max_batch_size=1, max_queue=1) as running:
+        running.wait_until_loaded()
+        with running.hold_worker():
+            for _ in range(2):  # These clients wait for half a second, and leave.
+                with pytest.raises(httpx.ReadTimeout):
+                    running.post("generations", json={"prompt": "a", "n": 2}, timeout=0.5)
+            running.wait_for_queue(0)
+            waiting = threading.Thread(target=running.post, args=["generations"], kwargs={"json": {"prompt": "a"}})
+            waiting.start()
+            running.wait_for_queue(1)
+            refused = running.post("generations", json={"prompt": "a", "n": 2})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert running.post("generations", json={"prompt": "a", "n": 11}).status_code == 400
+        waiting.join(20)
+        assert running.post("generations", json={"prompt": "a", "n": 2}).status_code == 200
+
+
+def test_requests_get_503_while_the_model_loads():
+    loaded = threading.Event()
+
+    def load_pipeline():
+        assert loaded.wait(20)
+        return build_pipeline()
+
+    with run_server(load_pipeline) as running:
+        time.sleep(0.05)
+        assert httpx.get(f"{running.url}/health").status_code == 503
+        answer = running.post("generations", json={"prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+        assert int(answer.headers["retry-after"]) >= 1
+        loaded.set()
+        running.wait_until_loaded()
+        assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
+
+
+def test_log_has_neither_prompts_nor_images(served, caplog):
+    with caplog.at_level(logging.INFO):
+        served.post(data={"prompt": "secretword"}, files={"image": IMAGE})
+        served.post(data={"prompt": "secretword " * 90}, files={"image": IMAGE})
+        httpx.get(f"{served.url}/secretword")
+        wait_until(lambda: len(read_events(caplog, "request")) == 3)
+    assert sorted(event["status"] for event in read_events(caplog, "request")) == [200, 400, 404]
+    assert not [record for record in caplog.records if "secretword" in record.getMessage() and record.name != "httpx"]
+
+
+# Shutdown
+
+
+def test_shutdown_finishes_what_has_begun():
+    answers = []
+    with run_server() as running:
+        running.wait_until_loaded()
+        with running.hold_worker():
+            body = {"json": {"prompt": "a hat", "n": 2}}
+            client = threading.Thread(target=lambda: answers.append(running.post("generations", **body)))
+            client.start()
+            running.wait_for_queue(2)
+            running.server.should_exit = True
+            time.sleep(0.3)
+        client.join(20)
+    assert answers[0].status_code == 200
+    assert len(answers[0].json()["data"]) == 2
+
+
+# The command
+
+
+def test_command_serves_a_folder_until_it_is_terminated():
+    port = find_free_port()
+    environment = {**os.environ, "EDITAR_HF_API_KEY": KEY}
+    words = ["serve", "--model", ROOT / "examples" / "sticker-editor", "--port", port]
+    process = PythonProcess("-m", "editar_hf.commands", *words, environment=environment)
+    health = None
+    while health != 200:
+        assert process.is_running(), process.read("stderr")
+        time.sleep(0.1)
+        with contextlib.suppress(httpx.TransportError):
+            health = httpx.get(f"http://127.0.0.1:{port}/health").status_code
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY)
+    photo = (ROOT / "examples" / "photo.png").read_bytes()
+    answer = client.images.edit(image=photo, prompt="make the red circle blue", model="sticker-editor")
+    assert answer.size == "360x240"
+    os.kill(process.pid, signal.SIGTERM)
+    output = process.wait()
+    assert "Traceback" not in output.stderr
+    assert '"path": "/v1/images/edits", "status": 200' in output.stderr
+
+
+def test_command_refuses_what_it_cannot_serve(tmp_path, capsys):
+    model = str(ROOT / "examples" / "sticker-editor")
+    cases = {
+        ("--model", str(tmp_path / "absent" / "folder")): "`model` is",
+        ("--model", model, "--api-key", ""): "`api_key` is empty",
+        ("--model", model, "--max-queue", "0"): "`max_queue` is 0",
+        ("--model", model, "--max-batch-size", "0"): "`max_batch_size` is 0",
+        ("--model", str(tmp_path), "--port", str(find_free_port())): "model_index.json",
+    }
+    for words, message in cases.items():
+        assert main(["serve", *words]) == 2, words
+        assert message in capsys.readouterr().err
