@@ -78,7 +78,7 @@ class RunningServer:
             running.set()
             assert go_on.wait(20)
 
-        settings = BatchSettings((None, None), False, None, False, False, False, 0)
+        settings = BatchSettings((4, 4), False, None, False, False, False, 0)
         self.worker.submit([Job(settings, "hold", None, "text-to-image", None, None, 0, report)])
         assert running.wait(20)
         try:
@@ -270,6 +270,100 @@ def test_failed_call_of_a_batch_fails_only_the_image_that_is_at_fault():
     worker.close()
     assert isinstance(ended["bad"].error, ValueError)
     assert ended["good"].image.size == ended["fine"].image.size == (16, 16)
+
+
+# Streams
+
+
+@pytest.mark.parametrize("num_previews", [0, 1, 3])
+def test_stream_sends_previews_and_then_the_image_of_the_same_request_unstreamed(num_previews, client, pipe):
+    image = draw_image(2)
+    arguments = {"image": write_image(image), "prompt": "a hat", "extra_body": {"seed": 4}}
+    *partial, completed = client.images.edit(stream=True, partial_images=num_previews, **arguments)
+    assert [event.type for event in partial] == ["image_edit.partial_image"] * num_previews
+    assert [event.partial_image_index for event in partial] == list(range(num_previews))
+    unstreamed = client.images.edit(**arguments)
+    assert (completed.type, completed.b64_json) == ("image_edit.completed", unstreamed.data[0].b64_json)
+    assert (completed.size, completed.seed) == ("16x16", 4)
+    assert completed.usage.to_dict() == unstreamed.usage.to_dict()
+    if num_previews == 3:  # A preview after each of the first three rows of tokens: 4 pixels are decoded, then 8, 12.
+        previews = [np.asarray(read_image(event.b64_json)) for event in partial]
+        assert np.array_equal(previews[0][8:], np.asarray(image)[8:])
+        assert not np.array_equal(previews[1][4:8], np.asarray(image)[4:8])
+
+
+def test_stream_of_a_generation_has_its_own_names(client):
+    *partial, completed = client.images.generate(prompt="a hat", stream=True, partial_images=1)
+    assert [event.type for event in (*partial, completed)] == [
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+
+
+@pytest.fixture(scope="module")
+def slow():
+    """A server whose images take 256 passes of at least 4 milliseconds, and the number of passes so far."""
+    passes = []
+
+    def load_pipeline():
+        pipeline = build_pipeline(grid_size=16)
+
+        def note_pass(*inputs):
+            passes.append(time.sleep(0.004))
+
+        pipeline.transformer.register_forward_hook(note_pass)
+        return pipeline
+
+    with run_server(load_pipeline) as running:
+        running.wait_until_loaded()
+        yield running, passes
+
+
+def leave_after_first_event(running, body):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    path = f"{running.url}/v1/images/generations"
+    with httpx.stream("POST", path, headers=headers, json={**body, "stream": True, "partial_images": 3}) as answer:
+        assert next(answer.iter_lines()) == "event: image_generation.partial_image"
+
+
+def test_image_stops_when_its_client_leaves(slow):
+    running, passes = slow
+    leave_after_first_event(running, {"prompt": "a hat"})
+    assert running.post("generations", json={"prompt": "a hat", "size": "4x4"}).status_code == 200
+    assert 64 <= len(passes) < 200
+
+
+def test_unstreamed_image_stops_when_its_client_leaves(slow):
+    running, passes = slow
+    before = len(passes)
+    with pytest.raises(httpx.ReadTimeout):
+        running.post("generations", json={"prompt": "a hat"}, timeout=0.3)
+    assert running.post("generations", json={"prompt": "a hat", "size": "4x4"}).status_code == 200
+    assert len(passes) - before < 200
+
+
+def test_batch_goes_on_for_the_clients_that_stay(slow):
+    running, passes = slow
+    streams = []
+
+    def stay():
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0)
+        extra = {"extra_body": {"seed": 1}}
+        streams.append(list(client.images.generate(prompt="a coat", stream=True, partial_images=3, **extra)))
+
+    with running.hold_worker():
+        threads = [threading.Thread(target=stay)]
+        threads.append(threading.Thread(target=leave_after_first_event, args=(running, {"prompt": "a hat"})))
+        for thread in threads:
+            thread.start()
+        running.wait_for_queue(2)
+        before = len(passes)
+    for thread in threads:
+        thread.join(20)
+    assert len(passes) - before < 2 * 256
+    alone = build_pipeline(grid_size=16)("a coat", task="text-to-image", generator=seed_generators(1)).images[0]
+    assert len(streams[0]) == 4
+    assert are_near(read_image(streams[0][-1].b64_json), alone)
 
 
 # Errors
