@@ -1,7 +1,10 @@
 """Pipeline folders in the hands of serving engines and endpoints, which know diffusers and not this package."""
 
+import base64
 import inspect
 import json
+import runpy
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +12,16 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
+from PIL import Image
 from tiny import build_pipeline, draw_image
 
 import editar_hf
 from editar_hf.pipelines.hub import ENGINE_FILES
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The centre crop cuts", "ignore:A prompt is longer", "ignore:`torch_dtype` is deprecated"
+)
 ROOT = Path(__file__).parents[1]
 PROMPT = "make the red circle blue"
 
@@ -135,3 +141,86 @@ def test_an_image_from_text_has_the_size_that_is_asked_for(pipe):
     with pytest.warns(UserWarning, match="`image` is missing"):
         output = pipe(prompt=PROMPT, height=1024, width=512, generator=seeded(), output_type="np")
     assert output.images.shape == (1, 1024, 512, 3)
+
+
+# Inference Endpoints
+
+
+@pytest.fixture(scope="module")
+def handler(folder):
+    return runpy.run_path(str(folder / "handler.py"))["EndpointHandler"](str(folder))
+
+
+def encode(image):
+    file = BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def ask(handler, inputs, **parameters):
+    """Send a request through JSON, and return the image and the seed of the answer."""
+    answer = json.loads(json.dumps(handler(json.loads(json.dumps({"inputs": inputs, "parameters": parameters})))))
+    assert answer.keys() == {"image", "seed"}
+    return Image.open(BytesIO(base64.b64decode(answer["image"]))), answer["seed"]
+
+
+def test_an_endpoint_returns_the_edit_of_the_pipeline(handler):
+    source, mask = draw_image(0, 40, 24), Image.new("L", (40, 24))
+    mask.paste(255, (20, 8, 26, 14))
+    for parameters, call in (
+        ({}, {}),
+        ({"guidance_scale": 5, "negative_prompt": "green"}, {"guidance_scale": 5.0, "negative_prompt": "green"}),
+        ({"mask": encode(mask)}, {"mask_image": mask}),
+        ({"task": "canny", "target_size": {"width": 100, "height": 50}}, {"task": "canny", "width": 100, "height": 50}),
+    ):
+        image, seed = ask(handler, encode(source), prompt=PROMPT, seed=7, **parameters)
+        (own,) = build_pipeline()(PROMPT, image=source, generator=seeded(7), size_policy="fit", **call).images
+        assert seed == 7
+        assert np.array_equal(image, own), parameters
+
+
+def test_the_seed_that_an_endpoint_draws_gives_the_image_again(handler):
+    first, seed = ask(handler, None, prompt=PROMPT, task="text-to-image")
+    again, _ = ask(handler, None, prompt=PROMPT, task="text-to-image", seed=seed)
+    other, other_seed = ask(handler, None, prompt=PROMPT, task="text-to-image")
+    assert np.array_equal(first, again)
+    assert seed != other_seed
+    assert not np.array_equal(first, other)
+
+
+SOURCE = encode(draw_image(0))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "message"),
+    [
+        (SOURCE, {}, "`prompt` is missing"),
+        (SOURCE, {"prompt": 3}, "`prompt` is 3; pass a string"),
+        (None, {"prompt": PROMPT}, "`inputs` is missing"),
+        (SOURCE, {"prompt": PROMPT, "strength": 0.5, "steps": 3}, "`parameters` holds steps, strength"),
+        (SOURCE, {"prompt": PROMPT, "task": "paint"}, "`task` is 'paint'"),
+        (SOURCE, {"prompt": PROMPT, "seed": -1}, "`seed` is -1"),
+        (SOURCE, {"prompt": PROMPT, "guidance_scale": "3"}, "`guidance_scale` is '3'"),
+        (SOURCE, {"prompt": PROMPT, "target_size": {"width": 64}}, "`target_size` is {'width': 64}"),
+        (SOURCE, {"prompt": PROMPT, "target_size": {"width": 0, "height": 4}}, "`target_size.width` is 0"),
+        (SOURCE, {"prompt": PROMPT, "target_size": {"width": 16384, "height": 16384}}, "at most 16777216 pixels"),
+        (SOURCE, {"prompt": PROMPT, "mask": "!"}, "`mask` is '!'; pass an image file in base64"),
+        (SOURCE, {"prompt": PROMPT, "mask": encode(draw_image(0, 16, 8))}, "`mask_image` is 16×8"),
+        ("no base64", {"prompt": PROMPT}, "`inputs` is 'no base64'; pass an image file in base64"),
+        (["a", "list"], {"prompt": PROMPT}, "`inputs` is .*; pass an image file in base64"),
+        (SOURCE[:80], {"prompt": PROMPT}, "`image` holds 'a file', which does not decode"),
+        (encode(Image.new("1", (5000, 5000))), {"prompt": PROMPT}, "`inputs` is 5000×5000; pass an image of at most"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_its_field(handler, inputs, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        ask(handler, inputs, **parameters)
+
+
+def test_an_endpoint_opens_no_path_and_no_url_of_a_client(handler, tmp_path):
+    draw_image(0).save(tmp_path / "secret.png")
+    for text in (str(tmp_path / "secret.png"), f"file://{tmp_path}/secret.png", "http://localhost:9/secret.png"):
+        for request in ({"inputs": text}, {"inputs": SOURCE, "mask": text}):
+            inputs = request.pop("inputs")
+            with pytest.raises(ValueError, match="pass an image file in base64"):
+                ask(handler, inputs, prompt=PROMPT, **request)

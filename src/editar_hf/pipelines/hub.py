@@ -45,7 +45,7 @@ CARD_FILE = "README.md"
 CARD_TAGS = {"adapter": ["image-editing", "lora"], "vq_model": ["vq-tokenizer"]}
 INDEX_FILE = "model_index.json"
 # Files of a pipeline folder through which serving engines and endpoints find this package; see docs/engines.md.
-ENGINE_FILES = ("pipeline.py",)
+ENGINE_FILES = ("pipeline.py", "handler.py")
 # Files of a component other than its weights: configurations, tokenizers, chat templates.
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 WEIGHTS_SUFFIX = ".safetensors"

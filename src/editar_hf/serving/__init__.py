@@ -1,1 +1,1 @@
-"""The HTTP server: requests and their checks, the worker that runs the pipeline, and the application."""
+"""Serve a pipeline: the HTTP server (requests, the worker, the application), and the handler of endpoints."""
