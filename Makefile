@@ -5,10 +5,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 REQUIREMENTS := setup.cfg pyproject.toml
 
-.PHONY: demo test quality wheels clean
+.PHONY: demo serve test quality wheels clean
 
 demo: .venv/installed-lora  ## edit a photograph with the shipped checkpoint and print where the picture is
 	$(BIN)/python examples/edit_photo.py
+
+serve: .venv/installed-serve  ## serve the shipped checkpoint at http://127.0.0.1:8000
+	$(BIN)/editar-hf serve --model examples/sticker-editor
 
 test: .venv/installed-dev  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

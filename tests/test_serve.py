@@ -22,7 +22,7 @@ import pytest
 import torch
 import uvicorn
 from pages import ROOT
-from PIL import Image
+from PIL import Image, ImageChops
 from processes import PythonProcess, find_free_port
 from tiny import are_near, draw_image
 from tiny import build_pipeline as build_tiny_pipeline
@@ -211,52 +211,53 @@ def test_models_lists_the_served_one(client):
 # Batches
 
 
-def test_requests_that_wait_together_run_in_batches_and_get_the_images_of_each_alone(served, pipe, caplog):
-    def list_calls():
-        for k in range(4):
-            yield {"prompt": f"edit {k}", "task": ("edit", "canny")[k // 2]}, k
-            yield {"prompt": f"masked {k}", "mask": draw_mask((16, 16), (4 * k, 0, 4 * k + 4, 8))}, k
-            yield {"prompt": f"small {k}", "size": "8x16", "negative_prompt": "no " * k + "more"}, k
-        yield {"prompt": "two", "n": 2, "guidance_scale": 2.0}, 5
+def list_mixed_calls():
+    """List 18 images to ask for in 17 requests, by the arguments of the pipeline; the masks are white."""
+    for k in range(4):
+        mask = Image.new("L", (16, 16))
+        mask.paste(255, (4 * k, 0, 4 * k + 4, 8))
+        for call in (
+            {"prompt": f"edit {k}", "task": ("edit", "canny")[k // 2]},
+            {"prompt": f"masked {k}", "mask_image": mask},
+            {"prompt": f"small {k}", "height": 16, "width": 8, "negative_prompt": "no " * k + "more"},
+            {"prompt": f"large {k}", "height": 50, "width": 70, "size_policy": "fit"},
+        ):
+            yield {**call, "image": draw_image(k), "generator": seed_generators(k)}
+    yield {"prompt": "two", "guidance_scale": 2.0, "image": draw_image(9), "generator": seed_generators(4, 5)}
 
-    async def run_all():
+
+async def edit(client, call):
+    """Ask the server for the images of a call of the pipeline."""
+    fields = {"prompt": call["prompt"], "image": write_image(call["image"]), "n": len(call["generator"])}
+    extra = {name: call[name] for name in ("task", "negative_prompt", "guidance_scale") if name in call}
+    if "mask_image" in call:
+        mask = call["image"].convert("RGBA")
+        mask.putalpha(ImageChops.invert(call["mask_image"]))
+        fields["mask"] = write_image(mask)
+    if "width" in call:
+        fields["size"] = f"{call['width']}x{call['height']}"
+    return await client.images.edit(**fields, extra_body={"seed": call["generator"][0].initial_seed(), **extra})
+
+
+def test_requests_that_wait_together_run_in_batches_and_get_the_images_of_each_alone(served, pipe, caplog):
+    async def edit_all():
         async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0) as client:
-            tasks = []
-            for call, seed in list_calls():
-                mask = {"mask": write_image(call["mask"])} if "mask" in call else {}
-                extra = {name: value for name, value in call.items() if name in ("guidance_scale", "task")}
-                extra |= {name: call[name] for name in ("negative_prompt",) if name in call}
-                fields = {name: call[name] for name in ("size", "n") if name in call}
-                image = write_image(draw_image(seed))
-                request = client.images.edit(
-                    image=image, prompt=call["prompt"], **mask, **fields, extra_body={"seed": seed, **extra}
-                )
-                tasks.append(asyncio.create_task(request))
-            await asyncio.to_thread(served.wait_for_queue, 14)
-            release.set()
+            with served.hold_worker():
+                tasks = [asyncio.create_task(edit(client, call)) for call in list_mixed_calls()]
+                await asyncio.to_thread(served.wait_for_queue, 18)
             return await asyncio.gather(*tasks)
 
-    release = threading.Event()
     with caplog.at_level(logging.INFO, logger="editar_hf.serving"):
-        with served.hold_worker():
-            holder = threading.Thread(target=lambda: results.append(asyncio.run(run_all())))
-            results: list = []
-            holder.start()
-            assert release.wait(20)
-        holder.join(20)
-    for (call, seed), answer in zip(list_calls(), results[0], strict=True):
-        options = {name: call[name] for name in ("task", "negative_prompt", "guidance_scale") if name in call}
-        if "mask" in call:
-            options["mask_image"] = Image.eval(call["mask"].getchannel("A"), lambda alpha: 255 - alpha)
-        if "size" in call:
-            options |= {"width": 8, "height": 16}
-        for index, entry in enumerate(answer.data):
-            expected = pipe(
-                call["prompt"], image=draw_image(seed), generator=seed_generators(seed + index), **options
-            ).images[0]
-            assert are_near(read_image(entry.b64_json), expected), call
-    wait_until(lambda: len(read_events(caplog, "batch")) >= 5)
-    assert sorted(event["images"] for event in read_events(caplog, "batch"))[-5:] == [2, 2, 2, 4, 4]
+        answers = asyncio.run(edit_all())
+        wait_until(lambda: sum(event["images"] for event in read_events(caplog, "batch")) == 19)
+    # The first image is that of `hold_worker`.
+    assert sorted(event["images"] for event in read_events(caplog, "batch")) == [1, 2, 2, 2, 4, 4, 4]
+    for call, answer in zip(list_mixed_calls(), answers, strict=True):
+        num_images = len(call["generator"])
+        expected = pipe(**call, num_images_per_prompt=num_images).images
+        assert [read_image(entry.b64_json).size for entry in answer.data] == [expected[0].size] * num_images
+        for entry, image in zip(answer.data, expected, strict=True):
+            assert are_near(read_image(entry.b64_json), image), call["prompt"]
 
 
 def test_failed_call_of_a_batch_fails_only_the_image_that_is_at_fault():
@@ -389,7 +390,7 @@ CASES = {
     "unknown field": ({"prompt": "a", "style": "vivid"}, {"image": IMAGE}, 400, "style"),
     "unknown task": ({"prompt": "a", "task": "draw"}, {"image": IMAGE}, 400, "task"),
     "eleven images": ({"prompt": "a", "n": 11}, {"image": IMAGE}, 400, "n"),
-    "size off the grid": ({"prompt": "a", "size": "1024x1024"}, {"image": IMAGE}, 400, "size"),
+    "huge size": ({"prompt": "a", "size": "9999x2000"}, {"image": IMAGE}, 400, "size"),
     "size in words": ({"prompt": "a", "size": "large"}, {"image": IMAGE}, 400, "size"),
     "quality": ({"prompt": "a", "quality": "high"}, {"image": IMAGE}, 400, "quality"),
     "url as answer": ({"prompt": "a", "response_format": "url"}, {"image": IMAGE}, 400, "response_format"),
@@ -507,6 +508,28 @@ def test_log_has_neither_prompts_nor_images(served, caplog):
         wait_until(lambda: len(read_events(caplog, "request")) == 3)
     assert sorted(event["status"] for event in read_events(caplog, "request")) == [200, 400, 404]
     assert not [record for record in caplog.records if "secretword" in record.getMessage() and record.name != "httpx"]
+
+
+def test_metrics_count_requests_images_and_batches(tmp_path):
+    with run_server(max_batch_size=2) as running:
+        running.wait_until_loaded()
+        with running.hold_worker():
+            waiting = threading.Thread(
+                target=running.post, args=["generations"], kwargs={"json": {"prompt": "a", "n": 3}}
+            )
+            waiting.start()
+            running.wait_for_queue(3)
+            assert "editar_hf_waiting_images 3.0" in httpx.get(f"{running.url}/metrics").text
+        waiting.join(20)
+        running.post("generations", json={})
+        text = httpx.get(f"{running.url}/metrics").text
+    path = 'path="/v1/images/generations"'
+    assert f'editar_hf_request_seconds_count{{{path},status="200"}} 1.0' in text
+    assert f'editar_hf_request_seconds_count{{{path},status="400"}} 1.0' in text
+    assert "editar_hf_waiting_images 0.0" in text
+    assert "editar_hf_batch_images_sum 4.0" in text  # One image held the worker.
+    assert 'editar_hf_batch_images_bucket{le="1.0"} 2.0' in text
+    assert "editar_hf_batch_seconds_count 3.0" in text
 
 
 # Shutdown

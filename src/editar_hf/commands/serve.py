@@ -12,8 +12,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `editar-hf serve` to the command's parser."""
     summary = "serve a pipeline over HTTP, with OpenAI's image API"
     description = (
-        f"{summary.capitalize()}: POST /v1/images/edits, POST /v1/images/generations, GET /v1/models, GET /health. "
-        "Requests that wait together and have the same size and settings run in one batch. Needs the extra `serve`."
+        f"{summary[0].upper()}{summary[1:]}: POST /v1/images/edits and /v1/images/generations, GET /v1/models, /health "
+        "and /metrics. Requests that wait together and have the same size and settings run in one batch. Needs the "
+        "extra `serve`."
     )
     parser = subparsers.add_parser("serve", help=summary, description=description)
     parser.set_defaults(run=run)

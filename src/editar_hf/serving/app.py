@@ -22,6 +22,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,7 +30,7 @@ from ..checks import check_integer
 from ..pipelines.pipeline_editar import EditARPipeline
 from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix
 from .requests import ImageFields, RequestError, decode_images, encode_image, read_form, read_json
-from .worker import BatchSettings, Job, Outcome, Worker
+from .worker import SECONDS, BatchSettings, Job, Outcome, Worker
 
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,12 @@ def create_app(worker: Worker, model_name: str, api_key: str | None = None, max_
         raise ValueError("`api_key` is empty; pass a key, or none to serve without one.")
     server = ImageServer(worker, model_name, api_key, check_integer("max_queue", max_queue))
     app = FastAPI(title="editar-hf", lifespan=server.run_worker, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(RequestScope)
+    app.add_middleware(RequestScope, request_seconds=server.request_seconds)
     app.add_api_route("/v1/images/edits", server.edit, methods=["POST"])
     app.add_api_route("/v1/images/generations", server.generate, methods=["POST"])
     app.add_api_route("/v1/models", server.list_models, methods=["GET"])
     app.add_api_route("/health", server.show_health, methods=["GET"])
+    app.add_api_route("/metrics", server.show_metrics, methods=["GET"])
     app.add_exception_handler(RequestError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
     return app
@@ -77,11 +79,12 @@ async def answer_error(request: Request, error: Exception) -> Response:
 class RequestScope:
     """Log one line for each request, without its content, and release what it holds, however it ends.
 
-    `request.state.cleanup` is an `ExitStack` that is closed after the last byte of the answer.
+    `request.state.cleanup` is an `ExitStack` that is closed after the last byte of the answer. `request_seconds`
+    measures all requests.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, request_seconds: Histogram) -> None:
+        self.app, self.request_seconds = app, request_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -108,8 +111,9 @@ class RequestScope:
         finally:
             # A path without a route is text of the client.
             path = getattr(scope.get("route"), "path", "other")
-            seconds = round(time.monotonic() - start, 3)
-            logger.info(json.dumps({"event": "request", "path": path, "status": status, "seconds": seconds}))
+            seconds = time.monotonic() - start
+            self.request_seconds.labels(path, status).observe(seconds)
+            logger.info(json.dumps({"event": "request", "path": path, "status": status, "seconds": round(seconds, 3)}))
 
 
 @dataclass
@@ -150,6 +154,14 @@ class ImageServer:
         # Each thread that decodes or encodes an image holds its pixels.
         self.codec_threads = ThreadPoolExecutor(2, "editar-hf codec")
         self.tokenizer: Any = None
+        self.request_seconds = Histogram(
+            "editar_hf_request_seconds", "Requests", ["path", "status"], buckets=SECONDS, registry=None
+        )
+        waiting = Gauge("editar_hf_waiting_images", "Images that wait for a batch", registry=None)
+        waiting.set_function(lambda: len(worker.waiting))
+        self.metrics = CollectorRegistry()
+        for metric in (self.request_seconds, waiting, worker.batch_images, worker.batch_seconds):
+            self.metrics.register(metric)
 
     @asynccontextmanager
     async def run_worker(self, app: FastAPI) -> AsyncIterator[None]:
@@ -163,6 +175,9 @@ class ImageServer:
     async def show_health(self) -> Response:
         status = "ok" if self.worker.pipeline else "loading" if self.worker.error is None else "failed"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    async def show_metrics(self) -> Response:
+        return Response(generate_latest(self.metrics), media_type=CONTENT_TYPE_LATEST)
 
     async def list_models(self, request: Request) -> Response:
         self.check_key(request)
@@ -260,7 +275,7 @@ class ImageServer:
                 429,
                 "Too many images wait. Try again later.",
                 code="queue_full",
-                retry_after=max(1, round(self.worker.batch_seconds)),
+                retry_after=max(1, round(self.worker.last_batch_seconds)),
             )
         self.num_images += num_images
         request.state.cleanup.callback(self.release, num_images)
@@ -285,13 +300,6 @@ class ImageServer:
             )
         return num_tokens
 
-    def resolve_size(self, fields: ImageFields) -> tuple[int, int]:
-        """Return the height and width that the model works at."""
-        try:
-            return self.get_pipeline().resolve_size(*fields.size_in_pixels)
-        except ValueError as error:
-            raise RequestError(400, f"`size` is {fields.size!r}: {error}", "size", "invalid_value") from None
-
     # Images
 
     async def prepare(
@@ -302,13 +310,14 @@ class ImageServer:
         if fields.model not in (None, self.model_name):
             message = f"`model` is {fields.model!r:.80}; this server has {self.model_name!r}."
             raise RequestError(404, message, "model", "model_not_found")
-        height, width = self.resolve_size(fields)
+        height, width = pipeline.resolve_size(*fields.size_in_pixels, "fit")
         num_text_tokens = self.count_text_tokens("prompt", fields.prompt, task)
         if fields.negative_prompt is not None:
             self.count_text_tokens("negative_prompt", fields.negative_prompt, task)
         image = mask_image = None
         if image_file is not None:
-            how = height, width, pipeline.resolve_resize_mode(None)
+            asked_height, asked_width = fields.size_in_pixels
+            how = asked_height or height, asked_width or width, pipeline.resolve_resize_mode(None)
             image, mask_image = await self.run_codec(decode_images, image_file, mask_file, *how)
         settings = BatchSettings(
             size=fields.size_in_pixels,

@@ -5,6 +5,7 @@ server cannot honour is refused by its name.
 """
 
 import json
+import math
 from collections.abc import Awaitable, Callable
 from io import BytesIO
 from typing import Any, Literal, TypeVar
@@ -70,7 +71,7 @@ class ImageFields(BaseModel):
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_LENGTH, pattern=r"\S")
     model: str | None = None
     n: int = Field(1, ge=1, le=10)
-    size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$", description='"auto" or "WIDTHxHEIGHT"')
+    size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,3}x[1-9]\d{0,3})$", description='"auto" or "WIDTHxHEIGHT"')
     output_format: Literal["png", "webp", "jpeg"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of webp and jpeg")
     seed: int | None = Field(None, ge=0, le=2**63 - 11, description="image k of n has the seed `seed + k`")
@@ -85,7 +86,7 @@ class ImageFields(BaseModel):
     response_format: Literal["b64_json"] = "b64_json"
 
     @property
-    def size_in_pixels(self) -> tuple[int, int] | tuple[None, None]:
+    def size_in_pixels(self) -> tuple[int | None, int | None]:
         """Height and width in pixels, or None twice for `auto`."""
         if self.size == "auto":
             return None, None
@@ -128,6 +129,9 @@ def parse_fields(kind: type[Fields], values: dict[str, Any]) -> Fields:
             "output_compression",
             "invalid_value",
         )
+    if fields.size != "auto" and math.prod(map(int, fields.size.split("x"))) > MAX_PIXELS:
+        message = f"`size` is {fields.size}; ask for at most {MAX_PIXELS} pixels."
+        raise RequestError(400, message, "size", "invalid_value")
     if fields.stream and fields.n > 1:
         raise RequestError(400, f"`n` is {fields.n}; with `stream`, ask for one image.", "n", "invalid_value")
     if fields.partial_images and not fields.stream:
@@ -231,7 +235,7 @@ def decode_images(
 
     Args:
         image_file, mask_file (`bytes`): The uploaded files.
-        height, width, resize_mode: The size the model works at, and how the image is resized to it.
+        height, width, resize_mode: The size that the image is resized to, and how.
 
     Raises:
         RequestError: If a file is damaged, too large or too thin, the mask does not fit the image, or it marks nothing

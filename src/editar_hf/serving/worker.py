@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from prometheus_client import Histogram
 
 from ..checks import check_integer
 from ..pipelines.pipeline_editar import EditARPipeline
@@ -25,20 +26,22 @@ logger = logging.getLogger(__name__)
 # How long the worker waits for more images before it begins a batch. Clients that wait for their results send their
 # next requests at the same time.
 GATHER_SECONDS = 0.02
+# Limits of the histograms of durations.
+SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 class BatchSettings(NamedTuple):
     """What the images of a batch have in common.
 
     Attributes:
-        size (`tuple`): Height and width the model works at, in pixels, or None twice for those of the model.
+        size (`tuple`): Height and width of the images in pixels, or None twice for those of the model.
         restore_size (`bool`): Return images of the size of their sources.
         guidance_scale (`float`, *optional*): Weight of the prompt.
         has_image, has_mask, has_negative_prompt (`bool`): What each image comes with.
         num_previews (`int`): Number of previews before each image.
     """
 
-    size: tuple[int, int] | tuple[None, None]
+    size: tuple[int | None, int | None]
     restore_size: bool
     guidance_scale: float | None
     has_image: bool
@@ -96,7 +99,8 @@ class Worker:
         pipeline (`EditARPipeline`, *optional*): The pipeline; None until it is loaded.
         error (`Exception`, *optional*): Why the pipeline did not load.
         waiting (`list[Job]`): The jobs that wait, in the order of their arrival.
-        batch_seconds (`float`): Duration of the last batch.
+        last_batch_seconds (`float`): Duration of the last batch.
+        batch_images, batch_seconds (`Histogram`): Sizes and durations of all batches.
     """
 
     def __init__(
@@ -111,7 +115,10 @@ class Worker:
         self.error: Exception | None = None
         self.on_failure = on_failure
         self.waiting: list[Job] = []
-        self.batch_seconds = 1.0
+        self.last_batch_seconds = 1.0
+        sizes = [2**power for power in range(8)]
+        self.batch_images = Histogram("editar_hf_batch_images", "Images per batch", buckets=sizes, registry=None)
+        self.batch_seconds = Histogram("editar_hf_batch_seconds", "Batches", buckets=SECONDS, registry=None)
         self.is_closing = False
         self.condition = threading.Condition()
         # A daemon, so that a second Ctrl-C ends the process during a batch.
@@ -151,8 +158,10 @@ class Worker:
         while batch := self.take_batch():
             start = time.monotonic()
             self.make_images(batch)
-            self.batch_seconds = time.monotonic() - start
-            logger.info(json.dumps({"event": "batch", "images": len(batch), "seconds": round(self.batch_seconds, 3)}))
+            self.last_batch_seconds = seconds = time.monotonic() - start
+            self.batch_images.observe(len(batch))
+            self.batch_seconds.observe(seconds)
+            logger.info(json.dumps({"event": "batch", "images": len(batch), "seconds": round(seconds, 3)}))
 
     def take_batch(self) -> list[Job]:
         """Wait for jobs, and take the first one and those that share its settings. Return [] to end the thread."""
@@ -189,7 +198,7 @@ class Worker:
     def call_pipeline(self, batch: Sequence[Job]) -> list[Image.Image]:
         assert self.pipeline is not None
         settings = batch[0].settings
-        num_rows, num_columns = self.pipeline.compute_grid(*self.pipeline.resolve_size(*settings.size))
+        num_rows, num_columns = self.pipeline.compute_grid(*self.pipeline.resolve_size(*settings.size, "fit"))
         # The last preview is the image itself, so there is one more than the clients get.
         preview_every = -(-num_rows // (settings.num_previews + 1)) if settings.num_previews else None
 
@@ -208,6 +217,7 @@ class Worker:
             mask_image=[job.mask_image for job in batch] if settings.has_mask else None,
             height=settings.size[0],
             width=settings.size[1],
+            size_policy="fit",
             restore_size=settings.restore_size,
             guidance_scale=settings.guidance_scale,
             generator=[torch.Generator().manual_seed(job.seed) for job in batch],
