@@ -92,12 +92,20 @@ def parse_path(text: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the edits that are not done yet, and list the edits that failed. Return 1 if an edit failed."""
+    """List the edits, check them and run them. Return 1 if an edit failed."""
+    jobs = list(list_jobs(args))
+    check_jobs(args, jobs)
+    return run_jobs(args, jobs)
+
+
+def run_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> int:
+    """Run the edits that are not done yet, and list the edits that failed. Return 1 if an edit failed.
+
+    Several processes may write to one folder, each with its own part of the edits.
+    """
     from tqdm import tqdm
 
     is_folder = args.image.is_dir()
-    jobs = list(list_jobs(args))
-    check_jobs(args, jobs)
     folder = args.output if is_folder else args.output.parent
     folder.mkdir(parents=True, exist_ok=True)
     record = read_record(folder) if is_folder else {}
