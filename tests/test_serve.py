@@ -10,41 +10,30 @@ import logging
 import os
 import queue
 import signal
-import socket
 import threading
 import time
-from dataclasses import dataclass
 
 import httpx
 import numpy as np
 import openai
 import pytest
 import torch
-import uvicorn
 from pages import ROOT
 from PIL import Image, ImageChops
 from processes import PythonProcess, find_free_port
+from serving import KEY, run_server, wait_until
 from tiny import are_near, draw_image
 from tiny import build_pipeline as build_tiny_pipeline
 
 from editar_hf.commands import main
 from editar_hf.serving import requests
-from editar_hf.serving.app import create_app
 from editar_hf.serving.worker import BatchSettings, Job, Worker
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts")
-KEY = "a key"
 NUM_TOKENS = 16
 # Long enough for the prefixes of the tasks.
 build_pipeline = functools.partial(build_tiny_pipeline, num_text_tokens=80)
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "waited 20 seconds"
-        time.sleep(0.01)
 
 
 def read_events(caplog, kind):
@@ -53,62 +42,9 @@ def read_events(caplog, kind):
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-@dataclass
-class RunningServer:
-    """A server in a thread of this process."""
-
-    worker: Worker
-    server: uvicorn.Server
-    thread: threading.Thread
-    url: str
-
-    def wait_until_loaded(self):
-        wait_until(lambda: self.worker.pipeline is not None)
-
-    def post(self, path="edits", timeout=20, **arguments) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {KEY}"}
-        return httpx.post(f"{self.url}/v1/images/{path}", headers=headers, timeout=timeout, **arguments)
-
-    @contextlib.contextmanager
-    def hold_worker(self):
-        """Keep the worker's thread busy, so that all requests meanwhile wait."""
-        running, go_on = threading.Event(), threading.Event()
-
-        def report(outcome):
-            running.set()
-            assert go_on.wait(20)
-
-        settings = BatchSettings((4, 4), False, None, False, False, False, 0)
-        self.worker.submit([Job(settings, "hold", None, "text-to-image", None, None, 0, report)])
-        assert running.wait(20)
-        try:
-            yield
-        finally:
-            go_on.set()
-
-    def wait_for_queue(self, num_images):
-        wait_until(lambda: len(self.worker.waiting) == num_images)
-
-
-@contextlib.contextmanager
-def run_server(load_pipeline=build_pipeline, max_batch_size=8, max_queue=64):
-    worker = Worker(load_pipeline, max_batch_size)
-    config = uvicorn.Config(create_app(worker, "tiny", KEY, max_queue), log_level="warning")
-    server = uvicorn.Server(config)
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        yield RunningServer(worker, server, thread, f"http://127.0.0.1:{listener.getsockname()[1]}")
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def served():
-    with run_server() as running:
+    with run_server(build_pipeline) as running:
         running.wait_until_loaded()
         yield running
 
@@ -455,7 +391,7 @@ def test_large_bodies_are_refused_with_and_without_a_length(served, monkeypatch)
     assert served.post(data={"prompt": "a"}, files={"image": b"x" * 100_000}).status_code == 413
 
 
-@pytest.mark.parametrize("key", [None, "a kex", "a key2", "kéy"])
+@pytest.mark.parametrize("key", [None, KEY[:-1], KEY + "2", "kéy"])
 def test_wrong_key_gets_401_before_the_body_is_read(key, served):
     headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
     for method, path in (("POST", "/v1/images/edits"), ("POST", "/v1/images/generations"), ("GET", "/v1/models")):
@@ -464,7 +400,7 @@ def test_wrong_key_gets_401_before_the_body_is_read(key, served):
 
 
 def test_full_queue_gets_429_and_leaving_frees_the_place():
-    with run_server(max_batch_size=1, max_queue=1) as running:
+    with run_server(build_pipeline, max_batch_size=1, max_queue=1) as running:
         running.wait_until_loaded()
         with running.hold_worker():
             for _ in range(2):  # These clients wait for half a second, and leave.
@@ -511,7 +447,7 @@ def test_log_has_neither_prompts_nor_images(served, caplog):
 
 
 def test_metrics_count_requests_images_and_batches(tmp_path):
-    with run_server(max_batch_size=2) as running:
+    with run_server(build_pipeline, max_batch_size=2) as running:
         running.wait_until_loaded()
         with running.hold_worker():
             waiting = threading.Thread(
@@ -537,7 +473,7 @@ def test_metrics_count_requests_images_and_batches(tmp_path):
 
 def test_shutdown_finishes_what_has_begun():
     answers = []
-    with run_server() as running:
+    with run_server(build_pipeline) as running:
         running.wait_until_loaded()
         with running.hold_worker():
             body = {"json": {"prompt": "a hat", "n": 2}}
