@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 
@@ -26,7 +27,7 @@ from tiny import are_near, draw_image
 from tiny import build_pipeline as build_tiny_pipeline
 
 from editar_hf.commands import main
-from editar_hf.serving import requests
+from editar_hf.serving import app, requests
 from editar_hf.serving.worker import BatchSettings, Job, Worker
 
 
@@ -416,6 +417,26 @@ def test_full_queue_gets_429_and_leaving_frees_the_place():
             assert running.post("generations", json={"prompt": "a", "n": 11}).status_code == 400
         waiting.join(20)
         assert running.post("generations", json={"prompt": "a", "n": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("is_reader", [False, True])
+def test_client_that_stalls_loses_its_place(is_reader, monkeypatch):
+    """Two clients take all places. They stop in the middle of their requests, or do not read their answers."""
+    monkeypatch.setattr(app, "CLIENT_SECONDS", 0.3)
+    body = json.dumps({"prompt": "a", "stream": True, "size": "1000x1000", "partial_images": 3})
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+    text = f"{head}Content-Length: {len(body)}\r\n\r\n{body if is_reader else body[:9]}"
+    with run_server(build_pipeline, max_batch_size=1, max_queue=1) as running, contextlib.ExitStack() as stack:
+        running.wait_until_loaded()
+        # The system shall not buffer whole answers.
+        running.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for _ in range(2):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", int(running.url.rpartition(":")[2])))
+            client.sendall(text.encode())
+        wait_until(lambda: running.post("generations", json={"prompt": "a"}).status_code == 429)
+        wait_until(lambda: running.post("generations", json={"prompt": "a"}).status_code == 200)
 
 
 def test_requests_get_503_while_the_model_loads():

@@ -34,8 +34,8 @@ from .worker import SECONDS, BatchSettings, Job, Outcome, Worker
 
 
 logger = logging.getLogger(__name__)
-# A client that sends its request more slowly would hold its place in the queue.
-UPLOAD_SECONDS = 60
+# A client that takes longer to send its request, or to receive a part of the answer, would hold its place in the queue.
+CLIENT_SECONDS = 60
 # The status of a request whose client left before the answer. Only the log shows it.
 CLIENT_LEFT = 499
 
@@ -95,7 +95,8 @@ class RequestScope:
         async def send_noted(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
-            await send(message)
+            async with asyncio.timeout(CLIENT_SECONDS):
+                await send(message)
 
         try:
             with ExitStack() as cleanup:
@@ -169,6 +170,7 @@ class ImageServer:
         self.worker.start()
         yield
         await asyncio.to_thread(self.worker.close)
+        self.codec_threads.shutdown()
 
     # Routes
 
@@ -394,7 +396,7 @@ def format_event(name: str, data: dict[str, Any]) -> str:
 async def limit_upload_time() -> AsyncIterator[None]:
     """Give a client a limited time to send its request."""
     try:
-        async with asyncio.timeout(UPLOAD_SECONDS):
+        async with asyncio.timeout(CLIENT_SECONDS):
             yield
     except TimeoutError:
-        raise RequestError(408, f"The request took more than {UPLOAD_SECONDS} seconds to arrive.") from None
+        raise RequestError(408, f"The request took more than {CLIENT_SECONDS} seconds to arrive.") from None
