@@ -69,8 +69,11 @@ def run(args: argparse.Namespace) -> int:
     worker = Worker(lambda: load_pipeline(args), args.max_batch_size, on_failure=stop)
     app = create_app(worker, name, args.api_key, args.max_queue)
     server = uvicorn.Server(uvicorn.Config(app, args.host, args.port, access_log=False))
-    with suppress(KeyboardInterrupt):
-        server.run()
+    try:
+        with suppress(KeyboardInterrupt):
+            server.run()
+    finally:
+        worker.close()  # A second Ctrl-C has abandoned all jobs; Python cannot end while torch computes.
     if worker.error is not None:
         raise worker.error
     return 0

@@ -83,6 +83,11 @@ class Job:
     index: int = 0
     is_abandoned: bool = False
 
+    def report_outcome(self, **outcome: Any) -> None:
+        """Report a preview, the image or an error, if somebody waits for it."""
+        if not self.is_abandoned:
+            self.report(Outcome(self, **outcome))
+
 
 class Worker:
     """Load a pipeline and make images with it, in a thread of its own.
@@ -121,7 +126,7 @@ class Worker:
         self.batch_seconds = Histogram("editar_hf_batch_seconds", "Batches", buckets=SECONDS, registry=None)
         self.is_closing = False
         self.condition = threading.Condition()
-        # A daemon, so that a second Ctrl-C ends the process during a batch.
+        # A daemon, so that a process that does not call `close` can end.
         self.thread = threading.Thread(target=self.run, name="editar-hf worker", daemon=True)
 
     def start(self) -> None:
@@ -190,10 +195,10 @@ class Worker:
             # The messages of errors can quote prompts, so the log has only the type and the place.
             place = "".join(traceback.format_tb(error.__traceback__))
             logger.error(json.dumps({"event": "failure", "error": type(error).__name__, "traceback": place}))
-            batch[0].report(Outcome(batch[0], error=error))
+            batch[0].report_outcome(error=error)
             return
         for job, image in zip(batch, images, strict=True):
-            job.report(Outcome(job, image=image))
+            job.report_outcome(image=image)
 
     def call_pipeline(self, batch: Sequence[Job]) -> list[Image.Image]:
         assert self.pipeline is not None
@@ -207,7 +212,7 @@ class Worker:
                 pipeline.interrupt()
             if "preview" in tensors and step + 1 < num_rows * num_columns:
                 for job, preview in zip(batch, tensors["preview"], strict=True):
-                    job.report(Outcome(job, preview=preview))
+                    job.report_outcome(preview=preview)
 
         output: Any = self.pipeline(
             prompt=[job.prompt for job in batch],
