@@ -10,7 +10,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A code block, and before it where needed the reason why it cannot run in a test.
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL)
 PROGRAMS = ("accelerate", "editar-hf", "hf", "make", "pip", "python", "torchrun")
 # A program that appends its name and words to a file: a byte between words, another after the last.
 STUB = """#!/bin/sh
