@@ -203,7 +203,7 @@ def measure_soak(minutes: float, folder: Path) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", metavar="N", type=int, default=96, help="edits per row (default: 96)")
+    parser.add_argument("--images", metavar="N", type=int, default=100, help="edits per row (default: 100)")
     parser.add_argument("--minutes", metavar="N", type=float, default=30, help="of mixed requests (default: 30)")
     args = parser.parse_args()
     machine = describe_machine()

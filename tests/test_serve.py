@@ -27,7 +27,7 @@ from tiny import are_near, draw_image
 from tiny import build_pipeline as build_tiny_pipeline
 
 from editar_hf.commands import main
-from editar_hf.serving import app, requests
+from editar_hf.serving import app, requests, worker
 from editar_hf.serving.worker import BatchSettings, Job, Worker
 
 
@@ -197,15 +197,51 @@ def test_requests_that_wait_together_run_in_batches_and_get_the_images_of_each_a
             assert are_near(read_image(entry.b64_json), image), call["prompt"]
 
 
+def test_repeated_image_is_encoded_once_while_its_cache_is_kept(pipe, monkeypatch):
+    def load_pipeline():
+        pipeline = build_pipeline()
+        pipeline.vq_model.encoder.register_forward_hook(lambda *inputs: encoded.append(0))
+        return pipeline
+
+    def edit(seed, **options):
+        """Edit the image of a seed and compare it with that of the pipeline alone."""
+        expected = pipe("a hat", image=draw_image(seed), generator=seed_generators(0), **options).images[0]
+        fields = {"prompt": "a hat", "seed": 0, "task": options.get("task", "edit")}
+        files = {"image": write_image(draw_image(seed))}
+        if "mask_image" in options:
+            files["mask"] = write_image(draw_mask((16, 16), (4, 4, 8, 8)))
+        if "width" in options:
+            fields["size"] = f"{options['width']}x{options['height']}"
+        answer = running.post(data=fields, files=files)
+        assert are_near(read_image(answer.json()["data"][0]["b64_json"]), expected)
+        return len(encoded)
+
+    encoded: list[int] = []
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 8, 8))
+    with run_server(load_pipeline) as running:
+        running.wait_until_loaded()
+        assert [edit(1), edit(1), edit(1, mask_image=mask), edit(1, task="canny")] == [1, 1, 1, 1]
+        assert edit(1, mask_image=mask, width=16, height=16) == 1
+        assert [edit(2), edit(1), edit(2)] == [2, 2, 2]
+        assert [edit(1, width=8, height=16), edit(1, width=8, height=16)] == [3, 3]
+        fitted = {"width": 70, "height": 50, "size_policy": "fit"}
+        assert [edit(1, **fitted), edit(1, **fitted)] == [4, 5]
+        # A cache of 16 tokens has 2 layers with keys and values of 32 floats: 8 KiB. Two have room.
+        monkeypatch.setattr(worker, "SOURCE_CACHE_BYTES", 20_000)
+        assert [edit(4), edit(5), edit(4), edit(5)] == [6, 7, 7, 7]
+        assert [edit(6), edit(5), edit(4)] == [8, 8, 9]
+
+
 def test_failed_call_of_a_batch_fails_only_the_image_that_is_at_fault():
     outcomes: queue.Queue = queue.Queue()
-    worker = Worker(build_pipeline)
+    one = Worker(build_pipeline)
     settings = BatchSettings((None, None), False, None, True, False, False, 0)
     images = {"good": draw_image(0), "bad": "not an image", "fine": draw_image(1)}
-    worker.submit([Job(settings, name, None, "edit", image, None, 0, outcomes.put) for name, image in images.items()])
-    worker.start()
+    one.submit([Job(settings, name, None, "edit", image, None, 0, outcomes.put) for name, image in images.items()])
+    one.start()
     ended = {outcome.job.prompt: outcome for outcome in (outcomes.get(timeout=20) for _ in images)}
-    worker.close()
+    one.close()
     assert isinstance(ended["bad"].error, ValueError)
     assert ended["good"].image.size == ended["fine"].image.size == (16, 16)
 

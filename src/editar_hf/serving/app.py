@@ -7,6 +7,7 @@ a URL that a client names.
 import asyncio
 import base64
 import copy
+import hashlib
 import hmac
 import json
 import logging
@@ -337,7 +338,8 @@ class ImageServer:
             loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
         inputs = fields.prompt, fields.negative_prompt, task, image, mask_image
-        jobs = [Job(settings, *inputs, seed + index, report, index) for index in range(fields.n)]
+        key = None if image_file is None else hashlib.sha256(image_file).digest()
+        jobs = [Job(settings, *inputs, seed + index, report, key, index) for index in range(fields.n)]
         num_tokens = height * width // pipeline.vq_model.config.stride**2
         details = {"image_tokens": 0 if image is None else num_tokens, "text_tokens": num_text_tokens}
         num_input, num_output = sum(details.values()), fields.n * num_tokens

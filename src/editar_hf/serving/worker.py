@@ -19,6 +19,7 @@ from PIL import Image
 from prometheus_client import Histogram
 
 from ..checks import check_integer
+from ..generation import SourceCache
 from ..pipelines.pipeline_editar import EditARPipeline
 
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 # How long the worker waits for more images before it begins a batch. Clients that wait for their results send their
 # next requests at the same time.
 GATHER_SECONDS = 0.02
+# The largest size of all source caches together.
+SOURCE_CACHE_BYTES = 2**30
 # Limits of the histograms of durations.
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -68,6 +71,7 @@ class Job:
         prompt, negative_prompt, task, image, mask_image: See `EditARPipeline.__call__`.
         seed (`int`): Seed of the image.
         report (`Callable`): Called by the worker's thread with every `Outcome`.
+        source_key (`bytes`, *optional*): Equal for equal images.
         index (`int`): Place of the image in its request.
         is_abandoned (`bool`): True if nobody waits for the image any more.
     """
@@ -80,6 +84,7 @@ class Job:
     mask_image: Image.Image | None
     seed: int
     report: Callable[[Outcome], Any]
+    source_key: bytes | None = None
     index: int = 0
     is_abandoned: bool = False
 
@@ -87,6 +92,41 @@ class Job:
         """Report a preview, the image or an error, if somebody waits for it."""
         if not self.is_abandoned:
             self.report(Outcome(self, **outcome))
+
+
+class SourceCaches:
+    """Keep the source caches that were used last, up to `SOURCE_CACHE_BYTES`, for further edits of their images.
+
+    Args:
+        pipeline (`EditARPipeline`): Prepares the caches.
+    """
+
+    def __init__(self, pipeline: EditARPipeline) -> None:
+        self.pipeline = pipeline
+        # The cache that was used last is the last one.
+        self.caches: dict[tuple, SourceCache] = {}
+
+    def get(self, batch: Sequence[Job]) -> SourceCache | None:
+        """Return the cache of a batch whose images have one source; None for other batches."""
+        settings, key = batch[0].settings, batch[0].source_key
+        if key is None or any(job.source_key != key for job in batch):
+            return None
+        default = self.pipeline.processor.image_processor.size
+        height, width = settings.size[0] or default.height, settings.size[1] or default.width
+        if (height, width) != self.pipeline.resolve_size(height, width, "fit"):
+            return None  # The pipeline resizes the image before it encodes it.
+        cache = self.caches.pop((key, height, width), None)
+        if cache is None:
+            cache = self.pipeline.prepare_source_cache(batch[0].image, height, width)
+        self.caches[key, height, width] = cache
+        while sum(map(count_bytes, self.caches.values())) > SOURCE_CACHE_BYTES:
+            self.caches.pop(next(iter(self.caches)))
+        return cache
+
+
+def count_bytes(cache: SourceCache) -> int:
+    """Count the bytes of the keys and values of a cache, which are nearly all of it."""
+    return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
 
 
 class Worker:
@@ -117,6 +157,7 @@ class Worker:
         self.load_pipeline = load_pipeline
         self.max_batch_size = check_integer("max_batch_size", max_batch_size)
         self.pipeline: EditARPipeline | None = None
+        self.source_caches: SourceCaches
         self.error: Exception | None = None
         self.on_failure = on_failure
         self.waiting: list[Job] = []
@@ -155,7 +196,9 @@ class Worker:
 
     def run(self) -> None:
         try:
-            self.pipeline = self.load_pipeline()
+            pipeline = self.load_pipeline()
+            self.source_caches = SourceCaches(pipeline)
+            self.pipeline = pipeline
         except Exception as error:
             self.error = error
             self.on_failure()
@@ -214,11 +257,15 @@ class Worker:
                 for job, preview in zip(batch, tensors["preview"], strict=True):
                     job.report_outcome(preview=preview)
 
+        source_cache = self.source_caches.get(batch)
+        # With a cache, the pipeline takes an image only to put the result back into it.
+        needs_image = source_cache is None or settings.restore_size or settings.has_mask
         output: Any = self.pipeline(
             prompt=[job.prompt for job in batch],
             negative_prompt=[job.negative_prompt or "" for job in batch] if settings.has_negative_prompt else None,
             task=[job.task for job in batch],
-            image=[job.image for job in batch] if settings.has_image else None,
+            image=[job.image for job in batch] if settings.has_image and needs_image else None,
+            source_cache=source_cache,
             mask_image=[job.mask_image for job in batch] if settings.has_mask else None,
             height=settings.size[0],
             width=settings.size[1],
