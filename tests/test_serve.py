@@ -458,7 +458,7 @@ def test_full_queue_gets_429_and_leaving_frees_the_place():
 @pytest.mark.parametrize("is_reader", [False, True])
 def test_client_that_stalls_loses_its_place(is_reader, monkeypatch):
     """Two clients take all places. They stop in the middle of their requests, or do not read their answers."""
-    monkeypatch.setattr(app, "CLIENT_SECONDS", 0.3)
+    monkeypatch.setattr(app, "CLIENT_SECONDS", 1)
     body = json.dumps({"prompt": "a", "stream": True, "size": "1000x1000", "partial_images": 3})
     head = f"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
     text = f"{head}Content-Length: {len(body)}\r\n\r\n{body if is_reader else body[:9]}"
