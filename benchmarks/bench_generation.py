@@ -146,7 +146,7 @@ def benchmark_cpu(args: argparse.Namespace) -> str:
     parts = [
         f"# Decoding: {args.preset} at {size}×{size}, batch {args.batch_size}, CPU{' with AVX2' if args.avx2 else ''}",
         describe_machine(),
-        f"Seconds of processor time, one thread, one process per measurement, {args.rounds} rounds, in the order "
+        f"Seconds of processor time, one thread, one process per measurement, rounds: {args.rounds}, in the order "
         "A B C D, D C B A, …; medians, and ratios to `editar_hf` round by round as median (least – most). The time of "
         f"an edit is extrapolated: {args.num_timed} tokens are timed at {len(PLACES)} places, and their mean, for each "
         f"token after the first, is added to the prefill. Random weights, greedy, guidance {GUIDANCE_SCALE}. Made by "
