@@ -1,7 +1,10 @@
 """Edit a folder of images with several processes, for example one for each GPU of a machine:
 
-    accelerate launch --num_processes 8 examples/batch/edit_folder.py --model examples/sticker-editor \
-        --image photos --prompt "make the red circle blue" --output edited
+    accelerate launch --config-file examples/accelerate_configs/ddp.yaml --num-processes 8 \
+        examples/batch/edit_folder.py --model examples/sticker-editor --image photos \
+        --prompt "make the red circle blue" --output edited
+
+Without this configuration file, `accelerate launch` starts a single process on a machine without GPUs.
 
 The options are those of `editar-hf edit`, and so are the results: the number of processes changes no byte of them. If
 you start the command again, it skips the edits that are done.
