@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines import pipeline_utils
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 from huggingface_hub import (
     ModelCard,
@@ -49,6 +50,8 @@ ENGINE_FILES = ("pipeline.py", "handler.py")
 # Files of a component other than its weights: configurations, tokenizers, chat templates.
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 WEIGHTS_SUFFIX = ".safetensors"
+# Older versions of diffusers have another name for `dtype`, and ignore the new name.
+DTYPE = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
 # While transformers loads a model, it disables the initialisation of weights in the whole process. Two
 # loads at the same time could therefore leave weights random.
 LOADING = threading.Lock()
@@ -367,7 +370,8 @@ class EditARHubMixin(DiffusionPipeline):
             log = logger.info if dtype is None else logger.warning
             log(f"Loading in {names}: {reason}. Pass `dtype` to choose another, or 'auto' for that of the files.")
         with LOADING:
-            pipeline = super().from_pretrained(str(folder), dtype=None if dtype == "auto" else dtype, **kwargs)
+            kwargs[DTYPE] = None if dtype == "auto" else dtype
+            pipeline = super().from_pretrained(str(folder), **kwargs)
         if attn_implementation is not None:
             pipeline.transformer.set_attn_implementation(attn_implementation)
         pipeline.register_to_config(_name_or_path=name)
