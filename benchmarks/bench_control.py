@@ -230,11 +230,12 @@ def main():
         )
         drafts, draft_times = benchmark_drafts(pipe, samples)
         edit_map = benchmark_edit_map(pipe, make_samples(EDIT_MAPS_PER_SAMPLE * args.samples, resolution))
+    words = "".join(f" {word}" for word in sys.argv[1:])
     how = "One thread; seconds are processor time" if args.device == "cpu" else "Seconds until the GPU is done"
     report = f"""# Control: masks, kept sources, previews, drafts, the edit map
 
 {machine} {how}; ratios are medians (least – most) of rounds
-({args.rounds}) in alternating order. Made by `python benchmarks/bench_control.py`.
+({args.rounds}) in alternating order. Made by `python benchmarks/bench_control.py{words}`.
 
 ## GPT-B at 256×256, {str(dtype)[6:]}, VQ-16, float32, random weights
 
