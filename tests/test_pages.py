@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from pages import PAGES, ROOT, list_calls, read_blocks
+from serving import run_server
 from tiny import draw_image
 
+from editar_hf import EditARPipeline
 from editar_hf.commands import build_parser, main
 from editar_hf.training.dataset_specs import DatasetSpec, open_dataset
 from editar_hf.training.rows import decode_image
@@ -27,6 +30,8 @@ STAND_INS = {
     "my-editor": "examples/sticker-editor",
     "runs/my-lora/adapter": "examples/sticker-copy-lora",
 }
+# Where the pages suppose a server.
+ADDRESS = "http://127.0.0.1:8000"
 PAIR = {"before": draw_image(0), "after": draw_image(1)}
 
 
@@ -42,7 +47,15 @@ def fill_desk(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def run_page(tmp_path_factory):
+def served_address():
+    """The address of a server of the small checkpoint."""
+    with run_server(lambda: EditARPipeline.from_pretrained(ROOT / "examples/sticker-editor")) as running:
+        running.wait_until_loaded()
+        yield running.url
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory, request):
     """Run the Python of a page, once for all tests, and return its names and its working directory."""
 
     @cache
@@ -52,9 +65,12 @@ def run_page(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             for block in read_blocks(page, "python"):
+                code = block.code
+                if ADDRESS in code:
+                    code = code.replace(ADDRESS, request.getfixturevalue("served_address"))
                 if block.reason is None:
                     torch.manual_seed(0)
-                    exec(block.code, names)
+                    exec(code, names)
                 else:
                     check_calls(block.code, names)
         return names, folder
@@ -83,7 +99,7 @@ def test_calls_that_cannot_run_are_checked(run_page):
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if read_blocks(name, "bash")])
-def test_commands_of_a_page_parse_and_edits_run(page, tmp_path, monkeypatch):
+def test_commands_of_a_page_parse_and_edits_run(page, tmp_path, monkeypatch, request):
     fill_desk(tmp_path)
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
     monkeypatch.chdir(tmp_path)
@@ -95,6 +111,9 @@ def test_commands_of_a_page_parse_and_edits_run(page, tmp_path, monkeypatch):
             if words[0] == "edit":
                 assert main(words) == 0, words
                 assert args.output.exists(), words
+        elif program == "curl":
+            words = [word.replace(ADDRESS, request.getfixturevalue("served_address")) for word in words]
+            subprocess.run(["curl", "--fail", *words], check=True)
 
 
 @pytest.mark.parametrize("page", NAMES)
