@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -456,6 +455,5 @@ def test_recipes_that_are_none_are_refused(text, message, tmp_path):
 def test_recipe_with_the_old_name_of_its_list_still_loads(tmp_path, caplog):
     path = tmp_path / "recipe.yaml"
     path.write_text("sources: [{dataset: x}]")
-    logging.getLogger("editar_hf").addHandler(caplog.handler)
     assert [spec.dataset for spec in load_recipe(path)] == ["x"]
     assert "rename `sources` to `datasets`" in caplog.text

@@ -150,7 +150,6 @@ def spoiled():
 def test_unusable_rows_are_skipped_counted_and_logged(spoiled, caplog):
     rows = build_rows([spoiled], max_bad_rows_fraction=0.34)
     with caplog.at_level(logging.WARNING, "editar_hf"):
-        logging.getLogger("editar_hf").addHandler(caplog.handler)
         numbers = list_pairs(take(rows, 16))
     good = [k for k in range(NUM_AT_HAND) if k not in SPOILED]
     assert Counter(numbers) == dict.fromkeys(good, 2)
