@@ -333,6 +333,13 @@ def test_one_cached_source_serves_every_prompt_and_is_not_run_again(model):
     assert torch.equal(tokens, generate(model, {**PROMPTS, "source_image_tokens": SOURCE[:1].repeat(2, 1)}).sequences)
 
 
+def test_a_cache_keeps_nothing_in_memory_but_its_keys_and_values(model):
+    cache = model.prepare_source_cache(SOURCE)
+    states = [*cache.keys, *cache.values, *cache.null_text.keys, *cache.null_text.values]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in states}
+    assert sum(storages.values()) == sum(tensor.nbytes for tensor in states)
+
+
 def test_a_cache_that_does_not_fit_is_refused_before_any_forward(model):
     cache, three = model.prepare_source_cache(SOURCE), model.prepare_source_cache(torch.zeros(3, 16).long())
     coarse = copy.copy(cache)

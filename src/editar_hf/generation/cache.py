@@ -135,6 +135,8 @@ def compute_source_cache(
     null_text = None
     if with_null_text:
         text_keys, text_values = ([states[:, :, num_tokens:] for states in layers] for layers in (keys, values))
+        # Values are copied, because views of them would keep the values of the whole sequence in memory.
+        text_values = [states.clone() for states in text_values]
         null_text = TextCache(text_keys, text_values, outputs.logits[:, -1].float())
         keys, values = ([states[:, :, :num_tokens] for states in layers] for layers in (keys, values))
     values = [states.mT.contiguous().mT for states in values]  # for the reason that `DecodingCache` gives
