@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io import atomic_path
+from .loading import add_loading_options, check_device, choose_device, load_pipeline
 
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from ..pipelines.pipeline_editar import EditARPipeline
 
 
 # Options that are passed to the pipeline under the same names.
@@ -52,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("edit", help=summary, description=description)
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--model", metavar="M", required=True, help="pipeline folder or Hub id")
+    add_loading_options(parser)
     add("--image", metavar="PATH", type=parse_path, required=True, help="image to edit, or folder of images")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="P", help="instruction: what to change")
@@ -74,12 +73,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--negative-prompt", metavar="P", help="what the result should not show")
     num_images = "results per edit (default: 1); if several, they are named edited-0.png, edited-1.png, ..."
     add("--num-images", metavar="N", type=int, default=1, dest="num_images_per_prompt", help=num_images)
-    add("--lora", metavar="L", help="folder or Hub id of a LoRA adapter")
-    dtype = "dtype of the weights; auto: that of the files; default: that of the files if this machine supports it"
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=f"{dtype}, else float32")
     pack_weights = "pack the weights in 16 bits, which is faster on a CPU; --lora is fused; computes in float32"
     add("--pack-weights", action="store_true", help=pack_weights)
-    add("--device", metavar="D", help="device, such as cpu or cuda:1; default: the GPU if there is one")
     quality = "quality of .jpg, .avif and .webp, 1 to 100; default: 95 for .jpg and .avif, lossless for .webp"
     add("--quality", metavar="Q", type=int, help=quality)
 
@@ -187,13 +182,7 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
             raise ValueError(f"`--{option}` is {path}, which is not a file; pass the path of an image.")
     if args.num_images_per_prompt < 1:
         raise ValueError(f"`--num-images` is {args.num_images_per_prompt}; pass an integer of at least 1.")
-    if args.device is not None:
-        import torch
-
-        try:
-            torch.empty(1, device=args.device)
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an `AssertionError`.
-            raise ValueError(f"`--device` is {args.device!r}, which torch cannot use here: {error}") from error
+    check_device(args)
     if args.pack_weights:
         import torch
 
@@ -299,39 +288,6 @@ def write_record(folder: Path, job: argparse.Namespace, made_from: dict | None) 
 
 
 # Run an edit
-
-
-def load_pipeline(args: argparse.Namespace) -> "EditARPipeline":
-    """Load the pipeline, and the adapter of `--lora`."""
-    from . import import_pipeline
-
-    import_pipeline()
-    import torch
-
-    from ..pipelines.pipeline_editar import EditARPipeline
-
-    dtype = args.dtype
-    if args.pack_weights and dtype is None:
-        # Packing does not need float32 weights, except to fuse an adapter without rounding to bfloat16.
-        dtype = "auto" if args.lora is None else "float32"
-    dtype = dtype if dtype in (None, "auto") else getattr(torch, dtype)
-    pipeline = EditARPipeline.from_pretrained(args.model, dtype=dtype)
-    if args.lora is not None:
-        pipeline.load_lora_weights(args.lora)
-    if args.pack_weights:
-        if args.lora is not None:
-            pipeline.fuse_lora()
-        pipeline.pack_weights()
-        pipeline.to(torch.float32)  # The VQ model, which is not packed.
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(choose_device(args))
-
-
-def choose_device(args: argparse.Namespace) -> str:
-    """Return the device of `--device`; by default, the GPU if there is one."""
-    import torch
-
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def edit(pipeline: Any, job: argparse.Namespace) -> None:

@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from .loading import add_loading_options, add_packing_option, check_device, choose_packing, load_pipeline
+
 
 # The variable of the environment that holds the API key. Other users can see the arguments of a process.
 API_KEY = "EDITAR_HF_API_KEY"
@@ -19,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("serve", help=summary, description=description)
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--model", metavar="M", required=True, help="pipeline folder or Hub id")
+    add_loading_options(parser)
     host = "address to listen on (default: 127.0.0.1, which only this machine can reach)"
     add("--host", metavar="H", default="127.0.0.1", help=host)
     add("--port", metavar="P", type=int, default=8000, help="port to listen on (default: 8000)")
@@ -28,12 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--max-queue", metavar="N", type=int, default=64, help=max_queue)
     api_key = f"key that clients must send; better pass it in the environment variable {API_KEY}"
     add("--api-key", metavar="K", default=os.environ.get(API_KEY), help=api_key)
-    add("--lora", metavar="L", help="folder or Hub id of a LoRA adapter")
-    dtype = "dtype of the weights; auto: that of the files; default: that of the files if this machine supports it"
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=f"{dtype}, else float32")
-    pack_weights = "on a CPU, do not pack the weights in 16 bits; packed weights are faster, and not used with --dtype"
-    add("--no-pack-weights", dest="pack_weights", action="store_false", help=pack_weights)
-    add("--device", metavar="D", help="device, such as cpu or cuda:1; default: the GPU if there is one")
+    add_packing_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,19 +45,17 @@ def run(args: argparse.Namespace) -> int:
     from contextlib import suppress
     from pathlib import Path
 
-    from ..packing import explain_missing_kernel
     from ..pipelines.hub import check_folder_or_hub_id
     from ..serving.worker import Worker
-    from .edit import choose_device, load_pipeline
 
     check_folder_or_hub_id(args.model, "model")
+    check_device(args)
     logger = logging.getLogger("editar_hf.serving")
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler())
     if args.api_key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("There is no API key, so everyone who can reach %s can use this server.", args.host)
-    is_cpu = choose_device(args).startswith("cpu")
-    args.pack_weights &= is_cpu and args.dtype is None and explain_missing_kernel() is None
+    choose_packing(args)
 
     def stop() -> None:
         server.should_exit = True
