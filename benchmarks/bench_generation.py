@@ -46,14 +46,6 @@ from editar_hf.packing import explain_missing_kernel
 
 
 SYSTEMS, PACKED = tuple(DECODERS), "editar_hf, packed"
-
-
-def list_systems(dtype: str) -> list[str]:
-    """List the systems to measure. Packed weights compute in float32, and need a kernel for this processor."""
-    can_pack = dtype == "float32" and explain_missing_kernel() is None
-    return [system for system in SYSTEMS if can_pack or system != PACKED]
-
-
 # Each library has its own setting. Compiled code has a folder of its own, because code for AVX-512 crashes here.
 ONLY_AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -62,6 +54,12 @@ ONLY_AVX2 = {
     "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
     "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor-avx2",
 }
+
+
+def list_systems(dtype: str) -> list[str]:
+    """List the systems to measure. Packed weights compute in float32, and need a kernel for this processor."""
+    can_pack = dtype == "float32" and explain_missing_kernel() is None
+    return [system for system in SYSTEMS if can_pack or system != PACKED]
 
 
 def measure_sample(args: argparse.Namespace) -> dict:
