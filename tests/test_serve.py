@@ -227,8 +227,9 @@ def test_repeated_image_is_encoded_once_while_its_cache_is_kept(pipe, monkeypatc
         assert [edit(1, width=8, height=16), edit(1, width=8, height=16)] == [3, 3]
         fitted = {"width": 70, "height": 50, "size_policy": "fit"}
         assert [edit(1, **fitted), edit(1, **fitted)] == [4, 5]
-        # A cache of 16 tokens has 2 layers with keys and values of 32 floats: 8 KiB. Two have room.
-        monkeypatch.setattr(worker, "SOURCE_CACHE_BYTES", 20_000)
+        # A cache has 2 layers with keys and values of 32 floats, for 16 tokens of the source and 80 of the null text:
+        # 48 KiB. Two have room.
+        monkeypatch.setattr(worker, "SOURCE_CACHE_BYTES", 2 * 48 * 1024)
         assert [edit(4), edit(5), edit(4), edit(5)] == [6, 7, 7, 7]
         assert [edit(6), edit(5), edit(4)] == [8, 8, 9]
 

@@ -125,8 +125,9 @@ class SourceCaches:
 
 
 def count_bytes(cache: SourceCache) -> int:
-    """Count the bytes of the keys and values of a cache, which are nearly all of it."""
-    return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    """Count the bytes of the keys and values of a source and of the null text, which are nearly all of its cache."""
+    parts = [part for part in (cache, cache.null_text) if part is not None]
+    return sum(tensor.nbytes for part in parts for tensor in (*part.keys, *part.values))
 
 
 class Worker:
