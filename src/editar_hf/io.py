@@ -1,10 +1,19 @@
-"""Write files and folders atomically: each is either complete or absent."""
+"""Write files and folders atomically, so that each is either complete or absent, and images with few changes."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+# Pillow's default options would change pixels that the edit did not change, so these formats get other options.
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+    "WEBP": {"lossless": True},
+}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..io import atomic_path
+from ..io import SAVE_OPTIONS, atomic_path
 from .loading import add_loading_options, check_device, choose_device, load_pipeline
 
 
@@ -26,12 +26,6 @@ PIPELINE_OPTIONS = (
 TASKS = ("edit", "canny", "depth", "segmentation")
 # The keys that a line of `--prompts` may have, and the types of their values.
 LINE_KINDS = {"image": str, "prompt": str, "output": str, "task": str, "seed": int, "mask": str}
-# Pillow's default options would change pixels that the edit did not change, so these formats get other options.
-SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    "JPEG": {"quality": 95, "subsampling": 0},
-    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
-    "WEBP": {"lossless": True},
-}
 # A file in the output folder. Each line is a JSON object that describes from what an output was made. If an output has
 # several lines, the last one counts.
 RECORD_FILE = ".editar-edits.jsonl"

@@ -15,11 +15,10 @@ from PIL import Image
 from ..checks import check_integer, check_number
 from ..pipelines.pipeline_editar import EditARPipeline
 from ..processing_editar import TEXT_TO_IMAGE
+from . import MAX_PIXELS
 
 
 PARAMETERS = ("prompt", "negative_prompt", "guidance_scale", "seed", "mask", "task", "target_size")
-# The most pixels of an image or of a result: 4096×4096.
-MAX_PIXELS = 2**24
 
 
 class EndpointHandler:

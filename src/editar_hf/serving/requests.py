@@ -16,19 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from ..image_processing_editar import MAX_SILENT_CUT, compute_crop_geometry, prepare_rgb_image
+from ..io import SAVE_OPTIONS
+from . import MAX_PIXELS
 
 
 MAX_BODY_BYTES = 32 * 2**20
-MAX_PIXELS = 2**24
 # The model reads about 120 tokens. This limit protects the tokenizer; `app.py` checks the number of tokens.
 MAX_PROMPT_LENGTH = 4_000
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-# Pillow's default options would change pixels that the edit did not change.
-SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    "png": {},
-    "jpeg": {"quality": 95, "subsampling": 0},
-    "webp": {"lossless": True},
-}
 
 
 class RequestError(Exception):
@@ -280,7 +275,7 @@ def decode_images(
 
 def encode_image(image: Image.Image, output_format: str, output_compression: int | None) -> bytes:
     """Encode an image as a file, with its colour profile."""
-    options = SAVE_OPTIONS[output_format]
+    options = SAVE_OPTIONS.get(output_format.upper(), {})
     if output_compression is not None:
         options = {**options, "quality": output_compression, "lossless": False}
     file = BytesIO()
