@@ -494,6 +494,24 @@ def test_requests_get_503_while_the_model_loads():
         assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
 
 
+def test_failure_of_the_model_is_an_error_of_the_server_and_its_log_has_the_place(caplog):
+    def load_pipeline():
+        pipeline = build_pipeline()
+        pipeline.text_encoder.shared.weight.data.fill_(float("nan"))
+        return pipeline
+
+    with run_server(load_pipeline) as running:
+        running.wait_until_loaded()
+        answer = running.post("generations", json={"prompt": "secretword"})
+        event, data = running.post("generations", json={"prompt": "secretword", "stream": True}).text.splitlines()[:2]
+    error = {"message": "The model failed. The log of the server has the reason.", "type": "server_error"}
+    assert (answer.status_code, answer.json()["error"]) == (500, {**error, "param": None, "code": None})
+    assert (event, json.loads(data.removeprefix("data: "))["error"]["type"]) == ("event: error", "server_error")
+    failures = read_events(caplog, "failure")
+    assert [failure["error"] for failure in failures] == ["RuntimeError"] * 2
+    assert all("encode_prompt" in failure["traceback"] and "secretword" not in str(failure) for failure in failures)
+
+
 def test_log_has_neither_prompts_nor_images(served, caplog):
     with caplog.at_level(logging.INFO):
         served.post(data={"prompt": "secretword"}, files={"image": IMAGE})

@@ -13,7 +13,6 @@ import json
 import logging
 import secrets
 import time
-import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, asynccontextmanager
@@ -31,7 +30,7 @@ from ..checks import check_integer
 from ..pipelines.pipeline_editar import EditARPipeline
 from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix
 from .requests import ImageFields, RequestError, decode_images, encode_image, read_form, read_json
-from .worker import SECONDS, BatchSettings, Job, Outcome, Worker
+from .worker import SECONDS, BatchSettings, Job, Outcome, Worker, log_failure
 
 
 logger = logging.getLogger(__name__)
@@ -104,9 +103,7 @@ class RequestScope:
                 scope.setdefault("state", {})["cleanup"] = cleanup
                 await self.app(scope, receive, send_noted)
         except Exception as error:
-            # The messages of errors can quote prompts, so the log has only the type and the place.
-            place = "".join(traceback.format_tb(error.__traceback__))
-            logger.error(json.dumps({"event": "failure", "error": type(error).__name__, "traceback": place}))
+            log_failure(error)
             if not status:
                 refusal = RequestError(500, "The server failed. Its log has the reason.")
                 await JSONResponse(refusal.to_dict(), 500)(scope, receive, send_noted)
@@ -209,8 +206,6 @@ class ImageServer:
         images: dict[int, Image.Image] = {}
         async with aclosing(self.follow(request, image_request)) as outcomes:
             async for outcome in outcomes:
-                if outcome.error is not None:
-                    raise RequestError(500, "The model failed. The log of the server has the reason.")
                 if outcome.image is not None:
                     images[outcome.job.index] = outcome.image
         if len(images) < fields.n:
@@ -229,26 +224,25 @@ class ImageServer:
         """Make the image of a request, and yield its previews and itself as server-sent events."""
         fields, index = image_request.fields, 0
         async with aclosing(self.follow(request, image_request)) as outcomes:
-            async for outcome in outcomes:
-                if outcome.error is not None:
-                    refusal = RequestError(500, "The model failed. The log of the server has the reason.")
-                    yield format_event("error", refusal.to_dict())
-                    return
-                image = outcome.preview or outcome.image
-                assert image is not None
-                event = {
-                    "b64_json": await self.encode(image, fields),
-                    "created_at": int(time.time()),
-                    **describe_image(image, fields),
-                }
-                if outcome.preview is not None:
-                    yield format_event(
-                        f"{image_request.event_name}.partial_image", {**event, "partial_image_index": index}
-                    )
-                    index += 1
-                else:
-                    end = {"seed": image_request.jobs[0].seed, "usage": image_request.usage}
-                    yield format_event(f"{image_request.event_name}.completed", {**event, **end})
+            try:
+                async for outcome in outcomes:
+                    image = outcome.preview or outcome.image
+                    assert image is not None
+                    event = {
+                        "b64_json": await self.encode(image, fields),
+                        "created_at": int(time.time()),
+                        **describe_image(image, fields),
+                    }
+                    if outcome.preview is not None:
+                        yield format_event(
+                            f"{image_request.event_name}.partial_image", {**event, "partial_image_index": index}
+                        )
+                        index += 1
+                    else:
+                        end = {"seed": image_request.jobs[0].seed, "usage": image_request.usage}
+                        yield format_event(f"{image_request.event_name}.completed", {**event, **end})
+            except RequestError as error:
+                yield format_event("error", error.to_dict())
 
     # Checks
 
@@ -352,7 +346,11 @@ class ImageServer:
         return ImageRequest(fields, "image_edit" if image is not None else "image_generation", jobs, outcomes, usage)
 
     async def follow(self, request: Request, image_request: ImageRequest) -> AsyncGenerator[Outcome, None]:
-        """Submit the jobs, and yield their outcomes until all have ended or the client leaves."""
+        """Submit the jobs, and yield their previews and images until all have ended or the client leaves.
+
+        Raises:
+            RequestError: With status 500, if the model fails.
+        """
 
         async def watch_client() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -364,6 +362,8 @@ class ImageServer:
             self.worker.submit(image_request.jobs)
             num_running = len(image_request.jobs)
             while num_running and (outcome := await image_request.outcomes.get()) is not None:
+                if outcome.error is not None:
+                    raise RequestError(500, "The model failed. The log of the server has the reason.")
                 num_running -= outcome.preview is None
                 yield outcome
         finally:

@@ -130,6 +130,12 @@ def count_bytes(cache: SourceCache) -> int:
     return sum(tensor.nbytes for part in parts for tensor in (*part.keys, *part.values))
 
 
+def log_failure(error: Exception) -> None:
+    """Log the type and the place of an error. Its message can quote a prompt, so the log does not have it."""
+    place = "".join(traceback.format_tb(error.__traceback__))
+    logger.error(json.dumps({"event": "failure", "error": type(error).__name__, "traceback": place}))
+
+
 class Worker:
     """Load a pipeline and make images with it, in a thread of its own.
 
@@ -236,9 +242,7 @@ class Worker:
                 for job in batch:
                     self.make_images([job])
                 return
-            # The messages of errors can quote prompts, so the log has only the type and the place.
-            place = "".join(traceback.format_tb(error.__traceback__))
-            logger.error(json.dumps({"event": "failure", "error": type(error).__name__, "traceback": place}))
+            log_failure(error)
             batch[0].report_outcome(error=error)
             return
         for job, image in zip(batch, images, strict=True):
