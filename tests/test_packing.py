@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image, ImageDraw
 from plain_decoding import draw_inputs, draw_mask, seed_generators
 from test_compilation import CountingBackend, build_shallow_transformer
@@ -17,7 +18,7 @@ from test_lora import adapters, load  # noqa: F401
 from tiny import build_pipeline, build_transformer, draw_image, needs_compiler, needs_packing
 
 from editar_hf import EditARPipeline
-from editar_hf.packing import PackedLinear, explain_missing_kernel
+from editar_hf.packing import PackedLinear, explain_missing_kernel, is_packed
 
 
 pytestmark = [needs_packing, pytest.mark.filterwarnings("ignore:A prompt is longer")]
@@ -211,8 +212,6 @@ def test_weights_of_32_bits_are_rounded_and_cannot_be_unpacked():
 def test_fused_adapters_are_packed(adapters):  # noqa: F811
     for name in ("plain", "text"):
         pipe, plain = (load(adapters / name) for _ in range(2))
-        with pytest.raises(ValueError, match="`fuse_lora"):
-            pipe.pack_weights()
         for one in (pipe, plain):
             one.fuse_lora()
             round_weights(one)
@@ -228,6 +227,30 @@ def test_fused_adapters_are_packed(adapters):  # noqa: F811
         with pytest.raises(ValueError, match="unpack_weights"):
             pipe.load_lora_weights(adapters / "narrow")
         assert pipe.list_adapters() == []
+
+
+def test_adapters_can_be_chosen_while_the_weights_below_them_are_packed(adapters):  # noqa: F811
+    pipe, plain = build_pipeline(), build_pipeline()
+    for one in (pipe, plain):
+        round_weights(one)
+        for name in ("narrow", "text", "other-text"):
+            one.load_lora_weights(adapters / name, adapter_name=name)
+    before = list_states(pipe.transformer)
+    pipe.pack_weights()
+    for names in (["text"], [], ["narrow"], ["other-text", "narrow"], ["narrow"]):
+        for one in (pipe, plain):
+            one.set_adapters(names)
+        assert torch.equal(edit(pipe), edit(plain)), names
+    pipe.unpack_weights()
+    assert has_same_bits(list_states(pipe.transformer), before)
+
+
+def test_an_adapter_that_reads_the_weights_is_not_packed():
+    model = build_transformer()
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], use_dora=True), model)
+    with pytest.raises(ValueError, match=r"q_proj.*`fuse_lora\(\)`"):
+        model.pack_weights()
+    assert not is_packed(model)
 
 
 def test_a_source_cache_is_refused_if_it_has_other_weights(models):

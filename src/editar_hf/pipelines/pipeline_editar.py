@@ -140,7 +140,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         """Pack the weights of decoder and text encoder in float16, for faster edits on CPUs.
 
         See `EditARForConditionalGeneration.pack_weights`. The VQ model keeps its dtype; if it is not float32, then
-        `.to(torch.float32)` gives the results of float32. Fuse LoRA adapters before.
+        `.to(torch.float32)` gives the results of float32. Load LoRA adapters before. Edits are faster if you also fuse
+        them, but fused adapters cannot be changed.
 
         Raises:
             ValueError: If the weights cannot be packed, before any is packed.
