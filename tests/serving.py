@@ -62,9 +62,9 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def run_server(load_pipeline, max_batch_size=8, max_queue=64):
-    worker = Worker(load_pipeline, max_batch_size)
-    config = uvicorn.Config(create_app(worker, "tiny", KEY, max_queue), log_level="warning")
+def run_server(load_pipeline, max_batch_size=8, max_queue=64, loras=(), api_key=KEY):
+    worker = Worker(load_pipeline, max_batch_size, loras=loras)
+    config = uvicorn.Config(create_app(worker, "tiny", api_key, max_queue), log_level="warning")
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))

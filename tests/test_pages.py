@@ -48,8 +48,14 @@ def fill_desk(folder: Path):
 
 @pytest.fixture(scope="module")
 def served_address():
-    """The address of a server of the small checkpoint."""
-    with run_server(lambda: EditARPipeline.from_pretrained(ROOT / "examples/sticker-editor")) as running:
+    """The address of a server of the small checkpoint and its adapter, which needs no key."""
+
+    def load_pipeline():
+        pipeline = EditARPipeline.from_pretrained(ROOT / "examples/sticker-editor")
+        pipeline.load_lora_weights(ROOT / "examples/sticker-copy-lora", adapter_name="copy")
+        return pipeline
+
+    with run_server(load_pipeline, loras=("copy",), api_key=None) as running:
         running.wait_until_loaded()
         yield running.url
 

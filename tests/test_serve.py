@@ -5,6 +5,7 @@ import base64
 import contextlib
 import functools
 import io
+import itertools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -23,9 +25,11 @@ from pages import ROOT
 from PIL import Image, ImageChops
 from processes import PythonProcess, find_free_port
 from serving import KEY, run_server, wait_until
+from test_lora import adapters  # noqa: F401
 from tiny import are_near, draw_image
 from tiny import build_pipeline as build_tiny_pipeline
 
+from editar_hf import EditARPipeline
 from editar_hf.commands import main
 from editar_hf.serving import app, requests, worker
 from editar_hf.serving.worker import BatchSettings, Job, Worker
@@ -245,6 +249,45 @@ def test_failed_call_of_a_batch_fails_only_the_image_that_is_at_fault():
     one.close()
     assert isinstance(ended["bad"].error, ValueError)
     assert ended["good"].image.size == ended["fine"].image.size == (16, 16)
+
+
+# Adapters
+
+
+def test_requests_that_wait_together_get_the_images_of_their_own_adapters(adapters, caplog):  # noqa: F811
+    def load_pipeline(*loras):
+        pipeline = build_pipeline()
+        for lora in loras:
+            pipeline.load_lora_weights(adapters / lora, adapter_name=lora)
+        return pipeline
+
+    def edit(lora):
+        fields = {"prompt": "a hat", "n": 2, "seed": 5} | ({"lora": lora} if lora else {})
+        return running.post(data=fields, files={"image": IMAGE})
+
+    loras = ("plain", "text")
+    expected = {
+        lora: load_pipeline(*[lora] * (lora is not None))(
+            "a hat", image=draw_image(0), num_images_per_prompt=2, generator=seed_generators(5, 6)
+        ).images
+        for lora in (None, *loras)
+    }
+    assert not any(are_near(expected[a][0], expected[b][0]) for a, b in itertools.combinations(expected, 2))
+    caplog.set_level(logging.INFO, logger="editar_hf.serving")
+    with run_server(lambda: load_pipeline(*loras), loras=loras) as running, ThreadPoolExecutor(6) as threads:
+        running.wait_until_loaded()
+        with running.hold_worker():
+            together = [threads.submit(edit, lora) for lora in 2 * list(expected)]
+            running.wait_for_queue(12)
+        answers = [*(one.result() for one in together), *(edit(lora) for lora in 2 * list(expected))]
+        refused = running.post(data={"prompt": "a hat", "lora": "../text"}, files={"image": IMAGE})
+    assert sorted(event["images"] for event in read_events(caplog, "batch")) == [1] + 6 * [2] + 3 * [4]
+    for lora, answer in zip(4 * list(expected), answers, strict=True):
+        for entry, image in zip(answer.json()["data"], expected[lora], strict=True):
+            assert are_near(read_image(entry["b64_json"]), image), lora
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "lora")
+    assert "plain, text" in error["message"]
 
 
 # Streams
@@ -569,7 +612,8 @@ def test_shutdown_finishes_what_has_begun():
 def test_command_serves_a_folder_until_it_is_terminated():
     port = find_free_port()
     environment = {**os.environ, "EDITAR_HF_API_KEY": KEY}
-    words = ["serve", "--model", ROOT / "examples" / "sticker-editor", "--port", port]
+    model, adapter = ROOT / "examples" / "sticker-editor", ROOT / "examples" / "sticker-copy-lora"
+    words = ["serve", "--model", model, "--lora", f"copy={adapter}", "--port", port]
     process = PythonProcess("-m", "editar_hf.commands", *words, environment=environment)
     health = None
     while health != 200:
@@ -578,9 +622,16 @@ def test_command_serves_a_folder_until_it_is_terminated():
         with contextlib.suppress(httpx.TransportError):
             health = httpx.get(f"http://127.0.0.1:{port}/health").status_code
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY)
-    photo = (ROOT / "examples" / "photo.png").read_bytes()
-    answer = client.images.edit(image=photo, prompt="make the red circle blue", model="sticker-editor")
-    assert answer.size == "360x240"
+    photo, prompt = ROOT / "examples" / "photo.png", "copy the red circle to the top left"
+    pipe = EditARPipeline.from_pretrained(model, dtype=torch.float32)
+    for lora in (None, "copy"):
+        if lora is not None:
+            pipe.load_lora_weights(adapter)
+        (expected,) = pipe(prompt, image=photo, generator=seed_generators(0)).images
+        extra = {"seed": 0, **({"lora": lora} if lora else {})}
+        answer = client.images.edit(image=photo, prompt=prompt, model="sticker-editor", extra_body=extra)
+        assert answer.size == "360x240"
+        assert are_near(read_image(answer.data[0].b64_json), expected), lora
     os.kill(process.pid, signal.SIGTERM)
     output = process.wait()
     assert "Traceback" not in output.stderr
@@ -592,8 +643,12 @@ def test_command_refuses_what_it_cannot_serve(tmp_path, capsys):
     cases = {
         ("--model", str(tmp_path / "absent" / "folder")): "`model` is",
         ("--model", model, "--api-key", ""): "`api_key` is empty",
+        ("--model", model, "--lora", "a=absent/nested/folder"): "`--lora` is 'absent/nested/folder'",
+        ("--model", model, "--lora", f"a={model}", "--lora", f"a={model}"): "different names",
+        ("--model", model, "--lora", f"a={model}", "--lora", model): "different names",
         ("--model", model, "--max-queue", "0"): "`max_queue` is 0",
         ("--model", model, "--max-batch-size", "0"): "`max_batch_size` is 0",
+        ("--model", model, "--lora", f"a={model}", "--port", str(find_free_port())): "no LoRA adapter",
         ("--model", str(tmp_path), "--port", str(find_free_port())): "model_index.json",
     }
     for words, message in cases.items():

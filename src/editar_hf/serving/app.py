@@ -307,6 +307,10 @@ class ImageServer:
         if fields.model not in (None, self.model_name):
             message = f"`model` is {fields.model!r:.80}; this server has {self.model_name!r}."
             raise RequestError(404, message, "model", "model_not_found")
+        if fields.lora is not None and fields.lora not in self.worker.loras:
+            names = ", ".join(self.worker.loras) or "none"
+            message = f"`lora` is {fields.lora!r:.80}; the adapters of this server are: {names}."
+            raise RequestError(400, message, "lora", "invalid_value")
         height, width = pipeline.resolve_size(*fields.size_in_pixels, "fit")
         num_text_tokens = self.count_text_tokens("prompt", fields.prompt, task)
         if fields.negative_prompt is not None:
@@ -324,6 +328,7 @@ class ImageServer:
             has_mask=mask_image is not None,
             has_negative_prompt=fields.negative_prompt is not None,
             num_previews=fields.partial_images,
+            lora=fields.lora,
         )
         seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
         loop, outcomes = asyncio.get_running_loop(), asyncio.Queue[Outcome | None]()

@@ -1,7 +1,7 @@
 """Read the requests of the HTTP API: fields, images, limits and errors.
 
-The fields are those of OpenAI's image API, and `seed`, `guidance_scale`, `negative_prompt` and `task`. A field that the
-server cannot honour is refused by its name.
+The fields are those of OpenAI's image API, and `seed`, `guidance_scale`, `negative_prompt`, `task` and `lora`. A field
+that the server cannot honour is refused by its name.
 """
 
 import json
@@ -72,6 +72,7 @@ class ImageFields(BaseModel):
     seed: int | None = Field(None, ge=0, le=2**63 - 11, description="image k of n has the seed `seed + k`")
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     negative_prompt: str | None = Field(None, min_length=1, max_length=MAX_PROMPT_LENGTH)
+    lora: str | None = Field(None, description="name of an adapter of the server")
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=3, description="previews before the image, with `stream`")
     user: str | None = Field(None, description="accepted and not used")

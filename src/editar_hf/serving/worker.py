@@ -42,6 +42,7 @@ class BatchSettings(NamedTuple):
         guidance_scale (`float`, *optional*): Weight of the prompt.
         has_image, has_mask, has_negative_prompt (`bool`): What each image comes with.
         num_previews (`int`): Number of previews before each image.
+        lora (`str`, *optional*): Name of the adapter; None for the model without adapters.
     """
 
     size: tuple[int | None, int | None]
@@ -51,6 +52,7 @@ class BatchSettings(NamedTuple):
     has_mask: bool
     has_negative_prompt: bool
     num_previews: int
+    lora: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -108,17 +110,18 @@ class SourceCaches:
 
     def get(self, batch: Sequence[Job]) -> SourceCache | None:
         """Return the cache of a batch whose images have one source; None for other batches."""
-        settings, key = batch[0].settings, batch[0].source_key
-        if key is None or any(job.source_key != key for job in batch):
+        settings, source_key = batch[0].settings, batch[0].source_key
+        if source_key is None or any(job.source_key != source_key for job in batch):
             return None
         default = self.pipeline.processor.image_processor.size
         height, width = settings.size[0] or default.height, settings.size[1] or default.width
         if (height, width) != self.pipeline.resolve_size(height, width, "fit"):
             return None  # The pipeline resizes the image before it encodes it.
-        cache = self.caches.pop((key, height, width), None)
+        key = source_key, height, width, settings.lora
+        cache = self.caches.pop(key, None)
         if cache is None:
             cache = self.pipeline.prepare_source_cache(batch[0].image, height, width)
-        self.caches[key, height, width] = cache
+        self.caches[key] = cache
         while sum(map(count_bytes, self.caches.values())) > SOURCE_CACHE_BYTES:
             self.caches.pop(next(iter(self.caches)))
         return cache
@@ -143,6 +146,8 @@ class Worker:
         load_pipeline (`Callable`): Returns the pipeline.
         max_batch_size (`int`): The largest number of images in one call.
         on_failure (`Callable`): Called if the pipeline does not load.
+        loras (sequence of `str`): Names of the adapters of the pipeline that a job can choose. If there are any, no
+            other adapter is used.
 
     Raises:
         ValueError: If `max_batch_size` is below 1.
@@ -160,6 +165,7 @@ class Worker:
         load_pipeline: Callable[[], EditARPipeline],
         max_batch_size: int = 8,
         on_failure: Callable[[], Any] = lambda: None,
+        loras: Sequence[str] = (),
     ) -> None:
         self.load_pipeline = load_pipeline
         self.max_batch_size = check_integer("max_batch_size", max_batch_size)
@@ -167,6 +173,7 @@ class Worker:
         self.source_caches: SourceCaches
         self.error: Exception | None = None
         self.on_failure = on_failure
+        self.loras = loras
         self.waiting: list[Job] = []
         self.last_batch_seconds = 1.0
         sizes = [2**power for power in range(8)]
@@ -262,6 +269,8 @@ class Worker:
                 for job, preview in zip(batch, tensors["preview"], strict=True):
                     job.report_outcome(preview=preview)
 
+        if self.loras:
+            self.pipeline.set_adapters([] if settings.lora is None else settings.lora)
         source_cache = self.source_caches.get(batch)
         # With a cache, the pipeline takes an image only to put the result back into it.
         needs_image = source_cache is None or settings.restore_size or settings.has_mask
