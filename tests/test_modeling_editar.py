@@ -187,11 +187,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(plain):
     for checkpointing in (False, True):
         model = make_model(plain).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch.manual_seed(0)  # the dropouts draw from the global generator
         model(source, text, labels=target).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert model.is_activation_checkpointing
+    assert model.model.gradient_checkpointing
     for name, gradient in gradients[0].items():
         if gradient is not None:
             assert_close(gradients[1][name], gradient)

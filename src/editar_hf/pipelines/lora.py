@@ -244,6 +244,12 @@ class EditARLoraMixin(LoraBaseMixin):
         """List the names of all adapters of the decoder, including those that are not active."""
         return list(getattr(self.transformer, "peft_config", {}))
 
+    def get_active_adapters(self) -> list[str]:
+        """List the names of the active adapters, also while `disable_lora` is in effect."""
+        # diffusers' own method sees only models of diffusers until its version 0.42.
+        active = [layer.active_adapters for _, layer in list_layers(self.transformer) if not is_replaced(layer)]
+        return list(active[0]) if active else []
+
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: float | list[float] | None = None) -> None:
         """Set the active adapters and their weights.
 
