@@ -16,19 +16,21 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import run_python
 from safetensors.torch import load_file
-from tiny import build_pipeline, build_transformer
+from tiny import build_pipeline, build_transformer, draw_image
 
 from editar_hf import EditARPipeline
+from editar_hf.generation.decoding import describe_weights
 
 
 # Each has its own targets, rank and scale, and replaced modules. Dropout is for training only.
 ADAPTERS = {
     "plain": {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.5},
     "narrow": {"target_modules": ["down_proj", "o_proj"], "r": 2, "use_rslora": True},
+    "dora": {"target_modules": ["v_proj", "down_proj"], "use_dora": True},
     "text": {"target_modules": ["q_proj", "v_proj", "down_proj"], "modules_to_save": ["text_projection"]},
     "other-text": {"target_modules": ["q_proj"], "modules_to_save": ["text_projection", "norm"]},
 }
-REFUSALS = r"`unfuse_lora\(\)` first|`enable_lora\(\)` before|all replace|no adapter is active"
+REFUSALS = r"`unfuse_lora\(\)` first|`enable_lora\(\)` before|all replace|no adapter is active|DoRA adapter .* alone"
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +38,17 @@ def adapters(tmp_path_factory):
     """Write adapters with random weights by PEFT alone, each in a folder of its name."""
     folder = tmp_path_factory.mktemp("adapters")
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        torch.manual_seed(seed)
-        model = get_peft_model(build_transformer(), LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(folder / name)
+        write_adapter(folder / name, seed, settings)
     return folder
+
+
+def write_adapter(folder, seed, settings):
+    torch.manual_seed(seed)
+    model = get_peft_model(build_transformer(), LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
 
 
 def load(folder, adapter_name=None):
@@ -64,7 +70,7 @@ def compute_logits(transformer):
     return transformer(source, prompt_embeds, target_image_tokens=target).logits
 
 
-@pytest.mark.parametrize("kind", ["plain", "text"])
+@pytest.mark.parametrize("kind", ["plain", "text", "dora"])
 def test_adapter_goes_from_peft_to_the_pipeline_and_back_to_the_bit(adapters, tmp_path, kind):
     pipe = load(adapters / kind)
     adapted = compute_logits(pipe.transformer)
@@ -126,11 +132,58 @@ def test_the_pipeline_works_without_peft(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+# Hot-swap
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("plain", 0.3), ("dora", 1), ("text", 1), ("text", 0.3)])
+def test_hotswap_is_the_other_adapter_at_the_same_addresses(adapters, tmp_path, kind, weight):
+    write_adapter(tmp_path / "other", 9, ADAPTERS[kind])
+    pipe, fresh = load(adapters / kind, "one"), load(tmp_path / "other", "one")
+    for each in (pipe, fresh):
+        each.set_adapters("one", weight)
+    # A step of compiled decoding is used again if this is the same.
+    described = describe_weights(pipe.transformer)
+    cache = pipe.prepare_source_cache(draw_image(0))
+    pipe.load_lora_weights(tmp_path / "other", hotswap=True)
+    assert torch.equal(compute_logits(pipe.transformer), compute_logits(fresh.transformer))
+    if weight == 1 or kind != "text":
+        assert describe_weights(pipe.transformer) == described
+    with pytest.raises(ValueError, match="`source_cache` was prepared with another decoder, or before"):
+        pipe("make the red circle blue", source_cache=cache)
+    assert pipe.get_active_adapters() == ["one"]
+    pipe.save_lora_weights(tmp_path / "saved")
+    assert torch.equal(
+        compute_logits(load_by_peft(tmp_path / "saved")), compute_logits(load_by_peft(tmp_path / "other"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "message"),
+    [
+        ({**ADAPTERS["text"], "r": 2}, "one", r"differs from the loaded 'one' in r\. .* without `hotswap`"),
+        (ADAPTERS["plain"], "one", r"differs from the loaded 'one' in modules_to_save\. "),
+        (ADAPTERS["text"], "nope", "`adapter_name` is 'nope'; pass one of the loaded adapters: one"),
+    ],
+)
+def test_hotswap_of_another_kind_of_adapter_is_refused_and_changes_nothing(adapters, tmp_path, settings, name, message):
+    write_adapter(tmp_path / "other", 9, settings)
+    pipe = load(adapters / "text", "one")
+    state = copy_state(pipe)
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(tmp_path / "other", adapter_name=name, hotswap=True)
+    with pytest.raises(ValueError, match="cannot prepare for adapters of other ranks"):
+        pipe.enable_lora_hotswap(target_rank=8)
+    assert_untouched(pipe, state)
+
+
 # Fused and recorded: any sequence of calls
 
 
 def add_adapters(base, folder, weights):
-    """Compute W + Σ wᵢ · scaleᵢ · Bᵢ Aᵢ, and O + w · (T - O) where an adapter replaces O, from the files alone."""
+    """Compute W + Σ wᵢ · scaleᵢ · Bᵢ Aᵢ, and O + w · (T - O) where an adapter replaces O, from the files alone.
+
+    DoRA: the rows of W + wᵢ · scaleᵢ · Bᵢ Aᵢ get the trained lengths.
+    """
     expected = {name: tensor.clone() for name, tensor in base.items()}
     for kind, weight in weights:
         config = json.loads((folder / kind / "adapter_config.json").read_text())
@@ -142,8 +195,13 @@ def add_adapters(base, folder, weights):
         for name, tensor in tensors.items():
             if ".lora_A." in name:
                 update = scale * tensors[name.replace(".lora_A.", ".lora_B.")] @ tensor
-                expected[name.replace(".lora_A.", ".")] += weight * update
-            elif ".lora_B." not in name:
+                matrix = name.replace(".lora_A.", ".")
+                changed = base[matrix] + weight * update
+                if config["use_dora"]:
+                    lengths = tensors[name.replace("lora_A.weight", "lora_magnitude_vector")]
+                    changed = torch.nn.functional.normalize(changed) * lengths[:, None]
+                expected[matrix] += changed - base[matrix]
+            elif ".lora_B." not in name and "magnitude" not in name:
                 expected[name] = base[name] + weight * (tensor - base[name])
     return expected
 
@@ -202,8 +260,9 @@ class Record:
         self.kinds, self.weights, self.active, self.fused, self.enabled = {}, {}, [], None, True
 
     def is_possible(self, names):
-        """Whether no two of these adapters replace the same module."""
-        return sum("text" in self.kinds[name] for name in names) < 2
+        """Whether no two of these adapters replace the same module, and a DoRA adapter is alone."""
+        kinds = [self.kinds[name] for name in names]
+        return sum("text" in kind for kind in kinds) < 2 and ("dora" not in kinds or len(kinds) == 1)
 
     def compute_weights(self):
         active = {name: self.weights[name] for name in self.active if self.enabled}
@@ -395,8 +454,8 @@ DAMAGES = {
     "targets are nowhere": (change_config(target_modules=["nope"]), "nope"),
     "layer that another adapter replaces": (change_config(target_modules=["fc1"]), "which is part of a module"),
     "module that another adapter adapts": (change_config(modules_to_save=["mlp"]), "which is part of a module"),
-    "magnitudes": (change_config(use_dora=True), "sets use_dora, but the pipeline loads only plain LoRA"),
-    "biases": (change_config(bias="all"), "sets bias"),
+    "no magnitudes": (change_config(use_dora=True), r"missing \(model.*lora_magnitude_vector"),
+    "biases": (change_config(bias="all"), "sets bias, but the pipeline loads only LoRA"),
     "start that changes the decoder": (change_config(init_lora_weights="pissa"), "sets init_lora_weights"),
     "weights are cut off": (cut_off("adapter_model.safetensors"), "safetensor|header|incomplete"),
 }

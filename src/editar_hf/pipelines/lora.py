@@ -29,17 +29,19 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Prefix of all keys in PEFT's files, which PEFT's wrapper around the model adds.
 KEY_PREFIX = "base_model.model."
-# Settings of plain LoRA. All other settings belong to other methods, some of which change the decoder's own weights
-# permanently.
-PLAIN_SETTINGS = {
+# Name of DoRA's magnitudes in PEFT's layers and files.
+MAGNITUDES = "lora_magnitude_vector"
+# Settings of LoRA, rsLoRA and DoRA. All other settings belong to other methods, some of which change the decoder's own
+# weights permanently.
+KNOWN_SETTINGS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode"),
 }
 
 
 def read_config(file: Path) -> "LoraConfig":
-    """Read the configuration of an adapter, and check that it is plain LoRA."""
+    """Read the configuration of an adapter, and check that it is LoRA, rsLoRA or DoRA."""
     from peft import LoraConfig
 
     settings, defaults = json.loads(file.read_text(encoding="utf-8")), LoraConfig().to_dict()
@@ -47,11 +49,11 @@ def read_config(file: Path) -> "LoraConfig":
         raise ValueError(f"Its `peft_type` is {peft_type!r}, not 'LORA'.")
     if settings.get("init_lora_weights") in (False, "gaussian"):
         settings["init_lora_weights"] = True  # The initial weights do not matter: they are read from the file.
-    others = settings.keys() & (defaults.keys() - PLAIN_SETTINGS)
+    others = settings.keys() & (defaults.keys() - KNOWN_SETTINGS)
     if others := sorted(name for name in others if settings[name] not in (None, defaults[name])):
         raise ValueError(
-            f"The adapter sets {', '.join(others)}, but the pipeline loads only plain LoRA. Train an adapter without "
-            "these settings."
+            f"The adapter sets {', '.join(others)}, but the pipeline loads only LoRA, rsLoRA and DoRA. Train an "
+            "adapter without these settings."
         )
     return LoraConfig.from_peft_type(**settings)
 
@@ -97,7 +99,8 @@ def get_adapter_weights(transformer: PreTrainedModel, adapter_name: str) -> dict
             part, _, rest = key.partition(".")
             if part in layer.adapter_layer_names and f"{rest}.".startswith(f"{adapter_name}."):
                 middle = "" if is_replaced(layer) else f".{part}"
-                weights[f"{path}{middle}{rest.removeprefix(adapter_name)}"] = tensor
+                rest = "" if part == MAGNITUDES else rest.removeprefix(adapter_name)
+                weights[f"{path}{middle}{rest}"] = tensor
         _, trained = vars(layer).get("blends", {}).get(adapter_name, (1.0, {}))
         weights |= {f"{path}.{name}": tensor for name, tensor in trained.items()}
     return weights
@@ -126,10 +129,17 @@ def set_weight(layer: Any, adapter_name: str, weight: float) -> None:
 class EditARLoraMixin(LoraBaseMixin):
     """Load LoRA adapters into the decoder, set their weights, fuse them and save them.
 
-    With the weights wᵢ of the active adapters, every adapted matrix is W + Σ wᵢ · alphaᵢ / rᵢ · Bᵢ Aᵢ. A module that an
-    adapter replaces as a whole is O + wᵢ · (Tᵢ - O), where O is the original and Tᵢ the trained module. While adapters
-    are fused, every change of adapters raises a `ValueError`, except `unfuse_lora` and `unload_lora_weights`. After
-    `unload_lora_weights`, fused adapters stay in the weights.
+    With the weights wᵢ of the active adapters, every adapted matrix is W + Σ Δᵢ.
+
+    * LoRA: Δᵢ = wᵢ · alphaᵢ / rᵢ · Bᵢ Aᵢ.
+    * rsLoRA ([arXiv 2312.03732](https://arxiv.org/abs/2312.03732)): Δᵢ = wᵢ · alphaᵢ / √rᵢ · Bᵢ Aᵢ.
+    * DoRA ([arXiv 2402.09353](https://arxiv.org/abs/2402.09353), Eq. 5): the rows of W + wᵢ · alphaᵢ / rᵢ · Bᵢ Aᵢ are
+      scaled to the trained lengths. The weight 0 still changes the lengths of W's rows. A DoRA adapter cannot be active
+      together with another adapter.
+
+    A module that an adapter replaces as a whole is O + wᵢ · (Tᵢ - O), where O is the original and Tᵢ the trained
+    module. While adapters are fused, every change of adapters raises a `ValueError`, except `unfuse_lora` and
+    `unload_lora_weights`. After `unload_lora_weights`, fused adapters stay in the weights.
 
     On disk, an adapter has PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
     """
@@ -150,6 +160,7 @@ class EditARLoraMixin(LoraBaseMixin):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        hotswap: bool = False,
     ) -> None:
         """Load an adapter, keep the adapters already loaded, and make the new adapter the only active one.
 
@@ -158,18 +169,23 @@ class EditARLoraMixin(LoraBaseMixin):
             adapter_name (`str`, *optional*): Name of the adapter, without dots; *defaults to* the first unused name of
                 `"default_0"`, `"default_1"`, ….
             revision, cache_dir, token, local_files_only (*optional*): See huggingface_hub's `snapshot_download`.
+            hotswap (`bool`): Write the new values over those of the loaded adapter `adapter_name`, which stays as
+                active as it is and keeps its weight. Compiled decoding is not compiled again. Both adapters must have
+                the same modules, ranks and scales.
 
         Raises:
-            ValueError: If there is no adapter, it is not plain LoRA, it does not fit this decoder or its other
+            ValueError: If there is no adapter, it is neither LoRA nor DoRA, it does not fit this decoder or its other
                 adapters, the name is in use or invalid, adapters are fused, or the decoder's weights are packed or
-                offloaded.
+                offloaded; with `hotswap`, if no adapter has the name, or the adapters differ in more than their values.
         """
         names = self.list_adapters()
-        if adapter_name is None:
+        if hotswap:
+            adapter_name = self._choose_name(adapter_name)
+        elif adapter_name is None:
             adapter_name = next(name for i in itertools.count() if (name := f"default_{i}") not in names)
         # Adapters become entries of a `ModuleDict`, which does not allow the names of its attributes as keys.
         is_usable = isinstance(adapter_name, str) and adapter_name and "." not in adapter_name
-        if not is_usable or adapter_name in names or hasattr(torch.nn.ModuleDict, adapter_name):
+        if not hotswap and (not is_usable or adapter_name in names or hasattr(torch.nn.ModuleDict, adapter_name)):
             raise ValueError(
                 f"`adapter_name` is {adapter_name!r}; pass a name without dots that is not in use. In use are: {names}."
             )
@@ -189,9 +205,14 @@ class EditARLoraMixin(LoraBaseMixin):
                     allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
                 )
                 folder = Path(downloaded)
-            self._attach_weights(read_config(folder / CONFIG_FILE), load_file(folder / WEIGHTS_FILE), adapter_name)
+            config, weights = read_config(folder / CONFIG_FILE), load_file(folder / WEIGHTS_FILE)
+            if hotswap:
+                self._swap_weights(config, weights, adapter_name)
+                return
+            self._attach_weights(config, weights, adapter_name)
         except Exception as error:  # For files that are damaged or do not fit, libraries raise many types of errors.
-            self._remove([adapter_name], active)
+            if not hotswap:
+                self._remove([adapter_name], active)
             missing = "is not a local folder, and it could not be loaded from the Hub or its cache"
             problem = "holds no LoRA adapter for this decoder" if folder.exists() else missing
             raise ValueError(f"`{pretrained_model_name_or_path}` {problem}: {error}") from error
@@ -206,6 +227,28 @@ class EditARLoraMixin(LoraBaseMixin):
         paths = [path for path, _ in list_layers(self.transformer)]
         if inner := [path for path in paths if any(path.startswith(f"{other}.") for other in paths)]:
             raise ValueError(f"One adapter adapts {inner[0]}, which is part of a module that another adapter replaces.")
+        self._copy_weights(weights, adapter_name)
+
+    def _swap_weights(self, config: "LoraConfig", weights: dict[str, torch.Tensor], adapter_name: str) -> None:
+        """Write the weights of another adapter over those of a loaded one, unless their configurations differ."""
+        loaded = self.transformer.peft_config[adapter_name]
+        kept = ("peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "auto_mapping")
+        new, old = ({**each.to_dict(), **dict.fromkeys(kept)} for each in (config, loaded))
+        if different := sorted(name for name in new if new[name] != old[name]):
+            raise ValueError(
+                f"The adapter differs from the loaded {adapter_name!r} in {', '.join(different)}. Load it with another "
+                "`adapter_name` and without `hotswap`."
+            )
+        self._copy_weights(weights, adapter_name)
+        replaced = [layer for _, layer in list_layers(self.transformer) if is_replaced(layer)]
+        for layer in replaced:  # Blend the new modules with the original ones.
+            if blend := vars(layer).get("blends", {}).pop(adapter_name, None):
+                weight, trained = blend
+                layer.modules_to_save[adapter_name].load_state_dict(trained)
+                set_weight(layer, adapter_name, weight)
+
+    def _copy_weights(self, weights: dict[str, torch.Tensor], adapter_name: str) -> None:
+        """Copy weights with PEFT's names into a loaded adapter, if all names and shapes fit."""
         stored = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in weights.items()}
         own = get_adapter_weights(self.transformer, adapter_name)
         found, expected = ({name: tensor.shape for name, tensor in each.items()} for each in (stored, own))
@@ -213,6 +256,28 @@ class EditARLoraMixin(LoraBaseMixin):
             raise ValueError(f"{problems}.")
         for name, tensor in own.items():
             tensor.copy_(stored[name])
+
+    def enable_lora_hotswap(self, **kwargs: Any) -> None:
+        """Refuse: `hotswap` needs no preparation, and no rank can be prepared for.
+
+        Raises:
+            ValueError: Always. diffusers' own method would silently do nothing for this decoder.
+        """
+        raise ValueError(
+            "The pipeline cannot prepare for adapters of other ranks. Call `load_lora_weights(..., hotswap=True)` with "
+            "adapters of the same rank, without `enable_lora_hotswap`."
+        )
+
+    def _choose_name(self, adapter_name: str | None) -> str:
+        """Return the name of a loaded adapter, by default that of the only one."""
+        names = self.list_adapters()
+        if adapter_name is None and len(names) == 1:
+            (adapter_name,) = names
+        if not isinstance(adapter_name, str) or adapter_name not in names:
+            raise ValueError(
+                f"`adapter_name` is {adapter_name!r}; pass one of the loaded adapters: {', '.join(names) or 'none'}."
+            )
+        return adapter_name
 
     def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
         """Write an adapter in PEFT's format. The trained values are written, without the weight of `set_adapters`.
@@ -225,14 +290,8 @@ class EditARLoraMixin(LoraBaseMixin):
             ValueError: If there is no such adapter, there are several and no name is given, or weights are packed or
                 offloaded.
         """
-        names = self.list_adapters()
-        if adapter_name is None and len(names) == 1:
-            (adapter_name,) = names
         check_path("save_directory", save_directory)
-        if not isinstance(adapter_name, str) or adapter_name not in names:
-            raise ValueError(
-                f"`adapter_name` is {adapter_name!r}; pass one of the loaded adapters: {', '.join(names) or 'none'}."
-            )
+        adapter_name = self._choose_name(adapter_name)
         self._check_weights()
         weights = get_adapter_weights(self.transformer, adapter_name)
         weights = {f"{KEY_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
@@ -260,8 +319,8 @@ class EditARLoraMixin(LoraBaseMixin):
 
         Raises:
             TypeError: If a name is not a string.
-            ValueError: If an adapter does not exist, the lengths differ, a weight is not a finite number, or two
-                adapters replace the same module.
+            ValueError: If an adapter does not exist, the lengths differ, a weight is not a finite number, two adapters
+                replace the same module, or one of several adapters is DoRA.
         """
         names = self._check_choice(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
@@ -327,11 +386,14 @@ class EditARLoraMixin(LoraBaseMixin):
         layers = [(path, layer) for path, layer in list_layers(self.transformer) if not is_replaced(layer)]
         for path, layer in layers:
             update = sum(layer.get_delta_weight(name) for name in names if name in layer.scaling)
+            lengths = sum(
+                layer.lora_magnitude_vector[name].weight.sum() for name in names if name in layer.lora_magnitude_vector
+            )
             if not layer.weight.is_floating_point():
                 raise ValueError(
                     f"`{path}` is quantised, so `unfuse_lora` could not restore it; fuse before quantising."
                 )
-            if not (layer.weight + lora_scale * update).isfinite().all():
+            if not (layer.weight + lora_scale * update + lengths).isfinite().all():
                 raise ValueError(
                     f"`{path}` would get infinite weights or NaN: the adapter is damaged, or `lora_scale` is too large."
                 )
@@ -417,6 +479,9 @@ class EditARLoraMixin(LoraBaseMixin):
     def _check_choice(self, adapter_names: list[str] | str) -> list[str]:
         names = self._check_names(adapter_names)
         self._check_not_fused()
+        dora = [name for name in names if self.transformer.peft_config[name].use_dora]
+        if dora and len(names) > 1:  # In PEFT, the result would depend on their order.
+            raise ValueError(f"`adapter_names` is {names}; pass the DoRA adapter {dora[0]} alone.")
         for path, layer in list_layers(self.transformer):
             both = [name for name in names if is_replaced(layer) and name in layer.modules_to_save]
             if len(both) > 1:
