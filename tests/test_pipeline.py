@@ -92,15 +92,15 @@ def test_call_equals_its_parts_put_together_by_hand(pipe):
 def test_every_result_is_that_of_its_own_prompt_image_and_seed(pipe, prompts, seeds_of_images, num_images_per_prompt):
     images, count = [draw_image(seed) for seed in seeds_of_images], num_images_per_prompt
     num_results = count * max(len(prompts), len(images))
-    tokens = edit(
-        pipe, prompts, images, num_images_per_prompt=count, generator=[seeded(seed) for seed in range(num_results)]
-    )
-    assert len(tokens) == num_results
-    for index, row in enumerate(tokens):
-        pair = index // count
-        alone = edit(pipe, prompts[pair % len(prompts)], images[pair % len(images)], generator=seeded(index))
-        assert torch.equal(row, alone[0])
-    assert len({tuple(row.tolist()) for row in tokens}) == num_results
+    generators = [seeded(seed) for seed in range(num_results)]
+    output = pipe(prompts, image=images, num_images_per_prompt=count, generator=generators, output_type="pt")
+    assert len(output.images) == num_results
+    for index, (tokens, result) in enumerate(zip(output.image_tokens, output.images, strict=True)):
+        prompt, image = prompts[index // count % len(prompts)], images[index // count % len(images)]
+        alone = pipe(prompt, image=image, generator=seeded(index), output_type="pt")
+        assert torch.equal(tokens, alone.image_tokens[0])
+        assert torch.equal(result, alone.images[0])
+    assert len({tuple(tokens.tolist()) for tokens in output.image_tokens}) == num_results
 
 
 def test_one_generator_gives_every_image_another_seed(pipe):

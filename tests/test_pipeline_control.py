@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from plain_decoding import compute_naive_logits
-from tiny import STRIDE, are_near, build_pipeline, draw_image
+from tiny import STRIDE, build_pipeline, draw_image
 from torch.testing import assert_close
 
 from editar_hf import EditARVQConfig, EditARVQModel
@@ -127,7 +127,7 @@ def test_an_empty_mask_leaves_the_other_images_of_a_batch_alone(pipe):
     with pytest.warns(UserWarning, match="no white pixels"):
         output = edit(pipe, mask_image=[draw_mask(), MASK], generator=[seeded(1), seeded(0)], mask_blend=False)
     assert np.array_equal(np.asarray(output.images[0]), np.asarray(draw_image(0)))
-    assert are_near(output.images[1], edit(pipe, mask_image=MASK, mask_blend=False).images[0])
+    assert np.array_equal(output.images[1], edit(pipe, mask_image=MASK, mask_blend=False).images[0])
 
 
 def test_masks_pair_up_with_images_and_prompts(pipe):
@@ -138,7 +138,7 @@ def test_masks_pair_up_with_images_and_prompts(pipe):
         pair = index // 2
         alone = pipe(prompts[pair], image=images[pair], mask_image=masks[pair], generator=seeded(index))
         assert torch.equal(alone.image_tokens[0], output.image_tokens[index])
-        assert are_near(alone.images[0], output.images[index])
+        assert np.array_equal(alone.images[0], output.images[index])
     many_images = pipe(PROMPT, image=images, mask_image=MASK, generator=[seeded(0), seeded(0)])
     many_masks = pipe(PROMPT, image=images[0], mask_image=masks, generator=[seeded(0), seeded(0)])
     assert torch.equal(many_images.image_tokens[0], many_masks.image_tokens[0])
@@ -192,8 +192,8 @@ def test_a_window_around_each_mask_is_edited_by_itself_and_put_back(pipe):
         inside = edit(pipe, image.crop(window), mask_image=mask.crop(window), **how).images[0]
         expected = image.copy()
         expected.paste(inside, window[:2])
-        assert are_near(result, expected)
-        assert not are_near(result, image)
+        assert np.array_equal(result, expected)
+        assert not np.array_equal(result, image)
 
 
 # Kept sources

@@ -448,3 +448,14 @@ class EditARVQModel(PreTrainedModel):
                 f"{self.config.num_embeddings - 1}."
             )
         return grid_height, grid_width
+
+
+def decode_one_by_one(
+    vq_model: EditARVQModel, image_tokens: torch.Tensor, grid: tuple[int, int], num_skipped_upsamples: int = 0
+) -> torch.Tensor:
+    """Decode tokens `(batch, N)` to float32 pixels, so that the pixels of an image do not depend on its batch.
+
+    In a batch, convolutions may round differently. One by one, they take the same time and less memory.
+    """
+    images = image_tokens.split(1)
+    return torch.cat([vq_model.decode(image, *grid, num_skipped_upsamples).float() for image in images])

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import StoppingCriteria
 
-from ..modeling_editar_vq import EditARVQModel
+from ..modeling_editar_vq import EditARVQModel, decode_one_by_one
 
 
 class RowPreview:
@@ -57,7 +57,7 @@ class RowPreview:
             return None
         new = slice(self.num_drawn_rows * self.grid_width, num_rows * self.grid_width)
         if num_rows == self.grid_height:
-            self.canvas = self.vq_model.decode(image_tokens, self.grid_height, self.grid_width).float()
+            self.canvas = decode_one_by_one(self.vq_model, image_tokens, (self.grid_height, self.grid_width))
         elif self.edit_mask is None or self.edit_mask[:, new].any():
             self.draw_rows(image_tokens, num_rows)
         self.num_drawn_rows = num_rows
@@ -68,7 +68,7 @@ class RowPreview:
         first = max(self.num_drawn_rows - 1, 0)
         strip = image_tokens[:, first * self.grid_width :]
         num_skipped = max(len(self.vq_model.config.channel_multipliers) - 3, 0)  # a token then has 4 × 4 pixels
-        pixels = self.vq_model.decode(strip, num_rows - first, self.grid_width, num_skipped).float()
+        pixels = decode_one_by_one(self.vq_model, strip, (num_rows - first, self.grid_width), num_skipped)
         pixels = F.interpolate(pixels, scale_factor=2**num_skipped, mode="bilinear")
         # The row above the new rows blends linearly from the earlier preview to the new pixels.
         stride = self.vq_model.config.stride

@@ -23,7 +23,7 @@ from ..generation import SourceCache
 from ..generation.inputs import check_decoding, check_generator, check_source_cache, resolve_settings
 from ..image_processing_editar import RESIZE_MODES, prepare_rgb_images
 from ..modeling_editar import EditARForConditionalGeneration
-from ..modeling_editar_vq import EditARVQModel
+from ..modeling_editar_vq import EditARVQModel, decode_one_by_one
 from ..packing import is_packed, pack_linears, unpack_linears
 from ..processing_editar import EditARProcessor, apply_task_prefix
 from .callbacks import RowPreview, StepReporter
@@ -343,11 +343,14 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
     def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Encode pixels `(batch, 3, height, width)` in [−1, 1] to tokens `(batch, N)`."""
-        return self.vq_model.encode(pixel_values.to(self._execution_device)).image_tokens
+        # One by one, for the reason that `decode_one_by_one` gives.
+        images = pixel_values.to(self._execution_device).split(1)
+        image_tokens: Any = torch.cat([self.vq_model.encode(image).image_tokens for image in images])
+        return image_tokens
 
     def decode_pixel_values(self, image_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Decode tokens `(batch, N)` to float32 pixels `(batch, 3, height, width)`, nominally in [−1, 1]."""
-        return self.vq_model.decode(image_tokens.to(self._execution_device), *grid).float()
+        return decode_one_by_one(self.vq_model, image_tokens.to(self._execution_device), grid)
 
     def compute_source_pixels(
         self,
