@@ -26,8 +26,8 @@ from PIL import Image, ImageChops
 from processes import PythonProcess, find_free_port
 from serving import KEY, run_server, wait_until
 from test_lora import adapters  # noqa: F401
-from tiny import are_near, draw_image
 from tiny import build_pipeline as build_tiny_pipeline
+from tiny import draw_image
 
 from editar_hf import EditARPipeline
 from editar_hf.commands import main
@@ -198,7 +198,59 @@ def test_requests_that_wait_together_run_in_batches_and_get_the_images_of_each_a
         expected = pipe(**call, num_images_per_prompt=num_images).images
         assert [read_image(entry.b64_json).size for entry in answer.data] == [expected[0].size] * num_images
         for entry, image in zip(answer.data, expected, strict=True):
-            assert are_near(read_image(entry.b64_json), image), call["prompt"]
+            assert np.array_equal(read_image(entry.b64_json), image), call["prompt"]
+
+
+class RecordingPipeline(EditARPipeline):
+    """A pipeline that keeps the tokens of all images, by their seeds."""
+
+    def __call__(self, **call):
+        output = super().__call__(**call)
+        for generator, tokens in zip(call["generator"], output.image_tokens, strict=True):
+            self.transformer.record[generator.initial_seed()] = tokens.tolist()
+        return output
+
+
+def test_hundred_requests_get_the_tokens_and_images_that_each_gets_alone(caplog):
+    def edit(k):
+        files = {"image": write_image(draw_image(k % 9))}
+        fields = {
+            "prompt": f"edit {k}",
+            "seed": 10 * k + 1,
+            "n": 1 + (k % 10 == 9),
+            "task": ("edit", "edit", "canny")[k % 3],
+        }
+        if k % 4 == 0:
+            files["mask"] = write_image(draw_mask((16, 16), (k % 12, 0, k % 12 + 4, 12)))
+        if k % 4 == 1:
+            fields["size"] = ("16x8", "24x24")[k % 8 // 4]
+        if k % 5 == 4:
+            fields["negative_prompt"] = f"no {k}"
+        answer = running.post(data=fields, files=files)
+        assert answer.status_code == 200, answer.text
+        return [entry["b64_json"] for entry in answer.json()["data"]]
+
+    results, batches = [], []
+    caplog.set_level(logging.INFO, logger="editar_hf.serving")
+    for max_batch_size in (1, 8):
+        pipeline = RecordingPipeline(**build_pipeline().components)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.transformer.record = record = {}
+        caplog.clear()
+        load_pipeline = functools.partial(lambda pipeline: pipeline, pipeline)
+        with run_server(load_pipeline, max_batch_size, max_queue=111) as running, ThreadPoolExecutor(100) as threads:
+            running.wait_until_loaded()
+            with running.hold_worker():
+                tasks = [threads.submit(edit, k) for k in range(100)]
+                running.wait_for_queue(110)
+            results.append((record, [task.result() for task in tasks]))
+        batches.append([event["images"] for event in read_events(caplog, "batch")])
+    alone, together = results
+    assert batches[0] == [1] * 111  # One image held the worker.
+    assert sum(batches[1]) == 111
+    assert len(batches[1]) < 30
+    assert len(set(map(str, alone[0].values()))) > 100  # Masks can leave a single token to choose.
+    assert together == alone
 
 
 def test_repeated_image_is_encoded_once_while_its_cache_is_kept(pipe, monkeypatch):
@@ -217,7 +269,7 @@ def test_repeated_image_is_encoded_once_while_its_cache_is_kept(pipe, monkeypatc
         if "width" in options:
             fields["size"] = f"{options['width']}x{options['height']}"
         answer = running.post(data=fields, files=files)
-        assert are_near(read_image(answer.json()["data"][0]["b64_json"]), expected)
+        assert np.array_equal(read_image(answer.json()["data"][0]["b64_json"]), expected)
         return len(encoded)
 
     encoded: list[int] = []
@@ -272,7 +324,7 @@ def test_requests_that_wait_together_get_the_images_of_their_own_adapters(adapte
         ).images
         for lora in (None, *loras)
     }
-    assert not any(are_near(expected[a][0], expected[b][0]) for a, b in itertools.combinations(expected, 2))
+    assert not any(np.array_equal(expected[a][0], expected[b][0]) for a, b in itertools.combinations(expected, 2))
     caplog.set_level(logging.INFO, logger="editar_hf.serving")
     with run_server(lambda: load_pipeline(*loras), loras=loras) as running, ThreadPoolExecutor(6) as threads:
         running.wait_until_loaded()
@@ -284,7 +336,7 @@ def test_requests_that_wait_together_get_the_images_of_their_own_adapters(adapte
     assert sorted(event["images"] for event in read_events(caplog, "batch")) == [1] + 6 * [2] + 3 * [4]
     for lora, answer in zip(4 * list(expected), answers, strict=True):
         for entry, image in zip(answer.json()["data"], expected[lora], strict=True):
-            assert are_near(read_image(entry["b64_json"]), image), lora
+            assert np.array_equal(read_image(entry["b64_json"]), image), lora
     error = refused.json()["error"]
     assert (refused.status_code, error["param"]) == (400, "lora")
     assert "plain, text" in error["message"]
@@ -381,7 +433,7 @@ def test_batch_goes_on_for_the_clients_that_stay(slow):
     assert len(passes) - before < 2 * 256
     alone = build_pipeline(grid_size=16)("a coat", task="text-to-image", generator=seed_generators(1)).images[0]
     assert len(streams[0]) == 4
-    assert are_near(read_image(streams[0][-1].b64_json), alone)
+    assert np.array_equal(read_image(streams[0][-1].b64_json), alone)
 
 
 # Errors
@@ -631,7 +683,7 @@ def test_command_serves_a_folder_until_it_is_terminated():
         extra = {"seed": 0, **({"lora": lora} if lora else {})}
         answer = client.images.edit(image=photo, prompt=prompt, model="sticker-editor", extra_body=extra)
         assert answer.size == "360x240"
-        assert are_near(read_image(answer.data[0].b64_json), expected), lora
+        assert np.array_equal(read_image(answer.data[0].b64_json), expected), lora
     os.kill(process.pid, signal.SIGTERM)
     output = process.wait()
     assert "Traceback" not in output.stderr
