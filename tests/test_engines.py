@@ -4,6 +4,8 @@ import base64
 import inspect
 import json
 import runpy
+import shutil
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny import build_pipeline, draw_image
 
@@ -141,6 +144,34 @@ def test_an_image_from_text_has_the_size_that_is_asked_for(pipe):
     with pytest.warns(UserWarning, match="`image` is missing"):
         output = pipe(prompt=PROMPT, height=1024, width=512, generator=seeded(), output_type="np")
     assert output.images.shape == (1, 1024, 512, 3)
+
+
+def test_diffusers_cli_runs_a_folder_whose_index_names_pipeline_py(folder, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers.commands.run", reason="this version of diffusers has no `diffusers-cli run`")
+    from diffusers.commands.diffusers_cli import main
+
+    shutil.copytree(folder, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    text = '"_class_name": "EditARPipeline"'
+    index.write_text(index.read_text().replace(text, '"_class_name": ["pipeline", "EditARPipeline"]'))
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(build_pipeline().transformer, config).save_pretrained(tmp_path / "lora")
+    draw_image(0, 40, 24).save(tmp_path / "source.png")
+    call = {"prompt": PROMPT, "image": str(tmp_path / "source.png"), "height": 32, "width": 32}
+    lora = {"lora_id": str(tmp_path / "lora"), "lora_scale": 0.5}
+    words = ["run", "--model", tmp_path / "model", "--trust-remote-code", "--device-map", "cpu", "--seed", 3]
+    words += ["--pipeline-kwargs", json.dumps(call), "--lora", json.dumps(lora), "--output", tmp_path / "edited.png"]
+    monkeypatch.setattr(sys, "argv", ["diffusers-cli", *map(str, words)])
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    main()
+    own = build_pipeline()
+    own.load_lora_weights(tmp_path / "lora", adapter_name="mine")
+    own.set_adapters("mine", 0.5)
+    (image,) = own(
+        PROMPT, image=draw_image(0, 40, 24), height=32, width=32, size_policy="fit", generator=seeded(3)
+    ).images
+    assert np.array_equal(Image.open(tmp_path / "edited.png"), image)
 
 
 # Inference Endpoints

@@ -156,6 +156,7 @@ class EditARLoraMixin(LoraBaseMixin):
         self,
         pretrained_model_name_or_path: str | Path,
         adapter_name: str | None = None,
+        weight_name: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
@@ -168,6 +169,8 @@ class EditARLoraMixin(LoraBaseMixin):
             pretrained_model_name_or_path (`str` or `Path`): A folder in PEFT's format, or a Hub id.
             adapter_name (`str`, *optional*): Name of the adapter, without dots; *defaults to* the first unused name of
                 `"default_0"`, `"default_1"`, ….
+            weight_name (`str`, *optional*): Name of the file with the weights; *defaults to*
+                `"adapter_model.safetensors"`.
             revision, cache_dir, token, local_files_only (*optional*): See huggingface_hub's `snapshot_download`.
             hotswap (`bool`): Write the new values over those of the loaded adapter `adapter_name`, which stays as
                 active as it is and keeps its weight. Compiled decoding is not compiled again. Both adapters must have
@@ -193,6 +196,7 @@ class EditARLoraMixin(LoraBaseMixin):
         self._check_weights()
         check_folder_or_hub_id(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         folder, active = Path(pretrained_model_name_or_path), self.get_active_adapters()
+        weights_file = weight_name or WEIGHTS_FILE
         is_disabled = any(layer.disable_adapters for _, layer in list_layers(self.transformer))
         try:
             if not folder.exists():
@@ -202,10 +206,10 @@ class EditARLoraMixin(LoraBaseMixin):
                     cache_dir=cache_dir,
                     token=token,
                     local_files_only=local_files_only,
-                    allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+                    allow_patterns=[CONFIG_FILE, weights_file],
                 )
                 folder = Path(downloaded)
-            config, weights = read_config(folder / CONFIG_FILE), load_file(folder / WEIGHTS_FILE)
+            config, weights = read_config(folder / CONFIG_FILE), load_file(folder / weights_file)
             if hotswap:
                 self._swap_weights(config, weights, adapter_name)
                 return
