@@ -13,9 +13,9 @@ from tiny import redraw_weights
 from tiny_metrics import build_depth_model
 from transformers import (
     BeitConfig,
+    BeitImageProcessorPil,
     SegformerConfig,
     SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
     ZoeDepthConfig,
     ZoeDepthForDepthEstimation,
     ZoeDepthImageProcessorPil,
@@ -41,7 +41,8 @@ def segmentation_model():
     )
     config.num_labels = 7
     model = redraw_weights(SegformerForSemanticSegmentation(config), scale=0.5)
-    return model, SegformerImageProcessor(size={"height": 64, "width": 64})
+    # Older versions of transformers need torchvision for Segformer's own image processor.
+    return model, BeitImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
 
 
 def build_zoedepth():

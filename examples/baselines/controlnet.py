@@ -30,12 +30,12 @@ knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance
 
 def load():
     dtype = getattr(torch, args.dtype)
-    controlnet = ControlNetModel.from_pretrained(args.controlnet, dtype=dtype)
+    controlnet = ControlNetModel.from_pretrained(args.controlnet)
     # The safety checker would replace some images by black ones.
-    options = {"controlnet": controlnet, "dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
+    options = {"controlnet": controlnet, "safety_checker": None, "requires_safety_checker": False}
     pipe = StableDiffusionControlNetPipeline.from_pretrained(args.model, **options)
     pipe.set_progress_bar_config(disable=True)
-    return partial(edit_batch, pipe.to("cuda" if torch.cuda.is_available() else "cpu"), **knobs)
+    return partial(edit_batch, pipe.to("cuda" if torch.cuda.is_available() else "cpu", dtype), **knobs)
 
 
 options = {"model": args.model, "controlnet": args.controlnet, "dtype": args.dtype, **knobs}

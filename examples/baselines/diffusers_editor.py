@@ -23,9 +23,9 @@ args = parser.parse_args()
 
 
 def load():
-    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    pipe = DiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype))
 
     def edit(samples, seeds):
         edited = []

@@ -27,10 +27,12 @@ knobs = {name: getattr(args, name) for name in ("num_inference_steps", "guidance
 
 def load():
     # The safety checker would replace some images by black ones.
-    options = {"dtype": getattr(torch, args.dtype), "safety_checker": None, "requires_safety_checker": False}
+    options = {"safety_checker": None, "requires_safety_checker": False}
     pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(args.model, **options)
     pipe.set_progress_bar_config(disable=True)
-    return partial(edit_batch, pipe.to("cuda" if torch.cuda.is_available() else "cpu"), **knobs)
+    return partial(
+        edit_batch, pipe.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)), **knobs
+    )
 
 
 system = System("instruct-pix2pix", load, {"model": args.model, "dtype": args.dtype, **knobs})
