@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A code block, and before it where needed the reason why it cannot run in a test.
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL)
-PROGRAMS = ("accelerate", "curl", "editar-hf", "hf", "make", "pip", "python", "sglang", "torchrun", "vllm")
+PROGRAMS = (
+    *("accelerate", "curl", "diffusers-cli", "editar-hf", "hf", "make", "pip", "python", "sglang", "torchrun", "vllm"),
+)
 # A program that appends its name and words to a file: a byte between words, another after the last.
 STUB = """#!/bin/sh
 { printf '%s' "${0##*/}"; printf '\\037%s' "$@"; printf '\\036'; } >> "$CALLS"
