@@ -70,23 +70,25 @@ PAGES = list_pages()
 def rewrite_links(text: str, origin: Path, page: str) -> str:
     """Rewrite the links of a file for the page that shows its text.
 
-    A link to a file that is a page leads to this page. The site has no other files of the repository but images: their
-    links become plain text with the path of the file.
+    A link to a file that is a page leads to this page. Sphinx copies images and other files into the site. A link to a
+    folder becomes plain text with the path of the folder.
     """
 
     def rewrite(link: re.Match) -> str:
-        path, _, anchor = link["target"].partition("#")
+        path, hash_sign, anchor = link["target"].partition("#")
         if re.match(r"\w+:", path) or not path:
             return link[0]
         file = (origin.parent / path).resolve()
+        if file.is_dir():
+            return f"{link['text'][1:-1]} (`{file.relative_to(ROOT).as_posix()}`)"
         target = DOCS / f"{PAGES[file]}.md" if file in PAGES else file
-        if file in PAGES or link["text"].startswith("!"):
-            place = Path(os.path.relpath(target, (DOCS / page).parent)).as_posix()
-            return f"{link['text']}({place}{'#' * bool(anchor)}{anchor})"
-        text, place = link["text"][1:-1], f"`{file.relative_to(ROOT).as_posix()}`"
-        return text if text == place else f"{text} ({place})"
+        return f"{link['text']}({make_relative(target, (DOCS / page).parent)}{hash_sign}{anchor})"
 
     return LINK.sub(rewrite, text)
+
+
+def make_relative(file: Path, folder: Path) -> str:
+    return Path(os.path.relpath(file, folder)).as_posix()
 
 
 def read_page(page: str) -> str:
@@ -115,19 +117,19 @@ def write_markdown(app: Sphinx, error: Exception | None) -> None:
     """Write each page as Markdown beside its HTML, for readers that are programs."""
     if error is not None or app.builder.name != "html":
         return
+    copies = {DOCS / name: f"_images/{copy}" for name, (_, copy) in app.env.images.items()}
+    copies |= {DOCS / name: f"_downloads/{copy}" for name, (_, copy) in app.env.dlfiles.items()}
+    copies = {file.resolve(): Path(app.outdir) / copy for file, copy in copies.items()}
     for page in set(PAGES.values()):
-        file = Path(app.outdir) / f"{page}.md"
+        folder, place = (DOCS / page).parent, Path(app.outdir) / f"{page}.md"
 
-        def use_copy(link: re.Match, file: Path = file) -> str:
-            """Let an image lead to the copy that Sphinx has made."""
-            if not link["text"].startswith("!"):
-                return link[0]
-            image = os.path.relpath(DOCS / file.relative_to(app.outdir).parent / link["target"], DOCS)
-            copy = Path(app.outdir) / "_images" / app.env.images[Path(image).as_posix()][1]
-            return f"{link['text']}({Path(os.path.relpath(copy, file.parent)).as_posix()})"
+        def use_copy(link: re.Match, folder: Path = folder, place: Path = place) -> str:
+            """Let a link to an image or a file lead to the copy that Sphinx has made."""
+            copy = copies.get((folder / link["target"]).resolve())
+            return f"{link['text']}({make_relative(copy, place.parent)})" if copy else link[0]
 
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(TOCTREE.sub("", LINK.sub(use_copy, read_page(page))), encoding="utf-8")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(TOCTREE.sub("", LINK.sub(use_copy, read_page(page))), encoding="utf-8")
 
 
 def convert_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
