@@ -147,6 +147,7 @@ def save(accelerator, args, vq_model, num_images, held_out, step):
         dataset=args.dataset,
         base_model=args.model,
         license=args.license,
+        metrics={name: round(value, 4) for name, value in figures.items()},
         training=training,
         figures=results,
         stride=vq_model.config.stride,

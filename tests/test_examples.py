@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from pages import list_calls, read_blocks
 from PIL import Image
 from scripts import TOKEN_RESOLUTION, list_words, name_changed, reset_accelerate, run_script, write_teacher
@@ -222,6 +223,9 @@ def test_an_adapter_learns_a_new_operation_is_measured_with_its_base_and_shipped
     assert "rank 2, alpha 2" in card
     assert "Hardware: no GPU" in card
     EditARPipeline.from_pretrained(sticker_editor).load_lora_weights(tmp_path / "shipped")
+    results = ModelCard(card).data.eval_results
+    assert [result.metric_name.partition(":")[0] for result in results] == [row[1] for row in rows[1:-1]]
+    assert [f"{result.metric_value:.1f}" for result in results] == [row[5] for row in rows[1:-1]]
     with Image.open(tmp_path / "shipped" / "copies.png") as sheet:
         assert sheet.size == (4 * 132 + 4, 3 * 132 + 4)
 

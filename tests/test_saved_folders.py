@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
+from tiny import are_near
 
 from editar_hf import EditARPipeline
 
@@ -69,6 +71,23 @@ def test_saved_pipeline_keeps_its_mask(pipe, image):
 def test_saved_pipeline_samples_with_its_own_settings(pipe, image):
     generator = torch.Generator().manual_seed(0)
     assert_edit("recolour, seed 0", pipe, "make the blue square green", image=image, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["sticker-editor", "sticker-copy-lora"])
+def test_header_of_a_shipped_card_repeats_its_figures_and_shows_an_edit_of_the_model(pipe, name):
+    folder = EXAMPLES / name
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.model_name == name
+    for result in card.data.eval_results:
+        assert f"| {result.metric_value} |" in card.text, result.metric_name
+    (example,) = card.data.widget
+    if name == "sticker-copy-lora":
+        pipe.load_lora_weights(folder)
+    (edited,) = pipe(
+        example["prompt"], image=folder / example["src"], generator=torch.Generator().manual_seed(0)
+    ).images
+    pipe.unload_lora_weights()
+    assert are_near(edited, Image.open(folder / example["output"]["url"]))
 
 
 def test_saved_adapter_gives_the_tokens_it_gave(pipe, image):

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 from hub_server import TOKEN, HubServer, Repository
+from huggingface_hub import ModelCard
 from PIL import Image
 from processes import run_python
 from scripts import EXAMPLES, list_words, run_script
@@ -157,7 +158,11 @@ def test_losses_of_training_of_each_task_and_of_validation_are_in_the_tensorboar
     tasks = [last[f"token_loss/task/{task}"] for task in ("edit", "depth")]
     assert tasks[0] != tasks[1]
     assert last["token_loss"] == pytest.approx(sum(tasks) / 2, rel=1e-5)
-    assert f"Loss on held-out pairs: {last['validation_loss']:.4f}" in story["cards"][EDITOR]
+    card = story["cards"][EDITOR]
+    assert f"Loss on held-out pairs: {last['validation_loss']:.4f}" in card
+    (result,) = ModelCard(card).data.eval_results
+    assert (result.task_type, result.metric_type) == ("image-to-image", "loss")
+    assert result.metric_value == pytest.approx(last["validation_loss"], abs=1e-4)
 
 
 def test_failed_upload_leaves_the_folder_and_says_how_to_try_again(story):
@@ -204,4 +209,7 @@ def test_vq_model_is_pushed_on_the_way_and_at_the_end_with_a_card_whose_snippet_
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     psnr = next(line["psnr"] for line in reversed(lines) if "psnr" in line)
     assert f"On 4 held-out images: PSNR {psnr:.2f} dB" in card
+    results = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    assert results.keys() == {"psnr", "code_usage", "perplexity"}
+    assert results["psnr"] == pytest.approx(psnr, abs=1e-4)
     assert TOKEN not in card

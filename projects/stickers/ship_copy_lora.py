@@ -1,11 +1,11 @@
-"""Ship the adapter that `train_copy_lora.sh` trained: its weights, and a model card with results and an image.
+"""Ship the adapter that `train_copy_lora.sh` trained: its weights, and a model card with results and images.
 
     python projects/stickers/ship_copy_lora.py --model examples/sticker-editor --adapter runs/copy/run/adapter \
         --dataset runs/copy/new --figures runs/copy/figures --output-dir examples/sticker-copy-lora \
         --hardware "two CPU cores, 12 minutes"
 
 The results are the output of `evaluate_sticker_editor.py` for new and old test samples, with and without the adapter.
-The image shows the first new test samples, without any selection.
+One image shows the first new test samples, without any selection. Two images are the example that the Hub shows.
 """
 
 import json
@@ -13,8 +13,9 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import ModelCard
-from PIL import Image
+import torch
+from huggingface_hub import EvalResult, ModelCard
+from PIL import Image, ImageOps
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
@@ -27,6 +28,9 @@ from editar_hf.training.validation import build_contact_sheet
 IMAGE_FILE = "copies.png"
 NUM_SHOWN, ENLARGED = 6, 128
 CARD = Path(__file__).with_name("copy_lora_card.md")
+PHOTO = Path(__file__).parents[2] / "examples" / "photo.png"
+# The widget of the Hub: its source image, its prompt, and the result.
+EXAMPLE = {"src": "example.png", "prompt": "copy the red circle to the top right", "output": {"url": "edited.png"}}
 
 
 @dataclass
@@ -37,6 +41,17 @@ class Arguments:
     figures: Path = field(metadata={"help": "folder with new-without.json, new-with.json, old-without.json, ..."})
     output_dir: Path
     hardware: str = "two CPU cores"
+
+
+def list_results(results: dict[str, dict], setting: str) -> list[EvalResult]:
+    """List the percentages of edits that are done with the adapter, for the header of the card."""
+    means = {**results["new-with"][setting]["seen"], **results["old-with"][setting]["seen"]}
+    where = {"task_type": "image-to-image", "dataset_type": "custom", "dataset_name": "sticker edits"}
+    where |= {"dataset_split": "test", "metric_type": "accuracy"}
+    return [
+        EvalResult(**where, metric_value=round(100 * mean["done"], 1), metric_name=f"{operation}: edits done, %")
+        for operation, mean in means.items()
+    ]
 
 
 def compose_rows(results: dict[str, dict], setting: str) -> str:
@@ -66,11 +81,17 @@ def list_names(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 
-def draw_copies(args: Arguments) -> Image.Image:
-    """Draw the first test samples as source | without | with | target."""
+def draw_example(pipeline: EditARPipeline, folder: Path) -> None:
+    """Write the images of the widget: a square of a photograph, and its edit with the seed 0."""
+    ImageOps.fit(Image.open(PHOTO), (ENLARGED, ENLARGED)).save(folder / EXAMPLE["src"], optimize=True)
+    call = {"prompt": EXAMPLE["prompt"], "image": folder / EXAMPLE["src"]}
+    (edited,) = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
+    edited.save(folder / EXAMPLE["output"]["url"], optimize=True)
+
+
+def draw_copies(args: Arguments, pipeline: EditARPipeline) -> Image.Image:
+    """Draw the first test samples as source | without | with | target. The pipeline then has the adapter."""
     samples = load_files("parquet", [f"{args.dataset}/test.parquet"], f"test[:{NUM_SHOWN}]")
-    pipeline = EditARPipeline.from_pretrained(args.model)
-    pipeline.set_progress_bar_config(disable=True)
 
     def edit() -> list[Image.Image]:
         return pipeline(samples["prompt"][:], image=samples["source_image"][:], do_sample=False).images
@@ -88,7 +109,7 @@ def main():
     config = json.loads((args.adapter / CONFIG_FILE).read_text())
     results = {path.stem: json.loads(path.read_text()) for path in args.figures.glob("*.json")}
     (setting,) = results["new-with"].keys() - {"ceiling"}
-    card = CARD.read_text(encoding="utf-8").format(
+    text = CARD.read_text(encoding="utf-8").format(
         model=args.model,
         folder=args.output_dir,
         rank=config["r"],
@@ -103,10 +124,16 @@ def main():
         without=results["new-without"][setting]["seen"]["copy"],
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_copies(args).save(args.output_dir / IMAGE_FILE, optimize=True)
+    pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    draw_copies(args, pipeline).save(args.output_dir / IMAGE_FILE, optimize=True)
+    draw_example(pipeline, args.output_dir)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(args.adapter / file, args.output_dir / file)
-    ModelCard(card).save(args.output_dir / CARD_FILE)
+    card = ModelCard(text)
+    card.data.model_name = "sticker-copy-lora"
+    card.data.eval_results, card.data.widget = list_results(results, setting), [EXAMPLE]
+    card.save(args.output_dir / CARD_FILE)
 
 
 if __name__ == "__main__":

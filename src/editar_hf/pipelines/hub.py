@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_utils
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 from huggingface_hub import (
+    EvalResult,
     ModelCard,
     ModelCardData,
     create_repo,
@@ -66,6 +67,7 @@ def make_card(
     dataset: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    metrics: Mapping[str, float] | None = None,
     **sections: Any,
 ) -> str:
     """Make a model card from a template of this package, `editar_hf/model_cards/`.
@@ -78,18 +80,23 @@ def make_card(
         dataset, base_model (`str`, *optional*): The data set and the model that the training started from. The header
             of the card names them only if they are Hub ids.
         license (`str`, *optional*): Identifier of the licence.
+        metrics (mapping of `str` to `float`, *optional*): Results on held-out data of `dataset`, by the types of the
+            metrics. They go into the `model-index` of the header, which the Hub shows beside the card.
         sections: Texts and numbers for the template.
     """
+    title, is_public = name.rpartition("/")[2], dataset is not None and is_hub_id(dataset)
+    where = ("image-to-image", dataset if is_public else "custom", Path(dataset or "custom").name)
     data = ModelCardData(
         library_name="editar-hf",
         pipeline_tag="image-to-image",
         tags=["editar", *CARD_TAGS.get(template, ["image-editing"])],
-        datasets=[dataset] if dataset is not None and is_hub_id(dataset) else None,
+        datasets=[dataset] if is_public else None,
         base_model=base_model if base_model is not None and is_hub_id(base_model) else None,
         license=license,
+        model_name=title if metrics else None,
+        eval_results=[EvalResult(*where, kind, value) for kind, value in (metrics or {}).items()] or None,
     )
     path = str(files("editar_hf") / "model_cards" / f"{template}.md")
-    title = name.rpartition("/")[2]
     facts = {"name": name, "title": title, "base_model": base_model, "license": license, **sections}
     return str(ModelCard.from_template(data, template_path=path, **facts))
 

@@ -331,11 +331,13 @@ class EditARTrainer:
             f"Trained from `{args.model}` on `{dataset}`{num_pairs}, for {self.step:,} steps of "
             f"{self.samples_per_step:,} pairs. The {frozen}. {describe_command()}"
         )
-        figures = None
+        figures, metrics = None, None
         if self.validation_loss is not None:
+            metrics = {"loss": round(self.validation_loss, 4)}
             figures = (
                 f"Loss on held-out pairs: {self.validation_loss:.4f} nats per token. Some of these pairs, as rows "
                 f"source | edited | target:\n\n![source, edited, target]({VALIDATION_IMAGE})"
             )
         template = "base" if args.lora_rank is None else "adapter"
-        return make_card(template, name, dataset, args.model, args.license, training=training, figures=figures)
+        sections = {"training": training, "figures": figures}
+        return make_card(template, name, dataset, args.model, args.license, metrics, **sections)
