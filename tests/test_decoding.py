@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from editar_hf.generation.cache import join_caches
 from editar_hf.generation.decoding import TokenDecoder, decode_target_tokens
 from editar_hf.generation.sampling import DecodingSettings, TokenSelector, compute_noise_keys, select_branches
 
@@ -331,6 +332,17 @@ def test_one_cached_source_serves_every_prompt_and_is_not_run_again(model):
         tokens = generate(model, PROMPTS, source_cache=cache).sequences
     assert not any("source_image_tokens" in bring for bring in recorder.passes)
     assert torch.equal(tokens, generate(model, {**PROMPTS, "source_image_tokens": SOURCE[:1].repeat(2, 1)}).sequences)
+
+
+def test_joined_caches_are_the_cache_of_all_their_sources(model):
+    joined = join_caches([model.prepare_source_cache(source[None]) for source in SOURCE])
+    cache = model.prepare_source_cache(SOURCE)
+    for part, expected in ((joined, cache), (joined.null_text, cache.null_text)):
+        for name in ("keys", "values"):
+            for states, others in zip(getattr(part, name), getattr(expected, name), strict=True):
+                torch.testing.assert_close(states, others)
+    assert [states.stride() for states in joined.values] == [states.stride() for states in cache.values]
+    assert torch.equal(generate(model, PROMPTS, source_cache=joined).sequences, generate(model, INPUTS).sequences)
 
 
 def test_a_cache_keeps_nothing_in_memory_but_its_keys_and_values(model):

@@ -283,11 +283,15 @@ def test_repeated_image_is_encoded_once_while_its_cache_is_kept(pipe, monkeypatc
         assert [edit(1, width=8, height=16), edit(1, width=8, height=16)] == [3, 3]
         fitted = {"width": 70, "height": 50, "size_policy": "fit"}
         assert [edit(1, **fitted), edit(1, **fitted)] == [4, 5]
+        with ThreadPoolExecutor(4) as threads, running.hold_worker():
+            tasks = [threads.submit(edit, seed) for seed in (1, 2, 3, 1)]
+            running.wait_for_queue(4)
+        assert [task.result() for task in tasks] == 4 * [6]
         # A cache has 2 layers with keys and values of 32 floats, for 16 tokens of the source and 80 of the null text:
         # 48 KiB. Two have room.
         monkeypatch.setattr(worker, "SOURCE_CACHE_BYTES", 2 * 48 * 1024)
-        assert [edit(4), edit(5), edit(4), edit(5)] == [6, 7, 7, 7]
-        assert [edit(6), edit(5), edit(4)] == [8, 8, 9]
+        assert [edit(4), edit(5), edit(4), edit(5)] == [7, 8, 8, 8]
+        assert [edit(6), edit(5), edit(4)] == [9, 9, 10]
 
 
 def test_failed_call_of_a_batch_fails_only_the_image_that_is_at_fault():

@@ -10,7 +10,7 @@ Source: Hydragen (arXiv 2402.05099), attention over a shared prefix and a part o
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -141,6 +141,22 @@ def compute_source_cache(
         keys, values = ([states[:, :, :num_tokens] for states in layers] for layers in (keys, values))
     values = [states.mT.contiguous().mT for states in values]  # for the reason that `DecodingCache` gives
     return SourceCache(source_image_tokens, keys, values, grid["grid_height"], grid["grid_width"], null_text)
+
+
+def join_caches(caches: Sequence[Any]) -> Any:
+    """Join source caches of one decoder and one grid to one cache of all their sources, in order; text caches too."""
+    joined: dict[str, Any] = {}
+    for name, value in vars(caches[0]).items():
+        values = [getattr(cache, name) for cache in caches]
+        if isinstance(value, torch.Tensor):
+            joined[name] = torch.cat(values)
+        elif isinstance(value, TextCache):
+            joined[name] = join_caches(values)
+        elif name == "keys":
+            joined[name] = [torch.cat(layers) for layers in zip(*values, strict=True)]
+        elif name == "values":  # in the layout that `DecodingCache` explains
+            joined[name] = [torch.cat([states.mT for states in layers]).mT for layers in zip(*values, strict=True)]
+    return replace(caches[0], **joined)
 
 
 def compute_text_cache(

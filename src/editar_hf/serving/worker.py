@@ -19,7 +19,7 @@ from PIL import Image
 from prometheus_client import Histogram
 
 from ..checks import check_integer
-from ..generation import SourceCache
+from ..generation.cache import SourceCache, join_caches
 from ..pipelines.pipeline_editar import EditARPipeline
 
 
@@ -109,22 +109,26 @@ class SourceCaches:
         self.caches: dict[tuple, SourceCache] = {}
 
     def get(self, batch: Sequence[Job]) -> SourceCache | None:
-        """Return the cache of a batch whose images have one source; None for other batches."""
-        settings, source_key = batch[0].settings, batch[0].source_key
-        if source_key is None or any(job.source_key != source_key for job in batch):
+        """Return the cache of the sources of a batch: one source for all images, or one for each. None without keys."""
+        settings = batch[0].settings
+        if any(job.source_key is None for job in batch):
             return None
         default = self.pipeline.processor.image_processor.size
         height, width = settings.size[0] or default.height, settings.size[1] or default.width
         if (height, width) != self.pipeline.resolve_size(height, width, "fit"):
             return None  # The pipeline resizes the image before it encodes it.
-        key = source_key, height, width, settings.lora
-        cache = self.caches.pop(key, None)
-        if cache is None:
-            cache = self.pipeline.prepare_source_cache(batch[0].image, height, width)
-        self.caches[key] = cache
+        caches: list[SourceCache] = []
+        for job in batch:
+            key = job.source_key, height, width, settings.lora
+            cache = self.caches.pop(key, None)
+            if cache is None:
+                cache = self.pipeline.prepare_source_cache(job.image, height, width)
+            self.caches[key] = cache
+            caches.append(cache)
         while sum(map(count_bytes, self.caches.values())) > SOURCE_CACHE_BYTES:
             self.caches.pop(next(iter(self.caches)))
-        return cache
+        # A source that all images share is read once in each pass.
+        return caches[0] if all(cache is caches[0] for cache in caches) else join_caches(caches)
 
 
 def count_bytes(cache: SourceCache) -> int:
