@@ -118,6 +118,18 @@ def test_transparent_pixels_of_the_mask_are_edited_and_the_others_stay(client, p
     assert not np.array_equal(result[8:, 8:], np.asarray(image)[8:, 8:])
 
 
+def test_rotated_photo_is_edited_upright_with_an_upright_mask(served, pipe):
+    photo, exif, mask = io.BytesIO(), Image.Exif(), draw_mask((16, 24), (4, 8, 12, 16))
+    exif[0x0112] = 6  # The camera was turned by 90°.
+    draw_image(0, 24, 16).save(photo, "JPEG", exif=exif)
+    files = {"image": photo.getvalue(), "mask": write_image(mask)}
+    answer = served.post(data={"prompt": "a hat", "seed": 0}, files=files).json()
+    white = ImageChops.invert(mask.getchannel("A"))
+    (expected,) = pipe("a hat", image=Image.open(photo), mask_image=white, generator=seed_generators(0)).images
+    assert expected.size == (16, 24)
+    assert np.array_equal(read_image(answer["data"][0]["b64_json"]), expected)
+
+
 def test_generation_and_formats(client, pipe):
     answer = client.images.generate(
         prompt="a hat", output_format="webp", extra_body={"seed": 5, "guidance_scale": 1.5, "negative_prompt": "red"}
@@ -503,7 +515,7 @@ def test_bad_request_is_refused_by_the_name_of_the_field(case, served):
     assert (answer.status_code, error["param"]) == (status, param), error
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
-    assert "Traceback" not in answer.text
+    assert not any(word in answer.text for word in ("Traceback", "pattern"))
 
 
 @pytest.mark.parametrize(

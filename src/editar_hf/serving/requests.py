@@ -63,7 +63,9 @@ class ImageFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1, max_length=MAX_PROMPT_LENGTH, pattern=r"\S")
+    prompt: str = Field(
+        min_length=1, max_length=MAX_PROMPT_LENGTH, pattern=r"\S", description="text that is not only white space"
+    )
     model: str | None = None
     n: int = Field(1, ge=1, le=10)
     size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,3}x[1-9]\d{0,3})$", description='"auto" or "WIDTHxHEIGHT"')
@@ -117,6 +119,8 @@ def parse_fields(kind: type[Fields], values: dict[str, Any]) -> Fields:
         if first["type"] == "missing":
             raise RequestError(400, f"`{name}` is missing.", name, "missing_required_parameter") from None
         message = first["msg"][0].lower() + first["msg"][1:]
+        if first["type"] == "string_pattern_mismatch":
+            message = f"send {kind.model_fields[name].description}"
         raise RequestError(400, f"`{name}` is {first['input']!r:.80}: {message}.", name, "invalid_value") from None
     if fields.output_compression is not None and fields.output_format == "png":
         raise RequestError(
@@ -242,7 +246,7 @@ def decode_images(
         image = prepare_rgb_image(opened, name="image")
         crop = compute_crop_geometry(image.height, image.width, height, width, resize_mode)
     except ValueError:
-        message = "`image` is damaged, or too thin for the model."
+        message = "`image` is damaged, or too thin for the model or for `size`."
         raise RequestError(400, message, "image", "invalid_image_format") from None
     if mask_file is None:
         return image, None
