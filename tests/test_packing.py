@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image, ImageDraw
 from plain_decoding import draw_inputs, draw_mask, seed_generators
 from test_compilation import CountingBackend, build_shallow_transformer
@@ -245,12 +244,19 @@ def test_adapters_can_be_chosen_while_the_weights_below_them_are_packed(adapters
     assert has_same_bits(list_states(pipe.transformer), before)
 
 
-def test_an_adapter_that_reads_the_weights_is_not_packed():
-    model = build_transformer()
-    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], use_dora=True), model)
-    with pytest.raises(ValueError, match=r"q_proj.*`fuse_lora\(\)`"):
-        model.pack_weights()
-    assert not is_packed(model)
+def test_weights_that_dora_reads_are_not_packed(adapters):  # noqa: F811
+    pipe, plain = build_pipeline(), build_pipeline()
+    for one in (pipe, plain):
+        round_weights(one)
+        one.load_lora_weights(adapters / "dora", adapter_name="dora")
+    pipe.pack_weights()
+    adapted = [layer for layer in pipe.transformer.modules() if hasattr(layer, "lora_A")]
+    assert {type(layer.base_layer) for layer in adapted} == {torch.nn.Linear}
+    assert is_packed(pipe.transformer)
+    for names in (["dora"], []):
+        for one in (pipe, plain):
+            one.set_adapters(names)
+        assert torch.equal(edit(pipe), edit(plain)), names
 
 
 def test_a_source_cache_is_refused_if_it_has_other_weights(models):

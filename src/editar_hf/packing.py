@@ -160,11 +160,20 @@ def check_conversion(fn: Any) -> None:
 
 
 def list_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """List the linear layers without bias, together with their paths. Those of adapters are left out."""
-    for path, module in model.named_modules():
+    """List the linear layers without bias that can be packed, together with their paths.
+
+    The layers of adapters are left out. So are layers below an adapter that reads their weights, such as DoRA, unless
+    it is fused. Plain LoRA only calls the layer below it.
+    """
+    kept: list[str] = []
+    for path, layer in model.named_modules():
+        is_plain = hasattr(layer, "original_module") or (hasattr(layer, "lora_A") and not layer.lora_magnitude_vector)
+        if hasattr(layer, "adapter_layer_names") and not (is_plain or layer.merged):
+            kept.append(f"{path}.")
         is_adapter = ".lora_" in path or ".modules_to_save." in path
-        if isinstance(module, nn.Linear) and module.bias is None and not is_adapter:
-            yield path, module
+        is_linear = isinstance(layer, nn.Linear) and layer.bias is None
+        if is_linear and not is_adapter and not path.startswith(tuple(kept)):
+            yield path, layer
 
 
 def list_floats(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -177,8 +186,8 @@ def check_can_pack(model: nn.Module) -> None:
     """Check that the linear layers of a model can be packed.
 
     Raises:
-        ValueError: If this machine has no kernel, a weight is not on the CPU, is quantised, not finite or too large for
-            float16, or adapters other than plain LoRA are attached and not fused.
+        ValueError: If this machine has no kernel, or a weight is not on the CPU, is quantised, not finite or too large
+            for float16.
     """
     if (reason := explain_missing_kernel()) is not None:
         raise ValueError(f"The weights cannot be packed: {reason}. Use the model without `pack_weights()`.")
@@ -187,13 +196,6 @@ def check_can_pack(model: nn.Module) -> None:
             f"The weights are on {', '.join(sorted(devices))}; packed weights are for CPUs. Move the model with "
             "`.to('cpu')` first, or use it without `pack_weights()`. Offloaded weights cannot be packed."
         )
-    for path, layer in model.named_modules():
-        # A layer of plain LoRA calls the layer that it adapts. Layers of other adapters, such as DoRA, read its weight.
-        is_plain = hasattr(layer, "original_module") or (hasattr(layer, "lora_A") and not layer.lora_magnitude_vector)
-        if hasattr(layer, "adapter_layer_names") and not (is_plain or layer.merged):
-            raise ValueError(
-                f"`{path}` has an adapter other than plain LoRA; call `fuse_lora()` or `unload_lora_weights()` first."
-            )
     for path, layer in list_linears(model):
         if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
             raise ValueError(f"`{path}` is quantised; to pack weights, load the model without `quantization_config`.")
@@ -277,13 +279,13 @@ class PackedWeightsMixin:
         The model then computes in float32, with half the memory for its weights. Its tokens are those of the same
         weights in float32, if the weights are stored in 16 bits. Weights that need all 32 bits, such as those with
         fused adapters, are rounded to float16, which is finer than bfloat16. LoRA adapters that are not fused stay in
-        float32, and can be activated and deactivated. Until `unpack_weights`, the model cannot be trained, saved,
-        pickled or moved to another device or dtype, and adapters cannot be loaded, fused or saved.
+        float32, and can be activated and deactivated; weights below DoRA adapters are not packed. Until
+        `unpack_weights`, the model cannot be trained, saved, pickled or moved to another device or dtype, and adapters
+        cannot be loaded, fused or saved.
 
         Raises:
             ValueError: If this machine has no kernel (it exists for x86-64 with AVX2), a weight is not on the CPU, is
-                quantised, not finite or beyond ±65,504, or the model has adapters other than plain LoRA that are not
-                fused.
+                quantised, not finite, or beyond ±65,504.
         """
         pack_linears(self)
 
