@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from functools import cache
 
 from .. import __version__
-from . import check, convert, edit, env, evaluate, serve
+from . import app, check, convert, edit, env, evaluate, serve
 
 
 # In the order of `editar-hf --help`.
-COMMANDS = (edit, serve, convert, check, evaluate, env)
+COMMANDS = (edit, app, serve, convert, check, evaluate, env)
 
 
 def build_parser() -> argparse.ArgumentParser:
