@@ -457,5 +457,6 @@ def decode_one_by_one(
 
     In a batch, convolutions may round differently. One by one, they take the same time and less memory.
     """
+    vq_model._resolve_grid(image_tokens, *grid)  # Errors then describe the whole batch.
     images = image_tokens.split(1)
     return torch.cat([vq_model.decode(image, *grid, num_skipped_upsamples).float() for image in images])
