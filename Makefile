@@ -5,13 +5,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 REQUIREMENTS := setup.cfg pyproject.toml
 
-.PHONY: demo serve test quality wheels clean
+.PHONY: demo app serve docs test quality wheels clean
 
 demo: .venv/installed-lora  ## edit a photograph with the shipped checkpoint and print where the picture is
 	$(BIN)/python examples/edit_photo.py
 
+app: .venv/installed-app  ## edit in the browser with the shipped checkpoint, at http://127.0.0.1:7860
+	$(BIN)/editar-hf app --model examples/sticker-editor --image examples/photo.png --prompt "make the red circle blue"
+
 serve: .venv/installed-serve  ## serve the shipped checkpoint at http://127.0.0.1:8000
 	$(BIN)/editar-hf serve --model examples/sticker-editor
+
+docs: .venv/installed-docs  ## build the documentation in docs/_build/html, with warnings as errors
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 test: .venv/installed-dev  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
