@@ -2,7 +2,14 @@
 
 import argparse
 
-from .loading import add_loading_options, add_packing_option, check_device, choose_packing, load_pipeline
+from .loading import (
+    add_loading_options,
+    add_lora_option,
+    add_packing_option,
+    check_device,
+    choose_packing,
+    load_pipeline,
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -16,6 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add_loading_options(parser)
+    add_lora_option(parser)
     add("--image", metavar="FILE", help="image of the example")
     add("--prompt", metavar="P", default="", help="instruction of the example")
     host = "address to listen on (default: 127.0.0.1, which only this machine can reach)"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io import SAVE_OPTIONS, atomic_path
-from .loading import add_loading_options, check_device, choose_device, load_pipeline
+from .loading import add_loading_options, add_lora_option, check_device, choose_device, load_pipeline
 
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add_loading_options(parser)
+    add_lora_option(parser)
     add("--image", metavar="PATH", type=parse_path, required=True, help="image to edit, or folder of images")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="P", help="instruction: what to change")

@@ -9,13 +9,17 @@ if TYPE_CHECKING:
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--model`, `--lora`, `--dtype` and `--device`."""
+    """Add `--model`, `--dtype` and `--device`."""
     add = parser.add_argument
     add("--model", metavar="M", required=True, help="pipeline folder or Hub id")
-    add("--lora", metavar="L", help="folder or Hub id of a LoRA adapter")
     dtype = "dtype of the weights; auto: that of the files; default: that of the files if this machine supports it"
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=f"{dtype}, else float32")
     add("--device", metavar="D", help="device, such as cpu or cuda:1; default: the GPU if there is one")
+
+
+def add_lora_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--lora`, for commands that use one adapter for all images."""
+    parser.add_argument("--lora", metavar="L", help="folder or Hub id of a LoRA adapter")
 
 
 def add_packing_option(parser: argparse.ArgumentParser) -> None:

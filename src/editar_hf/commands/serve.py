@@ -23,8 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "and /metrics. Requests that wait together and have the same size and settings run in one batch. Needs the "
         "extra `serve`."
     )
-    # "resolve", because `--lora` replaces the option of the same name in `add_loading_options`.
-    parser = subparsers.add_parser("serve", help=summary, description=description, conflict_handler="resolve")
+    parser = subparsers.add_parser("serve", help=summary, description=description)
     parser.set_defaults(run=run)
     add = parser.add_argument
     add_loading_options(parser)
