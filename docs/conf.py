@@ -39,6 +39,7 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 copybutton_exclude = ".linenos, .gp"
 
 html_theme = "furo"

@@ -115,8 +115,8 @@ def draw_lora(pipe: EditARPipeline, adapter: Path) -> list[list[Image.Image]]:
 
 
 def save_sheet(rows: list[list[Image.Image]], file: Path, width: int = 864):
-    """Save rows of images as one picture of about `width` pixels."""
-    side = width // len(rows[0]) - 8
+    """Save rows of images as one picture of at most `width` pixels and a margin."""
+    side = min(width // len(rows[0]), 288) - 8
     columns, lines = rows[0][0].size
     size = side, round(side * lines / columns)
     sheet = build_contact_sheet([[image.resize(size, Image.Resampling.LANCZOS) for image in row] for row in rows], 8)
