@@ -72,7 +72,7 @@ def rewrite_links(text: str, origin: Path, page: str) -> str:
     """Rewrite the links of a file for the page that shows its text.
 
     A link to a file that is a page leads to this page. Sphinx copies images and other files into the site. A link to a
-    folder becomes plain text with the path of the folder.
+    folder, or to Markdown that is no page, becomes plain text with the path.
     """
 
     def rewrite(link: re.Match) -> str:
@@ -80,7 +80,7 @@ def rewrite_links(text: str, origin: Path, page: str) -> str:
         if re.match(r"\w+:", path) or not path:
             return link[0]
         file = (origin.parent / path).resolve()
-        if file.is_dir():
+        if file.is_dir() or (file.suffix == ".md" and file not in PAGES):
             return f"{link['text'][1:-1]} (`{file.relative_to(ROOT).as_posix()}`)"
         target = DOCS / f"{PAGES[file]}.md" if file in PAGES else file
         return f"{link['text']}({make_relative(target, (DOCS / page).parent)}{hash_sign}{anchor})"
