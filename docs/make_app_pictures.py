@@ -24,7 +24,9 @@ def save_screenshot(app: AppPage, name: str):
     app.page.mouse.move(2, 2)
     app.page.wait_for_timeout(800)
     app.page.screenshot(path=path, full_page=True)
-    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+    picture = Image.open(path).convert("RGB")
+    palette = picture.quantize(256, kmeans=2)
+    picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1024:.0f} KB")
 
 

@@ -103,6 +103,7 @@ class AppPage:
 
     def move_slider(self, place: float):
         """Move the handle between before and after to a place, which is a fraction of the width."""
+        self.page.locator("#slider").scroll_into_view_if_needed()
         box = self.page.locator("#slider").bounding_box()
         y = box["y"] + box["height"] / 2
         self.page.mouse.move(box["x"] + box["width"] / 2, y)

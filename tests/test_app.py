@@ -349,11 +349,14 @@ def test_browsers_have_sessions_of_their_own_and_one_edit_at_a_time(browser, url
         first.start_edit("make the red circle green")
         wait_until(lambda: gate.num_passes == 1)
         second.start_edit()
-        first.cancel()
+        second.cancel()  # It waits.
+        first.cancel()  # It runs.
+        second.start_edit()
         gate.permits.release(1000)
         second.page.get_by_text("Done in").wait_for()
     second.wait_for_history(2)
     first.wait_for_history(0)
+    assert [page.page.locator(".toast-body").count() for page in (first, second)] == [0, 0]
     for page in (first, second):
         page.close()
 

@@ -47,5 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"`--prompt` is {args.prompt!r} without `--image`; pass the image of the example too.")
     choose_packing(args)
     examples = [] if args.image is None else [Example(open_image(args.image, "image"), args.prompt)]
-    launch_demo(create_demo(load_pipeline(args), examples), server_name=args.host, server_port=args.port)
+    demo = create_demo(load_pipeline(args), examples)
+    print(f"The app starts at http://{args.host}:{args.port}. Press Ctrl-C to stop it.", flush=True)
+    launch_demo(demo, server_name=args.host, server_port=args.port, quiet=True)
     return 0

@@ -334,6 +334,7 @@ class EditApp:
                         )
                     self.history = gr.Gallery(label="History", visible=False, elem_id="history", **thumbnails)
             examples = [(image, prompt) for image, prompt in self.examples]
+            thumbnails["columns"] = 8  # On the whole width.
             self.gallery = gr.Gallery(examples, label="Examples", visible=len(examples) > 1, **thumbnails)
             self.connect(demo)
         return demo
