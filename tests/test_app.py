@@ -362,18 +362,18 @@ def test_browsers_have_sessions_of_their_own_and_one_edit_at_a_time(browser, url
 
 
 def test_paths_that_a_client_names_are_not_read(url):
+    photo = ROOT / "examples" / "photo.png"
     config = httpx.get(f"{url}/config").json()
-    events = [part for part in config["dependencies"] if any(event == "upload" for _, event in part["targets"])]
+    events = [part["id"] for part in config["dependencies"] if "upload" in {event for _, event in part["targets"]}]
     assert len(events) == 2
+    (uploaded,) = httpx.post(f"{url}/gradio_api/upload", files={"files": photo.open("rb")}).json()
     for event in events:
-        file = {"path": str(ROOT / "examples" / "photo.png"), "meta": {"_type": "gradio.FileData"}}
-        call = {"fn_index": event["id"], "data": [None, file], "session_hash": f"client{event['id']}"}
-        assert httpx.post(f"{url}/gradio_api/queue/join", json=call).status_code == 200
-        with httpx.stream(
-            "GET", f"{url}/gradio_api/queue/data", params={"session_hash": call["session_hash"]}
-        ) as answer:
-            text = "".join(answer.iter_text())
-        assert '"success":false' in text
+        for path, success in ((str(photo), "false"), (uploaded, "true")):
+            data = [None, {"path": path, "meta": {"_type": "gradio.FileData"}}]
+            client = {"session_hash": f"client-{event}-{success}"}
+            httpx.post(f"{url}/gradio_api/queue/join", json={"fn_index": event, "data": data, **client})
+            with httpx.stream("GET", f"{url}/gradio_api/queue/data", params=client) as answer:
+                assert f'"success":{success}' in "".join(answer.iter_text())
 
 
 # The command and the Space
