@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from transformers import PreTrainedConfig
 
 import editar_hf
 
@@ -36,10 +37,12 @@ myst_heading_anchors = 4
 default_role = "code"
 # The docstrings give the types.
 autodoc_typehints = "none"
+# It is slow to import, and no docstring needs it.
+autodoc_mock_imports = ["gradio"]
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True
 copybutton_exclude = ".linenos, .gp"
 
 html_theme = "furo"
@@ -168,9 +171,15 @@ def read_help(obj: object) -> dict[str, str]:
     }
 
 
-def hide_signature(app: Sphinx, what: str, name: str, obj: object, *rest: object) -> tuple[str, None] | None:
-    """Hide the signature of a dataclass of options, which would have fifty of them in a row."""
-    return ("", None) if read_help(obj) else None
+def shorten_signature(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """Hide the fifty options of a command line, and the fields that every configuration has from transformers."""
+    if read_help(obj):
+        return "", None
+    if what == "class" and issubclass(obj, PreTrainedConfig) and signature:
+        return f"(*, {signature.partition('*, ')[2]}", returns
+    return None
 
 
 def setup(app: Sphinx) -> None:
@@ -178,4 +187,4 @@ def setup(app: Sphinx) -> None:
     app.connect("build-finished", write_markdown)
     # Before Napoleon, which has the priority 500.
     app.connect("autodoc-process-docstring", convert_docstring, priority=400)
-    app.connect("autodoc-process-signature", hide_signature)
+    app.connect("autodoc-process-signature", shorten_signature)
