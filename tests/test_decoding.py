@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from editar_hf.generation.cache import join_caches
+from editar_hf.generation.cache import copy_to_one_block, join_caches
 from editar_hf.generation.decoding import TokenDecoder, decode_target_tokens
 from editar_hf.generation.sampling import DecodingSettings, TokenSelector, compute_noise_keys, select_branches
 
@@ -332,6 +332,19 @@ def test_one_cached_source_serves_every_prompt_and_is_not_run_again(model):
         tokens = generate(model, PROMPTS, source_cache=cache).sequences
     assert not any("source_image_tokens" in bring for bring in recorder.passes)
     assert torch.equal(tokens, generate(model, {**PROMPTS, "source_image_tokens": SOURCE[:1].repeat(2, 1)}).sequences)
+
+
+def test_a_cache_in_one_block_has_the_same_states_in_one_block_of_memory(model):
+    cache = model.prepare_source_cache(SOURCE[:1])
+    copy = copy_to_one_block(cache)
+    for own, others in ((cache, copy), (cache.null_text, copy.null_text)):
+        for name in ("keys", "values"):
+            for states, copied in zip(getattr(own, name), getattr(others, name), strict=True):
+                assert torch.equal(states, copied)
+                assert (states.stride(-1) == 1) == (copied.stride(-1) == 1)
+    tensors = [*copy.keys, *copy.values, *copy.null_text.keys, *copy.null_text.values]
+    assert len({states.untyped_storage().data_ptr() for states in tensors}) == 1
+    assert tensors[0].untyped_storage().nbytes() == sum(states.nbytes for states in tensors)
 
 
 def test_joined_caches_are_the_cache_of_all_their_sources(model):

@@ -143,6 +143,28 @@ def compute_source_cache(
     return SourceCache(source_image_tokens, keys, values, grid["grid_height"], grid["grid_width"], null_text)
 
 
+def copy_to_one_block(cache: SourceCache) -> SourceCache:
+    """Copy the keys and values of a cache into one block of memory.
+
+    A process that keeps many caches for some time then gives their memory back. The memory of many small tensors would
+    stay in gaps between other data.
+    """
+    parts = [part for part in (cache, cache.null_text) if part is not None]
+    # Values may lie in memory as their transpose does; `DecodingCache` explains why.
+    tensors = [states for part in parts for states in (*part.keys, *part.values)]
+    rows = [states if states.stride(-1) == 1 else states.mT for states in tensors]
+    pieces = torch.cat([states.flatten() for states in rows]).split([states.numel() for states in rows])
+    copies = (
+        piece.view(lying.shape) if lying is states else piece.view(lying.shape).mT
+        for piece, lying, states in zip(pieces, rows, tensors, strict=True)
+    )
+    copied: list[Any] = [
+        replace(part, keys=[next(copies) for _ in part.keys], values=[next(copies) for _ in part.values])
+        for part in parts
+    ]
+    return replace(copied[0], null_text=copied[1] if len(copied) > 1 else None)
+
+
 def join_caches(caches: Sequence[Any]) -> Any:
     """Join source caches of one decoder and one grid to one cache of all their sources, in order; text caches too."""
     joined: dict[str, Any] = {}

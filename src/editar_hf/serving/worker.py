@@ -19,7 +19,7 @@ from PIL import Image
 from prometheus_client import Histogram
 
 from ..checks import check_integer
-from ..generation.cache import SourceCache, join_caches
+from ..generation.cache import SourceCache, copy_to_one_block, join_caches
 from ..pipelines.pipeline_editar import EditARPipeline
 
 
@@ -122,7 +122,7 @@ class SourceCaches:
             key = job.source_key, height, width, settings.lora
             cache = self.caches.pop(key, None)
             if cache is None:
-                cache = self.pipeline.prepare_source_cache(job.image, height, width)
+                cache = copy_to_one_block(self.pipeline.prepare_source_cache(job.image, height, width))
             self.caches[key] = cache
             caches.append(cache)
         while sum(map(count_bytes, self.caches.values())) > SOURCE_CACHE_BYTES:
