@@ -333,7 +333,7 @@ def test_requests_that_wait_together_get_the_images_of_their_own_adapters(adapte
         fields = {"prompt": "a hat", "n": 2, "seed": 5} | ({"lora": lora} if lora else {})
         return running.post(data=fields, files={"image": IMAGE})
 
-    loras = ("plain", "text")
+    loras = ("plain", "text", "narrow", "dora")  # The third one is rsLoRA.
     expected = {
         lora: load_pipeline(*[lora] * (lora is not None))(
             "a hat", image=draw_image(0), num_images_per_prompt=2, generator=seed_generators(5, 6)
@@ -342,20 +342,20 @@ def test_requests_that_wait_together_get_the_images_of_their_own_adapters(adapte
     }
     assert not any(np.array_equal(expected[a][0], expected[b][0]) for a, b in itertools.combinations(expected, 2))
     caplog.set_level(logging.INFO, logger="editar_hf.serving")
-    with run_server(lambda: load_pipeline(*loras), loras=loras) as running, ThreadPoolExecutor(6) as threads:
+    with run_server(lambda: load_pipeline(*loras), loras=loras) as running, ThreadPoolExecutor(10) as threads:
         running.wait_until_loaded()
         with running.hold_worker():
             together = [threads.submit(edit, lora) for lora in 2 * list(expected)]
-            running.wait_for_queue(12)
+            running.wait_for_queue(20)
         answers = [*(one.result() for one in together), *(edit(lora) for lora in 2 * list(expected))]
         refused = running.post(data={"prompt": "a hat", "lora": "../text"}, files={"image": IMAGE})
-    assert sorted(event["images"] for event in read_events(caplog, "batch")) == [1] + 6 * [2] + 3 * [4]
+    assert sorted(event["images"] for event in read_events(caplog, "batch")) == [1] + 10 * [2] + 5 * [4]
     for lora, answer in zip(4 * list(expected), answers, strict=True):
         for entry, image in zip(answer.json()["data"], expected[lora], strict=True):
             assert np.array_equal(read_image(entry["b64_json"]), image), lora
     error = refused.json()["error"]
     assert (refused.status_code, error["param"]) == (400, "lora")
-    assert "plain, text" in error["message"]
+    assert "plain, text, narrow, dora" in error["message"]
 
 
 # Streams
