@@ -4,6 +4,7 @@
 decoder is in `modeling_editar.py`, and its decoding loop is in `generation/`.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ from .lora import EditARLoraMixin
 
 
 SIZE_POLICIES = ("strict", "fit")
+ASPECTS = ("model", "source")
+# With `aspect="source"`, a side of the model's image is at most this many times as long as the other.
+MAX_ASPECT_RATIO = 2
 # The largest height or width of a result with `size_policy="fit"`, in pixels.
 MAX_SIDE = 16384
 
@@ -193,7 +197,12 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
     @torch.no_grad()
     def encode_image(
-        self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
+        self,
+        image: ImageInput,
+        height: int | None = None,
+        width: int | None = None,
+        resize_mode: str | None = None,
+        aspect: str = "model",
     ) -> torch.LongTensor:
         """Encode images as tokens, `(batch, N)` in raster order. Pass them as `source_image_tokens` to any calls.
 
@@ -201,15 +210,21 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             image: An image, a batch, or a list of images and batches; see `__call__`.
             height, width (`int`, *optional*): Size the model works at, in pixels; *defaults to* that of the model.
             resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* that of the model.
+            aspect (`str`): `"model"`, or `"source"` to choose height and width by the image; see `__call__`.
 
         Raises:
             ValueError: If `image` is not an image, or the size or the mode is not supported.
         """
-        return self.encode_pixel_values(self.prepare_pixel_values(image, height, width, resize_mode))
+        return self.encode_pixel_values(self.prepare_pixel_values(image, height, width, resize_mode, aspect))
 
     @torch.no_grad()
     def prepare_source_cache(
-        self, image: ImageInput, height: int | None = None, width: int | None = None, resize_mode: str | None = None
+        self,
+        image: ImageInput,
+        height: int | None = None,
+        width: int | None = None,
+        resize_mode: str | None = None,
+        aspect: str = "model",
     ) -> SourceCache:
         """Compute the tokens, keys and values of images once. Pass them as `source_cache` to any number of calls.
 
@@ -217,12 +232,12 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         image of the published size in bf16. If the decoder's weights or adapters change, calls refuse the cache.
 
         Args:
-            image, height, width, resize_mode: See `encode_image`.
+            image, height, width, resize_mode, aspect: See `encode_image`.
 
         Raises:
             ValueError: If `image` is not an image, or the size or the mode is not supported.
         """
-        pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
+        pixel_values = self.prepare_pixel_values(image, height, width, resize_mode, aspect)
         grid = self.compute_grid(*pixel_values.shape[-2:])
         cache = self.transformer.prepare_source_cache(self.encode_pixel_values(pixel_values), *grid)
         cache.pixel_values = pixel_values
@@ -260,6 +275,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         height: int | None = None,
         width: int | None = None,
         resize_mode: str | None = None,
+        aspect: str = "model",
     ) -> torch.Tensor:
         """Compute a map of where the instruction changes the image: how much it lowers each source token's likelihood.
 
@@ -268,7 +284,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         tokens. Therefore the signal is strongest where an edit begins, and may be weaker in its later rows.
 
         Args:
-            image, height, width, resize_mode: See `encode_image`.
+            image, height, width, resize_mode, aspect: See `encode_image`.
             prompt (`str` or sequence of `str`): The instructions; one for all images, or one for each.
             task (`str` or sequence of `str`): The tasks whose prefixes go before the instructions.
 
@@ -279,7 +295,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         Raises:
             ValueError: If the inputs do not fit the model or each other.
         """
-        pixel_values = self.prepare_pixel_values(image, height, width, resize_mode)
+        pixel_values = self.prepare_pixel_values(image, height, width, resize_mode, aspect)
         grid = self.compute_grid(*pixel_values.shape[-2:])
         prompts = list_texts(apply_task_prefix(prompt, task))
         batch_size = compute_batch_size(image=pixel_values, prompt=prompts)
@@ -320,6 +336,52 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         rows, columns = (min(max(round(side * tokens_per_pixel), 1), grid_size) for side in (height, width))
         return rows * stride, columns * stride
 
+    def resolve_aspect(
+        self,
+        aspect: str,
+        images: Sequence[Image.Image] | None,
+        height: int | None,
+        width: int | None,
+        resize_mode: str | None,
+    ) -> tuple[int | None, int | None, str | None]:
+        """Choose height, width and resize mode by the images if `aspect` is `"source"`; else return them unchanged.
+
+        The longer side is the largest one that the model can work at. The shorter side is the one that changes the
+        proportions of the images least.
+
+        Raises:
+            ValueError: If the aspect is unknown, or is `"source"` and there are no images, a size is given too, or the
+                images need several sizes.
+        """
+        check_choice("aspect", aspect, ASPECTS)
+        if aspect == "model":
+            return height, width, resize_mode
+        if images is None:
+            raise ValueError("`aspect` is 'source', but there is no `image`; pass `image`, or `height` and `width`.")
+        if height is not None or width is not None:
+            raise ValueError(
+                f"`aspect` is 'source', which chooses the size, but `height` is {height} and `width` is {width}; pass "
+                "`aspect`, or the size."
+            )
+        grid_size, stride = self.transformer.config.grid_size, self.vq_model.config.stride
+        sizes = set()
+        for image in images:
+            ratio = max(image.size) / min(image.size)
+            # The ratio of two sides differs from another one by a factor, so the nearest one is that on a log scale.
+            shorter = min(
+                range(-(-grid_size // MAX_ASPECT_RATIO), grid_size + 1),
+                key=lambda side: abs(math.log(grid_size / side / ratio)),
+            )
+            sides = (grid_size, shorter) if image.height > image.width else (shorter, grid_size)
+            sizes.add((sides[0] * stride, sides[1] * stride))
+        if len(sizes) > 1:
+            found = ", ".join(f"{width}×{height}" for height, width in sorted(sizes))
+            raise ValueError(
+                f"`aspect` is 'source', but the images of `image` have different proportions, which need {found} "
+                "pixels; edit them in calls of their own, or leave out `aspect`."
+            )
+        return *sizes.pop(), "stretch" if resize_mode is None else resize_mode
+
     def resolve_resize_mode(self, resize_mode: str | None) -> str:
         """Replace None by the model's own resize mode, and check that the mode exists."""
         if resize_mode is None:
@@ -333,13 +395,18 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         return height // stride, width // stride
 
     def prepare_pixel_values(
-        self, image: ImageInput, height: int | None, width: int | None, resize_mode: str | None
+        self,
+        image: ImageInput,
+        height: int | None,
+        width: int | None,
+        resize_mode: str | None,
+        aspect: str = "model",
     ) -> torch.Tensor:
         """Convert images to pixels `(batch, 3, height, width)` in [−1, 1]."""
+        images = prepare_rgb_images(image, "image")
+        height, width, resize_mode = self.resolve_aspect(aspect, images, height, width, resize_mode)
         size, resize_mode = self.resolve_size(height, width), self.resolve_resize_mode(resize_mode)
-        return self.processor.image_processor.compute_pixel_values(
-            prepare_rgb_images(image, "image"), *size, resize_mode
-        )
+        return self.processor.image_processor.compute_pixel_values(images, *size, resize_mode)
 
     def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
         """Encode pixels `(batch, 3, height, width)` in [−1, 1] to tokens `(batch, N)`."""
@@ -421,6 +488,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         height: int | None = None,
         width: int | None = None,
         size_policy: str | None = None,
+        aspect: str = "model",
         resize_mode: str | None = None,
         restore_size: bool | None = None,
         mask_image: ImageInput | None = None,
@@ -467,6 +535,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 a mask, all pixels that may not change are those of the resized source. With `restore_size=True` or
                 `crop_to_mask`, images have the size of the source instead, and with `output_type="tokens"`, the result
                 is the tokens at the size the model worked at.
+            aspect (`str`): `"model"` works at the model's size, which is a square for the published weights. `"source"`
+                works at the size whose proportions are nearest to those of `image`, between 1:2 and 2:1; the longer
+                side is the longest one of the model. `height` and `width` are then left out, and `resize_mode`
+                *defaults to* `"stretch"`, which hardly changes the proportions.
             resize_mode (`str`, *optional*): How the source is resized to that size: `"crop"` (resize the shortest side,
                 then crop the centre; warns if more than 2 % is cut away) or `"stretch"`; *defaults to* that of the
                 model.
@@ -529,6 +601,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         )
         has_source = any(source is not None for source in (image, source_image_tokens, source_cache))
         check_decoding(decoding, None, 1 if image_guidance_scale is None else image_guidance_scale, has_source)
+        images = None if image is None else prepare_rgb_images(image, "image")
+        is_size_given = height is not None or width is not None
+        height, width, resize_mode = self.resolve_aspect(aspect, images, height, width, resize_mode)
         size = self.resolve_size(height, width, self.size_policy if size_policy is None else size_policy)
         default = self.processor.image_processor.size
         asked_size = (height or default.height, width or default.width)
@@ -536,8 +611,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         if crop_to_mask:
             resize_mode = "stretch"  # The window has the model's proportions.
         if restore_size is None:
-            is_default = image is not None and height is width is source_image_tokens is source_cache is None
-            restore_size = is_default and set(list_texts(task)) == {"edit"} and output_type == "pil"
+            is_default = images is not None and not is_size_given and source_image_tokens is source_cache is None
+            is_edit = aspect == "source" or set(list_texts(task)) == {"edit"}
+            restore_size = is_default and is_edit and output_type == "pil"
         observers = callback_on_step_end, callback_on_step_end_tensor_inputs
         check_output(output_type, restore_size, crop_to_mask, *observers, self._callback_tensor_inputs, preview_every)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -549,7 +625,6 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
         # 2. Prepare and pair prompts, images and masks
         prompts, negative_prompts = add_task_prefixes(prompt, task), add_task_prefixes(negative_prompt, task)
-        images = None if image is None else prepare_rgb_images(image, "image")
         is_fitted = size != asked_size and not (restore_size or crop_to_mask)
         if is_fitted:
             if images is not None:
