@@ -172,7 +172,8 @@ def train(accelerator, args, vq_model, pixels, held_out):
     batches = draw_batches(len(pixels), batch_size, args.seed, first_step=step)
     facts = {"data": args.dataset, "held out": f"{len(held_out):,} images"}
     print_banner(accelerator, facts, vq_model, step, args.max_steps, batch_size, len(pixels))
-    log = LossLog(accelerator, (args.resolution // vq_model.config.stride) ** 2, args.max_steps, step)
+    log = LossLog(accelerator, args.max_steps, step)
+    tokens_per_image = (args.resolution // vq_model.config.stride) ** 2
     model.train()
     is_last = step >= args.max_steps
     while not is_last:
@@ -187,7 +188,7 @@ def train(accelerator, args, vq_model, pixels, held_out):
         scheduler.step()
         optimizer.zero_grad()
         step += 1
-        log.add({name: outputs[name] for name in LOSSES}, args.batch_size)
+        log.add({name: outputs[name] for name in LOSSES}, args.batch_size, tokens_per_image)
         if not args.freeze_codes:
             tokens, latents = accelerator.gather((outputs.image_tokens, outputs.latents.detach().flatten(0, 1)))
             num_revived += reviver.step(tokens, latents, optimizer, torch.Generator().manual_seed(args.seed + step))

@@ -30,7 +30,7 @@ from scripts import (
     run_script,
     write_teacher,
 )
-from tiny import NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, are_near, needs_compiler, write_pairs
+from tiny import NUM_CODES, NUM_TEXT_TOKENS, TEXT_HIDDEN_SIZE, are_near, draw_image, needs_compiler, write_pairs
 from torch._dynamo.utils import counters
 from transformers import HfArgumentParser
 
@@ -161,6 +161,32 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, get_run, train_o
         moments = [torch.load(run / "checkpoint-4" / file.name, weights_only=True)["state"] for run in (folder, run)]
         for index, state in moments[0].items():
             assert all(torch.equal(tensor, moments[1][index][name]) for name, tensor in state.items())
+
+
+def test_images_of_several_aspect_ratios_are_trained_and_a_resumed_run_is_the_same(train, editor, tmp_path):
+    sides = {"train": [(16, 16), (24, 16), (24, 16), (16, 24)] * 2, "validation": [(24, 16)] * 2 + [(16, 16)]}
+    for split, sizes in sides.items():
+        (tmp_path / "pairs" / split).mkdir(parents=True)
+        lines = []
+        for index, size in enumerate(sizes):
+            row = {"prompt": "make it blue", "source_image_file_name": f"{index}-a.png"}
+            row["target_image_file_name"] = f"{index}-b.png"
+            draw_image(index, *size).save(tmp_path / "pairs" / split / f"{index}-a.png")
+            draw_image(100 + index, *size).save(tmp_path / "pairs" / split / f"{index}-b.png")
+            lines.append(json.dumps(row))
+        (tmp_path / "pairs" / split / "metadata.jsonl").write_text("\n".join(lines))
+    words = ("--aspect_ratios", "1:1", "3:2", "2:3")
+    pairs = tmp_path / "pairs"
+    options = {"model": editor, "dataset": pairs, "validation_dataset": pairs, "batch_size": 2, "max_train_steps": 6}
+    options |= {"checkpointing_steps": 3, "validation_steps": 3, "resolution": 16, "resize_mode": "stretch"}
+    straight = train("straight", *words, **options)
+    shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    resumed = train("resumed", *words, resume_from_checkpoint="latest", **options)
+    assert resumed == {step: straight[step] for step in (4, 5, 6)}
+    assert not name_changed(tmp_path / "straight" / "pipeline", tmp_path / "resumed" / "pipeline")
+    # The sheet shows the first held-out pairs, 16×12 pixels each.
+    sheet = Image.open(tmp_path / "straight" / "validation" / "step-0000006.png")
+    assert sheet.size == (3 * (16 + 4) + 4, 2 * (12 + 4) + 4)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
-from tiny import NUM_CODES, build_pipeline, build_vq_model, draw_image, redraw_weights
+from tiny import NUM_CODES, STRIDE, build_pipeline, build_vq_model, draw_image, redraw_weights
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -419,10 +419,10 @@ def build_losses(*token_losses):
 
 
 def test_log_prints_means_since_the_last_line(accelerator, capsys):
-    log = LossLog(accelerator, tokens_per_sample=9, num_steps=2)
+    log = LossLog(accelerator, num_steps=2)
     for losses, step in (((1.0, 2.0), 1), ((4.0,), 2)):
         for loss in losses:
-            log.add(build_losses(loss), batch_size=8, task=["edit"])
+            log.add(build_losses(loss), batch_size=8, tokens_per_sample=9, task=["edit"])
         log.log(step, learning_rate=0.25, nonfinite_steps=step)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(", samples")[0] for line in lines] == [
@@ -436,14 +436,14 @@ def test_log_prints_means_since_the_last_line(accelerator, capsys):
 
 
 def test_log_tells_tasks_and_datasets_apart(accelerator, capsys):
-    log = LossLog(accelerator, tokens_per_sample=9, num_steps=2)
-    log.add(build_losses(1.0, 2.0, 6.0), 3, task=["edit", "depth", "depth"], dataset=["a", "a", "b"])
-    log.add(build_losses(3.0, 4.0, 5.0), 3, task=["edit", "edit", "edit"], dataset=["a", "b", "b"])
+    log = LossLog(accelerator, num_steps=2)
+    log.add(build_losses(1.0, 2.0, 6.0), 3, 9, task=["edit", "depth", "depth"], dataset=["a", "a", "b"])
+    log.add(build_losses(3.0, 4.0, 5.0), 3, 9, task=["edit", "edit", "edit"], dataset=["a", "b", "b"])
     log.log(1, learning_rate=0.25)
     line = capsys.readouterr().out
     assert "token_loss/task/depth 4, token_loss/task/edit 3.25" in line
     assert "token_loss/dataset/a 2, token_loss/dataset/b 5" in line
-    log.add(build_losses(1.0), 1, task=["edit"], dataset=["a"])
+    log.add(build_losses(1.0), 1, 9, task=["edit"], dataset=["a"])
     log.log(2, learning_rate=0.25)
     assert "token_loss/" not in capsys.readouterr().out
 
@@ -471,8 +471,9 @@ def test_validation_pictures_are_source_edit_and_target(pipe, height, width):
         "source_image_tokens": pipe.encode_image(pictures[:2], **size),
         "target_image_tokens": pipe.encode_image(pictures[2:], **size),
         **pipe.processor(text=["make it blue", "remove it"]),
+        "grid": (tall // STRIDE, wide // STRIDE),
     }
-    sheets = [draw_validation_images(pipe, batch, 5, **size) for _ in range(2)]
+    sheets = [draw_validation_images(pipe, batch, 5) for _ in range(2)]
     assert np.array_equal(*map(np.asarray, sheets))
     edited = pipe(
         ["make it blue", "remove it"],

@@ -293,11 +293,13 @@ def test_rows_of_pictures_become_what_the_processor_makes_of_each():
     processor, size = build_processor(), {"height": 8, "width": 12}
     image_processor = EditARImageProcessor(size=size, stride=STRIDE, resize_mode="stretch")
     processor = EditARProcessor(image_processor, processor.tokenizer, NUM_TEXT_TOKENS)
-    rows = [{"source_image": draw_image(k, 20, 10), "target_image": draw_image(k + 9), **READ} for k in range(2)]
+    images = [{"source_image": draw_image(k, 20, 10), "target_image": draw_image(k + 9)} for k in range(2)]
+    rows = [{**row, **READ, "size": (8, 12)} for row in images]
     # A row without a mask, of a data set that has none, may change everywhere.
     rows[0]["edit_mask"] = torch.tensor([True, True, False, False, False, False])
     batch = collate_rows(rows, processor)
     assert batch.pop("groups") == {"task": ["edit"] * 2, "dataset": ["pairs"] * 2}
+    assert batch.pop("grid") == (2, 3)
     shapes = {"source_pixel_values": (2, 3, 8, 12), "target_pixel_values": (2, 3, 8, 12), "edit_mask": (2, 6)}
     shapes |= dict.fromkeys(("input_ids", "attention_mask"), (2, NUM_TEXT_TOKENS))
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == shapes

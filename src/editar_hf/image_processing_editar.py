@@ -4,6 +4,7 @@
 `EditARImageProcessor` converts images to pixels in [−1, 1] at the size the model works at, and converts pixels back.
 """
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, overload
@@ -158,6 +159,18 @@ def prepare_rgb_images(images: ImageInput, name: str = "images") -> list[Image.I
 
 
 # Sizes
+
+
+def choose_grid(width: float, height: float, grid_size: int) -> tuple[int, int]:
+    """Choose the rows and columns of tokens whose proportions are nearest to `width` : `height`.
+
+    The longer side has `grid_size` tokens, and the shorter side at least half as many.
+    """
+    ratio = min(width, height) / max(width, height)
+    # Proportions differ by a factor, so the nearest ones are those on a log scale.
+    sides = range(-(-grid_size // 2), grid_size + 1)
+    shorter = min(sides, key=lambda side: abs(math.log(side / grid_size / ratio)))
+    return (grid_size, shorter) if height > width else (shorter, grid_size)
 
 
 class CropGeometry(NamedTuple):

@@ -4,7 +4,6 @@
 decoder is in `modeling_editar.py`, and its decoding loop is in `generation/`.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from transformers.image_utils import ImageInput
 from ..checks import check_choice, check_integer
 from ..generation import SourceCache
 from ..generation.inputs import check_decoding, check_generator, check_source_cache, resolve_settings
-from ..image_processing_editar import RESIZE_MODES, prepare_rgb_images
+from ..image_processing_editar import RESIZE_MODES, choose_grid, prepare_rgb_images
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel, decode_one_by_one
 from ..packing import is_packed, pack_linears, unpack_linears
@@ -45,8 +44,6 @@ from .lora import EditARLoraMixin
 
 SIZE_POLICIES = ("strict", "fit")
 ASPECTS = ("model", "source")
-# With `aspect="source"`, a side of the model's image is at most this many times as long as the other.
-MAX_ASPECT_RATIO = 2
 # The largest height or width of a result with `size_policy="fit"`, in pixels.
 MAX_SIDE = 16384
 
@@ -364,23 +361,15 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 "`aspect`, or the size."
             )
         grid_size, stride = self.transformer.config.grid_size, self.vq_model.config.stride
-        sizes = set()
-        for image in images:
-            ratio = max(image.size) / min(image.size)
-            # The ratio of two sides differs from another one by a factor, so the nearest one is that on a log scale.
-            shorter = min(
-                range(-(-grid_size // MAX_ASPECT_RATIO), grid_size + 1),
-                key=lambda side: abs(math.log(grid_size / side / ratio)),
-            )
-            sides = (grid_size, shorter) if image.height > image.width else (shorter, grid_size)
-            sizes.add((sides[0] * stride, sides[1] * stride))
-        if len(sizes) > 1:
-            found = ", ".join(f"{width}×{height}" for height, width in sorted(sizes))
+        grids = {choose_grid(*image.size, grid_size) for image in images}
+        if len(grids) > 1:
+            found = ", ".join(f"{columns * stride}×{rows * stride}" for rows, columns in sorted(grids))
             raise ValueError(
                 f"`aspect` is 'source', but the images of `image` have different proportions, which need {found} "
                 "pixels; edit them in calls of their own, or leave out `aspect`."
             )
-        return *sizes.pop(), "stretch" if resize_mode is None else resize_mode
+        rows, columns = grids.pop()
+        return rows * stride, columns * stride, "stretch" if resize_mode is None else resize_mode
 
     def resolve_resize_mode(self, resize_mode: str | None) -> str:
         """Replace None by the model's own resize mode, and check that the mode exists."""

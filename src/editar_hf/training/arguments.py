@@ -120,6 +120,10 @@ class TrainingArguments(PairArguments, RunArguments):
     streaming: bool = HfArg(
         default=True, help="a data set of the Hub is read while it is downloaded; --no-streaming downloads it first"
     )
+    aspect_ratios: list[str] = field(
+        default_factory=list,
+        metadata={"help": "width:height, such as 1:1 3:2 2:3; each pair has the nearest one; default: all are squares"},
+    )
     validation_dataset: str | None = HfArg(default=None, help="like --dataset; the split `validation` is read")
 
     train_text_encoder: bool = HfArg(default=False, help="also train the text encoder")

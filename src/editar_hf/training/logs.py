@@ -73,13 +73,12 @@ class LossLog:
 
     Args:
         accelerator (`Accelerator`): Accelerator of the run.
-        tokens_per_sample (`int`): Tokens per sample in the input of the network.
         num_steps (`int`): Total number of steps, for the progress bar.
         step (`int`): Steps already done.
     """
 
-    def __init__(self, accelerator: Accelerator, tokens_per_sample: int, num_steps: int, step: int = 0):
-        self.accelerator, self.tokens_per_sample = accelerator, tokens_per_sample
+    def __init__(self, accelerator: Accelerator, num_steps: int, step: int = 0):
+        self.accelerator = accelerator
         # With `None`, tqdm hides the bar if the output is not a terminal.
         disable = None if accelerator.is_main_process else True
         self.progress_bar = tqdm(total=num_steps, initial=step, desc="steps", disable=disable)
@@ -90,15 +89,18 @@ class LossLog:
         # One loss for each sample, and the groups of each sample.
         self.token_losses: list[torch.Tensor] = []
         self.groups: list[tuple[str, ...]] = []
-        self.num_samples = 0
+        self.num_samples = self.num_tokens = 0
         self.start_time = time.monotonic()
 
-    def add(self, losses: Mapping[str, torch.Tensor], batch_size: int, **groups: Sequence[str]) -> None:
+    def add(
+        self, losses: Mapping[str, torch.Tensor], batch_size: int, tokens_per_sample: int, **groups: Sequence[str]
+    ) -> None:
         """Add a batch of `batch_size` samples per process. Every batch has the same weight.
 
         Args:
             losses (`Mapping`): Scalars by name. With groups, also `token_losses`, one loss for each sample.
             batch_size (`int`): Samples per process.
+            tokens_per_sample (`int`): Tokens per sample in the input of the network.
             groups (`Sequence[str]`): The group of each sample. `task=("edit", …)` logs `token_loss/task/edit`.
         """
         for name, loss in losses.items():
@@ -109,6 +111,7 @@ class LossLog:
             names = [[f"{kind}/{name}" for name in members] for kind, members in groups.items()]
             self.groups += zip(*names, strict=True)
         self.num_samples += batch_size * self.accelerator.num_processes
+        self.num_tokens += batch_size * self.accelerator.num_processes * tokens_per_sample
 
     def log(self, step: int, learning_rate: float, clear: bool = True, **more: float) -> None:
         """Log the means over processes and over the batches since the last `clear`."""
@@ -116,10 +119,10 @@ class LossLog:
             name: self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             for name, losses in self.losses.items()
         }
-        samples_per_second = self.num_samples / (time.monotonic() - self.start_time)
+        seconds = time.monotonic() - self.start_time
         speed = {
-            "samples_per_second": samples_per_second,
-            "tokens_per_second": samples_per_second * self.tokens_per_sample,
+            "samples_per_second": self.num_samples / seconds,
+            "tokens_per_second": self.num_tokens / seconds,
             "memory_gib": measure_peak_memory(self.accelerator.device),
         }
         self.progress_bar.set_postfix({name: f"{value:.4g}" for name, value in speed.items()})

@@ -99,7 +99,7 @@ class RowReader:
         """
         image_processor = self.image_processor
         height, width, mode = image_processor.size.height, image_processor.size.width, image_processor.resize_mode
-        row = {**row, "dataset": spec.name, "task": spec.task or row.get("task") or "edit"}
+        row = {**row, "dataset": spec.name, "task": spec.task or row.get("task") or "edit", "size": (height, width)}
         if not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise ValueError("`prompt` is empty")
         check_texts("prompt", row["prompt"])
@@ -211,7 +211,7 @@ class BadRowCount:
 
 
 def collate_rows(rows: Sequence[Mapping], processor: EditARProcessor) -> dict:
-    """Collate rows from `RowReader` into one batch. The rows hold images or tokens.
+    """Collate rows from `RowReader` into one batch. The rows hold images or tokens of one size.
 
     Args:
         rows (sequence of `Mapping`): The rows.
@@ -219,15 +219,18 @@ def collate_rows(rows: Sequence[Mapping], processor: EditARProcessor) -> dict:
 
     Returns:
         `input_ids` and `attention_mask`; `source_pixel_values` and `target_pixel_values`, or `source_image_tokens` and
-        `target_image_tokens`; `edit_mask` and `prompt_embeds` if the rows have them; and, for logs, `groups`, such as
-        `{"task": ["edit", "canny"], "dataset": ["my-pairs", "my-pairs"]}`.
+        `target_image_tokens`; `edit_mask` and `prompt_embeds` if the rows have them; `grid`, the rows and columns of
+        image tokens; and, for logs, `groups`, such as `{"task": ["edit", "canny"], "dataset": ["pairs", "pairs"]}`.
     """
+    height, width = rows[0]["size"]
+    stride = processor.image_processor.stride
     tasks = [row["task"] for row in rows]
     images: dict[str, Any] = {}
     if "source_image" in rows[0]:
         images["images"] = [row["source_image"] for row in rows]
         images["target_images"] = [row["target_image"] for row in rows]
-    batch = dict(processor(text=[row["prompt"] for row in rows], task=tasks, **images))
+    prompts = [row["prompt"] for row in rows]
+    batch = dict(processor(text=prompts, task=tasks, height=height, width=width, **images))
     for name in ("source_image_tokens", "target_image_tokens", "prompt_embeds"):
         if name in rows[0]:
             batch[name] = torch.stack([row[name] for row in rows])
@@ -235,4 +238,5 @@ def collate_rows(rows: Sequence[Mapping], processor: EditARProcessor) -> dict:
         # A row without a mask comes from a data set without masks. All its tokens may change.
         everywhere = torch.ones_like(masks[0])
         batch["edit_mask"] = torch.stack([row.get("edit_mask", everywhere) for row in rows])
+    batch["grid"] = height // stride, width // stride
     return {**batch, "groups": {"task": tasks, "dataset": [row["dataset"] for row in rows]}}

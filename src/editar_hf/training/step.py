@@ -115,7 +115,7 @@ class TrainingStep(nn.Module):
     Args:
         transformer (`EditARForConditionalGeneration`): The decoder.
         text_encoder (`PreTrainedModel`): A T5 encoder, trained if any of its parameters requires gradients.
-        grid (`tuple[int, int]`): Rows and columns of image tokens.
+        grid (`tuple[int, int]`): Rows and columns of image tokens of a batch that does not hold its own `grid`.
         edit_region_weight (`float`): Weight of tokens inside the mask.
         distillation_loss_weight (`float`): Weight of the distance to the teacher's features.
     """
@@ -150,19 +150,20 @@ class TrainingStep(nn.Module):
 
         Args:
             batch (`Mapping`): `source_image_tokens`, `target_image_tokens`, `input_ids` and `attention_mask`. Optional:
-                `shown_image_tokens`, which replace the target tokens in the decoder's input; `edit_mask`; and
-                `prompt_embeds`, precomputed text states.
+                `shown_image_tokens`, which replace the target tokens in the decoder's input; `edit_mask`;
+                `prompt_embeds`, precomputed text states; and `grid`.
             drop_source, drop_prompt (`torch.BoolTensor` of shape `(batch,)`, *optional*): Conditions to drop.
             teacher_features (`torch.Tensor` of shape `(batch, cells, width)`, *optional*): Features of the teacher.
         """
+        grid_height, grid_width = batch.get("grid", self.grid)
         output = self.transformer(
             source_image_tokens=batch["source_image_tokens"],
             prompt_embeds=self.encode_prompts(batch),
             target_image_tokens=batch.get("shown_image_tokens", batch["target_image_tokens"]),
             drop_source=drop_source,
             drop_prompt=drop_prompt,
-            grid_height=self.grid[0],
-            grid_width=self.grid[1],
+            grid_height=grid_height,
+            grid_width=grid_width,
             output_distillation_features=teacher_features is not None,
         )
         token_losses = compute_token_losses(
@@ -171,7 +172,7 @@ class TrainingStep(nn.Module):
         losses = {"token_losses": token_losses.detach(), "token_loss": token_losses.mean()}
         losses["loss"] = losses["token_loss"]
         if teacher_features is not None:
-            cells = (self.grid[0] // 2, self.grid[1] // 2)
+            cells = grid_height // 2, grid_width // 2
             losses["distillation_loss"] = compute_distillation_loss(
                 output.distillation_features, teacher_features, *cells
             )

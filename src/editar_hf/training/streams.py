@@ -8,6 +8,7 @@ each epoch. This module therefore shuffles data sets on disk by rows, and stream
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -17,6 +18,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from .dataset_specs import DatasetSpec
 from .rows import BadRowCount, RowReader
+
+
+if TYPE_CHECKING:
+    from .aspects import BucketedRows
 
 
 class EndlessRows:
@@ -167,7 +172,9 @@ class MixedRows(torch.utils.data.IterableDataset):
         self.bad_rows.num_read, self.bad_rows.num_bad = state["num_read"], state["num_bad"]
 
 
-def build_dataloader(rows: MixedRows, collate: Callable, batch_size: int, num_workers: int) -> StatefulDataLoader:
+def build_dataloader(
+    rows: "MixedRows | BucketedRows", collate: Callable, batch_size: int, num_workers: int
+) -> StatefulDataLoader:
     """Build the endless data loader of a run. Its `state_dict` holds its position in the rows.
 
     Raises:

@@ -8,9 +8,10 @@ killed can leave a partial checkpoint.
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -25,6 +26,7 @@ from ..pipelines.hub import make_card
 from ..pipelines.pipeline_editar import EditARPipeline
 from ..processing_editar import EditARProcessor
 from .arguments import TrainingArguments
+from .aspects import AspectReader, BucketedRows
 from .checkpoints import is_out_of_time, load_checkpoint, save_checkpoint, start_accelerator
 from .dataset_specs import DatasetSpec, check_held_out, open_dataset
 from .distillation import DistillationTeacher
@@ -115,8 +117,7 @@ class EditARTrainer:
         self.step = 0
         self.validation_loss: float | None = None
         image_processor = args.build_image_processor(pipeline.vq_model.config.stride, pipeline)
-        self.height, self.width = image_processor.size.height, image_processor.size.width
-        self.grid = self.height // image_processor.stride, self.width // image_processor.stride
+        self.grid = pipeline.compute_grid(image_processor.size.height, image_processor.size.width)
         text = pipeline.processor.tokenizer, pipeline.processor.num_text_tokens
         self.processor = EditARProcessor(image_processor, *text)
         self.dataloader, self.held_out, self.num_pairs = self.build_data(specs, validation_spec)
@@ -152,10 +153,14 @@ class EditARTrainer:
         opened = [open_dataset(spec) for spec in specs]
         self.check_columns([dataset.column_names for dataset in opened])
         states_shape = self.processor.num_text_tokens, config.text_hidden_size
-        reader = RowReader(self.processor.image_processor, config.vocab_size, states_shape)
+        reader: Any = RowReader(self.processor.image_processor, config.vocab_size, states_shape)
         collate = partial(collate_rows, processor=self.processor)
+        build_rows: Callable = MixedRows
+        if args.aspect_ratios:
+            reader = AspectReader(args.aspect_ratios, reader)
+            build_rows = partial(BucketedRows, args.batch_size)
         processes = self.accelerator.process_index, self.accelerator.num_processes
-        rows = MixedRows(specs, opened, reader, args.max_bad_rows_fraction, args.seed, *processes)
+        rows = build_rows(specs, opened, reader, args.max_bad_rows_fraction, args.seed, *processes)
         dataloader = build_dataloader(rows, collate, args.batch_size, args.num_workers)
         held_out = []
         if validation_spec is not None:
@@ -165,7 +170,9 @@ class EditARTrainer:
             usable = bad_rows.read(enumerate(dataset), read, validation_spec.name)
             first = list(itertools.islice(usable, args.batch_size * args.num_validation_batches))
             bad_rows.judge()
-            held_out = [collate(first[k : k + args.batch_size]) for k in range(0, len(first), args.batch_size)]
+            for size in dict.fromkeys(row["size"] for row in first):
+                same = [row for row in first if row["size"] == size]
+                held_out += [collate(same[k : k + args.batch_size]) for k in range(0, len(same), args.batch_size)]
         is_counted = all(isinstance(dataset, datasets.Dataset) for dataset in opened)
         return dataloader, held_out, sum(map(len, opened)) if is_counted else None
 
@@ -217,8 +224,7 @@ class EditARTrainer:
         facts = {"model": args.model, "data": args.dataset or args.recipe, "held out": f"{num_held_out:,} samples"}
         steps = self.step, args.max_train_steps
         print_banner(accelerator, facts, self.module, *steps, self.samples_per_step, self.num_pairs)
-        positions = 2 * math.prod(self.grid) + self.pipeline.transformer.config.num_text_tokens
-        log = LossLog(accelerator, positions, args.max_train_steps, self.step)
+        log = LossLog(accelerator, args.max_train_steps, self.step)
         batches = enumerate(self.dataloader, start=self.step * args.gradient_accumulation_steps)
         is_last = self.step >= args.max_train_steps
         self.module.train()
@@ -248,7 +254,8 @@ class EditARTrainer:
             with self.accelerator.accumulate(self.module):
                 losses = self.module(**inputs[-1])
                 self.accelerator.backward(losses["loss"])
-            log.add(losses, self.args.batch_size, **groups)
+            num_tokens = 2 * math.prod(batch["grid"]) + self.pipeline.transformer.config.num_text_tokens
+            log.add(losses, self.args.batch_size, num_tokens, **groups)
             total = total + losses["loss"].detach()
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.args.max_grad_norm)
         self.step += 1
@@ -290,8 +297,7 @@ class EditARTrainer:
         # With sharded weights, all processes must take part; otherwise one is enough.
         if self.accelerator.is_main_process or self.accelerator.is_fsdp2:
             with self.accelerator.autocast(), callable_parts(self.module):
-                size = self.height, self.width
-                sheet = draw_validation_images(self.pipeline, batches[0], self.args.num_validation_images, *size)
+                sheet = draw_validation_images(self.pipeline, batches[0], self.args.num_validation_images)
             if self.accelerator.is_main_process:
                 folder = Path(self.args.output_dir) / "validation"
                 folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Edit held-out pairs with the pipeline that users call, and draw the results as one image."""
 
 import textwrap
-from typing import cast
+from typing import Any, cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -32,10 +32,8 @@ def add_caption(image: Image.Image, text: str, num_lines: int = 1) -> Image.Imag
 @torch.no_grad()
 def draw_validation_images(
     pipeline: EditARPipeline,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Any],
     num_images: int,
-    height: int | None = None,
-    width: int | None = None,
     seed: int = 0,
 ) -> Image.Image:
     """Draw the first pairs of a batch of tokens as rows source | edited | target.
@@ -44,12 +42,12 @@ def draw_validation_images(
 
     Args:
         pipeline (`EditARPipeline`): The pipeline with the current weights.
-        batch (`dict[str, torch.Tensor]`): `source_image_tokens`, `target_image_tokens`, `input_ids`, `attention_mask`.
+        batch (`dict`): `source_image_tokens`, `target_image_tokens`, `input_ids`, `attention_mask`, and `grid`.
         num_images (`int`): Number of rows; a smaller batch gives fewer.
-        height, width (`int`, *optional*): Pixels of the images; default to the resolution of the model.
         seed (`int`): Row k is sampled with `seed` + k.
     """
-    batch = {name: tensor[:num_images] for name, tensor in batch.items()}
+    height, width = (side * pipeline.vq_model.config.stride for side in batch["grid"])
+    batch = {name: value[:num_images] for name, value in batch.items() if name != "grid"}
     source, target = (cast(torch.LongTensor, batch[f"{name}_image_tokens"]) for name in ("source", "target"))
     states = pipeline.text_encoder(batch["input_ids"], batch["attention_mask"])
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(source))]

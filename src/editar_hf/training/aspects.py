@@ -1,0 +1,161 @@
+"""Train on images of several aspect ratios. All images of a batch have the same one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import torch
+from PIL import ExifTags
+
+from ..image_processing_editar import EditARImageProcessor, choose_grid
+from .dataset_specs import DatasetSpec
+from .rows import RowReader, open_stored_image
+from .streams import EndlessRows, MixedRows
+
+
+# The EXIF orientations that swap width and height (Exif 3.0, CIPA DC-008, tag 274).
+SIDEWAYS = (5, 6, 7, 8)
+
+
+def parse_aspect_ratio(text: str) -> float:
+    """Parse an aspect ratio such as "3:2", width before height. Returns width / height.
+
+    Raises:
+        ValueError: If the text is not an aspect ratio between 1:2 and 2:1.
+    """
+    with suppress(ValueError, ZeroDivisionError):
+        width, height = map(int, text.split(":"))
+        if 0.5 <= width / height <= 2:
+            return width / height
+    raise ValueError(f"`aspect_ratios` holds {text!r}; pass ratios from 1:2 to 2:1, such as 1:1 3:2 2:3.")
+
+
+class AspectReader:
+    """Prepare rows for collation at the aspect ratio that is nearest to their images.
+
+    Args:
+        aspect_ratios (`Sequence[str]`): The aspect ratios; see `parse_aspect_ratio`.
+        row_reader (`RowReader`): Prepares rows at a square. Its side is the longer side at every aspect ratio.
+
+    Raises:
+        ValueError: If an aspect ratio is not supported.
+    """
+
+    def __init__(self, aspect_ratios: Sequence[str], row_reader: RowReader):
+        self.ratios = {text: parse_aspect_ratio(text) for text in aspect_ratios}
+        self.readers = [build_row_reader(row_reader, ratio) for ratio in self.ratios.values()]
+
+    def read(self, row: Mapping, spec: DatasetSpec) -> dict:
+        """Prepare a row; see `RowReader.read`."""
+        return self.readers[self.choose(row, spec)].read(row, spec)
+
+    def choose(self, row: Mapping, spec: DatasetSpec) -> int:
+        """Choose the nearest aspect ratio for a row. Returns its index."""
+        measured = measure_aspect_ratio(row, spec)
+        return int(np.abs(np.log(list(self.ratios.values())) - np.log(measured)).argmin())
+
+
+def build_row_reader(row_reader: RowReader, ratio: float) -> RowReader:
+    """Build a reader for an aspect ratio from the reader for the square."""
+    square = row_reader.image_processor
+    rows, columns = choose_grid(ratio, 1.0, square.size.height // square.stride)
+    size = {"height": rows * square.stride, "width": columns * square.stride}
+    image_processor = EditARImageProcessor(size=size, resize_mode=square.resize_mode, stride=square.stride)
+    return replace(row_reader, image_processor=image_processor)
+
+
+def measure_aspect_ratio(row: Mapping, spec: DatasetSpec) -> float:
+    """Measure width / height of a pair from the header of an image, after the rotation of its EXIF block.
+
+    For an image that does not open, the result is 1, because `RowReader` refuses the row anyway.
+    """
+    name = "source_image" if "source_image" in row else "target_image"
+    with suppress(Exception):  # The readers of PIL raise errors of many classes on broken data.
+        image = open_stored_image(row[name], name, spec.image_folder)
+        width, height = image.size
+        return height / width if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS else width / height
+    return 1.0
+
+
+class BucketedRows(torch.utils.data.IterableDataset):
+    """Yield rows without end, ready for collation. All rows of a batch come from one bucket: pairs of one aspect ratio.
+
+    The bucket of a batch is drawn at random, with the probability that a row of `MixedRows` is in this bucket.
+
+    Args:
+        batch_size (`int`): Rows of a batch.
+        specs, opened, max_bad_rows_fraction, seed, process, num_processes: See `MixedRows`.
+        aspect_reader (`AspectReader`): Prepares the rows.
+
+    Raises:
+        ValueError: If a data set is streamed, or holds tokens.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        specs: Sequence[DatasetSpec],
+        opened: Sequence[datasets.Dataset | datasets.IterableDataset],
+        aspect_reader: AspectReader,
+        max_bad_rows_fraction: float,
+        seed: int,
+        process: int = 0,
+        num_processes: int = 1,
+    ):
+        super().__init__()
+        self.batch_size, self.seed, self.process, self.num_rows = batch_size, seed, process, 0
+        chosen = [choose_buckets(dataset, spec, aspect_reader) for spec, dataset in zip(specs, opened, strict=True)]
+        self.buckets, shares = [], []
+        for index, ratio in enumerate(aspect_reader.ratios):
+            own_specs, own_rows = [], []
+            for spec, dataset, indices in zip(specs, opened, chosen, strict=True):
+                if len(own := np.flatnonzero(indices == index)):
+                    probability = spec.probability * len(own) / len(indices)
+                    own_specs.append(replace(spec, name=f"{spec.name}, {ratio}", probability=probability))
+                    own_rows.append(dataset.select(own))
+            if own_rows:
+                where = aspect_reader.readers[index], max_bad_rows_fraction, seed, process, num_processes
+                self.buckets.append(MixedRows(own_specs, own_rows, *where))
+                shares.append(sum(spec.probability for spec in own_specs))
+        self.shares = np.array(shares) / sum(shares)
+
+    @property
+    def streams(self) -> list[EndlessRows]:
+        return [stream for bucket in self.buckets for stream in bucket.streams]
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        index, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        buckets = [iter(bucket) for bucket in self.buckets]
+        while True:
+            # The generator depends on the index of the batch alone, so a resumed run continues with the same draws.
+            # The last number distinguishes it from the generators of `MixedRows`.
+            place = self.seed, self.process * num_workers + index, self.num_rows // self.batch_size, 1
+            bucket = np.random.default_rng(place).choice(len(buckets), p=self.shares)
+            self.num_rows += 1
+            yield next(buckets[bucket])
+
+    def state_dict(self) -> dict:
+        return {"num_rows": self.num_rows, "buckets": [bucket.state_dict() for bucket in self.buckets]}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.num_rows = state["num_rows"]
+        for bucket, bucket_state in zip(self.buckets, state["buckets"], strict=True):
+            bucket.load_state_dict(bucket_state)
+
+
+def choose_buckets(
+    dataset: datasets.Dataset | datasets.IterableDataset, spec: DatasetSpec, aspect_reader: AspectReader
+) -> np.ndarray:
+    """Choose the nearest aspect ratio for each pair of a data set. Returns its index, shape `(number of pairs,)`."""
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"`aspect_ratios`: {spec.name!r} is streamed, so its images cannot be measured before the run; "
+            "pass `--no-streaming`, or for tar files unpack them."
+        )
+    if "source_image_tokens" in dataset.column_names:
+        raise ValueError(f"`aspect_ratios` needs images, but {spec.name!r} holds tokens; give the images.")
+    images = [name for name in ("source_image", "target_image") if name in dataset.column_names]
+    return np.array([aspect_reader.choose(row, spec) for row in dataset.select_columns(images[:1])])
