@@ -144,12 +144,26 @@ def test_removing_uncovers_what_adding_covers():
     np.testing.assert_array_equal(np.asarray(again), np.asarray(sample["source_image"]))
 
 
+@pytest.mark.parametrize("layout", stickers.LAYOUTS, ids=lambda layout: f"{layout.width}:{layout.height}")
+def test_samples_of_every_layout_have_its_size_and_their_target_counts_as_done(layout):
+    width, height = int(64 * layout.width), int(64 * layout.height)
+    for index, task in enumerate(ALL_TASKS):
+        sample = stickers.make_sample(3, "test", index, 64, (task, "seen", None), layouts=[layout])
+        assert {sample[name].size for name in ("source_image", "target_image", "mask")} == {(width, height)}
+        shown = sample["details"].get("stickers") or [sample["details"]["old"], sample["details"]["new"]]
+        for sticker in filter(None, [*shown, *sample["details"].get("bystanders", [])]):
+            assert sticker["size"] / 2 <= sticker["x"] <= layout.width - sticker["size"] / 2
+            assert sticker["size"] / 2 <= sticker["y"] <= layout.height - sticker["size"] / 2
+        assert score(sample, sample["target_image"])["done"]
+        assert not score(sample, sample["source_image"])["done"]
+
+
 @pytest.mark.parametrize("task", ["canny", "depth"])
 def test_canny_and_depth_maps_do_not_know_the_colours(task):
     scene = stickers.draw_translation_scene(random.Random(0), "test")
     recoloured = [replace(sticker, colour="white", rgb=(255, 255, 255)) for sticker in scene]
     draw = {"canny": stickers.draw_canny_map, "depth": stickers.draw_depth_map}[task]
-    maps = [np.asarray(draw(random.Random(1), shown, RESOLUTION)) for shown in (scene, recoloured)]
+    maps = [np.asarray(draw(random.Random(1), shown, (RESOLUTION, RESOLUTION))) for shown in (scene, recoloured)]
     np.testing.assert_array_equal(*maps)
 
 

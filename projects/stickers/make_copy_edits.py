@@ -16,6 +16,7 @@ from datasets import Dataset
 from make_sticker_edits import (
     FEATURES,
     PLACES,
+    SQUARE,
     are_apart,
     describe,
     describe_place,
@@ -25,7 +26,6 @@ from make_sticker_edits import (
     draw_sticker,
     draw_stickers,
     find_legible,
-    get_centre,
 )
 from transformers import HfArgumentParser
 
@@ -56,7 +56,7 @@ def draw_scene(rng, split, resolution):
             pairs = [draw_pair(rng) for _ in range(rng.randint(1, 3))]
             places = rng.sample(PLACES, len(pairs) + 1)
             stickers = [draw_sticker(rng, pair, place, split) for pair, place in zip(pairs, places, strict=False)]
-            x, y = get_centre(places[-1])
+            x, y = SQUARE.get_centre(places[-1])
             copy = replace(stickers[0], place=places[-1], x=x, y=y)
             are_legible = all((sticker.place, sticker.colour) in legible for sticker in (*stickers, copy))
             if len(set(pairs)) == len(pairs) and are_legible and are_apart([*stickers, copy]):
@@ -78,7 +78,7 @@ def make_copy(seed, split, index, resolution):
         "source_image": draw_stickers(background, stickers),
         "target_image": draw_stickers(background, [*stickers, copy]),
         "prompt": prompt,
-        "mask": draw_mask([copy], resolution),
+        "mask": draw_mask([copy], background.size),
         "task": "edit",
         "details": json.dumps(details | {"bystanders": [asdict(sticker) for sticker in stickers]}),
     }

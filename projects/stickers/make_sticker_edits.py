@@ -2,7 +2,7 @@
 
 An image is a crop of a real photograph with one to four coloured stickers on it. An edit recolours, reshapes, removes,
 adds or moves one sticker. A translation turns a canny, depth or segmentation map into stickers on a plain background,
-and the caption gives the colours. Every length is a fraction of the side of the image, so any resolution works.
+and the caption gives the colours. Every length is a fraction of the longer side of the image, so any resolution works.
 
     python projects/stickers/make_sticker_edits.py --output-dir stickers --num-train 200000 --resolution 128
 
@@ -20,7 +20,7 @@ import random
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,6 @@ SEGMENTATION_PALETTE = {
     "triangle": (200, 150, 200),
     "star": (90, 100, 90),
 }
-PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
 OPERATIONS = ("recolour", "reshape", "remove", "add", "move")
 # Fractions of the training pairs, in the order of `OPERATIONS`. The other pairs are translations.
@@ -73,7 +72,7 @@ SHARES = (0.1625, 0.13, 0.0975, 0.13, 0.13)
 # In training and validation, these pairs are never edited and never the result of an edit. They occur as bystanders.
 UNSEEN_PAIRS = {("red", "triangle"), ("yellow", "circle"), ("blue", "star"), ("white", "square")}
 
-# Lengths in tokens of an 8×8 grid, as fractions of the image.
+# Lengths in tokens of an 8×8 grid, as fractions of the longer side.
 TOKEN = 1 / 8
 SMALLEST, LARGEST, CANONICAL = 2.0 * TOKEN, 2.6 * TOKEN, 2.3 * TOKEN
 GAP = 0.3 * TOKEN
@@ -120,8 +119,62 @@ FEATURES = Features(
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The named places of an image of `width` and `height`, as fractions of its longer side.
+
+    A square has 3×3 places. A shorter side has two or only one, so that every sticker fits into the cell of its place.
+    """
+
+    width: float = 1.0
+    height: float = 1.0
+
+    @cached_property
+    def rows(self):
+        return list_cells(self.height, ("top", "", "bottom"))
+
+    @cached_property
+    def columns(self):
+        return list_cells(self.width, ("left", "", "right"))
+
+    @cached_property
+    def places(self):
+        return [" ".join(filter(None, pair)) or "centre" for pair in itertools.product(self.rows, self.columns)]
+
+    @property
+    def cell(self):
+        """The width and height of the cell of a place."""
+        return self.width / len(self.columns), self.height / len(self.rows)
+
+    def get_size(self, resolution):
+        """Return the width and height of an image whose longer side has `resolution` pixels."""
+        return round(self.width * resolution), round(self.height * resolution)
+
+    def get_centre(self, place):
+        """Return the centre (x, y) of a place, as fractions of the longer side."""
+        row, column = divmod(self.places.index(place), len(self.columns))
+        return (
+            (2 * column + 1) * self.width / (2 * len(self.columns)),
+            (2 * row + 1) * self.height / (2 * len(self.rows)),
+        )
+
+
+def list_cells(length, names):
+    """List the names of the cells along a side: three along at least 7/8 of the longer side, two along 5/8."""
+    return names if length >= 7 / 8 else names[::2] if length >= 5 / 8 else names[1:2]
+
+
+SQUARE = Layout()
+# One layout for each number of tokens that the shorter side of an 8×8 grid can have.
+LAYOUTS = (SQUARE, *(Layout(*sides) for side in (7 / 8, 6 / 8, 5 / 8, 4 / 8) for sides in ((1.0, side), (side, 1.0))))
+PLACES = SQUARE.places
+
+
+@dataclass(frozen=True)
 class Sticker:
-    """A sticker. As fractions of the image, `x`, `y` are its centre and `size` is the width of its bounding square."""
+    """A sticker. `x`, `y` are its centre and `size` is the width of its bounding square, in fractions of a side.
+
+    The side is the longer side of the image.
+    """
 
     colour: str
     shape: str
@@ -139,14 +192,14 @@ def draw_stickers(background, stickers, fill=None):
     """Draw stickers on a copy of `background`. `fill` maps a sticker to its colour, which defaults to its `rgb`."""
     image = background.copy()
     for sticker in stickers:
-        coverage, corner = draw_coverage(sticker.shape, sticker.x, sticker.y, sticker.size, image.width)
+        coverage, corner = draw_coverage(sticker.shape, sticker.x, sticker.y, sticker.size, max(image.size))
         image.paste(fill(sticker) if fill else sticker.rgb, corner, coverage)
     return image
 
 
-def draw_mask(stickers, resolution):
+def draw_mask(stickers, size):
     """Draw the mask of pixels that may change: the bounding squares, a quarter of a token wider on every side."""
-    mask = PILImage.new("L", (resolution, resolution))
+    mask, resolution = PILImage.new("L", size), max(size)
     for sticker in stickers:
         reach = sticker.size / 2 + MASK_MARGIN
         low = [math.floor((centre - reach) * resolution) for centre in (sticker.x, sticker.y)]
@@ -181,17 +234,17 @@ def draw_colour_matrix(rng):
     return np.concatenate([matrix, np.full((3, 1), bias)], 1).ravel().tolist()
 
 
-def draw_background(rng, split, resolution, photograph=None):
-    """Draw a square crop of a photograph. Some training crops are also mirrored and have changed colours."""
+def draw_background(rng, split, resolution, photograph=None, layout=SQUARE):
+    """Draw a crop of a photograph. Some training crops are also mirrored and have changed colours."""
     if photograph is None:
         names = [name for name in PHOTOGRAPHS if name not in HELD_OUT]
         photograph = rng.choices(names, [PHOTOGRAPHS[name][2] for name in names])[0]
     image = load_photograph(photograph, split)
-    side = min(image.size) * math.exp(rng.uniform(math.log(0.5), 0))
-    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
-    crop = image.resize(
-        (resolution, resolution), PILImage.Resampling.BICUBIC, (left, top, left + side, top + side), reducing_gap=2
-    )
+    side = min(image.width / layout.width, image.height / layout.height) * math.exp(rng.uniform(math.log(0.5), 0))
+    width, height = side * layout.width, side * layout.height
+    left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+    box = (left, top, left + width, top + height)
+    crop = image.resize(layout.get_size(resolution), PILImage.Resampling.BICUBIC, box, reducing_gap=2)
     if split == "train":
         crop = crop.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
         crop = crop.convert("RGB", draw_colour_matrix(rng)) if rng.random() < 0.8 else crop
@@ -201,27 +254,22 @@ def draw_background(rng, split, resolution, photograph=None):
 COLOURS_LAB = rgb2lab(np.array([list(COLOURS.values())], dtype=np.uint8))[0]
 
 
-def find_legible(background):
+def find_legible(background, layout=SQUARE):
     """Return the pairs (place, colour) where a sticker stands out from the photograph.
 
-    In the cell of the 3×3 grid, the mean Lab distance from the colour to the photograph must be at least 35, and at
+    In the cell of the place, the mean Lab distance from the colour to the photograph must be at least 35, and at
     most a tenth of the cell may have a distance below 18.
     """
-    lab = rgb2lab(np.asarray(background.resize((24, 24), PILImage.Resampling.BOX)))
+    num_rows, num_columns = len(layout.rows), len(layout.columns)
+    lab = rgb2lab(np.asarray(background.resize((8 * num_columns, 8 * num_rows), PILImage.Resampling.BOX)))
     distance = np.linalg.norm(lab[:, :, None] - COLOURS_LAB, axis=-1)
-    cells = distance.reshape(3, 8, 3, 8, len(COLOURS)).swapaxes(1, 2).reshape(9, 64, len(COLOURS))
+    cells = distance.reshape(num_rows, 8, num_columns, 8, len(COLOURS)).swapaxes(1, 2).reshape(-1, 64, len(COLOURS))
     legible = (cells.mean(1) >= 35) & ((cells < 18).mean(1) <= 0.1)
     colours = list(COLOURS)
-    return {(PLACES[place], colours[colour]) for place, colour in np.argwhere(legible).tolist()}
+    return {(layout.places[place], colours[colour]) for place, colour in np.argwhere(legible).tolist()}
 
 
 # Scenes
-
-
-def get_centre(place):
-    """Return the centre (x, y) of a named place, as fractions of the image."""
-    row, column = divmod(PLACES.index(place), 3)
-    return (2 * column + 1) / 6, (2 * row + 1) / 6
 
 
 def draw_rgb(rng, colour, split):
@@ -230,11 +278,11 @@ def draw_rgb(rng, colour, split):
     return tuple(min(255, max(0, value + rng.randint(-jitter, jitter))) for value in COLOURS[colour])
 
 
-def draw_sticker(rng, pair, place, split):
+def draw_sticker(rng, pair, place, split, layout=SQUARE):
     """Draw a sticker with a random size and a random position inside the cell of its place."""
-    size = rng.uniform(SMALLEST, LARGEST)
-    slack = 1 / 6 - size / 2
-    x, y = (centre + rng.uniform(-slack, slack) for centre in get_centre(place))
+    size = min(rng.uniform(SMALLEST, LARGEST), *layout.cell)
+    slacks = [side / 2 - size / 2 for side in layout.cell]
+    x, y = (centre + rng.uniform(-slack, slack) for centre, slack in zip(layout.get_centre(place), slacks, strict=True))
     return Sticker(*pair, place, x, y, size, draw_rgb(rng, pair[0], split))
 
 
@@ -268,24 +316,24 @@ def draw_edited_pair(rng, operation, unseen):
             return old, new
 
 
-def draw_edit_scene(rng, operation, num_bystanders, unseen, legible, split):
+def draw_edit_scene(rng, operation, num_bystanders, unseen, legible, split, layout=SQUARE):
     """Draw (old sticker, new sticker, bystanders). Return None if they collide, repeat a pair or are hard to see."""
     old_pair, new_pair = draw_edited_pair(rng, operation, unseen)
     pairs = [draw_pair(rng, like=old_pair) for _ in range(num_bystanders)]
     if len({old_pair, new_pair, *pairs}) < num_bystanders + 1 + (old_pair != new_pair):
         return None
-    places = rng.sample(PLACES, num_bystanders + 2)
-    old = draw_sticker(rng, old_pair, places[0], split)
+    places = rng.sample(layout.places, num_bystanders + 2)
+    old = draw_sticker(rng, old_pair, places[0], split, layout)
     if operation == "add":
-        old = replace(old, **dict(zip("xy", get_centre(places[0]), strict=True)), size=CANONICAL)
+        old = replace(old, **dict(zip("xy", layout.get_centre(places[0]), strict=True)), size=CANONICAL)
     new = old
     if operation == "move":
-        new = replace(old, place=places[1], **dict(zip("xy", get_centre(places[1]), strict=True)))
+        new = replace(old, place=places[1], **dict(zip("xy", layout.get_centre(places[1]), strict=True)))
     elif operation == "recolour":
         new = replace(old, colour=new_pair[0], rgb=draw_rgb(rng, new_pair[0], split))
     elif operation == "reshape":
         new = replace(old, shape=new_pair[1])
-    bystanders = [draw_sticker(rng, pair, place, split) for pair, place in zip(pairs, places[2:], strict=True)]
+    bystanders = [draw_sticker(rng, *where, split, layout) for where in zip(pairs, places[2:], strict=True)]
     everyone = [old, new, *bystanders]
     apart = everyone if operation == "move" else everyone[1:]
     if not are_apart(apart) or any((sticker.place, sticker.colour) not in legible for sticker in everyone):
@@ -293,14 +341,14 @@ def draw_edit_scene(rng, operation, num_bystanders, unseen, legible, split):
     return old, new, bystanders
 
 
-def draw_translation_scene(rng, split):
+def draw_translation_scene(rng, split, layout=SQUARE):
     """Draw one to four stickers for a plain background. All pairs (colour, shape) are different."""
-    num_stickers = rng.randint(1, 4)
+    num_stickers = rng.randint(1, min(4, len(layout.places)))
     while True:
         pairs = [draw_pair(rng)]
         pairs += [draw_pair(rng, like=pairs[0]) for _ in range(num_stickers - 1)]
-        places = rng.sample(PLACES, num_stickers)
-        stickers = [draw_sticker(rng, pair, place, split) for pair, place in zip(pairs, places, strict=True)]
+        places = rng.sample(layout.places, num_stickers)
+        stickers = [draw_sticker(rng, *where, split, layout) for where in zip(pairs, places, strict=True)]
         if len(set(pairs)) == num_stickers and are_apart(stickers):
             return stickers
 
@@ -349,15 +397,15 @@ def draw_caption(rng, stickers, background):
 # Samples
 
 
-def make_edit(rng, operation, split, resolution, part="seen", photograph=None):
+def make_edit(rng, operation, split, resolution, part="seen", photograph=None, layout=SQUARE):
     """Make one edit: a dict of PIL images, prompt, task and details."""
-    num_bystanders = rng.randint(1 if operation == "add" else 0, 3)
+    num_bystanders = rng.randint(1 if operation == "add" else 0, min(3, len(layout.places) - 2))
     scene = None
     while scene is None:
-        name, background = draw_background(rng, split, resolution, photograph)
-        legible = find_legible(background)
+        name, background = draw_background(rng, split, resolution, photograph, layout)
+        legible = find_legible(background, layout)
         for _ in range(50):
-            scene = draw_edit_scene(rng, operation, num_bystanders, part == "unseen_pairs", legible, split)
+            scene = draw_edit_scene(rng, operation, num_bystanders, part == "unseen_pairs", legible, split, layout)
             if scene is not None:
                 break
     old, new, bystanders = scene
@@ -371,52 +419,56 @@ def make_edit(rng, operation, split, resolution, part="seen", photograph=None):
         "source_image": draw_stickers(background, before),
         "target_image": draw_stickers(background, after),
         "prompt": draw_edit_prompt(rng, operation, old, new),
-        "mask": draw_mask([old, new], resolution),
+        "mask": draw_mask([old, new], background.size),
         "task": "edit",
         "details": details,
     }
 
 
-def draw_canny_map(rng, stickers, resolution):
+def draw_canny_map(rng, stickers, size):
     """Draw the outlines of the stickers in white on black."""
-    silhouettes = draw_stickers(PILImage.new("L", (resolution, resolution)), stickers, lambda sticker: 255)
+    silhouettes = draw_stickers(PILImage.new("L", size), stickers, lambda sticker: 255)
     edges = canny(np.asarray(silhouettes) / 255, sigma=0.7)
     return PILImage.fromarray(edges.astype(np.uint8) * 255).convert("RGB")
 
 
-def draw_depth_map(rng, stickers, resolution):
+def draw_depth_map(rng, stickers, size):
     """Draw a floor that is nearer (brighter) towards the bottom, and in front of it each sticker at its own depth."""
-    floor = np.linspace(10, rng.uniform(40, 80), resolution).round().astype(np.uint8)
-    floor = PILImage.fromarray(np.repeat(floor[:, None], resolution, 1))
+    floor = np.linspace(10, rng.uniform(40, 80), size[1]).round().astype(np.uint8)
+    floor = PILImage.fromarray(np.repeat(floor[:, None], size[0], 1))
     return draw_stickers(floor, stickers, lambda sticker: rng.randint(115, 185)).convert("RGB")
 
 
-def draw_segmentation_map(rng, stickers, resolution):
+def draw_segmentation_map(rng, stickers, size):
     """Draw each sticker on black, in the palette colour of its shape."""
-    black = PILImage.new("RGB", (resolution, resolution))
+    black = PILImage.new("RGB", size)
     return draw_stickers(black, stickers, lambda sticker: SEGMENTATION_PALETTE[sticker.shape])
 
 
-def make_translation(rng, task, split, resolution):
+def make_translation(rng, task, split, resolution, layout=SQUARE):
     """Make one translation of a condition map into stickers on a plain background: the same dict as `make_edit`."""
-    stickers = draw_translation_scene(rng, split)
+    stickers, size = draw_translation_scene(rng, split, layout), layout.get_size(resolution)
     background = rng.choice(list(BACKGROUNDS))
     draw_map = {"canny": draw_canny_map, "depth": draw_depth_map, "segmentation": draw_segmentation_map}[task]
-    condition_map = draw_map(rng, stickers, resolution)
-    plain = PILImage.new("RGB", (resolution, resolution), BACKGROUNDS[background])
+    condition_map = draw_map(rng, stickers, size)
+    plain = PILImage.new("RGB", size, BACKGROUNDS[background])
     details = {"part": "seen", "operation": task, "photograph": None, "unseen": False, "background": background}
     return {
         "source_image": condition_map,
         "target_image": draw_stickers(plain, stickers),
         "prompt": draw_caption(rng, stickers, background),
-        "mask": PILImage.new("L", (resolution, resolution), 255),
+        "mask": PILImage.new("L", size, 255),
         "task": task,
         "details": details | {"stickers": [asdict(sticker) for sticker in stickers]},
     }
 
 
-def make_sample(seed, split, index, resolution, job=None, shares=SHARES):
-    """Make sample `index` of a split. `job` is (operation, part, photograph); if it is None, draw it from `shares`."""
+def make_sample(seed, split, index, resolution, job=None, shares=SHARES, layouts=(SQUARE,)):
+    """Make sample `index` of a split, in the layouts by turns.
+
+    `job` is (operation, part, photograph); if it is None, draw it from `shares`.
+    """
+    layout = layouts[index % len(layouts)]
     rng = random.Random(f"{seed} {split} {index}")
     if job is None:
         kind = rng.choices(OPERATIONS, shares)[0]
@@ -424,8 +476,8 @@ def make_sample(seed, split, index, resolution, job=None, shares=SHARES):
     else:
         operation, part, photograph = job
     if operation in TRANSLATIONS:
-        return make_translation(rng, operation, split, resolution)
-    return make_edit(rng, operation, split, resolution, part, photograph)
+        return make_translation(rng, operation, split, resolution, layout)
+    return make_edit(rng, operation, split, resolution, part, photograph, layout)
 
 
 # Files
@@ -455,11 +507,11 @@ def encode_png(image):
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def write_shard(path, seed, split, start, jobs, resolution, shares=SHARES):
+def write_shard(path, seed, split, start, jobs, resolution, shares=SHARES, layouts=(SQUARE,)):
     """Write the samples `start` ... `start + len(jobs) - 1` of a split. Return their number."""
     rows = []
     for index, job in enumerate(jobs, start):
-        sample = make_sample(seed, split, index, resolution, job, shares)
+        sample = make_sample(seed, split, index, resolution, job, shares, layouts)
         images = {name: encode_png(sample[name]) for name in ("source_image", "target_image", "mask")}
         rows.append(sample | images | {"details": json.dumps(sample["details"])})
     table = pa.Table.from_pylist(rows, FEATURES.arrow_schema)
@@ -481,7 +533,9 @@ def list_missing_shards(arguments):
             start = shard * arguments.shard_size
             if not path.exists():
                 chosen = jobs[start : start + arguments.shard_size]
-                missing.append((path, arguments.seed, split, start, chosen, arguments.resolution, arguments.shares))
+                layouts = LAYOUTS if arguments.all_aspect_ratios else (SQUARE,)
+                how = arguments.resolution, arguments.shares, layouts
+                missing.append((path, arguments.seed, split, start, chosen, *how))
     return missing
 
 
@@ -491,7 +545,10 @@ class Arguments:
     num_train: int = 200_000
     num_validation: int = field(default=1600, metadata={"help": "total, in equal parts for the eight tasks"})
     num_test: int = field(default=500, metadata={"help": "test samples per task"})
-    resolution: int = field(default=128, metadata={"help": "pixels per side"})
+    resolution: int = field(default=128, metadata={"help": "pixels of the longer side"})
+    all_aspect_ratios: bool = field(
+        default=False, metadata={"help": f"{len(LAYOUTS)} aspect ratios from 1:2 to 2:1 by turns, not only squares"}
+    )
     shares: list[float] = field(
         default_factory=lambda: list(SHARES),
         metadata={"help": f"fractions of the training pairs: {', '.join(OPERATIONS)}; the rest are translations"},

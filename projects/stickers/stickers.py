@@ -8,7 +8,8 @@ An edit is done when both of these conditions hold:
   the target and its reconstruction by the VQ model.
 
 A translation is done when all stickers and the background are right. The positions come from the column `details` of
-the data set that `make_sticker_edits.py` draws with the colours and outlines of this file.
+the data set that `make_sticker_edits.py` draws with the colours and outlines of this file. A `size` is (height, width)
+of an image in pixels; the lengths of stickers are fractions of the longer side.
 
     ceiling = compute_outside_psnr(target_through_vq_model, target, mask, token_size)
     scores = [score_sample(image, ceiling, source, target, mask, details, token_size) for ...]
@@ -43,7 +44,7 @@ BACKGROUNDS = {"grey": (128, 128, 128), "pink": (255, 170, 200), "brown": (110, 
 SHAPES = ("circle", "square", "triangle", "star")
 TRANSLATIONS = ("canny", "depth", "segmentation")
 
-# How far a mask reaches beyond a sticker, as a fraction of the image: a quarter of a token of an 8×8 grid.
+# How far a mask reaches beyond a sticker, as a fraction of the longer side: a quarter of a token of an 8×8 grid.
 MASK_MARGIN = 1 / 32
 
 # Erosion of a sticker on each side, as a fraction of its width, so that blurred outlines do not change its mean colour.
@@ -85,30 +86,30 @@ def draw_coverage(shape, x, y, size, resolution):
     return coverage.reduce(4), (left, top)
 
 
-def draw_template(sticker, resolution, shape=None):
-    """Draw the fraction of each pixel that a sticker covers, (resolution, resolution). `shape` replaces its shape."""
-    coverage, corner = draw_coverage(shape or sticker["shape"], sticker["x"], sticker["y"], sticker["size"], resolution)
-    template = Image.new("L", (resolution, resolution))
+def draw_template(sticker, size, shape=None):
+    """Draw the fraction of each pixel that a sticker covers, (height, width). `shape` replaces its shape."""
+    coverage, corner = draw_coverage(shape or sticker["shape"], sticker["x"], sticker["y"], sticker["size"], max(size))
+    template = Image.new("L", size[::-1])
     template.paste(coverage, corner)
     return np.asarray(template) / 255
 
 
-def draw_core(sticker, resolution, shape=None):
-    """Draw the eroded shape of a sticker, bool (resolution, resolution). `shape` replaces its shape."""
-    template = draw_template(sticker, resolution, shape) > 0.5
-    return isotropic_erosion(template, EROSION * sticker["size"] * resolution)
+def draw_core(sticker, size, shape=None):
+    """Draw the eroded shape of a sticker, bool (height, width). `shape` replaces its shape."""
+    template = draw_template(sticker, size, shape) > 0.5
+    return isotropic_erosion(template, EROSION * sticker["size"] * max(size))
 
 
-def draw_box(sticker, resolution, margin):
-    """Draw the bounding square of a sticker, wider by `margin` (a fraction of the image) on every side."""
-    centres = (np.arange(resolution) + 0.5) / resolution
+def draw_box(sticker, size, margin):
+    """Draw the bounding square of a sticker, wider by `margin` (a fraction of the longer side) on every side."""
+    rows, columns = ((np.arange(side) + 0.5) / max(size) for side in size)
     reach = sticker["size"] / 2 + margin
-    return (abs(centres - sticker["y"]) < reach)[:, None] & (abs(centres - sticker["x"]) < reach)
+    return (abs(rows - sticker["y"]) < reach)[:, None] & (abs(columns - sticker["x"]) < reach)
 
 
-def draw_ring(sticker, resolution):
+def draw_ring(sticker, size):
     """Draw the ring around a sticker, bool: a quarter of a token around its bounding square."""
-    return draw_box(sticker, resolution, MASK_MARGIN) & ~draw_box(sticker, resolution, 0.5 / resolution)
+    return draw_box(sticker, size, MASK_MARGIN) & ~draw_box(sticker, size, 0.5 / max(size))
 
 
 def compute_mean_lab(image, region):
@@ -129,9 +130,9 @@ def compute_overlaps(image, surroundings, sticker):
     background to this colour, so the position on the line gives the fraction. The fit is the soft intersection over
     union of these fractions and the coverage of the shape. `surroundings` (n, 3) are pixels of the background.
     """
-    resolution = len(image)
-    colour = image[np.all([draw_core(sticker, resolution, shape) for shape in SHAPES], 0)].mean(0)
-    box = draw_box(sticker, resolution, MASK_MARGIN)
+    size = image.shape[:2]
+    colour = image[np.all([draw_core(sticker, size, shape) for shape in SHAPES], 0)].mean(0)
+    box = draw_box(sticker, size, MASK_MARGIN)
     pixels = image[box].astype(float)
     # A photograph is not uniform. The background of each pixel is therefore a surrounding pixel with a similar colour:
     # the pixel at the 10 % quantile of colour distances.
@@ -141,7 +142,7 @@ def compute_overlaps(image, surroundings, sticker):
     background = candidates[np.argpartition(distance, tenth, axis=1)[:, tenth]]
     along, whole = ((pixels - background) * (colour - background)).sum(-1), ((colour - background) ** 2).sum(-1)
     found = np.clip(along / np.maximum(whole, 1), 0, 1)
-    templates = {shape: draw_template(sticker, resolution, shape)[box] for shape in SHAPES}
+    templates = {shape: draw_template(sticker, size, shape)[box] for shape in SHAPES}
     return {
         shape: float(np.minimum(found, template).sum() / np.maximum(found, template).sum())
         for shape, template in templates.items()
@@ -156,7 +157,7 @@ def score_sticker(image, surroundings, sticker, other_colours):
     """
     overlaps = compute_overlaps(image, surroundings, sticker)
     best = max(overlaps, key=overlaps.get)
-    core = draw_core(sticker, len(image), best)
+    core = draw_core(sticker, image.shape[:2], best)
     colour = find_nearest(compute_mean_lab(image, core), COLOURS_LAB | other_colours)
     present = overlaps[best] >= SMALLEST_OVERLAP
     return {
@@ -172,7 +173,7 @@ def is_gone(image, source, target, sticker):
     and to all named colours that differ clearly from the target image. Means are compared, because the texture of the
     photograph may be different.
     """
-    core = draw_core(sticker, len(image))
+    core = draw_core(sticker, image.shape[:2])
     beneath = compute_mean_lab(target, core)
     answers = {name: colour for name, colour in COLOURS_LAB.items() if np.linalg.norm(colour - beneath) > ALIKE}
     answers |= {"sticker": compute_mean_lab(source, core), "beneath": beneath}
@@ -193,7 +194,7 @@ def score_edit(image, outside_psnr_ceiling, source, target, mask, details, token
     """Score one edited image.
 
     Args:
-        image, source, target: uint8 arrays (height, width, 3); height = width.
+        image, source, target: uint8 arrays (height, width, 3).
         outside_psnr_ceiling: `compute_outside_psnr` of the VQ model's reconstruction of the target, in dB.
         mask: uint8 array (height, width), above 127 where pixels may change.
         details: the data set's `details`, parsed.
@@ -206,7 +207,7 @@ def score_edit(image, outside_psnr_ceiling, source, target, mask, details, token
     """
     score = {}
     if details["new"] is not None:
-        ring = target[draw_ring(details["new"], len(target))]
+        ring = target[draw_ring(details["new"], target.shape[:2])]
         score |= score_sticker(image, ring, details["new"], {"background": rgb2lab(ring).mean(0)})
     if details["operation"] in ("remove", "move"):
         score["gone"] = is_gone(image, source, target, details["old"])
@@ -230,7 +231,7 @@ def score_translation(image, details):
         the fraction with the right colour at the right place; `background`, whether the background has the right
         colour; and `done`, whether everything is right.
     """
-    plain = ~np.any([draw_box(sticker, len(image), MASK_MARGIN) for sticker in details["stickers"]], 0)
+    plain = ~np.any([draw_box(sticker, image.shape[:2], MASK_MARGIN) for sticker in details["stickers"]], 0)
     found = [score_sticker(image, image[plain], sticker, BACKGROUNDS_LAB) for sticker in details["stickers"]]
     background = find_nearest(compute_mean_lab(image, plain), COLOURS_LAB | BACKGROUNDS_LAB) == details["background"]
     right = [sticker["colour"] and sticker["shape"] for sticker in found]
