@@ -152,7 +152,7 @@ def test_evaluation_writes_the_settings_beside_the_ceiling_and_the_controls(stic
         ({"settings": ["greedy-3-0.5"]}, "`settings` holds 'greedy-3-0.5'"),
         ({"split": "holdout"}, "no parquet file whose name starts with 'holdout'"),
         ({"max_samples": 1}, "`dataset` has one prompt of operation"),
-        ({"model": "editor"}, r"`dataset` has images of \(64, 64\) pixels; make one for 16 × 16"),
+        ({"model": "editor"}, r"`dataset` has images of \(64, 64\) pixels; make one of 16"),
     ],
 )
 def test_evaluation_refuses(options, message, sticker_editor, editor, pictures, tmp_path, run_here):

@@ -86,22 +86,34 @@ def pick_other_prompts(samples: list[dict]) -> list[str]:
 
 def edit_samples(args: Arguments, pipeline: EditARPipeline, samples: list[dict], prompts: list[str], setting: str):
     """Edit every source image, or encode and decode every target image. Sample k always has seed `args.seed` + k."""
-    images = []
-    for start in tqdm(range(0, len(samples), args.batch_size), desc=setting, mininterval=5):
-        rows = slice(start, start + args.batch_size)
-        batch = samples[rows]
+    images = [None] * len(samples)
+    for batch in tqdm(list_batches(args, samples), desc=setting, mininterval=5):
+        width, height = samples[batch[0]]["source_image"].size
+        size = {"height": height, "width": width}
         if setting == "ceiling":
-            targets = [sample["target_image"] for sample in batch]
-            images += pipeline.decode_image_tokens(pipeline.encode_image(targets))
-            continue
-        images += pipeline(
-            prompts[rows],
-            image=[sample["source_image"] for sample in batch],
-            task=[sample["task"] for sample in batch],
-            **parse_setting(args.settings[0] if setting == "another instruction" else setting),
-            generator=[torch.Generator().manual_seed(args.seed + start + k) for k in range(len(batch))],
-        ).images
+            targets = [samples[k]["target_image"] for k in batch]
+            results = pipeline.decode_image_tokens(pipeline.encode_image(targets, **size), **size)
+        else:
+            results = pipeline(
+                [prompts[k] for k in batch],
+                image=[samples[k]["source_image"] for k in batch],
+                task=[samples[k]["task"] for k in batch],
+                **parse_setting(args.settings[0] if setting == "another instruction" else setting),
+                **size,
+                generator=[torch.Generator().manual_seed(args.seed + k) for k in batch],
+            ).images
+        for k, image in zip(batch, results, strict=True):
+            images[k] = image
     return images
+
+
+def list_batches(args: Arguments, samples: list[dict]) -> list[list[int]]:
+    """Divide the samples into batches of one size. Returns the indices of each batch."""
+    places = {}
+    for k, sample in enumerate(samples):
+        places.setdefault(sample["source_image"].size, []).append(k)
+    size = args.batch_size
+    return [same[start : start + size] for same in places.values() for start in range(0, len(same), size)]
 
 
 def score_images(samples: list[dict], images: list, ceilings: list, token_size: int) -> list[dict]:
@@ -110,18 +122,20 @@ def score_images(samples: list[dict], images: list, ceilings: list, token_size: 
         source, target = (np.asarray(sample[name]) for name in ("source_image", "target_image"))
         mask = np.asarray(sample["mask"].convert("L"))
         ceiling = compute_outside_psnr(np.asarray(through), target, mask, token_size)
-        scores.append(score_sample(np.asarray(image), ceiling, source, target, mask, sample["details"], token_size))
+        score = score_sample(np.asarray(image), ceiling, source, target, mask, sample["details"], token_size)
+        scores.append(score | {"size": "×".join(map(str, image.size))})
     return scores
 
 
 def summarise(scores: list[dict]) -> dict:
-    """Average scores by part and operation; for seen and held-out photographs, also by photograph."""
+    """Average scores by part and operation, by size; for seen and held-out photographs, also by photograph."""
     parts = {
         part: [score for score in scores if score["part"] == part] for part in ("seen", "held_out", "unseen_pairs")
     }
     on_photographs = [score for score in parts["seen"] + parts["held_out"] if score["photograph"]]
     means = {part: aggregate_scores(members) for part, members in parts.items()}
-    return means | {"photographs": aggregate_scores(on_photographs, "photograph")}
+    sizes = aggregate_scores([score for score in scores if score["photograph"]], "size")
+    return means | {"photographs": aggregate_scores(on_photographs, "photograph"), "sizes": sizes}
 
 
 def main():
@@ -136,9 +150,9 @@ def main():
     if args.lora is not None:
         pipeline.load_lora_weights(args.lora)
     pipeline.set_progress_bar_config(disable=True)
-    size, found = pipeline.processor.image_processor.size, samples[0]["source_image"].size
-    if found != (size.width, size.height):
-        raise ValueError(f"`dataset` has images of {found} pixels; make one for {size.width} × {size.height} pixels.")
+    side = pipeline.processor.image_processor.size.height
+    if found := {sample["source_image"].size for sample in samples if max(sample["source_image"].size) != side}:
+        raise ValueError(f"`dataset` has images of {min(found)} pixels; make one of {side} pixels.")
     ceilings, results = edit_samples(args, pipeline, samples, prompts, "ceiling"), {}
     known = {"ceiling": ceilings, "untouched source": [sample["source_image"] for sample in samples]}
     for setting in (*args.controls, *args.settings):

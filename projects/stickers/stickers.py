@@ -56,6 +56,9 @@ ALIKE = 25.0
 # Outside the mask, the PSNR of a result may be lower than the PSNR of the VQ reconstruction by this many dB.
 PSNR_TOLERANCE = 1.0
 
+# What a score is grouped by. All other entries of a score are numbers.
+LABELS = ("operation", "part", "photograph", "size")
+
 COLOURS_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in COLOURS.items()}
 BACKGROUNDS_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in BACKGROUNDS.items()}
 
@@ -262,5 +265,5 @@ def aggregate_scores(scores, by="operation"):
 
 def compute_means(scores):
     """Compute the mean of each score. If only some dicts have a score, the mean is over these dicts."""
-    names = dict.fromkeys(name for score in scores for name in score if name not in ("operation", "part", "photograph"))
+    names = dict.fromkeys(name for score in scores for name in score if name not in LABELS)
     return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
