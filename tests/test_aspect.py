@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from tiny import STRIDE, build_pipeline, draw_image
 
+from editar_hf import EditARImageProcessor, EditARPipeline
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:A prompt is longer")
 PROMPT = "make the red circle blue"
@@ -103,6 +105,23 @@ def test_images_of_one_grid_share_a_call_and_others_do_not(pipe):
         pipe(PROMPT, image=[wide, tall], aspect="source")
 
 
+def test_a_model_has_an_aspect_of_its_own_which_every_call_can_overrule(pipe, tmp_path):
+    image = draw_image(0, 36, 24)
+    own = build_pipeline()
+    own.processor.image_processor.aspect = "source"
+    own.save_pretrained(tmp_path)
+    own = EditARPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    explicit = edit(pipe, image=image, aspect="source")
+    assert torch.equal(edit(own, image=image).image_tokens, explicit.image_tokens)
+    assert np.array_equal(edit(own, image=image).images[0], explicit.images[0])
+    cache = own.prepare_source_cache(image)
+    for call in ({"source_cache": cache}, {"source_cache": cache, "image": image, "restore_size": True}):
+        assert torch.equal(edit(own, **call).image_tokens, explicit.image_tokens)
+    for call in ({"aspect": "model"}, {"height": 16}, {"task": "text-to-image", "image": None}):
+        call = {"image": image, **call}
+        assert torch.equal(edit(own, **call).image_tokens, edit(pipe, **call).image_tokens)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -114,3 +133,8 @@ def test_images_of_one_grid_share_a_call_and_others_do_not(pipe):
 def test_bad_aspects_are_refused(pipe, call, message):
     with pytest.raises(ValueError, match=message):
         pipe(PROMPT, **{"image": draw_image(0, 36, 24), **call})
+
+
+def test_an_unknown_aspect_of_a_model_is_refused():
+    with pytest.raises(ValueError, match="`aspect` is 'square'"):
+        EditARImageProcessor(aspect="square")

@@ -184,6 +184,8 @@ def test_images_of_several_aspect_ratios_are_trained_and_a_resumed_run_is_the_sa
     resumed = train("resumed", *words, resume_from_checkpoint="latest", **options)
     assert resumed == {step: straight[step] for step in (4, 5, 6)}
     assert not name_changed(tmp_path / "straight" / "pipeline", tmp_path / "resumed" / "pipeline")
+    pipeline = EditARPipeline.from_pretrained(tmp_path / "straight" / "pipeline")
+    assert pipeline("make it blue", image=Image.new("RGB", (60, 40))).image_tokens.shape == (1, 12)
     # The sheet shows the first held-out pairs, 16×12 pixels each.
     sheet = Image.open(tmp_path / "straight" / "validation" / "step-0000006.png")
     assert sheet.size == (3 * (16 + 4) + 4, 2 * (12 + 4) + 4)

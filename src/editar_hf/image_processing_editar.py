@@ -21,6 +21,7 @@ from .checks import check_choice, check_integer
 
 
 RESIZE_MODES = ("crop", "stretch")
+ASPECTS = ("model", "source")
 OUTPUT_TYPES = ("pil", "np", "pt")
 # The centre crop warns if it cuts away more than this fraction of an image.
 MAX_SILENT_CUT = 0.02
@@ -242,6 +243,7 @@ class EditARImageProcessorKwargs(TypedDict, total=False):
 
     size: int | dict[str, int] | SizeDict
     resize_mode: str
+    aspect: str
     stride: int
 
 
@@ -252,11 +254,14 @@ class EditARImageProcessor(PilBackend):
         size (`int` or `dict[str, int]`, *optional*): `height` and `width` in pixels; *defaults to* 512×512.
         resize_mode (`str`, *optional*): `"crop"` (default, as published) scales the image until it covers the size, and
             keeps the centre; `"stretch"` resizes the image to the size and changes its proportions.
+        aspect (`str`, *optional*): What `EditARPipeline` works at unless a call says otherwise: `"model"` (default, as
+            published) at `size`, `"source"` at the proportions of the source; see `EditARPipeline.__call__`. Training
+            at several aspect ratios sets it to `"source"`. `preprocess` does not use it.
         stride (`int`, *optional*): Pixels per side of a token of the VQ model; *defaults to* 16. Every height and width
             must be a multiple of it.
 
     Raises:
-        ValueError: If `stride` does not divide the size, or `resize_mode` is unknown.
+        ValueError: If `stride` does not divide the size, or `resize_mode` or `aspect` is unknown.
 
     Source: LlamaGen (arXiv 2406.06525) and EditAR (arXiv 2501.04699), which prepare images in the same way.
 
@@ -279,11 +284,13 @@ class EditARImageProcessor(PilBackend):
 
     size = SizeDict(height=512, width=512)
     resize_mode = "crop"
+    aspect = "model"
     stride = 16
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._check_arguments(self.size, self.resize_mode)
+        check_choice("aspect", self.aspect, ASPECTS)
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict:
         return super()._standardize_kwargs(**{"default_to_square": True, **kwargs})  # One number sets both sides.

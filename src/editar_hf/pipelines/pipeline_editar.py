@@ -21,7 +21,7 @@ from transformers.image_utils import ImageInput
 from ..checks import check_choice, check_integer
 from ..generation import SourceCache
 from ..generation.inputs import check_decoding, check_generator, check_source_cache, resolve_settings
-from ..image_processing_editar import RESIZE_MODES, choose_grid, prepare_rgb_images
+from ..image_processing_editar import ASPECTS, RESIZE_MODES, choose_grid, prepare_rgb_images
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel, decode_one_by_one
 from ..packing import is_packed, pack_linears, unpack_linears
@@ -43,7 +43,6 @@ from .lora import EditARLoraMixin
 
 
 SIZE_POLICIES = ("strict", "fit")
-ASPECTS = ("model", "source")
 # The largest height or width of a result with `size_policy="fit"`, in pixels.
 MAX_SIDE = 16384
 
@@ -199,7 +198,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         height: int | None = None,
         width: int | None = None,
         resize_mode: str | None = None,
-        aspect: str = "model",
+        aspect: str | None = None,
     ) -> torch.LongTensor:
         """Encode images as tokens, `(batch, N)` in raster order. Pass them as `source_image_tokens` to any calls.
 
@@ -207,7 +206,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             image: An image, a batch, or a list of images and batches; see `__call__`.
             height, width (`int`, *optional*): Size the model works at, in pixels; *defaults to* that of the model.
             resize_mode (`str`, *optional*): `"crop"` or `"stretch"`; *defaults to* that of the model.
-            aspect (`str`): `"model"`, or `"source"` to choose height and width by the image; see `__call__`.
+            aspect (`str`, *optional*): `"source"` chooses height and width by the image; see `__call__`.
 
         Raises:
             ValueError: If `image` is not an image, or the size or the mode is not supported.
@@ -221,7 +220,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         height: int | None = None,
         width: int | None = None,
         resize_mode: str | None = None,
-        aspect: str = "model",
+        aspect: str | None = None,
     ) -> SourceCache:
         """Compute the tokens, keys and values of images once. Pass them as `source_cache` to any number of calls.
 
@@ -272,7 +271,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         height: int | None = None,
         width: int | None = None,
         resize_mode: str | None = None,
-        aspect: str = "model",
+        aspect: str | None = None,
     ) -> torch.Tensor:
         """Compute a map of where the instruction changes the image: how much it lowers each source token's likelihood.
 
@@ -335,7 +334,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
     def resolve_aspect(
         self,
-        aspect: str,
+        aspect: str | None,
         images: Sequence[Image.Image] | None,
         height: int | None,
         width: int | None,
@@ -343,13 +342,16 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     ) -> tuple[int | None, int | None, str | None]:
         """Choose height, width and resize mode by the images if `aspect` is `"source"`; else return them unchanged.
 
-        The longer side is the largest one that the model can work at. The shorter side is the one that changes the
-        proportions of the images least.
+        Without `aspect`, that of the model counts, if there are images and no size is given. The longer side is the
+        largest one that the model can work at. The shorter side changes the proportions of the images least.
 
         Raises:
             ValueError: If the aspect is unknown, or is `"source"` and there are no images, a size is given too, or the
                 images need several sizes.
         """
+        if aspect is None:
+            is_free = images is not None and height is None and width is None
+            aspect = self.processor.image_processor.aspect if is_free else "model"
         check_choice("aspect", aspect, ASPECTS)
         if aspect == "model":
             return height, width, resize_mode
@@ -366,7 +368,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             found = ", ".join(f"{columns * stride}×{rows * stride}" for rows, columns in sorted(grids))
             raise ValueError(
                 f"`aspect` is 'source', but the images of `image` have different proportions, which need {found} "
-                "pixels; edit them in calls of their own, or leave out `aspect`."
+                "pixels; edit them in calls of their own, or pass `aspect='model'`."
             )
         rows, columns = grids.pop()
         return rows * stride, columns * stride, "stretch" if resize_mode is None else resize_mode
@@ -389,7 +391,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         height: int | None,
         width: int | None,
         resize_mode: str | None,
-        aspect: str = "model",
+        aspect: str | None = None,
     ) -> torch.Tensor:
         """Convert images to pixels `(batch, 3, height, width)` in [−1, 1]."""
         images = prepare_rgb_images(image, "image")
@@ -477,7 +479,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         height: int | None = None,
         width: int | None = None,
         size_policy: str | None = None,
-        aspect: str = "model",
+        aspect: str | None = None,
         resize_mode: str | None = None,
         restore_size: bool | None = None,
         mask_image: ImageInput | None = None,
@@ -524,17 +526,18 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 a mask, all pixels that may not change are those of the resized source. With `restore_size=True` or
                 `crop_to_mask`, images have the size of the source instead, and with `output_type="tokens"`, the result
                 is the tokens at the size the model worked at.
-            aspect (`str`): `"model"` works at the model's size, which is a square for the published weights. `"source"`
-                works at the size whose proportions are nearest to those of `image`, between 1:2 and 2:1; the longer
-                side is the longest one of the model. `height` and `width` are then left out, and `resize_mode`
-                *defaults to* `"stretch"`, which hardly changes the proportions.
+            aspect (`str`, *optional*): `"model"` works at the model's size; for the published weights, a square.
+                `"source"` works at the size whose proportions are nearest to those of `image`, between 1:2 and 2:1; the
+                longer side is the longest one of the model. `resize_mode` then *defaults to* `"stretch"`, which hardly
+                changes the proportions. *Defaults to* that of the model, unless `height` or `width` is given. Only a
+                model that was trained at several aspect ratios edits well at them.
             resize_mode (`str`, *optional*): How the source is resized to that size: `"crop"` (resize the shortest side,
                 then crop the centre; warns if more than 2 % is cut away) or `"stretch"`; *defaults to* that of the
                 model.
             restore_size (`bool`, *optional*): Return images of the size of the source. After a crop, the result is put
                 back into the full source; after a stretch, it is resized back. Needs `image` and `output_type="pil"`.
-                *Defaults to* True if the task is `"edit"`, `image` is given, the output is PIL images, and `height`,
-                `width`, `source_image_tokens` and `source_cache` are not given.
+                *Defaults to* True if the task is `"edit"` or the aspect is `"source"`, `image` is given, the output is
+                PIL images, and `height`, `width`, `source_image_tokens` and `source_cache` are not given.
             mask_image (*optional*): White where the image may change. Pass one mask for all images, or one for each, of
                 the size of the image; a mask of another size is resized with a warning. Transparent pixels count as
                 black. A token may change if at least one of its pixels is white. All other tokens are copied from the
@@ -593,6 +596,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         images = None if image is None else prepare_rgb_images(image, "image")
         is_size_given = height is not None or width is not None
         height, width, resize_mode = self.resolve_aspect(aspect, images, height, width, resize_mode)
+        has_source_aspect = height is not None and not is_size_given
+        if source_cache is not None and images is None and not is_size_given:
+            stride = self.vq_model.config.stride
+            height, width = source_cache.grid_height * stride, source_cache.grid_width * stride
         size = self.resolve_size(height, width, self.size_policy if size_policy is None else size_policy)
         default = self.processor.image_processor.size
         asked_size = (height or default.height, width or default.width)
@@ -601,8 +608,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             resize_mode = "stretch"  # The window has the model's proportions.
         if restore_size is None:
             is_default = images is not None and not is_size_given and source_image_tokens is source_cache is None
-            is_edit = aspect == "source" or set(list_texts(task)) == {"edit"}
-            restore_size = is_default and is_edit and output_type == "pil"
+            is_whole = has_source_aspect and resize_mode == "stretch"
+            is_edit = set(list_texts(task)) == {"edit"}
+            restore_size = is_default and (is_edit or is_whole) and output_type == "pil"
         observers = callback_on_step_end, callback_on_step_end_tensor_inputs
         check_output(output_type, restore_size, crop_to_mask, *observers, self._callback_tensor_inputs, preview_every)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

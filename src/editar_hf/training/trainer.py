@@ -158,6 +158,7 @@ class EditARTrainer:
         build_rows: Callable = MixedRows
         if args.aspect_ratios:
             reader = AspectReader(args.aspect_ratios, reader)
+            self.pipeline.processor.image_processor.aspect = "source"  # saved with the pipeline
             build_rows = partial(BucketedRows, args.batch_size)
         processes = self.accelerator.process_index, self.accelerator.num_processes
         rows = build_rows(specs, opened, reader, args.max_bad_rows_fraction, args.seed, *processes)
