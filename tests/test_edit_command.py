@@ -88,9 +88,10 @@ def test_a_mask_goes_to_the_pipeline(model, images, is_window):
 def test_options_are_passed_on_to_the_pipeline(model, images, tmp_path):
     options = ["--resize-mode", "stretch", "--no-restore-size", "--num-images", 2, "--seed", 4, "--task", "canny"]
     options += ["--guidance-scale", 5, "--image-guidance-scale", 1.5, "--negative-prompt", "green", "--device", "cpu"]
+    options += ["--aspect", "source"]
     assert run(model, *options, output="EDITED.PNG") == 0
-    how = {"resize_mode": "stretch", "restore_size": False, "num_images_per_prompt": 2, "task": "canny"}
-    how |= {"guidance_scale": 5.0, "image_guidance_scale": 1.5, "negative_prompt": "green"}
+    how = {"aspect": "source", "resize_mode": "stretch", "restore_size": False, "num_images_per_prompt": 2}
+    how |= {"guidance_scale": 5.0, "image_guidance_scale": 1.5, "negative_prompt": "green", "task": "canny"}
     expected = edit_directly("images/b.png", seed=4, **how)
     assert not np.array_equal(*expected)
     for index, image in enumerate(expected):

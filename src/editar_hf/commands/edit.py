@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Options that are passed to the pipeline under the same names.
 PIPELINE_OPTIONS = (
-    *("resize_mode", "crop_to_mask", "restore_size", "guidance_scale", "image_guidance_scale", "negative_prompt"),
-    *("num_images_per_prompt", "task"),
+    *("aspect", "resize_mode", "crop_to_mask", "restore_size", "guidance_scale", "image_guidance_scale"),
+    *("negative_prompt", "num_images_per_prompt", "task"),
 )
 # The tasks of `processing_editar.TASK_PREFIXES` that need an image. They are copied here, because that import is slow.
 TASKS = ("edit", "canny", "depth", "segmentation")
@@ -57,6 +57,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     task = "edit the image, or generate an image from a canny, depth or segmentation map (default: edit)"
     add("--task", choices=TASKS, default="edit", help=task)
     add("--seed", metavar="S", type=int, default=0, help="seed of the sampling (default: 0)")
+    aspect = "model edits at the model's size, source at the proportions of the image; default: that of the model"
+    add("--aspect", choices=("model", "source"), help=aspect)
     resize_mode = "how to resize images to the model's size: crop edits the centre, stretch edits the whole image"
     add("--resize-mode", choices=("crop", "stretch"), help=f"{resize_mode}; default: that of the model")
     crop_to_mask = "cut out a window around the mask, and edit it at the model's size"
