@@ -265,6 +265,33 @@ def test_hundred_requests_get_the_tokens_and_images_that_each_gets_alone(caplog)
     assert together == alone
 
 
+def test_a_model_of_several_aspect_ratios_edits_each_image_at_its_own():
+    def load_pipeline():
+        pipeline = build_pipeline()
+        pipeline.processor.image_processor.aspect = "source"
+        return pipeline
+
+    pipe, sizes = load_pipeline(), [(36, 24), (24, 36), (45, 30), (16, 16)]
+    with run_server(load_pipeline) as running, ThreadPoolExecutor(4) as threads:
+        running.wait_until_loaded()
+        for task in ("edit", "canny"):
+            fields = {"prompt": "a hat", "seed": 0, "task": task}
+            files = [{"image": write_image(draw_image(0, *size))} for size in sizes]
+            with running.hold_worker():
+                answers = [threads.submit(running.post, data=fields, files=file) for file in files]
+                running.wait_for_queue(4)
+            for size, answer in zip(sizes, (answer.result().json() for answer in answers), strict=True):
+                expected = pipe("a hat", image=draw_image(0, *size), task=task, generator=seed_generators(0)).images[0]
+                assert np.array_equal(read_image(answer["data"][0]["b64_json"]), expected)
+                assert answer["size"] == f"{size[0]}x{size[1]}"
+                assert answer["usage"]["output_tokens"] == (16 if size == (16, 16) else 12)
+        # A size that is asked for is the size of the result, cropped as before.
+        answer = running.post(data={"prompt": "a hat", "seed": 0, "size": "16x8"}, files=files[0]).json()
+        image = draw_image(0, 36, 24)
+        expected = pipe("a hat", image=image, height=8, width=16, generator=seed_generators(0)).images[0]
+        assert np.array_equal(read_image(answer["data"][0]["b64_json"]), expected)
+
+
 def test_repeated_image_is_encoded_once_while_its_cache_is_kept(pipe, monkeypatch):
     def load_pipeline():
         pipeline = build_pipeline()

@@ -311,24 +311,31 @@ class ImageServer:
             names = ", ".join(self.worker.loras) or "none"
             message = f"`lora` is {fields.lora!r:.80}; the adapters of this server are: {names}."
             raise RequestError(400, message, "lora", "invalid_value")
-        height, width = pipeline.resolve_size(*fields.size_in_pixels, "fit")
+        size, own_aspect = fields.size_in_pixels, pipeline.processor.image_processor.aspect
+        # The proportions of the image then decide at which size the model works.
+        follows_image = image_file is not None and fields.size == "auto" and own_aspect == "source"
+        resize_mode = "stretch" if follows_image else None
         num_text_tokens = self.count_text_tokens("prompt", fields.prompt, task)
         if fields.negative_prompt is not None:
             self.count_text_tokens("negative_prompt", fields.negative_prompt, task)
         image = mask_image = None
         if image_file is not None:
-            asked_height, asked_width = fields.size_in_pixels
-            how = asked_height or height, asked_width or width, pipeline.resolve_resize_mode(None)
+            asked = (given or own for given, own in zip(size, pipeline.resolve_size(*size, "fit"), strict=True))
+            how = *asked, pipeline.resolve_resize_mode(resize_mode)
             image, mask_image = await self.run_codec(decode_images, image_file, mask_file, *how)
+        if image is not None and follows_image:
+            size = pipeline.resolve_aspect("source", [image], None, None, None)[:2]
+        height, width = pipeline.resolve_size(*size, "fit")
         settings = BatchSettings(
-            size=fields.size_in_pixels,
-            restore_size=fields.size == "auto" and task == "edit",
+            size=size,
+            restore_size=fields.size == "auto" and (task == "edit" or follows_image),
             guidance_scale=fields.guidance_scale,
             has_image=image is not None,
             has_mask=mask_image is not None,
             has_negative_prompt=fields.negative_prompt is not None,
             num_previews=fields.partial_images,
             lora=fields.lora,
+            resize_mode=resize_mode,
         )
         seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
         loop, outcomes = asyncio.get_running_loop(), asyncio.Queue[Outcome | None]()

@@ -43,6 +43,7 @@ class BatchSettings(NamedTuple):
         has_image, has_mask, has_negative_prompt (`bool`): What each image comes with.
         num_previews (`int`): Number of previews before each image.
         lora (`str`, *optional*): Name of the adapter; None for the model without adapters.
+        resize_mode (`str`, *optional*): How the images are resized; None for the way of the model.
     """
 
     size: tuple[int | None, int | None]
@@ -53,6 +54,7 @@ class BatchSettings(NamedTuple):
     has_negative_prompt: bool
     num_previews: int
     lora: str | None = None
+    resize_mode: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -119,10 +121,11 @@ class SourceCaches:
             return None  # The pipeline resizes the image before it encodes it.
         caches: list[SourceCache] = []
         for job in batch:
-            key = job.source_key, height, width, settings.lora
+            key = job.source_key, height, width, settings.resize_mode, settings.lora
             cache = self.caches.pop(key, None)
             if cache is None:
-                cache = copy_to_one_block(self.pipeline.prepare_source_cache(job.image, height, width))
+                how = job.image, height, width, settings.resize_mode
+                cache = copy_to_one_block(self.pipeline.prepare_source_cache(*how))
             self.caches[key] = cache
             caches.append(cache)
         while sum(map(count_bytes, self.caches.values())) > SOURCE_CACHE_BYTES:
@@ -288,6 +291,7 @@ class Worker:
             height=settings.size[0],
             width=settings.size[1],
             size_policy="fit",
+            resize_mode=settings.resize_mode,
             restore_size=settings.restore_size,
             guidance_scale=settings.guidance_scale,
             generator=[torch.Generator().manual_seed(job.seed) for job in batch],
