@@ -45,6 +45,10 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def app(pipe):
+    return create_app(pipe)
+
+
+def create_app(pipe):
     return EditApp(pipe, [], {"canny": make_canny_map}, lambda function: function)
 
 
@@ -135,6 +139,26 @@ def test_session_goes_on_in_tokens_and_keeps_what_no_brush_has_touched(app, pipe
     kept[0, [0, 5]] = False
     assert torch.equal(tokens[kept], pipe.encode_image(photo)[kept])
     assert not torch.equal(tokens, pipe.encode_image(photo))
+
+
+@pytest.mark.parametrize("task", ["Edit", "Make a new image; this one is a map of depth"])
+def test_a_model_of_several_aspect_ratios_edits_the_whole_image_at_its_own(task):
+    pipe = build_pipeline()
+    pipe.processor.image_processor.aspect = "source"
+    app, photo = create_app(pipe), draw_image(0, 36, 24)
+    session = start_session(photo)
+    *_, last = edit(app, session, brush(photo.size), task=task)
+    kind = "edit" if task == "Edit" else "depth"
+    arguments = {"task": kind, "guidance_scale": 1.5, "generator": seed_generators(0)}
+    expected = pipe(PROMPT, image=photo, **arguments)
+    assert torch.equal(session.step.image_tokens, expected.image_tokens)
+    assert session.step.image_tokens.shape == (1, 12)
+    shown = [np.asarray(Image.open(path)) for path in last[app.slider]]
+    assert np.array_equal(shown[0], photo)
+    assert np.array_equal(shown[1], expected.images[0])
+    *_, last = edit(app, session, brush(photo.size))  # The session goes on in tokens.
+    assert session.step.image_tokens.shape == (1, 12)
+    assert Image.open(last[app.slider][1]).size == photo.size
 
 
 def test_undo_shows_the_image_and_the_prompt_before_and_a_new_edit_replaces_what_was_undone(app):

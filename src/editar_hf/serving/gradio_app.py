@@ -96,7 +96,10 @@ class EditApp:
         gpu: Callable[[Callable], Callable],
     ) -> None:
         self.pipeline = pipeline
-        self.size, self.resize_mode = pipeline.resolve_size(None, None), pipeline.resolve_resize_mode(None)
+        # A model of several aspect ratios resizes each image to the nearest one, and its result back.
+        self.keeps_aspect = pipeline.processor.image_processor.aspect == "source"
+        self.size = pipeline.resolve_size(None, None)
+        self.resize_mode = pipeline.resolve_resize_mode("stretch" if self.keeps_aspect else None)
         self.examples = [Example(prepare_rgb_image(image), prompt) for image, prompt in examples]
         # For each choice the task, and what makes its map from the image. None: the image is the map.
         self.tasks: dict[str, tuple[str, Callable[[Image.Image], Image.Image] | None]] = {"Edit": ("edit", None)}
@@ -214,7 +217,9 @@ class EditApp:
             if mask_image is not None:
                 raise ValueError("The brush is only for edits. Erase its marks, or choose the task Edit.")
             condition_map = image if make_map is None else make_map(image)
-            before = processor.image_processor.resize_and_crop(condition_map, *self.size, self.resize_mode)
+            before = condition_map
+            if not self.keeps_aspect:
+                before = processor.image_processor.resize_and_crop(condition_map, *self.size, self.resize_mode)
             return before, arguments | {"image": condition_map}
         if mask_image is not None:
             crop = compute_crop_geometry(image.height, image.width, *self.size, self.resize_mode)
@@ -314,7 +319,8 @@ class EditApp:
                         self.guidance_scale = gr.Slider(
                             1, 10, settings.guidance_scale, step=0.1, label="Guidance", info="Weight of the instruction"
                         )
-                    gr.Markdown(NOTES[self.resize_mode], elem_id="note")
+                    if not self.keeps_aspect:
+                        gr.Markdown(NOTES[self.resize_mode], elem_id="note")
                 with gr.Column():
                     self.slider = gr.ImageSlider(
                         label="Before and after",
