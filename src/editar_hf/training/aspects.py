@@ -152,8 +152,8 @@ def choose_buckets(
     """Choose the nearest aspect ratio for each pair of a data set. Returns its index, shape `(number of pairs,)`."""
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
-            f"`aspect_ratios`: {spec.name!r} is streamed, so its images cannot be measured before the run; "
-            "pass `--no-streaming`, or for tar files unpack them."
+            f"`aspect_ratios`: {spec.name!r} is streamed, so its images cannot be measured before the run; pass "
+            "`--no-streaming`, or write `streaming: false` into the recipe."
         )
     if "source_image_tokens" in dataset.column_names:
         raise ValueError(f"`aspect_ratios` needs images, but {spec.name!r} holds tokens; give the images.")
