@@ -64,7 +64,7 @@ def label_patches(stickers: list[dict]) -> np.ndarray:
     coverages = np.zeros((len(stickers) + 1, GRID, GRID))
     coverages[-1] = SMALLEST_COVERAGE
     for index, sticker in enumerate(stickers):
-        visible = draw_template(sticker, RESOLUTION)[margin : margin + VISIBLE, margin : margin + VISIBLE]
+        visible = draw_template(sticker, (RESOLUTION, RESOLUTION))[margin : margin + VISIBLE, margin : margin + VISIBLE]
         coverages[index] = visible.reshape(GRID, VISIBLE // GRID, GRID, VISIBLE // GRID).mean((1, 3))
     most = coverages.argmax(0).ravel()
     names = {"colour": list(COLOURS), "shape": list(SHAPES)}
