@@ -55,7 +55,7 @@ SPLITS = ("train", "test")
 # Pairs whose objects change their color by less than this mean difference of RGB are drawn anew.
 CLEAR_COLOR_DISTANCE = 46
 # Scale of the objects where one has so many others beside it.
-CROWDING = (1, 0.88, 0.78)
+CROWDING = (1, 0.7, 0.58)
 
 
 @dataclass

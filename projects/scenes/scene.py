@@ -13,7 +13,9 @@ from recoloring import COLORS, recolor
 # Lengths as fractions: of the longer side of the image, of the side itself, of the side itself.
 SMALLEST_OBJECT, LARGEST_OBJECT, MARGIN = 22 / 128, 0.8, 0.01
 # What is wider than this stands nearly at the same columns on the left, in the middle and on the right.
-WIDEST_AT_PLACE = 0.42
+WIDEST_AT_PLACE = 0.5
+# Small objects are drawn larger than they are beside large ones: an object of few tokens is smeared by the VQ model.
+SIZE_EXPONENT = 0.6
 SMALLEST_CROP, SMALLEST_SCALE = 0.55, 0.85
 LOWEST_GROUND = 0.72
 # Share of the training photographs of places that are backdrops.
@@ -185,7 +187,7 @@ class Scene:
             size = self.bank.nouns[thing.view.noun]["size"] * rng.uniform(0.85, 1.15)
         horizon = max(self.ground, 0.3 * self.height)
         nearness = min(max((foot - horizon) / (0.975 * self.height - horizon + 1), 0), 1)
-        longer = size * shorter * (0.75 + 0.35 * nearness) * self.crowding
+        longer = size**SIZE_EXPONENT * shorter * (0.75 + 0.35 * nearness) * self.crowding
         longer = max(longer, SMALLEST_OBJECT * max(self.height, self.width))
         view_width, view_height = thing.view.image.size
         scale = min(
