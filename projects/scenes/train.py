@@ -518,7 +518,7 @@ def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> E
     transformer.set_attn_implementation("causal")
     if "editor" in args.compile:
         for layer in transformer.model.layers:
-            layer.compile()
+            layer.compile(dynamic=False)
     steps = {
         shape: TrainingStep(
             transformer, text_encoder, [side // STRIDE for side in shape], edit_region_weight=args.edit_region_weight
