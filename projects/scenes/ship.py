@@ -1,9 +1,10 @@
 """Turn what train.py left into the folder that is shipped: parts joined, and defaults for sampling chosen.
 
-    python projects/scenes/ship.py --parts runs/scenes --bank bank --output_dir examples/scene-editor \
-        --guidance_scale 1.5 --temperature 0.3
+    python projects/scenes/ship.py --parts runs/scenes --bank bank --output-dir examples/scene-editor \
+        --guidance-scale 1.5 --temperature 0.3
 
-The bank's `ATTRIBUTION.md` goes along: the weights have seen nothing but its objects and photographs.
+The editor was trained at several aspect ratios, so by default it edits an image at the image's own. The bank's
+`ATTRIBUTION.md` goes along: the weights have seen nothing but its objects and photographs.
 """
 
 import io
@@ -51,6 +52,7 @@ def main(arguments=None):
         pipeline = EditARPipeline.from_pretrained(unpack_pipeline(args.parts, Path(folder)), dtype=torch.bfloat16)
     for name in ("guidance_scale", "do_sample", "temperature"):
         setattr(pipeline.transformer.generation_config, name, getattr(args, name))
+    pipeline.processor.image_processor.aspect = "source"
     # Where the weights lay is nobody's business.
     pipeline.register_to_config(_name_or_path="scene-editor")
     pipeline.save_pretrained(args.output_dir, max_shard_size="14MB")
