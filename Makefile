@@ -11,10 +11,10 @@ demo: .venv/installed-lora  ## edit a photograph with the shipped checkpoint and
 	$(BIN)/python examples/edit_photo.py
 
 app: .venv/installed-app  ## edit in the browser with the shipped checkpoint, at http://127.0.0.1:7860
-	$(BIN)/editar-hf app --model examples/sticker-editor --image examples/photo.png --prompt "make the red circle blue"
+	$(BIN)/editar-hf app --model projects/stickers/sticker-editor --image examples/photo.png --prompt "make the red circle blue"
 
 serve: .venv/installed-serve  ## serve the shipped checkpoint at http://127.0.0.1:8000
-	$(BIN)/editar-hf serve --model examples/sticker-editor
+	$(BIN)/editar-hf serve --model projects/stickers/sticker-editor
 
 docs: .venv/installed-docs  ## build the documentation in docs/_build/html, with warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html

@@ -29,7 +29,6 @@ from editar_hf.pipelines.edit_region import prepare_mask
 
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
 sys.path.append(str(ROOT / "projects" / "stickers"))
 from make_sticker_edits import OPERATIONS, TRANSLATIONS, make_sample  # noqa: E402
 
@@ -208,7 +207,7 @@ def main():
     parser.add_argument("--samples", type=int, default=80, help="test samples of the sticker editor, for drafts")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the timings with random weights")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--model", default=str(EXAMPLES / "sticker-editor"), help="the sticker editor")
+    parser.add_argument("--model", default=str(ROOT / "projects/stickers/sticker-editor"), help="the sticker editor")
     args = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe_machine()

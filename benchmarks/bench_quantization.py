@@ -25,7 +25,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from editar_hf import EditARForConditionalGeneration, EditARPipeline
 
 
-STICKER_EDITOR = Path(__file__).parents[1] / "examples" / "sticker-editor"
+STICKER_EDITOR = Path(__file__).parents[1] / "projects" / "stickers" / "sticker-editor"
 QUANTIZED = ("transformer", "text_encoder")
 # Ways to load, each with its dtype, whether weights are then packed, and the maker of a quantisation configuration.
 WAYS = {

@@ -35,8 +35,8 @@ from editar_hf.packing import explain_missing_kernel
 
 
 ROOT = Path(__file__).parents[1]
-ADAPTER = ROOT / "examples/sticker-copy-lora"
-PHOTO = (ROOT / "examples/photo.png").read_bytes()
+ADAPTER = ROOT / "projects/stickers/sticker-copy-lora"
+PHOTO = (ROOT / "projects/stickers/photo.png").read_bytes()
 PROMPTS = ("make the red circle blue", "add a green square", "remove the red circle")
 SERVERS = {"batches of at most 8": 8, "one by one": 1}
 NUM_CLIENTS = (1, 4, 16)
@@ -52,7 +52,7 @@ class Server:
             self.port = free.getsockname()[1]
         self.log = log
         program = Path(sys.executable).with_name("editar-hf")
-        command = [program, "serve", "--model", ROOT / "examples/sticker-editor", "--port", str(self.port)]
+        command = [program, "serve", "--model", ROOT / "projects/stickers/sticker-editor", "--port", str(self.port)]
         command += ["--max-batch-size", str(max_batch_size), *options]
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stderr=file)

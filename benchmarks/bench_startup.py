@@ -31,7 +31,7 @@ AVX2 = {
 MODES = {"all instructions, bfloat16": {}, "AVX2, float32": AVX2}
 # These stages are not part of a script with one edit.
 EXTRAS = ("a later edit", "`pipe.pack_weights()`", "a later edit with packed weights")
-EDIT = ("--image", ROOT / "examples/photo.png", "--prompt", "make the red circle blue", "--output")
+EDIT = ("--image", ROOT / "projects/stickers/photo.png", "--prompt", "make the red circle blue", "--output")
 
 
 def measure_children() -> float:
@@ -63,7 +63,7 @@ def measure_all(dtype: str, output: Path) -> tuple[dict[str, float], list]:
     seconds, tokens = measure_script(dtype)
     paused, _ = measure_script(dtype, "--pause-gc")
     seconds["the same, no garbage collection during imports"] = paused["**a script with one edit**"]
-    edit = run_command("edit", "--model", ROOT / "examples/sticker-editor", "--dtype", dtype, *EDIT, output)
+    edit = run_command("edit", "--model", ROOT / "projects/stickers/sticker-editor", "--dtype", dtype, *EDIT, output)
     seconds["**`editar-hf edit`**"], seconds["`editar-hf edit`, wall-clock time"] = edit
     seconds["`editar-hf env`"], _ = run_command("env")
     seconds["`editar-hf edit --help`"], _ = run_command("edit", "--help")

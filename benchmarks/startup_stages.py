@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+STICKERS = Path(__file__).parents[1] / "projects" / "stickers"
 seconds: dict[str, float] = {}
 last = time.process_time()
 
@@ -45,12 +45,12 @@ if "--pause-gc" in sys.argv:
     gc.enable()
     gc.freeze()
 end_stage("`from editar_hf import EditARPipeline` after these")
-pipe = EditARPipeline.from_pretrained(EXAMPLES / "sticker-editor", dtype=getattr(torch, sys.argv[1]))
+pipe = EditARPipeline.from_pretrained(STICKERS / "sticker-editor", dtype=getattr(torch, sys.argv[1]))
 end_stage("`EditARPipeline.from_pretrained`")
 from PIL import Image
 
 pipe.set_progress_bar_config(disable=True)
-image, tokens = Image.open(EXAMPLES / "photo.png"), []
+image, tokens = Image.open(STICKERS / "photo.png"), []
 
 
 def edit():

@@ -37,7 +37,7 @@ def paint_circle(app: AppPage, size: tuple[int, int]):
 
 
 def main():
-    pipeline = EditARPipeline.from_pretrained(ROOT / "examples" / "sticker-editor")
+    pipeline = EditARPipeline.from_pretrained(ROOT / "projects" / "stickers" / "sticker-editor")
     pipeline.set_progress_bar_config(disable=True)
     photo = Image.open(ROOT / "examples" / "photo.png")
     with run_app(pipeline, [Example(photo, "make the red circle blue")]) as url, run_browser() as browser:

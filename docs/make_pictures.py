@@ -126,7 +126,7 @@ def save_sheet(rows: list[list[Image.Image]], file: Path, width: int = 864):
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    pipe = EditARPipeline.from_pretrained(ROOT / "examples" / "sticker-editor")
+    pipe = EditARPipeline.from_pretrained(ROOT / "projects" / "stickers" / "sticker-editor")
     pipe.set_progress_bar_config(disable=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pictures = {

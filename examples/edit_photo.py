@@ -16,13 +16,14 @@ from PIL import Image, ImageOps
 from editar_hf import EditARPipeline
 
 
-EXAMPLES = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+EDITOR = ROOT / "projects/stickers/sticker-editor"
 
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(EXAMPLES / "sticker-editor"), help="pipeline folder or Hub id")
-    parser.add_argument("--image", type=Path, default=EXAMPLES / "photo.png", help="photograph to edit")
+    parser.add_argument("--model", default=str(EDITOR), help="pipeline folder or Hub id")
+    parser.add_argument("--image", type=Path, default=ROOT / "examples/photo.png", help="photograph to edit")
     parser.add_argument("--prompt", default="make the red circle blue", help="instruction")
     parser.add_argument("--output", type=Path, default=Path("outputs/edited_photo.png"), help="file to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")

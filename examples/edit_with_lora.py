@@ -7,9 +7,9 @@ from editar_hf import EditARPipeline
 
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = EditARPipeline.from_pretrained("examples/sticker-editor").to(device)
+pipe = EditARPipeline.from_pretrained("projects/stickers/sticker-editor").to(device)
 # The sticker editor cannot copy stickers. This adapter was trained to copy them. It needs `pip install peft`.
-pipe.load_lora_weights("examples/sticker-copy-lora", adapter_name="copy")
+pipe.load_lora_weights("projects/stickers/sticker-copy-lora", adapter_name="copy")
 pipe.set_adapters("copy", 1.0)
 
 edited = pipe(

@@ -7,7 +7,7 @@ from editar_hf import EditARPipeline
 
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = EditARPipeline.from_pretrained("examples/sticker-editor").to(device)
+pipe = EditARPipeline.from_pretrained("projects/stickers/sticker-editor").to(device)
 
 image = Image.open("examples/photo.png")
 # White marks where the image may change. The mask has the size of the image.

@@ -1,7 +1,7 @@
 """Encode a data set of pairs as tokens once, so that training does not encode images in every step.
 
-    python examples/precompute_tokens.py --dataset my-pairs --split train --vq-model examples/sticker-editor/vq_model \
-        --output-dir my-tokens --resolution 64
+    python examples/precompute_tokens.py --dataset my-pairs --split train --output-dir my-tokens \
+        --vq-model projects/stickers/sticker-editor/vq_model --resolution 64
 
 The parquet shards hold the tokens of both images, the prompt and the task. To train on them, run
 `examples/train_editar.py --dataset my-tokens`. For training with a frozen text encoder, pass `--pipeline` in place of

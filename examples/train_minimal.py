@@ -1,6 +1,6 @@
 """Train EditAR on your own pairs in plain PyTorch. Copy this file and change it.
 
-    python examples/train_minimal.py --model examples/sticker-editor --dataset my-pairs --output-dir runs/mine
+    python examples/train_minimal.py --model projects/stickers/sticker-editor --dataset my-pairs --output-dir runs/mine
 
 `--dataset` is a Hub id or a folder that `datasets.load_dataset` reads, with the columns `source_image`, `target_image`
 and `prompt`. The VQ model and the text encoder stay frozen, and the decoder learns to predict the tokens of the target

@@ -428,7 +428,7 @@ def test_command_starts_the_app_with_its_example_and_stops_on_ctrl_c(tmp_path):
 
 
 def test_command_refuses_a_prompt_without_an_image(capsys):
-    assert main(["app", "--model", str(ROOT / "examples" / "sticker-editor"), "--prompt", PROMPT]) == 2
+    assert main(["app", "--model", str(ROOT / "projects" / "stickers" / "sticker-editor"), "--prompt", PROMPT]) == 2
     assert "`--prompt` is 'make the red circle blue' without `--image`" in capsys.readouterr().err
 
 

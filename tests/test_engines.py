@@ -66,7 +66,7 @@ def test_saved_and_shipped_folders_hold_the_files_for_engines(folder):
     for name in ENGINE_FILES:
         expected = (package / name).read_bytes()
         assert (folder / name).read_bytes() == expected
-        assert (ROOT / "examples" / "sticker-editor" / name).read_bytes() == expected
+        assert (ROOT / "projects" / "stickers" / "sticker-editor" / name).read_bytes() == expected
     # diffusers-cli and vLLM-Omni fail if it is a list.
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "EditARPipeline"
 

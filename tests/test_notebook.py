@@ -27,7 +27,8 @@ def test_notebook_teaches_the_model_a_frame(tmp_path, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
     notebook.cells.append(nbformat.v4.new_code_cell(MEASURE))
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "projects"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": tmp_path}}).execute()

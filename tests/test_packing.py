@@ -21,7 +21,7 @@ from editar_hf.packing import PackedLinear, explain_missing_kernel, is_packed
 
 
 pytestmark = [needs_packing, pytest.mark.filterwarnings("ignore:A prompt is longer")]
-STICKER_EDITOR = Path(__file__).parents[1] / "examples" / "sticker-editor"
+STICKER_EDITOR = Path(__file__).parents[1] / "projects" / "stickers" / "sticker-editor"
 # Rounding to float16 changes a weight by at most this part of it.
 ROUNDING = 2**-11
 

@@ -26,9 +26,10 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # What the pages suppose a user has: the published weights, an editor, pairs, and an adapter trained on them.
 STAND_INS = {
     "examples": "examples",
-    "editar": "examples/sticker-editor",
-    "my-editor": "examples/sticker-editor",
-    "runs/my-lora/adapter": "examples/sticker-copy-lora",
+    "projects": "projects",
+    "editar": "projects/stickers/sticker-editor",
+    "my-editor": "projects/stickers/sticker-editor",
+    "runs/my-lora/adapter": "projects/stickers/sticker-copy-lora",
 }
 # Where the pages suppose a server.
 ADDRESS = "http://127.0.0.1:8000"
@@ -51,8 +52,8 @@ def served_address():
     """The address of a server of the small checkpoint and its adapter, which needs no key."""
 
     def load_pipeline():
-        pipeline = EditARPipeline.from_pretrained(ROOT / "examples/sticker-editor")
-        pipeline.load_lora_weights(ROOT / "examples/sticker-copy-lora", adapter_name="copy")
+        pipeline = EditARPipeline.from_pretrained(ROOT / "projects/stickers/sticker-editor")
+        pipeline.load_lora_weights(ROOT / "projects/stickers/sticker-copy-lora", adapter_name="copy")
         return pipeline
 
     with run_server(load_pipeline, loras=("copy",), api_key=None) as running:

@@ -18,7 +18,7 @@ from editar_hf.pipelines.edit_region import compute_edit_mask
 
 PROMPT = "make the red circle blue"
 SIDE, NUM_TOKENS = 16, 16
-STICKER_EDITOR = Path(__file__).parents[1] / "examples" / "sticker-editor"
+STICKER_EDITOR = Path(__file__).parents[1] / "projects" / "stickers" / "sticker-editor"
 pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:`image` is missing")
 
 

@@ -11,7 +11,7 @@ from tiny import are_near
 from editar_hf import EditARPipeline
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+STICKERS = Path(__file__).parents[1] / "projects" / "stickers"
 # Tokens of likeliest-token decoding in float32, written by version 0.1.0.
 TOKENS = {
     "remove": """
@@ -40,7 +40,7 @@ TOKENS = {
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = EditARPipeline.from_pretrained(EXAMPLES / "sticker-editor", dtype=torch.float32)
+    pipe = EditARPipeline.from_pretrained(STICKERS / "sticker-editor", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -75,7 +75,7 @@ def test_saved_pipeline_samples_with_its_own_settings(pipe, image):
 
 @pytest.mark.parametrize("name", ["sticker-editor", "sticker-copy-lora"])
 def test_header_of_a_shipped_card_repeats_its_figures_and_shows_an_edit_of_the_model(pipe, name):
-    folder = EXAMPLES / name
+    folder = STICKERS / name
     card = ModelCard.load(folder / "README.md")
     assert card.data.model_name == name
     for result in card.data.eval_results:
@@ -91,7 +91,7 @@ def test_header_of_a_shipped_card_repeats_its_figures_and_shows_an_edit_of_the_m
 
 
 def test_saved_adapter_gives_the_tokens_it_gave(pipe, image):
-    pipe.load_lora_weights(EXAMPLES / "sticker-copy-lora")
+    pipe.load_lora_weights(STICKERS / "sticker-copy-lora")
     try:
         prompt = "copy the blue square to the top left"
         assert_edit("copy with adapter", pipe, prompt, image=image, do_sample=False)

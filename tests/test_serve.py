@@ -21,9 +21,9 @@ import numpy as np
 import openai
 import pytest
 import torch
-from pages import ROOT
 from PIL import Image, ImageChops
 from processes import PythonProcess, find_free_port
+from scripts import STICKERS
 from serving import KEY, run_server, wait_until
 from test_lora import adapters  # noqa: F401
 from tiny import build_pipeline as build_tiny_pipeline
@@ -707,7 +707,7 @@ def test_shutdown_finishes_what_has_begun():
 def test_command_serves_a_folder_until_it_is_terminated():
     port = find_free_port()
     environment = {**os.environ, "EDITAR_HF_API_KEY": KEY}
-    model, adapter = ROOT / "examples" / "sticker-editor", ROOT / "examples" / "sticker-copy-lora"
+    model, adapter = STICKERS / "sticker-editor", STICKERS / "sticker-copy-lora"
     words = ["serve", "--model", model, "--lora", f"copy={adapter}", "--port", port]
     process = PythonProcess("-m", "editar_hf.commands", *words, environment=environment)
     health = None
@@ -717,7 +717,7 @@ def test_command_serves_a_folder_until_it_is_terminated():
         with contextlib.suppress(httpx.TransportError):
             health = httpx.get(f"http://127.0.0.1:{port}/health").status_code
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY)
-    photo, prompt = ROOT / "examples" / "photo.png", "copy the red circle to the top left"
+    photo, prompt = STICKERS / "photo.png", "copy the red circle to the top left"
     pipe = EditARPipeline.from_pretrained(model, dtype=torch.float32)
     for lora in (None, "copy"):
         if lora is not None:
@@ -734,7 +734,7 @@ def test_command_serves_a_folder_until_it_is_terminated():
 
 
 def test_command_refuses_what_it_cannot_serve(tmp_path, capsys):
-    model = str(ROOT / "examples" / "sticker-editor")
+    model = str(STICKERS / "sticker-editor")
     cases = {
         ("--model", str(tmp_path / "absent" / "folder")): "`model` is",
         ("--model", model, "--api-key", ""): "`api_key` is empty",

@@ -21,7 +21,8 @@ CIRCLE, COPY = (108, 195), (260, 40)
 @pytest.fixture
 def run_example(tmp_path, monkeypatch):
     """Run an example in a working directory that has `examples/`, and return the image it saves."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "projects"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
 
     def run(name):

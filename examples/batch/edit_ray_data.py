@@ -1,7 +1,7 @@
 """Edit a folder of images with Ray Data, on one machine or on a cluster:
 
     pip install 'ray[data]'
-    python examples/batch/edit_ray_data.py --num-workers 2 --model examples/sticker-editor --image photos \
+    python examples/batch/edit_ray_data.py --num-workers 2 --model projects/stickers/sticker-editor --image photos \
         --prompt "make the red circle blue" --output edited
 
 The other options are those of `editar-hf edit`, and so are the results. All machines must find the folders under the

@@ -1,6 +1,6 @@
 """Evaluate the sticker editor on held-out samples: compute the fraction of edits that are done, and three controls.
 
-    python projects/stickers/evaluate_sticker_editor.py --model examples/sticker-editor --dataset stickers \
+    python projects/stickers/evaluate_sticker_editor.py --model projects/stickers/sticker-editor --dataset stickers \
         --settings greedy-3 sampled-3 greedy-1 greedy-7.5 --output results.json
 
 A setting consists of `greedy` or `sampled`, a guidance scale and, if it is not 1, a temperature. There are three

@@ -1,7 +1,7 @@
 """Evaluate editors on the test set of make_sticker_edits.py: `editar-hf evaluate` with the benchmark `sticker-edits`.
 
     python projects/stickers/evaluate_stickers.py run --benchmark sticker-edits --source stickers \
-        --model examples/sticker-editor --output-dir runs/stickers
+        --model projects/stickers/sticker-editor --output-dir runs/stickers
 
 The steps and options are the same as in `editar-hf evaluate`. There is one more option, `--vq-model`, a pipeline whose
 VQ model reconstructs the target image. The reconstruction sets how close an edit must be to the target image outside

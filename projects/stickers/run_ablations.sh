@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUNS=${RUNS:-runs/ablations}
-MODEL=${MODEL:-examples/sticker-editor}
+MODEL=${MODEL:-projects/stickers/sticker-editor}
 TEACHER=${TEACHER:-$RUNS/stand-in-teacher}
 RESULTS=${RESULTS:-benchmarks/results}
 NUM_TEST=${NUM_TEST:-100}  # test samples per operation or map; held-out edits add half as many

@@ -1,6 +1,6 @@
 """Count what an adapter of docs/lora-guide.md has learnt and what it has forgotten.
 
-    python projects/stickers/score_frame_lora.py --model examples/sticker-editor --lora runs/my-lora/adapter
+    python projects/stickers/score_frame_lora.py --model projects/stickers/sticker-editor --lora runs/my-lora/adapter
 
 New images come from `examples/make_practice_pairs.py`, with seeds that no pair has. A frame counts if at least 90 % of
 its pixels are nearly black. The other edits are test samples of `make_sticker_edits.py`, decoded greedily.
@@ -27,7 +27,7 @@ from make_practice_pairs import FRAME, PROMPT, SIDE, draw_pair
 
 @dataclass
 class Arguments:
-    model: str = "examples/sticker-editor"
+    model: str = "projects/stickers/sticker-editor"
     lora: str | None = field(default=None, metadata={"help": "folder of the adapter; default: none"})
     weight: float = field(default=1.0, metadata={"help": "weight of the adapter"})
     num_new: int = 50

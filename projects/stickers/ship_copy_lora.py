@@ -1,8 +1,8 @@
 """Ship the adapter that `train_copy_lora.sh` trained: its weights, and a model card with results and images.
 
-    python projects/stickers/ship_copy_lora.py --model examples/sticker-editor --adapter runs/copy/run/adapter \
-        --dataset runs/copy/new --figures runs/copy/figures --output-dir examples/sticker-copy-lora \
-        --hardware "two CPU cores, 12 minutes"
+    python projects/stickers/ship_copy_lora.py --model projects/stickers/sticker-editor \
+        --adapter runs/copy/run/adapter --dataset runs/copy/new --figures runs/copy/figures \
+        --output-dir projects/stickers/sticker-copy-lora --hardware "two CPU cores, 12 minutes"
 
 The results are the output of `evaluate_sticker_editor.py` for new and old test samples, with and without the adapter.
 One image shows the first new test samples, without any selection. Two images are the example that the Hub shows.
@@ -28,7 +28,7 @@ from editar_hf.training.validation import build_contact_sheet
 IMAGE_FILE = "copies.png"
 NUM_SHOWN, ENLARGED = 6, 128
 CARD = Path(__file__).with_name("copy_lora_card.md")
-PHOTO = Path(__file__).parents[2] / "examples" / "photo.png"
+PHOTO = Path(__file__).with_name("photo.png")
 # The widget of the Hub: its source image, its prompt, and the result.
 EXAMPLE = {"src": "example.png", "prompt": "copy the red circle to the top right", "output": {"url": "edited.png"}}
 

@@ -1,7 +1,7 @@
 """Convert a trained sticker editor to the folder that is shipped: bfloat16 weights and new defaults for sampling.
 
-    python projects/stickers/ship_sticker_editor.py --model runs/editor/pipeline --output-dir examples/sticker-editor \
-        --guidance-scale 1.5 --temperature 0.3
+    python projects/stickers/ship_sticker_editor.py --model runs/editor/pipeline \
+        --output-dir projects/stickers/sticker-editor --guidance-scale 1.5 --temperature 0.3
 """
 
 from dataclasses import dataclass, field

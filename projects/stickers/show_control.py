@@ -1,6 +1,6 @@
 """Draw the image of docs/masks-and-sessions.md: masks, sessions and a source cache with the sticker editor.
 
-    python projects/stickers/show_control.py --model examples/sticker-editor --output docs/control.png
+    python projects/stickers/show_control.py --model projects/stickers/sticker-editor --output docs/control.png
 
 The source images are the first test samples of `make_sticker_edits.py` with seed 0. This script draws them, without any
 selection.

@@ -6,8 +6,8 @@
 # One stage: bash projects/stickers/train_copy_lora.sh figures
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-MODEL=examples/sticker-editor
-ADAPTER=examples/sticker-copy-lora
+MODEL=projects/stickers/sticker-editor
+ADAPTER=projects/stickers/sticker-copy-lora
 RUNS=runs/copy
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 # The process keeps freed memory. To request it again from the system takes a large part of a training step on a CPU.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the small checkpoint in examples/sticker-editor, stage by stage, on two CPU cores. A stage that was stopped
-# continues where it stopped.
+# Make the sticker editor in projects/stickers, stage by stage, on two CPU cores. A stage that was stopped continues where
+# it stopped.
 # All stages: bash projects/stickers/train_sticker_editor.sh
 # One stage: bash projects/stickers/train_sticker_editor.sh vq_model
 set -euo pipefail
@@ -93,13 +93,15 @@ ship_pipeline() {
 # This guidance scale has the most edits done on validation samples. At this temperature, seeds give different results,
 # and sampling costs less than two points.
 ship() {
-    ship_pipeline "$RUNS/editor/pipeline" examples/sticker-editor
-    python projects/stickers/show_sticker_edits.py --model examples/sticker-editor --output docs/sticker-editor.png
+    ship_pipeline "$RUNS/editor/pipeline" projects/stickers/sticker-editor
+    python projects/stickers/show_sticker_edits.py --model projects/stickers/sticker-editor \
+        --output docs/sticker-editor.png
 }
 
 figures() {
-    python projects/stickers/evaluate_sticker_editor.py --model examples/sticker-editor --dataset "$RUNS/stickers" \
-        --settings greedy-1.5 sampled-1.5-0.3 sampled-1.5 greedy-1 greedy-3 greedy-7.5 --output "$RUNS/figures.json"
+    python projects/stickers/evaluate_sticker_editor.py --model projects/stickers/sticker-editor \
+        --dataset "$RUNS/stickers" --output "$RUNS/figures.json" \
+        --settings greedy-1.5 sampled-1.5-0.3 sampled-1.5 greedy-1 greedy-3 greedy-7.5
 }
 
 for stage in ${*:-data vq_model decoding tokens editor ship figures}; do

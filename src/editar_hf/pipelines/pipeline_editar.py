@@ -87,7 +87,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     >>> import torch
     >>> from PIL import Image, ImageDraw
     >>> from editar_hf import EditARPipeline
-    >>> pipe = EditARPipeline.from_pretrained("examples/sticker-editor")
+    >>> pipe = EditARPipeline.from_pretrained("projects/stickers/sticker-editor")
     >>> image = Image.new("RGB", (64, 64), "lightgrey")
     >>> ImageDraw.Draw(image).ellipse((20, 20, 40, 40), fill="red")
     >>> pipe("make the red circle blue", image=image, generator=torch.Generator().manual_seed(0)).images[0].size
