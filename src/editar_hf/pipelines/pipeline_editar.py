@@ -333,35 +333,34 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         return rows * stride, columns * stride
 
     def resolve_aspect(
-        self,
-        aspect: str | None,
-        images: Sequence[Image.Image] | None,
-        height: int | None,
-        width: int | None,
-        resize_mode: str | None,
-    ) -> tuple[int | None, int | None, str | None]:
-        """Choose height, width and resize mode by the images if `aspect` is `"source"`; else return them unchanged.
-
-        Without `aspect`, that of the model counts, if there are images and no size is given. The longer side is the
-        largest one that the model can work at. The shorter side changes the proportions of the images least.
+        self, aspect: str | None, images: Sequence[Image.Image] | None, height: int | None, width: int | None
+    ) -> str:
+        """Replace None by the model's own aspect, if there are images and no size is given, and check the aspect.
 
         Raises:
-            ValueError: If the aspect is unknown, or is `"source"` and there are no images, a size is given too, or the
-                images need several sizes.
+            ValueError: If the aspect is unknown, or is `"source"` and there are no images or a size is given too.
         """
         if aspect is None:
             is_free = images is not None and height is None and width is None
-            aspect = self.processor.image_processor.aspect if is_free else "model"
+            return self.processor.image_processor.aspect if is_free else "model"
         check_choice("aspect", aspect, ASPECTS)
-        if aspect == "model":
-            return height, width, resize_mode
-        if images is None:
+        if aspect == "source" and images is None:
             raise ValueError("`aspect` is 'source', but there is no `image`; pass `image`, or `height` and `width`.")
-        if height is not None or width is not None:
+        if aspect == "source" and (height is not None or width is not None):
             raise ValueError(
                 f"`aspect` is 'source', which chooses the size, but `height` is {height} and `width` is {width}; pass "
                 "`aspect`, or the size."
             )
+        return aspect
+
+    def choose_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
+        """Choose the height and width, in pixels, whose proportions are nearest to those of the images.
+
+        The longer side is the largest one that the model can work at, and the shorter side at least half of it.
+
+        Raises:
+            ValueError: If the images need several sizes.
+        """
         grid_size, stride = self.transformer.config.grid_size, self.vq_model.config.stride
         grids = {choose_grid(*image.size, grid_size) for image in images}
         if len(grids) > 1:
@@ -371,12 +370,12 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 "pixels; edit them in calls of their own, or pass `aspect='model'`."
             )
         rows, columns = grids.pop()
-        return rows * stride, columns * stride, "stretch" if resize_mode is None else resize_mode
+        return rows * stride, columns * stride
 
-    def resolve_resize_mode(self, resize_mode: str | None) -> str:
-        """Replace None by the model's own resize mode, and check that the mode exists."""
+    def resolve_resize_mode(self, resize_mode: str | None, aspect: str = "model") -> str:
+        """Replace None by the mode of the aspect, `"stretch"` for `"source"`, and check that the mode exists."""
         if resize_mode is None:
-            return self.processor.image_processor.resize_mode
+            return "stretch" if aspect == "source" else self.processor.image_processor.resize_mode
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
         return resize_mode
 
@@ -395,8 +394,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     ) -> torch.Tensor:
         """Convert images to pixels `(batch, 3, height, width)` in [−1, 1]."""
         images = prepare_rgb_images(image, "image")
-        height, width, resize_mode = self.resolve_aspect(aspect, images, height, width, resize_mode)
-        size, resize_mode = self.resolve_size(height, width), self.resolve_resize_mode(resize_mode)
+        aspect = self.resolve_aspect(aspect, images, height, width)
+        if aspect == "source":
+            height, width = self.choose_size(images)
+        size, resize_mode = self.resolve_size(height, width), self.resolve_resize_mode(resize_mode, aspect)
         return self.processor.image_processor.compute_pixel_values(images, *size, resize_mode)
 
     def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
@@ -595,20 +596,21 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         check_decoding(decoding, None, 1 if image_guidance_scale is None else image_guidance_scale, has_source)
         images = None if image is None else prepare_rgb_images(image, "image")
         is_size_given = height is not None or width is not None
-        height, width, resize_mode = self.resolve_aspect(aspect, images, height, width, resize_mode)
-        has_source_aspect = height is not None and not is_size_given
+        aspect = self.resolve_aspect(aspect, images, height, width)
+        if images is not None and aspect == "source":
+            height, width = self.choose_size(images)
         if source_cache is not None and images is None and not is_size_given:
             stride = self.vq_model.config.stride
             height, width = source_cache.grid_height * stride, source_cache.grid_width * stride
         size = self.resolve_size(height, width, self.size_policy if size_policy is None else size_policy)
         default = self.processor.image_processor.size
         asked_size = (height or default.height, width or default.width)
-        resize_mode = self.resolve_resize_mode(resize_mode)
+        resize_mode = self.resolve_resize_mode(resize_mode, aspect)
         if crop_to_mask:
             resize_mode = "stretch"  # The window has the model's proportions.
         if restore_size is None:
             is_default = images is not None and not is_size_given and source_image_tokens is source_cache is None
-            is_whole = has_source_aspect and resize_mode == "stretch"
+            is_whole = aspect == "source" and resize_mode == "stretch"
             is_edit = set(list_texts(task)) == {"edit"}
             restore_size = is_default and (is_edit or is_whole) and output_type == "pil"
         observers = callback_on_step_end, callback_on_step_end_tensor_inputs

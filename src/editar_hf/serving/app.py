@@ -324,7 +324,7 @@ class ImageServer:
             how = *asked, pipeline.resolve_resize_mode(resize_mode)
             image, mask_image = await self.run_codec(decode_images, image_file, mask_file, *how)
         if image is not None and follows_image:
-            size = pipeline.resolve_aspect("source", [image], None, None, None)[:2]
+            size = pipeline.choose_size([image])
         height, width = pipeline.resolve_size(*size, "fit")
         settings = BatchSettings(
             size=size,

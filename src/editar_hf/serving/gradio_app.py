@@ -99,7 +99,7 @@ class EditApp:
         # A model of several aspect ratios resizes each image to the nearest one, and its result back.
         self.keeps_aspect = pipeline.processor.image_processor.aspect == "source"
         self.size = pipeline.resolve_size(None, None)
-        self.resize_mode = pipeline.resolve_resize_mode("stretch" if self.keeps_aspect else None)
+        self.resize_mode = pipeline.resolve_resize_mode(None, pipeline.processor.image_processor.aspect)
         self.examples = [Example(prepare_rgb_image(image), prompt) for image, prompt in examples]
         # For each choice the task, and what makes its map from the image. None: the image is the map.
         self.tasks: dict[str, tuple[str, Callable[[Image.Image], Image.Image] | None]] = {"Edit": ("edit", None)}
