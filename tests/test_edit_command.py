@@ -79,9 +79,9 @@ def test_one_edit_is_the_pipelines_at_the_size_of_the_source(model, images, tmp_
 
 
 @pytest.mark.parametrize("is_window", [False, True])
-def test_a_mask_goes_to_the_pipeline(model, images, is_window):
-    assert run(model, "--mask", "mask.png", *["--crop-to-mask"] * is_window) == 0
-    (expected,) = edit_directly("images/b.png", mask_image="mask.png", crop_to_mask=is_window)
+def test_a_mask_and_the_detail_go_to_the_pipeline(model, images, is_window):
+    assert run(model, "--mask", "mask.png", "--detail", "source", *["--crop-to-mask"] * is_window) == 0
+    (expected,) = edit_directly("images/b.png", mask_image="mask.png", detail="source", crop_to_mask=is_window)
     assert np.array_equal(read("edited.png"), expected)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.utils import load_image
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
@@ -22,6 +23,7 @@ from .checks import check_choice, check_integer
 
 RESIZE_MODES = ("crop", "stretch")
 ASPECTS = ("model", "source")
+DETAILS = ("model", "source")
 OUTPUT_TYPES = ("pil", "np", "pt")
 # The centre crop warns if it cuts away more than this fraction of an image.
 MAX_SILENT_CUT = 0.02
@@ -386,6 +388,7 @@ class EditARImageProcessor(PilBackend):
         source_image: Image.Image | np.ndarray | torch.Tensor,
         resize_mode: str | None = None,
         weights: np.ndarray | None = None,
+        reconstruction: Image.Image | None = None,
     ) -> Image.Image:
         """Resize an edited image to the size of its source, and put it into the source.
 
@@ -399,6 +402,9 @@ class EditARImageProcessor(PilBackend):
             resize_mode (`str`, *optional*): How the source was resized for the model; *defaults to* `self.resize_mode`.
             weights (`np.ndarray` of shape `(height, width)`, *optional*): Weight of the edited image in each pixel, in
                 [0, 1]; where it is 0, the source's pixels stay unchanged. *Defaults to* 1 everywhere.
+            reconstruction (`PIL.Image.Image`, *optional*): The source passed through the VQ model, at the size of the
+                edited image. With it, the result has the detail of the source where the edited image agrees with it;
+                see `apply_change`.
 
         Raises:
             ValueError: If the mode is unknown, or `source_image` is not an image.
@@ -414,7 +420,11 @@ class EditARImageProcessor(PilBackend):
         rows = [(y * crop.resized_height - crop.top * height) / height for y in (top, bottom)]
         box = (columns[0], rows[0], columns[1], rows[1])
         size = right - left, bottom - top
-        edited = edited_image.resize(size, Image.Resampling.LANCZOS, box)
+        if reconstruction is None:
+            edited = edited_image.resize(size, Image.Resampling.LANCZOS, box)
+        else:
+            seen = apply_crop(restored, crop, edited_image.height, edited_image.width)
+            edited = apply_change(restored.crop(place), seen, reconstruction, edited_image, self.stride, box)
         if weights is not None:
             # Both filters read at most one pixel beyond a pixel of the larger image, so weights of 0 stay 0.
             is_smaller = size[0] < edited_image.width or size[1] < edited_image.height
@@ -425,6 +435,80 @@ class EditARImageProcessor(PilBackend):
             edited = Image.fromarray(np.round(blended).astype(np.uint8))
         restored.paste(edited, place[:2])
         return restored
+
+
+# Detail
+
+# Windows whose colours, in [0, 1], vary less than this say little about the change of colours.
+FIT_EPSILON = 1e-3
+
+
+def apply_change(
+    source: Image.Image,
+    seen: Image.Image,
+    reconstruction: Image.Image,
+    edited: Image.Image,
+    radius: int,
+    box: tuple[float, float, float, float],
+) -> Image.Image:
+    """Apply the change from a small image, `reconstruction`, to another one, `edited`, to the source at its full size.
+
+    Around each pixel, an affine transform of colours is fitted that turns the reconstruction into the edited image. The
+    source is transformed in this way at its full size, so it keeps its detail. Where the transform does not explain the
+    edited image, for example inside a new object, the result is the edited image, resized. Errors of the VQ model,
+    known from the reconstruction, need no explanation: the weight of the edited image is that of a Wiener filter.
+
+    Args:
+        source (`PIL.Image.Image`): The source at its full size, RGB.
+        seen (`PIL.Image.Image`): The source at the size the model works at.
+        reconstruction (`PIL.Image.Image`): `seen`, passed through the VQ model.
+        edited (`PIL.Image.Image`): The edited image, at the same size.
+        radius (`int`): Pixels from the middle of the square windows of the fit to their border.
+        box (`tuple[float, ...]`): The part of `edited` that shows `source`: left, top, right and bottom in pixels.
+
+    Source: He, Sun and Tang, "Guided Image Filtering", 2010, with a guide in colour, applied at full size as in He and
+    Sun, "Fast Guided Filter", 2015 (arXiv 1505.00996). Here flat windows follow the transform of the whole image.
+    """
+
+    def average(values: torch.Tensor) -> torch.Tensor:
+        """Average the windows around all pixels, (…, height, width)."""
+        shape = values.shape
+        values = values.reshape(-1, 1, *shape[-2:])
+        return F.avg_pool2d(values, 2 * radius + 1, 1, radius, count_include_pad=False).reshape(shape)
+
+    def transform(colors: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ihw,ijhw->jhw", colors, matrices)
+
+    def resize(values: torch.Tensor) -> np.ndarray:
+        return np.asarray(Image.fromarray(values.numpy()).resize(source.size, Image.Resampling.BILINEAR, box))
+
+    small = (np.asarray(image, np.float32) / 255 for image in (seen, reconstruction, edited))
+    shown, before, after = (torch.from_numpy(pixels).permute(2, 0, 1) for pixels in small)
+    mean_before, mean_after = average(before), average(after)
+    # Covariances of the colours before the edit with themselves and with those after it, (height, width, 3, 3).
+    spread, shared = (
+        (average(before[:, None] * colors) - mean_before[:, None] * mean).permute(2, 3, 0, 1)
+        for colors, mean in ((before, mean_before), (after, mean_after))
+    )
+    identity = torch.eye(3)
+    # An image of one colour, whose covariances are 0, keeps its colours.
+    whole = torch.linalg.solve(*(covariances.mean(dim=(0, 1)) + 1e-6 * identity for covariances in (spread, shared)))
+    matrices = torch.linalg.solve(spread + FIT_EPSILON * identity, shared + FIT_EPSILON * whole).permute(2, 3, 0, 1)
+    offsets = average(mean_after - transform(mean_before))
+    matrices = average(matrices)
+    unexplained = average((after - transform(before) - offsets).square().mean(dim=0))
+    error = average(transform(before - shown).square().mean(dim=0))
+    weights = resize((1 - error / unexplained.clamp(min=1e-12)).clamp(min=0))
+
+    colors = np.asarray(source, np.float32)
+    result = np.asarray(edited.resize(source.size, Image.Resampling.LANCZOS, box), np.float32)
+    channels = []
+    for channel in range(3):
+        changed = 255 * resize(offsets[channel])
+        for index in range(3):
+            changed += resize(matrices[index, channel]) * colors[:, :, index]
+        channels.append(changed + weights * (result[:, :, channel] - changed))
+    return Image.fromarray(np.round(np.stack(channels, axis=-1).clip(0, 255)).astype(np.uint8))
 
 
 # Comparison

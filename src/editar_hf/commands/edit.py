@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Options that are passed to the pipeline under the same names.
 PIPELINE_OPTIONS = (
-    *("aspect", "resize_mode", "crop_to_mask", "restore_size", "guidance_scale", "image_guidance_scale"),
-    *("negative_prompt", "num_images_per_prompt", "task"),
+    *("aspect", "resize_mode", "crop_to_mask", "restore_size", "detail", "guidance_scale"),
+    *("image_guidance_scale", "negative_prompt", "num_images_per_prompt", "task"),
 )
 # The tasks of `processing_editar.TASK_PREFIXES` that need an image. They are copied here, because that import is slow.
 TASKS = ("edit", "canny", "depth", "segmentation")
@@ -65,6 +65,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--crop-to-mask", action="store_true", help=crop_to_mask)
     restore_size = "write results at the size of the image (default for --task edit), or at that of the model"
     add("--restore-size", action=argparse.BooleanOptionalAction, help=restore_size)
+    detail = "model resizes results to the size of the image; source keeps the image's fine detail (default: model)"
+    add("--detail", choices=("model", "source"), default="model", help=detail)
     add("--guidance-scale", metavar="X", type=float, help="weight of the prompt; default: that of the model")
     add("--image-guidance-scale", metavar="X", type=float, help="weight of the source image; default: none")
     add("--negative-prompt", metavar="P", help="what the result should not show")

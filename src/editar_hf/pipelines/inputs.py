@@ -12,7 +12,7 @@ from transformers.image_utils import ImageInput
 from ..checks import check_choice, check_integer, check_texts
 from ..generation import SourceCache
 from ..generation.sampling import DecodingSettings
-from ..image_processing_editar import OUTPUT_TYPES
+from ..image_processing_editar import DETAILS, OUTPUT_TYPES
 from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix
 
 
@@ -127,6 +127,22 @@ def check_cached_images(source_cache: SourceCache, pixel_values: torch.Tensor | 
         raise ValueError(
             "`source_cache` is of another image than `image`, or was prepared with another `resize_mode`; prepare a "
             "cache of this image."
+        )
+
+
+def check_detail(detail: str, restore_size: bool, crop_to_mask: bool, task: str | Sequence[str]) -> None:
+    """Check that the source's detail is asked for edits that are put back into the source."""
+    check_choice("detail", detail, DETAILS)
+    if detail == "model":
+        return
+    if others := sorted(set(list_texts(task)) - {"edit"}):
+        raise ValueError(
+            f"`detail` is 'source', but `task` is {others[0]!r}; only edits have the detail of the source."
+        )
+    if not (restore_size or crop_to_mask):
+        raise ValueError(
+            "`detail` is 'source', but the result is not put back into the source; pass `image`, and "
+            "`restore_size=True` or `crop_to_mask=True`."
         )
 
 

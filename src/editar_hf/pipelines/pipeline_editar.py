@@ -32,6 +32,7 @@ from .hub import EditARHubMixin
 from .inputs import (
     add_task_prefixes,
     check_cached_images,
+    check_detail,
     check_output,
     check_prompts,
     check_source,
@@ -446,6 +447,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         source_pixel_values: torch.Tensor,
         region: EditRegion | None,
         resize_mode: str,
+        detail: str,
     ) -> list[Image.Image] | np.ndarray | torch.Tensor:
         """Convert pixels to images, keep the source outside the region, and put results back into `images` if given.
 
@@ -456,6 +458,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 # Where the weight is 0, the source's pixels stay unchanged; where it is 1, the result's pixels do.
                 pixel_values = torch.lerp(source_pixel_values, pixel_values, region.weights)
             return self.processor.postprocess(pixel_values, output_type)
+        reconstructions = self.processor.postprocess(source_pixel_values) if detail == "source" else None
         composed = []
         for index, result in enumerate(self.processor.postprocess(pixel_values)):
             image = images[index * len(images) // len(pixel_values)].copy()
@@ -463,7 +466,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             if region is not None:
                 left, top, right, bottom = region.windows[index].tolist()
                 window, weights = (left, top, right, bottom), region.weights[index, 0].cpu().numpy()
-            result = self.processor.image_processor.restore(result, image.crop(window), resize_mode, weights)
+            reconstruction = None if reconstructions is None else reconstructions[index]
+            result = self.processor.image_processor.restore(
+                result, image.crop(window), resize_mode, weights, reconstruction
+            )
             image.paste(result, window[:2])
             composed.append(image)
         if output_type == "pil":
@@ -483,6 +489,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         aspect: str | None = None,
         resize_mode: str | None = None,
         restore_size: bool | None = None,
+        detail: str = "model",
         mask_image: ImageInput | None = None,
         mask_blend: bool = True,
         crop_to_mask: bool = False,
@@ -539,6 +546,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 back into the full source; after a stretch, it is resized back. Needs `image` and `output_type="pil"`.
                 *Defaults to* True if the task is `"edit"` or the aspect is `"source"`, `image` is given, the output is
                 PIL images, and `height`, `width`, `source_image_tokens` and `source_cache` are not given.
+            detail (`str`): What fine detail a result has that is larger than the model works at. `"model"` resizes the
+                result. `"source"` applies its change to `image` at full size: where the result agrees with the source,
+                up to a change of colours, it gets the detail of `image`; what is new is resized. Needs
+                `restore_size=True` or `crop_to_mask`, and only edits; see `apply_change`.
             mask_image (*optional*): White where the image may change. Pass one mask for all images, or one for each, of
                 the size of the image; a mask of another size is resized with a warning. Transparent pixels count as
                 black. A token may change if at least one of its pixels is white. All other tokens are copied from the
@@ -613,6 +624,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             is_whole = aspect == "source" and resize_mode == "stretch"
             is_edit = set(list_texts(task)) == {"edit"}
             restore_size = is_default and (is_edit or is_whole) and output_type == "pil"
+        check_detail(detail, restore_size, crop_to_mask, task)
         observers = callback_on_step_end, callback_on_step_end_tensor_inputs
         check_output(output_type, restore_size, crop_to_mask, *observers, self._callback_tensor_inputs, preview_every)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -674,8 +686,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 rows[name] = repeat_rows(entries.to(device, dtype), num_rows)
         region = None if region is None else region.repeat_rows(num_rows, device)
         source_pixel_values: Any = None
-        if region is not None or preview_every is not None:
-            source_pixel_values = self.compute_source_pixels(pixel_values, rows["source_image_tokens"], num_rows, size)
+        if region is not None or preview_every is not None or detail == "source":
+            # The source's detail is what the VQ model loses of it, so the source must have passed through it, too.
+            seen = None if detail == "source" else pixel_values
+            source_pixel_values = self.compute_source_pixels(seen, rows["source_image_tokens"], num_rows, size)
         if is_fitted and images is None:
             shown = self.compute_source_pixels(pixel_values, rows["source_image_tokens"], num_rows, size)
             images = [one.resize(asked_size[::-1]) for one in self.processor.postprocess(shown)]
@@ -687,6 +701,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             source_pixel_values=source_pixel_values,
             region=region,
             resize_mode=resize_mode,
+            detail=detail,
         )
         edit_mask = None if region is None else region.edit_mask
         preview = None
