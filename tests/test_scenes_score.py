@@ -10,12 +10,15 @@ import features
 import numpy as np
 import pytest
 import score
+import score_shapes
 import torch
 import train_judge
 from nouns import NOUNS
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import build_pipeline, build_vq_model
+
+from editar_hf import EditARPipeline
 
 
 SIDE = 64
@@ -323,3 +326,46 @@ def test_the_command_scores_and_goes_on_where_it_stopped(run, dataset, folder, t
     assert {row["seen"] for row in marks["greedy-2"]["recolor"]} == {"red chair"}
     with pytest.raises(ValueError, match=r"`output_dir` .* holds images of `seed` 0"):
         run(score, {**options, "seed": 1})
+
+
+def test_shapes_are_scored_at_the_sizes_of_their_proportions(run, bank, bank_folder, folder, tmp_path, monkeypatch):
+    for name, few in (
+        ("TRAINED_SHAPES", ("1:1", "4:3")),
+        ("OTHER_SHAPES", ("2:1",)),
+        ("LARGE_SHAPES", ("2:1",)),
+        ("OPERATIONS", ("recolor", "global")),
+    ):
+        monkeypatch.setattr(score_shapes, name, few)
+    options = {
+        "model": folder / "editor",
+        "bank": bank_folder,
+        "features": folder / "features.safetensors",
+        "judge": folder / "car.safetensors",
+        "output_dir": tmp_path,
+        "setting": "greedy-1",
+        "number": 2,
+        "num_large": 1,
+    }
+    run(score_shapes, options)
+    figures = json.loads((tmp_path / "shapes.json").read_text())
+    assert {name: len(one["recolor"]["greedy-1"]) for name, one in figures["shapes"].items()} == dict.fromkeys(
+        ("1:1", "4:3", "2:1"), 2
+    )
+    assert [line.split(" | ")[:2] for line in (tmp_path / "shapes.md").read_text().splitlines()[2:7]] == [
+        ["| 1:1", "yes"],
+        ["| 4:3", "yes"],
+        ["| 2:1", "no"],
+        ["| 4:3", "yes"],
+        ["| 2:1", "no"],
+    ]
+    pipe = EditARPipeline.from_pretrained(folder / "editor", dtype=torch.float32)
+    assert score_shapes.choose_sizes(pipe, "2:1") == ((32, 64), (96, 192))
+    # By hand: a large image is edited whole, and its result compared at the full size.
+    pair = compose.compose_pair(bank, 7, 0, "test", 96, 192, "recolor")
+    generator = torch.Generator().manual_seed(7)
+    image = Image.fromarray(pair.source)
+    how = {"aspect": "source", "do_sample": False, "guidance_scale": 1.0}
+    edited = pipe(pair.instruction, image=image, generator=generator, **how).images[0]
+    error = np.square(np.asarray(edited, float) - pair.target).mean() / 255**2
+    psnr = figures["ways"]["2:1"]["recolor"]['aspect="source"']["psnr"]
+    assert psnr == pytest.approx([-10 * np.log10(error)], abs=1e-3)

@@ -1,0 +1,197 @@
+"""Score a scene editor on images of several shapes, and on images larger than it works at.
+
+    python projects/scenes/score_shapes.py --model examples/scene-editor --bank bank --features features.safetensors \
+        --judge judge.safetensors --output-dir shapes
+
+First, test pairs are composed at each shape that `aspect="source"` chooses, and scored as in `score.py`. Each has
+other scenes. Then test pairs are composed larger than the model works at, and edited in four ways: the centred square,
+the whole image stretched to a square, `aspect="source"`, and this with `detail="source"`. All four are compared with
+the target at its full size.
+
+`output_dir` receives `shapes.json`, with the figures of each shape as soon as it is scored, and `shapes.md`. Figures
+that are there are not computed again.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bank import Bank
+from compose import compose_pair
+from features import compute_feature_distance, load_features
+from PIL import Image
+from score import LOCAL, Scorer, format_percent, format_table, make_images, parse_setting
+from train_judge import load_judge, stack_crops
+from transformers import HfArgumentParser
+
+from editar_hf import EditARPipeline
+from editar_hf.evaluation.metrics import compute_psnr
+
+
+OPERATIONS = (*LOCAL, "global")
+# Width to height. `train.py` draws the first ones.
+TRAINED_SHAPES = ("1:1", "4:3", "3:4", "16:9", "9:16")
+OTHER_SHAPES = ("3:2", "2:3", "5:4", "2:1")
+LARGE_SHAPES = ("3:2", "1:1", "16:9")
+# Longer side of large images, of that of the model.
+SCALE = 3
+SQUARES = {"crop": {"resize_mode": "crop"}, "stretch": {"resize_mode": "stretch"}}
+WAYS = (*SQUARES, 'aspect="source"', 'detail="source"')
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "pipeline folder or Hub id"})
+    bank: Path = field(metadata={"help": "folder that build_bank.py made"})
+    features: str = field(metadata={"help": "file that features.py made"})
+    judge: str = field(metadata={"help": "file that train_judge.py made"})
+    output_dir: Path
+    setting: str = field(default="sampled-1.5-0.3", metadata={"help": "as in score.py"})
+    number: int = field(default=20, metadata={"help": "samples an operation at each shape"})
+    num_large: int = field(default=12, metadata={"help": "samples an operation at each larger shape"})
+    batch_size: int = 20
+    seed: int = 7
+
+    def __post_init__(self):
+        parse_setting(self.setting)
+        self.settings = [self.setting]
+
+
+def choose_sizes(pipeline: EditARPipeline, shape: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Choose height and width, in pixels, of images of a shape: those the model works at, and large ones."""
+    ratio = Image.new("RGB", tuple(map(int, shape.split(":"))))
+    size = pipeline.choose_size([ratio])
+    return size, tuple(round(SCALE * max(size) * side / max(ratio.size)) for side in (ratio.height, ratio.width))
+
+
+def compose_samples(bank: Bank, operation: str, size: tuple[int, int], number: int, seed: int) -> list[dict]:
+    """Compose test pairs of an operation, in the form of `score.load_samples`."""
+    pairs = [compose_pair(bank, seed, index, "test", *size, operation) for index in range(number)]
+    return [{**vars(pair), "prompt": pair.instruction} for pair in pairs]
+
+
+def score_shape(pipeline: EditARPipeline, scorer: Scorer, samples: list[dict], args: Arguments) -> dict[str, list]:
+    """Score edits and the ceiling as `score.py` does: setting → marks of each sample."""
+    made = {
+        setting: [np.asarray(image) for image in make_images(pipeline, samples, setting, args)]
+        for setting in ("ceiling", args.setting)
+    }
+    return {setting: scorer.score(samples, images, made["ceiling"]) for setting, images in made.items()}
+
+
+def edit_in_ways(pipeline: EditARPipeline, samples: list[dict], args: Arguments) -> dict[str, list[Image.Image]]:
+    """Edit samples in every way; of square ones, all but the last are the same."""
+    images = [Image.fromarray(sample["source"]) for sample in samples]
+
+    def edit(**how):
+        generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(images))]
+        prompts = [sample["prompt"] for sample in samples]
+        return pipeline(prompts, image=images, generator=generators, **how, **parse_setting(args.setting))
+
+    is_square = images[0].width == images[0].height
+    made = {} if is_square else {way: edit(aspect="model", **how).images for way, how in SQUARES.items()}
+    detailed = edit(aspect="source", detail="source")
+    decoded = pipeline.decode_image_tokens(detailed.image_tokens, *pipeline.choose_size(images))
+    restore = pipeline.processor.image_processor.restore
+    plain = [restore(one, image, "stretch") for one, image in zip(decoded, images, strict=True)]
+    return {**made, WAYS[-2]: plain, WAYS[-1]: detailed.images}
+
+
+def score_ways(pipeline: EditARPipeline, scorer: Scorer, samples: list[dict], args: Arguments) -> dict[str, dict]:
+    """Compare edits with the target at its full size: way → averages over samples."""
+    targets = [sample["target"] for sample in samples]
+    reach = SCALE * scorer.token_size
+    masks = torch.from_numpy(np.stack([sample["mask"] for sample in samples]))[:, None].float()
+    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
+        masks = F.max_pool2d(masks, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2))
+    target_maps, target_pixels = scorer.compute_maps(targets), (stack_crops(targets) + 1) / 2
+    figures = {}
+    for way, images in edit_in_ways(pipeline, samples, args).items():
+        images = [np.asarray(image) for image in images]
+        pixels = (stack_crops(images) + 1) / 2
+        # With the images as their own ceilings, the mark `kept` is never missed: the PSNR below stands for it.
+        marks = scorer.score(samples, images, images)
+        figures[way] = {
+            "done": [mark["done"] for mark in marks],
+            "psnr": compute_psnr(pixels, target_pixels).tolist(),
+            "distance": compute_feature_distance(scorer.compute_maps(images), target_maps).tolist(),
+        }
+        if samples[0]["operation"] in LOCAL:
+            outside = compute_psnr(pixels, target_pixels, masks > 0, masked_mean=True)
+            figures[way]["outside"] = outside[outside.isfinite()].tolist()
+    return figures
+
+
+def format_shapes(figures: dict, setting: str) -> str:
+    """Format the share of edits done, by shape."""
+
+    def average(names, mark, setting):
+        """The mean over operations, and its standard error."""
+        groups = [[row[mark] for name in names for row in figures[name][op][setting]] for op in OPERATIONS]
+        means = [np.mean(group) for group in groups]
+        error = np.sqrt(sum(m * (1 - m) / len(g) for m, g in zip(means, groups, strict=True))) / len(groups)
+        return f"{100 * np.mean(means):.1f} ± {100 * error:.1f}"
+
+    rows = []
+    for names in [[name] for name in figures] + [list(TRAINED_SHAPES[1:]), list(OTHER_SHAPES)]:
+        by_operation = [
+            format_percent(np.mean([row["done"] for name in names for row in figures[name][operation][setting]]))
+            for operation in OPERATIONS
+        ]
+        means = [average(names, "done", setting), average(names, "done", "ceiling"), average(names, "nearer", setting)]
+        rows.append([", ".join(names), "yes" if names[0] in TRAINED_SHAPES else "no", *means, *by_operation])
+    return format_table(["shape", "trained", "done", "ceiling", "nearer", *OPERATIONS], rows)
+
+
+def format_ways(figures: dict) -> str:
+    """Format edits of large images: share done, PSNR in dB and distance, for edits of objects and global ones."""
+    rows = []
+    for name, by_operation in figures.items():
+        for way in by_operation["global"]:
+            local = [by_operation[operation][way] for operation in OPERATIONS if operation in LOCAL]
+            whole = by_operation["global"][way]
+            means = {
+                key: np.mean([value for one in local for value in one[key]])
+                for key in ("done", "outside", "psnr", "distance")
+            }
+            cells = [f"{100 * means['done']:.1f}", *(f"{means[key]:.2f}" for key in ("outside", "psnr", "distance"))]
+            cells += [
+                f"{100 * np.mean(whole['done']):.1f}",
+                *(f"{np.mean(whole[k]):.2f}" for k in ("psnr", "distance")),
+            ]
+            rows.append([name, way, *cells])
+    header = ["shape", "way", "objects: done", "PSNR outside", "PSNR", "distance", "global: done", "PSNR", "distance"]
+    return format_table(header, rows)
+
+
+def main(arguments=None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(arguments)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    bank = Bank.load(args.bank)
+    pipeline = EditARPipeline.from_pretrained(args.model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    scorer = Scorer(load_features(args.features), load_judge(args.judge), pipeline.vq_model.config.stride, "cpu")
+    path = args.output_dir / "shapes.json"
+    figures = json.loads(path.read_text()) if path.exists() else {"shapes": {}, "ways": {}}
+    jobs = [("shapes", (*TRAINED_SHAPES, *OTHER_SHAPES), args.number, score_shape)]
+    jobs += [("ways", LARGE_SHAPES, args.num_large, score_ways)]
+    for part, shapes, number, score in jobs:
+        for shape in shapes:
+            if shape not in figures[part]:
+                size = choose_sizes(pipeline, shape)[part == "ways"]
+                figures[part][shape] = {
+                    operation: score(pipeline, scorer, compose_samples(bank, operation, size, number, args.seed), args)
+                    for operation in OPERATIONS
+                }
+                path.write_text(json.dumps(figures))
+                print(f"{part}, {shape} is scored", flush=True)
+    report = f"{format_shapes(figures['shapes'], args.setting)}\n\n{format_ways(figures['ways'])}\n"
+    (args.output_dir / "shapes.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
