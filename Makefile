@@ -7,14 +7,14 @@ REQUIREMENTS := setup.cfg pyproject.toml
 
 .PHONY: demo app serve docs test quality wheels clean
 
-demo: .venv/installed-lora  ## edit a photograph with the shipped checkpoint and print where the picture is
+demo: .venv/installed-lora  ## edit a photograph with the scene editor and print where the picture is
 	$(BIN)/python examples/edit_photo.py
 
-app: .venv/installed-app  ## edit in the browser with the shipped checkpoint, at http://127.0.0.1:7860
-	$(BIN)/editar-hf app --model projects/stickers/sticker-editor --image examples/photo.png --prompt "make the red circle blue"
+app: .venv/installed-app  ## edit in the browser with the scene editor, at http://127.0.0.1:7860
+	$(BIN)/editar-hf app --model examples/scene-editor --image examples/photo.png --prompt "remove the dog"
 
-serve: .venv/installed-serve  ## serve the shipped checkpoint at http://127.0.0.1:8000
-	$(BIN)/editar-hf serve --model projects/stickers/sticker-editor
+serve: .venv/installed-serve  ## serve the scene editor at http://127.0.0.1:8000
+	$(BIN)/editar-hf serve --model examples/scene-editor
 
 docs: .venv/installed-docs  ## build the documentation in docs/_build/html, with warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html

@@ -1,6 +1,6 @@
 """Load `editar-hf serve` on loopback: throughput and latency for 1, 4 and 16 clients, then mixed requests for minutes.
 
-The shipped checkpoint is served in batches of at most 8, and one by one. Each client sends its next edit when it has
+The sticker editor is served in batches of at most 8, and one by one. Each client sends its next edit when it has
 the last one, and all images of both servers are compared. Then 8 clients send good, bad and aborted requests to one
 server, while its memory is measured. The results are written to `results/server.md`:
 
@@ -252,7 +252,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         parts = [
             "# The HTTP server under load",
-            f"{machine} The shipped checkpoint with {weights}, on all cores, with the default settings of "
+            f"{machine} The sticker editor with {weights}, on all cores, with the default settings of "
             "`editar-hf serve`. Wall-clock time. Made by `python benchmarks/bench_server.py`.",
             "## Throughput and latency",
             measure_load(args.images, Path(folder)),

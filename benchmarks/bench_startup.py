@@ -1,4 +1,4 @@
-"""Measure what a user of the shipped checkpoint waits for: imports, loading, edits, and `editar-hf edit` as a whole.
+"""Measure what a user of the sticker editor waits for: imports, loading, edits, and `editar-hf edit` as a whole.
 
 Every sample is a fresh process with one thread (`startup_stages.py`): with all instructions of this CPU, and limited to
 AVX2, in the dtype that a pipeline is loaded in on such a CPU. The tokens of all edits are compared. The results are

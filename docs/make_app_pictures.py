@@ -1,4 +1,4 @@
-"""Draw the pictures of the page `docs/app.md`: drive the app of the small checkpoint in a headless browser.
+"""Draw the pictures of the page `docs/app.md`: drive the app of the scene editor in a headless browser.
 
 python docs/make_app_pictures.py
 """
@@ -30,28 +30,28 @@ def save_screenshot(app: AppPage, name: str):
     print(f"{path}: {path.stat().st_size / 1024:.0f} KB")
 
 
-def paint_circle(app: AppPage, size: tuple[int, int]):
-    """Brush over the circle of the photograph."""
-    for y in (0.72, 0.79, 0.86, 0.93):
-        app.brush((0.24, y), (0.36, y), size)
+def paint_car(app: AppPage, size: tuple[int, int]):
+    """Brush over the car of the photograph."""
+    for y in (0.56, 0.63, 0.7, 0.77, 0.84):
+        app.brush((0.53, y), (0.96, y), size)
 
 
 def main():
-    pipeline = EditARPipeline.from_pretrained(ROOT / "projects" / "stickers" / "sticker-editor")
+    pipeline = EditARPipeline.from_pretrained(ROOT / "examples" / "scene-editor")
     pipeline.set_progress_bar_config(disable=True)
     photo = Image.open(ROOT / "examples" / "photo.png")
-    with run_app(pipeline, [Example(photo, "make the red circle blue")]) as url, run_browser() as browser:
+    with run_app(pipeline, [Example(photo, "make the car red")]) as url, run_browser() as browser:
         for name, options in {
             "app.png": {"width": 1180, "height": 700},
             "app-phone.png": {"width": 390, "height": 844},
         }.items():
             app = AppPage(browser, url, **options)
             app.wait_for_image()
-            paint_circle(app, photo.size)
-            app.edit("make the red circle blue")
-            paint_circle(app, photo.size)
-            app.page.get_by_label("Instruction").fill("turn the blue circle into a star")
-            app.move_slider(0.29)
+            paint_car(app, photo.size)
+            app.edit("make the car red")
+            paint_car(app, photo.size)
+            app.page.get_by_label("Instruction").fill("remove the car")
+            app.move_slider(0.72)
             save_screenshot(app, name)
 
 

@@ -1,50 +1,65 @@
-"""Edit a photograph with the included sticker editor, and save original and result side by side. `make demo` runs it.
+"""Edit a photograph in five ways with the included scene editor, and save one picture of them. `make demo` runs it.
 
     python examples/edit_photo.py
-    python examples/edit_photo.py --prompt "turn the red circle into a star" --seed 3
+    python examples/edit_photo.py --prompts "replace the car with a bus" "turn day into night" --seed 3
 
-To edit another photograph, pass `--image`; its largest centred square is edited. The sticker editor knows only coloured
-stickers, and it edits at 64×64 pixels.
+To edit another photograph, pass `--image`. The scene editor is small: it knows 180 everyday objects, and it edits at
+about 128×128 pixels, so the results are soft.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from editar_hf import EditARPipeline
 
 
-ROOT = Path(__file__).parents[1]
-EDITOR = ROOT / "projects/stickers/sticker-editor"
+EXAMPLES = Path(__file__).parent
+PROMPTS = [
+    "remove the dog",
+    "make the car yellow",
+    "add a snowman in the middle",
+    "make it sunset",
+    "turn day into night",
+]
+CAPTION_HEIGHT, GAP, COLUMNS = 26, 8, 3
 
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(EDITOR), help="pipeline folder or Hub id")
-    parser.add_argument("--image", type=Path, default=ROOT / "examples/photo.png", help="photograph to edit")
-    parser.add_argument("--prompt", default="make the red circle blue", help="instruction")
+    parser.add_argument("--model", default=str(EXAMPLES / "scene-editor"), help="pipeline folder or Hub id")
+    parser.add_argument("--image", type=Path, default=EXAMPLES / "photo.png", help="photograph to edit")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="instructions, one for each result")
     parser.add_argument("--output", type=Path, default=Path("outputs/edited_photo.png"), help="file to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling, the same for all results")
     return parser.parse_args(arguments)
+
+
+def join_images(captioned: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Join images of the same size in rows, each under its caption."""
+    width, height = captioned[0][1].size
+    rows = -(-len(captioned) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (width + GAP), rows * (height + CAPTION_HEIGHT)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    for index, (caption, image) in enumerate(captioned):
+        left, top = index % COLUMNS * (width + GAP), index // COLUMNS * (height + CAPTION_HEIGHT)
+        draw.text((left, top + 2), caption, "black", font)
+        sheet.paste(image, (left, top + CAPTION_HEIGHT))
+    return sheet
 
 
 def main(arguments=None):
     args = parse_arguments(arguments)
     pipe = EditARPipeline.from_pretrained(args.model)
-    photo = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
-    before = ImageOps.fit(photo, (min(photo.size),) * 2)
-    generator = torch.Generator().manual_seed(args.seed)
-    after = pipe(args.prompt, image=before, generator=generator).images[0]
+    photo = Image.open(args.image).convert("RGB")
+    generators = [torch.Generator().manual_seed(args.seed) for _ in args.prompts]
+    edited = pipe(list(args.prompts), image=photo, generator=generators).images
 
-    gap = before.width // 16
-    joined = Image.new("RGB", (2 * before.width + gap, before.height), "white")
-    joined.paste(before, (0, 0))
-    joined.paste(after, (before.width + gap, 0))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    joined.save(args.output)
-    print(f'"{args.prompt}", before and after: {args.output}')
+    join_images([("the photograph", photo), *zip(args.prompts, edited, strict=True)]).save(args.output)
+    print(f"The photograph and {len(edited)} edits of it: {args.output}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ pipe.set_adapters("copy", 1.0)
 
 edited = pipe(
     "copy the red circle to the top right",
-    image=Image.open("examples/photo.png"),
+    image=Image.open("projects/stickers/photo.png"),
     do_sample=False,
 ).images[0]
 edited.save("copied.png")

@@ -1,4 +1,4 @@
-"""The notebook, run as shipped but for its installation: it trains an adapter on the shipped checkpoint."""
+"""The notebook, run as shipped but for its installation: it trains an adapter on the sticker editor."""
 
 from pathlib import Path
 

@@ -1,4 +1,8 @@
-"""What stands on the README and on the pages in `docs/`, run as written, in order, on the shipped checkpoints."""
+"""What stands on the README and on the pages in `docs/`, run as written, in order.
+
+The scene editor has a decoder of one layer with random weights here, which is fast. Its other parts are the shipped
+ones. `test_user_examples.py` edits with the shipped decoder.
+"""
 
 import ast
 import inspect
@@ -13,9 +17,9 @@ import pytest
 import torch
 from pages import PAGES, ROOT, list_calls, read_blocks
 from serving import run_server
-from tiny import draw_image
+from tiny import draw_image, redraw_weights
 
-from editar_hf import EditARPipeline
+from editar_hf import EditARConfig, EditARForConditionalGeneration, EditARPipeline
 from editar_hf.commands import build_parser, main
 from editar_hf.training.dataset_specs import DatasetSpec, open_dataset
 from editar_hf.training.rows import decode_image
@@ -25,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:A
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # What the pages suppose a user has: the published weights, an editor, pairs, and an adapter trained on them.
 STAND_INS = {
-    "examples": "examples",
     "projects": "projects",
     "editar": "projects/stickers/sticker-editor",
     "my-editor": "projects/stickers/sticker-editor",
@@ -36,8 +39,26 @@ ADDRESS = "http://127.0.0.1:8000"
 PAIR = {"before": draw_image(0), "after": draw_image(1)}
 
 
-def fill_desk(folder: Path):
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory) -> Path:
+    """The folder `examples`, with a decoder of one layer in the scene editor."""
+    folder = tmp_path_factory.mktemp("examples")
+    for path in (ROOT / "examples").iterdir():
+        if path.name != "scene-editor":
+            (folder / path.name).symlink_to(path)
+    pipeline = EditARPipeline.from_pretrained(ROOT / "examples" / "scene-editor", dtype=torch.float32)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = EditARConfig(**pipeline.transformer.config.to_dict() | sizes)
+    decoder = redraw_weights(EditARForConditionalGeneration(config), scale=0.3)
+    decoder.generation_config = pipeline.transformer.generation_config
+    pipeline.register_modules(transformer=decoder)
+    pipeline.save_pretrained(folder / "scene-editor")
+    return folder
+
+
+def fill_desk(folder: Path, examples: Path):
     """Put into a working directory what the pages suppose a user has."""
+    (folder / "examples").symlink_to(examples)
     for name, target in STAND_INS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(ROOT / target)
@@ -49,7 +70,7 @@ def fill_desk(folder: Path):
 
 @pytest.fixture(scope="module")
 def served_address():
-    """The address of a server of the small checkpoint and its adapter, which needs no key."""
+    """The address of a server of the sticker editor and its adapter, which needs no key."""
 
     def load_pipeline():
         pipeline = EditARPipeline.from_pretrained(ROOT / "projects/stickers/sticker-editor")
@@ -62,13 +83,13 @@ def served_address():
 
 
 @pytest.fixture(scope="module")
-def run_page(tmp_path_factory, request):
+def run_page(tmp_path_factory, examples, request):
     """Run the Python of a page, once for all tests, and return its names and its working directory."""
 
     @cache
     def run(page: str) -> tuple[dict, Path]:
         folder, names = tmp_path_factory.mktemp("desk"), {}
-        fill_desk(folder)
+        fill_desk(folder, examples)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             for block in read_blocks(page, "python"):
@@ -110,8 +131,8 @@ def test_calls_that_cannot_run_are_checked(run_page):
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if read_blocks(name, "bash")])
-def test_commands_of_a_page_parse_and_edits_run(page, tmp_path, monkeypatch, request):
-    fill_desk(tmp_path)
+def test_commands_of_a_page_parse_and_edits_run(page, examples, tmp_path, monkeypatch, request):
+    fill_desk(tmp_path, examples)
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
     monkeypatch.chdir(tmp_path)
     calls = list_calls(page, tmp_path)
@@ -156,10 +177,10 @@ def test_readme_is_short_and_shows_the_gpu_first():
 def test_session_of_the_masks_page_keeps_what_no_mask_freed(run_page):
     names, _ = run_page("docs/masks-and-sessions.md")
     photo, image = np.asarray(names["photo"]), np.asarray(names["image"])
-    # A token is 30 pixels of the photograph, whose crop begins at its column 60; the mask lies on 3 × 3 tokens, the
-    # last ones of the first columns, and the feather ends one further.
-    row, column = np.mgrid[:240, :360]
-    may_change = (row >= 120) & (column >= 60) & (column < 180)
+    # A token is 23.3 pixels of the photograph, whose crop begins at its column 5.8. The mask begins in the token of row
+    # 5 and column 7, and the feather ends one token before.
+    row, column = np.mgrid[:256, :384]
+    may_change = (row >= 93) & (column >= 145)
     assert np.array_equal(image[~may_change], photo[~may_change])
     assert not np.array_equal(image, photo)
 

@@ -1,4 +1,4 @@
-"""The short examples, run as written on the shipped sticker editor, and the minimal training at tiny size."""
+"""The short examples, run as written on the shipped checkpoints, and the minimal training at tiny size."""
 
 import re
 import runpy
@@ -14,7 +14,9 @@ from editar_hf import EditARPipeline
 
 
 ROOT = Path(__file__).parents[1]
-# In pixels of `examples/photo.png`: the red circle's centre, and where the adapter copies it to.
+# In pixels of `examples/photo.png`: on the dog, on the car's door, and on the sky.
+DOG, CAR, SKY = (55, 140), (265, 195), (330, 30)
+# In pixels of the photograph of stickers: the red circle's centre, and where the adapter copies it to.
 CIRCLE, COPY = (108, 195), (260, 40)
 
 
@@ -33,61 +35,71 @@ def run_example(tmp_path, monkeypatch):
     return run
 
 
-def is_red(pixel):
-    return pixel[0] > 150 and max(pixel[1:]) < 80
+def read_image(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-def is_blue(pixel):
-    return pixel[2] > 150 and pixel[0] < 80
+PHOTO, STICKERS = read_image(ROOT / "examples" / "photo.png"), read_image(ROOT / "projects" / "stickers" / "photo.png")
+# A token is 24 pixels of the photograph. The mask of the car begins at its column 185 and its row 134, and the feather
+# ends one token outside the tokens of the mask.
+FAR_FROM_MASK = np.s_[:, :140]
 
 
 def at(image, place):
-    return image[place[1], place[0]]
+    """Average the colour around a place."""
+    x, y = place
+    return image[y - 6 : y + 6, x - 6 : x + 6].mean((0, 1))
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts")
-PHOTO = np.asarray(Image.open(ROOT / "examples" / "photo.png")).astype(int)
-# A token is 30 pixels of the photograph, and the feather ends one token outside the mask.
-FAR_FROM_MASK = np.s_[:120]
+def is_red(colour):
+    return colour[0] > 150 and max(colour[1:]) < 80
 
 
-def test_edit_changes_the_colour_of_the_circle(run_example):
+def is_brown(colour):
+    """Tell whether the colour is that of the dog, which is browner than the ground."""
+    return colour[0] - colour[2] > 60
+
+
+def test_edit_removes_the_dog_and_leaves_the_car(run_example):
     edited = run_example("edit.py")
     assert edited.shape == PHOTO.shape
-    assert is_red(at(PHOTO, CIRCLE))
-    assert is_blue(at(edited, CIRCLE))
+    assert is_brown(at(PHOTO, DOG))
+    assert not is_brown(at(edited, DOG))
+    assert np.abs(at(edited, CAR) - at(PHOTO, CAR)).max() < 40
 
 
-def test_edit_with_mask_leaves_the_rest_as_it_is(run_example):
+def test_edit_with_mask_colours_the_car_and_leaves_the_rest_as_it_is(run_example):
     edited = run_example("edit_with_mask.py")
-    assert is_blue(at(edited, CIRCLE))
+    assert is_red(at(edited, CAR))
+    assert not is_red(at(PHOTO, CAR))
     assert np.array_equal(edited[FAR_FROM_MASK], PHOTO[FAR_FROM_MASK])
 
 
 def test_edit_session_makes_both_edits_and_leaves_the_rest_as_it_is(run_example):
     edited = run_example("edit_session.py")
-    assert is_blue(at(edited, CIRCLE))
-    # A star leaves the background free where the circle's edge was.
-    x, y = CIRCLE
-    assert not is_blue(at(edited, (x + 22, y + 22)))
+    # The car has gone: the ground is there, which is neither red nor blue.
+    assert np.ptp(at(edited, CAR)) < 50
     assert np.array_equal(edited[FAR_FROM_MASK], PHOTO[FAR_FROM_MASK])
 
 
+@pytest.mark.filterwarnings("ignore:The centre crop cuts")
 def test_edit_with_lora_copies_the_circle(run_example):
     edited = run_example("edit_with_lora.py")
     assert is_red(at(edited, CIRCLE))
     assert is_red(at(edited, COPY))
-    assert not is_red(at(PHOTO, COPY))
+    assert not is_red(at(STICKERS, COPY))
 
 
-def test_edit_photo_saves_before_and_after(run_example, monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["edit_photo.py", "--output", "both.png"])
-    both = run_example("edit_photo.py")
-    side = PHOTO.shape[0]
-    left = (PHOTO.shape[1] - side) // 2
-    assert np.array_equal(both[:, :side], PHOTO[:, left : left + side])
-    x, y = CIRCLE
-    assert is_blue(at(both[:, -side:], (x - left, y)))
+def test_edit_photo_shows_the_photograph_and_the_edits(run_example, monkeypatch):
+    words = ["edit_photo.py", "--prompts", "remove the dog", "make it sunset", "--output", "all.png"]
+    monkeypatch.setattr("sys.argv", words)
+    shown = run_example("edit_photo.py")
+    caption = shown.shape[0] - PHOTO.shape[0]
+    photo, removed, sunset = np.split(shown[caption:], 3, axis=1)
+    photo, removed, sunset = (image[:, : PHOTO.shape[1]] for image in (photo, removed, sunset))
+    assert np.array_equal(photo, PHOTO)
+    assert not is_brown(at(removed, DOG))
+    assert at(sunset, SKY)[0] > at(sunset, SKY)[1] + 30
 
 
 def test_train_minimal_learns_pairs_and_saves_a_pipeline(tmp_path, capsys, monkeypatch):

@@ -1,8 +1,8 @@
 """Edit a folder of images with several processes, for example one for each GPU of a machine:
 
     accelerate launch --config-file examples/accelerate_configs/ddp.yaml --num-processes 8 \
-        examples/batch/edit_folder.py --model projects/stickers/sticker-editor --image photos \
-        --prompt "make the red circle blue" --output edited
+        examples/batch/edit_folder.py --model examples/scene-editor --image photos \
+        --prompt "remove the dog" --output edited
 
 Without this configuration file, `accelerate launch` starts a single process on a machine without GPUs.
 

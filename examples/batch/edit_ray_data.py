@@ -1,8 +1,8 @@
 """Edit a folder of images with Ray Data, on one machine or on a cluster:
 
     pip install 'ray[data]'
-    python examples/batch/edit_ray_data.py --num-workers 2 --model projects/stickers/sticker-editor --image photos \
-        --prompt "make the red circle blue" --output edited
+    python examples/batch/edit_ray_data.py --num-workers 2 --model examples/scene-editor --image photos \
+        --prompt "remove the dog" --output edited
 
 The other options are those of `editar-hf edit`, and so are the results. All machines must find the folders under the
 same paths. If you start the command again, it skips the edits that are done.

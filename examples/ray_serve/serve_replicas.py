@@ -1,7 +1,7 @@
 """Serve several replicas of the HTTP server of `editar-hf serve` behind one address, with Ray Serve:
 
     pip install 'ray[serve]'
-    python examples/ray_serve/serve_replicas.py --model projects/stickers/sticker-editor --num-replicas 2 --port 8000
+    python examples/ray_serve/serve_replicas.py --model examples/scene-editor --num-replicas 2 --port 8000
 
 Each replica has its own pipeline, and its own GPU if there are GPUs.
 """

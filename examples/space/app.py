@@ -24,7 +24,7 @@ if torch.cuda.is_available():
 
 photo = Image.open(Path(__file__).with_name("photo.png"))
 options = {"gpu": spaces.GPU} if spaces else {}
-demo = create_demo(pipe, [Example(photo, "make the red circle blue")], **options)
+demo = create_demo(pipe, [Example(photo, "remove the dog")], **options)
 
 if __name__ == "__main__":
     launch_demo(demo)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Repeat two studies of the paper with the small checkpoint, from training to report: guidance from 1 to 7.5, and
+# Repeat two studies of the paper with the sticker editor, from training to report: guidance from 1 to 7.5, and
 # training with and without distillation. A stage that was stopped continues where it stopped.
 # Both studies: bash projects/stickers/run_ablations.sh
 # One study: bash projects/stickers/run_ablations.sh guidance

@@ -1,7 +1,7 @@
 """Draw how the sticker editor edits the first test samples: a row for each task, with source, result and target.
 
     python projects/stickers/show_sticker_edits.py --model projects/stickers/sticker-editor \
-        --output docs/sticker-editor.png
+        --output projects/stickers/sticker-edits.png
 
 The samples are the first test samples of `make_sticker_edits.py` with seed 0. This script draws them, without any
 selection.

@@ -95,7 +95,7 @@ ship_pipeline() {
 ship() {
     ship_pipeline "$RUNS/editor/pipeline" projects/stickers/sticker-editor
     python projects/stickers/show_sticker_edits.py --model projects/stickers/sticker-editor \
-        --output docs/sticker-editor.png
+        --output projects/stickers/sticker-edits.png
 }
 
 figures() {
