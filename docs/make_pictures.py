@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "projects" / "scenes")]
 
 from bank import Bank  # noqa: E402
 from compose import compose_pair  # noqa: E402
-from edit_photo import PROMPTS, join_images  # noqa: E402
+from edit_photo import EDITS, join_images  # noqa: E402
 
 
 PHOTO = Image.open(ROOT / "examples" / "photo.png").convert("RGB")
@@ -48,14 +48,11 @@ def edit(pipe: EditARPipeline, prompts: Sequence[str], **options) -> list[Image.
 
 def draw_front(pipe: EditARPipeline) -> Image.Image:
     """The photograph, the edits of `make demo`, and below them a mask and two edits with this mask."""
-    masked = [RECOLOR, "remove the car"]
-    captioned = [
-        ("the photograph", PHOTO),
-        *zip(PROMPTS, edit(pipe, PROMPTS), strict=True),
-        ("a mask", MASK.convert("RGB")),
-    ]
-    for prompt, image in zip(masked, edit(pipe, masked, mask_image=MASK), strict=True):
-        captioned.append((f"{prompt}, with the mask", image))
+    captioned = [("the photograph", PHOTO)]
+    captioned += [(prompt, *edit(pipe, [prompt], **options)) for prompt, options in EDITS.items()]
+    captioned.append(("a mask", MASK.convert("RGB")))
+    for prompt, options in {"remove the car": {}, RECOLOR: {"detail": "source"}}.items():
+        captioned += [(f"{prompt}, with the mask", *edit(pipe, [prompt], mask_image=MASK, **options))]
     return join_images(captioned)
 
 

@@ -17,13 +17,15 @@ from editar_hf import EditARPipeline
 
 
 EXAMPLES = Path(__file__).parent
-PROMPTS = [
-    "remove the dog",
-    "make the car yellow",
-    "add a snowman in the middle",
-    "make it sunset",
-    "turn day into night",
-]
+# Prompts, and the arguments of their calls. A change of colors or of light keeps the detail of the source. An object
+# that is removed must not leave its detail behind.
+EDITS = {
+    "remove the dog": {},
+    "add a snowman in the middle": {},
+    "make the car yellow": {"detail": "source"},
+    "make it sunset": {"detail": "source"},
+    "turn day into night": {"detail": "source"},
+}
 CAPTION_HEIGHT, GAP, COLUMNS = 26, 8, 3
 
 
@@ -31,7 +33,7 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EXAMPLES / "scene-editor"), help="pipeline folder or Hub id")
     parser.add_argument("--image", type=Path, default=EXAMPLES / "photo.png", help="photograph to edit")
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="instructions, one for each result")
+    parser.add_argument("--prompts", nargs="+", help="other instructions, one for each result")
     parser.add_argument("--output", type=Path, default=Path("outputs/edited_photo.png"), help="file to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling, the same for all results")
     return parser.parse_args(arguments)
@@ -54,12 +56,15 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     pipe = EditARPipeline.from_pretrained(args.model)
     photo = Image.open(args.image).convert("RGB")
-    generators = [torch.Generator().manual_seed(args.seed) for _ in args.prompts]
-    edited = pipe(list(args.prompts), image=photo, generator=generators).images
+    edits = {prompt: {} for prompt in args.prompts} if args.prompts else EDITS
+    shown = [("the photograph", photo)]
+    for prompt, options in edits.items():
+        generator = torch.Generator().manual_seed(args.seed)
+        shown.append((prompt, pipe(prompt, image=photo, generator=generator, **options).images[0]))
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    join_images([("the photograph", photo), *zip(args.prompts, edited, strict=True)]).save(args.output)
-    print(f"The photograph and {len(edited)} edits of it: {args.output}")
+    join_images(shown).save(args.output)
+    print(f"The photograph and {len(edits)} edits of it: {args.output}")
 
 
 if __name__ == "__main__":
