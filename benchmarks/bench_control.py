@@ -1,11 +1,11 @@
-"""Measure the time that masks, source caches, drafts and previews save or cost, and the accuracy of the edit map.
+"""Measure the time that masks, source caches, drafts and previews save or cost.
 
     python benchmarks/bench_control.py                # GPT-B at 256×256 with random weights, and the sticker editor
     python benchmarks/bench_control.py --samples 16   # fewer test samples of the sticker editor
     python benchmarks/bench_control.py --device cuda  # on a GPU; the random weights are in bf16 there
 
-Masks, source caches and previews are timed with random weights. Drafts and the edit map are measured with the sticker
-editor, on test samples that this script draws. These results do not carry over to the published weights. On a CPU, one
+Masks, source caches and previews are timed with random weights. Drafts are measured with the sticker editor, on test
+samples that this script draws. These results do not carry over to the published weights. On a CPU, one
 thread is used and processor time is measured. The order of the calls alternates. Results are written to
 `benchmarks/results/control.md`, or `control-gpu.md` on a GPU.
 """
@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from generation_systems import build_inputs, build_model
 from report import describe_machine, format_ratios, format_table, time_call, time_in_turn, write_result
@@ -25,7 +24,6 @@ from report import describe_machine, format_ratios, format_table, time_call, tim
 from editar_hf import EditARPipeline, EditARVQConfig, EditARVQModel
 from editar_hf.packing import explain_missing_kernel
 from editar_hf.pipelines.callbacks import RowPreview
-from editar_hf.pipelines.edit_region import prepare_mask
 
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +32,6 @@ from make_sticker_edits import OPERATIONS, TRANSLATIONS, make_sample  # noqa: E4
 
 
 GRID_SIZE, STRIDE = 16, 16
-EDIT_MAPS_PER_SAMPLE = 5  # edit maps are quick, so more samples are used for them
 MASK_SHARES = (0.05, 0.15, 0.3, 0.5, 1.0)
 WINDOWS = (1, 2, 4, 8, 16)
 SETTINGS = [(how, scale) for how in ("greedy", "sampled") for scale in (1.0, 3.0)]
@@ -173,35 +170,6 @@ def benchmark_drafts(pipe, samples: dict[str, list[dict]]) -> tuple[str, str]:
     return f"{format_table(header, rows)}\n\n{note}", format_table(["window", "s", "of exact"], times)
 
 
-def benchmark_edit_map(pipe, samples: dict[str, list[dict]]) -> str:
-    """Compute the IoU of the edit map and the tokens in the true mask, overall and by row of the edit.
-
-    No threshold is needed: if the true mask has n tokens, the n tokens with the highest values of the map are compared.
-    """
-    grid = pipe.transformer.config.grid_size
-    ious, by_row = {task: [] for task in OPERATIONS}, {}
-    for task in OPERATIONS:
-        for sample in samples[task]:
-            side = sample["mask"].height // grid
-            is_white = prepare_mask(sample["mask"], sample["source_image"].size)
-            changed = is_white.reshape(grid, side, grid, side).any(axis=(1, 3))
-            edit_map = pipe.compute_edit_map(sample["source_image"], sample["prompt"], sample["task"])[0].cpu().numpy()
-            guess = edit_map >= np.sort(edit_map, axis=None)[-changed.sum()]
-            hits, all_tokens = guess & changed, guess | changed
-            ious[task].append(hits.sum() / all_tokens.sum())
-            rows = changed.any(axis=1).nonzero()[0]
-            for row in rows:
-                by_row.setdefault(int(row - rows[0]), []).append((hits[row].sum(), all_tokens[row].sum()))
-    ious["all"] = [iou for values in ious.values() for iou in values]
-    kinds = [[task, str(len(values)), f"{np.mean(values):.2f}"] for task, values in ious.items()]
-    places = [
-        [str(place + 1), str(len(found)), f"{np.divide(*np.sum(found, axis=0)):.2f}"]
-        for place, found in sorted(by_row.items())
-    ]
-    tables = (["kind of edit", "samples", "IoU"], kinds), (["row of the edit", "samples", "IoU"], places)
-    return "\n\n".join(format_table(*table) for table in tables)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=80, help="test samples of the sticker editor, for drafts")
@@ -228,10 +196,9 @@ def main():
             benchmark_previews(model, vq_model, source, prompt_embeds, pipe.processor, args.rounds),
         )
         drafts, draft_times = benchmark_drafts(pipe, samples)
-        edit_map = benchmark_edit_map(pipe, make_samples(EDIT_MAPS_PER_SAMPLE * args.samples, resolution))
     words = "".join(f" {word}" for word in sys.argv[1:])
     how = "One thread; seconds are processor time" if args.device == "cpu" else "Seconds until the GPU is done"
-    report = f"""# Control: masks, kept sources, previews, drafts, the edit map
+    report = f"""# Control: masks, kept sources, previews, drafts
 
 {machine} {how}; ratios are medians (least – most) of rounds
 ({args.rounds}) in alternating order. Made by `python benchmarks/bench_control.py{words}`.
@@ -256,12 +223,6 @@ which have another vocabulary and grid.
 Processor time of an edit, median over all edits of the table above:
 
 {draft_times}
-
-## The sticker editor, fp32: the edit map
-
-IoU of the tokens in the true mask and the same number of tokens with the highest values of the edit map.
-
-{edit_map}
 """
     write_result("control" if args.device == "cpu" else "control-gpu", report)
 

@@ -26,7 +26,8 @@ def resolve_settings(
     for layer in (own.to_dict(), given.to_dict() if given else {}, arguments):
         values |= {name: value for name, value in layer.items() if value is not None}
     for name, value in values.items():
-        is_note = name.startswith("_") or name == "transformers_version"
+        # Only the pipeline uses `preserve_threshold`.
+        is_note = name.startswith("_") or name in ("transformers_version", "preserve_threshold")
         if name not in DecodingSettings._fields and value is not False and not is_note:
             raise ValueError(
                 f"`{name}` is {value!r}, but EditAR's `generate` does not support this setting; remove it. Supported "

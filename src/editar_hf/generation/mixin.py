@@ -70,6 +70,8 @@ class EditARGenerationMixin(GenerationMixin):
         settings = resolve_settings(self.generation_config, None, {})._asdict()
         if not settings["do_sample"]:
             settings = {name: settings[name] for name in ("do_sample", "guidance_scale")}
+        if (threshold := getattr(self.generation_config, "preserve_threshold", None)) is not None:
+            settings["preserve_threshold"] = threshold
         own, self.generation_config = self.generation_config, GenerationConfig(**settings)
         try:
             super().save_pretrained(*args, **kwargs)

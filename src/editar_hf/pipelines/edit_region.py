@@ -29,6 +29,8 @@ from .inputs import compute_batch_size
 
 # A mask pixel counts as white if its grey value, 0 to 255, is at least this.
 WHITE = 128
+# If more than this fraction of the tokens may change, the edit is taken to change the whole image.
+MAX_EDITED_FRACTION = 0.75
 # Side of a window relative to the side of the white area. It is above 1, because the model needs to see context.
 WINDOW_MARGIN = 1.5
 
@@ -162,6 +164,26 @@ def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mo
     )
 
 
+def average_neighbors(values: torch.Tensor) -> torch.Tensor:
+    """Average values of tokens, (batch, rows, columns), over their 3 × 3 neighborhoods inside the grid."""
+    return F.avg_pool2d(values[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+
+
+def find_edited_tokens(edit_map: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Find the tokens that may change, bool (batch, rows, columns): those whose value is above a threshold.
+
+    If these are more than three quarters of an image, all its tokens may change.
+
+    Args:
+        edit_map (`torch.Tensor` of shape `(batch, rows, columns)`): For example that of
+            `EditARPipeline.compute_edit_map`.
+        threshold (`float`): In the unit of the map.
+    """
+    is_edited = edit_map > threshold
+    is_whole = is_edited.float().mean(dim=(1, 2), keepdim=True) > MAX_EDITED_FRACTION
+    return is_edited | is_whole
+
+
 def compute_feather(edit_mask: torch.Tensor, stride: int) -> torch.Tensor:
     """Compute the blend weight of the result in each pixel, (batch, 1, height, width) in [0, 1].
 
@@ -265,10 +287,16 @@ class EditRegion:
         for message in filter(None, {describe_lost_white(mask, *size, resize_mode) for mask in masks}):
             warnings.warn(message, stacklevel=4)  # The call stack also holds torch's wrapper for no_grad.
         edit_mask = torch.stack([compute_edit_mask(mask, *size, stride, resize_mode) for mask in masks])
-        if mask_blend:
-            weights = compute_feather(edit_mask, stride)
-        else:
-            weights = edit_mask.flatten(1).any(dim=1).float()[:, None, None, None].expand(-1, 1, *size)
+        return cls.from_edit_mask(edit_mask, windows, stride, mask_blend)
+
+    @classmethod
+    def from_edit_mask(
+        cls, edit_mask: torch.Tensor, windows: Sequence[tuple[int, ...]], stride: int, mask_blend: bool
+    ) -> Self:
+        """Compute the blend weights of an edit mask, bool (batch, rows, columns); see `from_masks`."""
+        weights = compute_feather(edit_mask, stride)
+        if not mask_blend:
+            weights = weights.amax(dim=(1, 2, 3), keepdim=True).expand_as(weights)
         return cls(edit_mask.flatten(1), weights, torch.tensor(windows))
 
     def crop(self, images: Sequence[Image.Image]) -> list[Image.Image]:

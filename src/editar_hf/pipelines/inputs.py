@@ -7,15 +7,18 @@ import warnings
 from collections.abc import Callable, Sequence, Sized
 
 import torch
+from transformers import GenerationConfig
 from transformers.image_utils import ImageInput
 
-from ..checks import check_choice, check_integer, check_texts
+from ..checks import check_choice, check_integer, check_number, check_texts
 from ..generation import SourceCache
 from ..generation.sampling import DecodingSettings
 from ..image_processing_editar import DETAILS, OUTPUT_TYPES
 from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix
 
 
+# The threshold of models whose generation config has none, in nats.
+PRESERVE_THRESHOLD = 1.0
 # The `stacklevel` of warnings: a function of this file, `__call__`, torch's wrapper for no_grad, and then the caller.
 CALLER = 4
 
@@ -74,11 +77,13 @@ def check_source(
     crop_to_mask: bool,
     resize_mode: str | None,
     restore_size: bool | None,
+    is_composed: bool,
     task: str | Sequence[str],
 ) -> None:
     """Check that the source is given once, and that it is given if another argument needs it. Warn if there is none.
 
-    An image may be given together with its tokens or its cache if the result is put back into the image.
+    An image may be given together with its tokens or its cache if the result is put back into the image, as
+    `restore_size` and `is_composed` say.
     """
     tokens_or_cache = {"source_image_tokens": source_image_tokens, "source_cache": source_cache}
     given = [name for name, value in tokens_or_cache.items() if value is not None]
@@ -87,7 +92,7 @@ def check_source(
             "`source_image_tokens` and `source_cache` are both given, but the cache holds its own tokens; pass one of "
             "them."
         )
-    if image is not None and given and not restore_size and mask_image is None:
+    if image is not None and given and not restore_size and not is_composed:
         raise ValueError(
             f"`image` and `{given[0]}` are both given; pass one of them, or `restore_size=True` to put the result back "
             "into the image."
@@ -116,6 +121,31 @@ def check_source(
             f"from text, `task={TEXT_TO_IMAGE!r}`.",
             stacklevel=CALLER,
         )
+
+
+def check_preserve(preserve: str, mask_image: ImageInput | None, has_source: bool, task: str | Sequence[str]) -> None:
+    """Check that the rest of an image can be kept without a mask: there is a source to edit, and no mask."""
+    check_choice("preserve", preserve, ("off", "auto"))
+    if preserve == "off":
+        return
+    if mask_image is not None:
+        raise ValueError(
+            "`preserve` is 'auto' and `mask_image` is given, which already says what may change; leave one of them out."
+        )
+    if not has_source or set(list_texts(task)) != {"edit"}:
+        found = f"`task` is {task!r}" if has_source else "there is no source image"
+        raise ValueError(
+            f"`preserve` is 'auto', but {found}; pass a source image and the task 'edit', or leave `preserve` out."
+        )
+
+
+def resolve_preserve_threshold(generation_config: GenerationConfig) -> float:
+    """Return the `preserve_threshold` of a model in nats, or the default if it has none."""
+    threshold = getattr(generation_config, "preserve_threshold", None)
+    threshold = check_number("preserve_threshold", PRESERVE_THRESHOLD if threshold is None else threshold)
+    if threshold <= 0:
+        raise ValueError(f"`preserve_threshold` is {threshold} in the generation config; set a positive number.")
+    return threshold
 
 
 def check_cached_images(source_cache: SourceCache, pixel_values: torch.Tensor | None) -> None:

@@ -27,17 +27,19 @@ from ..modeling_editar_vq import EditARVQModel, decode_one_by_one
 from ..packing import is_packed, pack_linears, unpack_linears
 from ..processing_editar import EditARProcessor, apply_task_prefix
 from .callbacks import RowPreview, StepReporter
-from .edit_region import EditRegion, repeat_rows, resize_masks
+from .edit_region import EditRegion, average_neighbors, find_edited_tokens, repeat_rows, resize_masks
 from .hub import EditARHubMixin
 from .inputs import (
     add_task_prefixes,
     check_cached_images,
     check_detail,
     check_output,
+    check_preserve,
     check_prompts,
     check_source,
     compute_batch_size,
     list_texts,
+    resolve_preserve_threshold,
     warn_of_greedy_decoding,
 )
 from .lora import EditARLoraMixin
@@ -58,11 +60,14 @@ class EditARPipelineOutput(BaseOutput):
         image_tokens (`torch.LongTensor` of shape `(batch, N)`): The tokens of the images, in raster order. The next
             call can use them as `source_image_tokens`.
         num_decode_steps (`int`): Number of decoder passes after the prefill of source image and text.
+        preserved_mask (`list`, *optional*): With `preserve="auto"`, a mask for each image (`PIL.Image.Image`), white
+            where its pixels are those of the source; `None` for an image that may have changed everywhere.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     image_tokens: torch.LongTensor
     num_decode_steps: int
+    preserved_mask: list[Image.Image | None] | None = None
 
     @property
     def num_passes(self) -> int:
@@ -274,11 +279,11 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         resize_mode: str | None = None,
         aspect: str | None = None,
     ) -> torch.Tensor:
-        """Compute a map of where the instruction changes the image: how much it lowers each source token's likelihood.
+        """Compute a map of where the instruction changes the image: how unlikely it makes the source's own tokens.
 
-        Experimental. The decoder runs one teacher-forced pass in which the target is the source itself, once with the
-        instruction and once with the null text. Each token is predicted after the source's own tokens, not after edited
-        tokens. Therefore the signal is strongest where an edit begins, and may be weaker in its later rows.
+        The decoder runs one teacher-forced pass in which the target is the source itself. The value of a token is the
+        mean negative log-likelihood of the tokens in its 3 × 3 neighborhood. Each token is predicted after the source's
+        own tokens, not after edited tokens. Therefore the map marks all places where an edit may begin.
 
         Args:
             image, height, width, resize_mode, aspect: See `encode_image`.
@@ -286,8 +291,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             task (`str` or sequence of `str`): The tasks whose prefixes go before the instructions.
 
         Returns:
-            `torch.Tensor` of shape `(batch, grid_height, grid_width)`, float32, in nats; above 0 where the instruction
-            makes the source token less likely.
+            `torch.Tensor` of shape `(batch, grid_height, grid_width)`, float32, in nats, at least 0; the higher, the
+            less likely the tokens stay those of the source.
 
         Raises:
             ValueError: If the inputs do not fit the model or each other.
@@ -298,19 +303,19 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         batch_size = compute_batch_size(image=pixel_values, prompt=prompts)
         tokens = repeat_rows(self.encode_pixel_values(pixel_values), batch_size)
         prompt_embeds = repeat_rows(self.encode_prompt(prompts), batch_size)
-        # One batch: the first half of the rows has the instructions, the second half the null text.
-        twice = tokens.repeat(2, 1)
-        logits = self.transformer(
-            twice,
-            prompt_embeds.repeat(2, 1, 1),
-            target_image_tokens=twice,
-            drop_prompt=torch.arange(2 * batch_size, device=tokens.device) >= batch_size,
-            grid_height=grid[0],
-            grid_width=grid[1],
-        ).logits
-        losses = F.cross_entropy(logits.float().transpose(1, 2), twice, reduction="none")
+        edit_map = self.predict_edit_map(tokens, prompt_embeds, grid)
         self.maybe_free_model_hooks()
-        return (losses[:batch_size] - losses[batch_size:]).unflatten(1, grid)
+        return edit_map
+
+    def predict_edit_map(
+        self, source_image_tokens: torch.Tensor, prompt_embeds: torch.Tensor, grid: tuple[int, int]
+    ) -> torch.Tensor:
+        """Compute the edit map of encoded inputs, `(batch, grid_height, grid_width)`; see `compute_edit_map`."""
+        rows, columns = grid
+        target = {"target_image_tokens": source_image_tokens, "grid_height": rows, "grid_width": columns}
+        logits = self.transformer(source_image_tokens, prompt_embeds, **target).logits
+        losses = F.cross_entropy(logits.float().transpose(1, 2), source_image_tokens, reduction="none")
+        return average_neighbors(losses.unflatten(1, grid))
 
     def resolve_size(self, height: int | None, width: int | None, size_policy: str = "strict") -> tuple[int, int]:
         """Choose the height and width the model works at, in pixels.
@@ -477,6 +482,28 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         pixels = np.stack([np.asarray(image) for image in composed]) / np.float32(255)
         return pixels if output_type == "np" else torch.from_numpy(pixels).permute(0, 3, 1, 2).to(pixel_values.device)
 
+    def draw_preserved_masks(
+        self,
+        images: list[Image.Image] | None,
+        source_pixel_values: torch.Tensor,
+        region: EditRegion,
+        resize_mode: str,
+    ) -> list[Image.Image | None]:
+        """Draw, for each result of `compose_images`, a mask that is white where the pixels are those of the source.
+
+        The mask is `None` where all tokens may change.
+        """
+        # Where nothing black shows, nothing of a result does.
+        white = None if images is None else [Image.new("RGB", image.size, "white") for image in images]
+        black = torch.full_like(source_pixel_values, -1.0)
+        drawn: Any = self.compose_images(
+            black, images=white, source_pixel_values=-black, region=region, resize_mode=resize_mode, detail="model"
+        )
+        return [
+            None if is_free else image.convert("L").point(lambda value: 255 * (value == 255))
+            for image, is_free in zip(drawn, region.edit_mask.all(dim=1).tolist(), strict=True)
+        ]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -493,6 +520,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         mask_image: ImageInput | None = None,
         mask_blend: bool = True,
         crop_to_mask: bool = False,
+        preserve: str = "off",
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
@@ -559,6 +587,11 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             crop_to_mask (`bool`): Edit only a window around the white area of the mask, at the model's size, and put
                 the result back into the full image. The window has the proportions of `height` × `width`. Needs
                 `image`, `mask_image` and `output_type="pil"`, and no `resize_mode`.
+            preserve (`str`): `"auto"` keeps what the instruction does not change, without a mask. One more decoder pass
+                finds the tokens that may change (see `compute_edit_map`). The edit then works as with a mask of them.
+                If more than three quarters of the tokens may change, the instruction is taken to change the whole
+                image, and nothing is kept. `preserved_mask` of the output shows what was kept. `"auto"` needs a source
+                and the task `"edit"`, and takes no `mask_image`. *Defaults to* `"off"`.
             guidance_scale (`float`, *optional*): Weight of the prompt; 1 means no guidance. `guidance_scale`,
                 `do_sample`, `temperature`, `top_k` and `top_p` *default to* the settings in
                 `transformer/generation_config.json`.
@@ -600,10 +633,11 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         """
         # 1. Check the inputs, and fill in the defaults
         check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, task)
-        check_source(
-            image, source_image_tokens, source_cache, mask_image, crop_to_mask, resize_mode, restore_size, task
-        )
         has_source = any(source is not None for source in (image, source_image_tokens, source_cache))
+        check_preserve(preserve, mask_image, has_source, task)
+        is_composed = mask_image is not None or preserve == "auto"
+        how = crop_to_mask, resize_mode, restore_size, is_composed, task
+        check_source(image, source_image_tokens, source_cache, mask_image, *how)
         check_decoding(decoding, None, 1 if image_guidance_scale is None else image_guidance_scale, has_source)
         images = None if image is None else prepare_rgb_images(image, "image")
         is_size_given = height is not None or width is not None
@@ -631,6 +665,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         given = {"guidance_scale": guidance_scale, "do_sample": do_sample, **sampling}
         settings = resolve_settings(self.transformer.generation_config, None, given)
         num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt)
+        preserve_threshold = resolve_preserve_threshold(self.transformer.generation_config)
         warn_of_greedy_decoding(settings, num_images_per_prompt, **sampling)
         self._interrupt = False
 
@@ -645,11 +680,11 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 images = [resize_and_crop(one, *asked_size, resize_mode) for one in images]
             resize_mode = "stretch"
         sources, region, pixel_values = images, None, None
+        whole = images or [Image.new("RGB", (asked_size if is_fitted else size)[::-1])]
         if mask_image is not None:
-            masked = images or [Image.new("RGB", (asked_size if is_fitted else size)[::-1])]
             how = size, self.vq_model.config.stride, resize_mode, mask_blend, crop_to_mask
-            region = EditRegion.from_masks(mask_image, masked, *how)
-            sources = region.crop(masked) if crop_to_mask else images
+            region = EditRegion.from_masks(mask_image, whole, *how)
+            sources = region.crop(whole) if crop_to_mask else images
         if sources is not None:
             pixel_values = self.processor.image_processor.compute_pixel_values(sources, *size, resize_mode)
         num_rows = num_images_per_prompt * compute_batch_size(
@@ -684,6 +719,13 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             if entries is not None:
                 dtype = self.transformer.dtype if entries.is_floating_point() else entries.dtype
                 rows[name] = repeat_rows(entries.to(device, dtype), num_rows)
+        if preserve == "auto":
+            inputs: Any = rows["source_image_tokens"], rows["prompt_embeds"]
+            tokens, embeds = (entries[::num_images_per_prompt] for entries in inputs)
+            edit_map = self.predict_edit_map(tokens, embeds, grid)
+            edit_mask = find_edited_tokens(edit_map, preserve_threshold)
+            windows = [(0, 0, *image.size) for image in whole] * (len(edit_mask) // len(whole))
+            region = EditRegion.from_edit_mask(edit_mask, windows, self.vq_model.config.stride, mask_blend)
         region = None if region is None else region.repeat_rows(num_rows, device)
         source_pixel_values: Any = None
         if region is not None or preview_every is not None or detail == "source":
@@ -695,14 +737,13 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             images = [one.resize(asked_size[::-1]) for one in self.processor.postprocess(shown)]
 
         # 4. Decode the tokens of the edited images
-        compose_images = partial(
-            self.compose_images,
-            images=images if restore_size or crop_to_mask or is_fitted else None,
-            source_pixel_values=source_pixel_values,
-            region=region,
-            resize_mode=resize_mode,
-            detail=detail,
-        )
+        composition: dict[str, Any] = {
+            "images": images if restore_size or crop_to_mask or is_fitted else None,
+            "source_pixel_values": source_pixel_values,
+            "region": region,
+            "resize_mode": resize_mode,
+        }
+        compose_images: Any = partial(self.compose_images, **composition, detail=detail)
         edit_mask = None if region is None else region.edit_mask
         preview = None
         if preview_every is not None:
@@ -732,5 +773,6 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         else:
             results = compose_images(self.decode_pixel_values(image_tokens, grid), output_type)
         self.maybe_free_model_hooks()
-        output = EditARPipelineOutput(results, image_tokens, output.num_decode_steps)
+        preserved_mask = self.draw_preserved_masks(**composition) if preserve == "auto" else None
+        output = EditARPipelineOutput(results, image_tokens, output.num_decode_steps, preserved_mask)
         return output if return_dict else output.to_tuple()

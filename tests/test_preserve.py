@@ -1,0 +1,153 @@
+"""What `preserve="auto"` keeps of the source without a mask."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import NUM_CODES, STRIDE, build_pipeline, draw_image
+
+from editar_hf import EditARPipeline
+from editar_hf.pipelines.edit_region import find_edited_tokens
+
+
+PROMPT = "make the red circle blue"
+SCENE_EDITOR = Path(__file__).parents[1] / "examples" / "scene-editor"
+
+
+def build(threshold):
+    pipe = build_pipeline()
+    pipe.transformer.generation_config.preserve_threshold = threshold
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """A pipeline that frees ten tokens of `draw_image(0)`."""
+    edit_map = build_pipeline().compute_edit_map(draw_image(0), PROMPT)
+    return build(edit_map.flatten().sort().values[-10].item() - 1e-3)
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_free_tokens(pipe, image):
+    """Draw a mask that is white in the tokens whose value of the edit map is above the threshold."""
+    edit_map = pipe.compute_edit_map(image, PROMPT)[0].numpy()
+    is_free = edit_map > pipe.transformer.generation_config.preserve_threshold
+    return Image.fromarray(np.kron(is_free, np.ones((STRIDE, STRIDE))) > 0)
+
+
+def test_an_edit_is_that_with_a_mask_of_the_tokens_above_the_threshold(pipe):
+    image, mask = draw_image(0), draw_free_tokens(pipe, draw_image(0))
+    assert 0 < np.asarray(mask).mean() < 0.75
+    output = pipe(PROMPT, image=image, preserve="auto", generator=seeded(0))
+    expected = pipe(PROMPT, image=image, mask_image=mask, generator=seeded(0))
+    assert torch.equal(output.image_tokens, expected.image_tokens)
+    assert np.array_equal(output.images[0], expected.images[0])
+    assert output.num_decode_steps == expected.num_decode_steps
+    assert not np.array_equal(output.images[0], image)
+    assert expected.preserved_mask is None
+
+
+def surround(image):
+    wide = draw_image(9, 24, 16)
+    wide.paste(image, (4, 0))
+    return wide
+
+
+@pytest.mark.parametrize(
+    ("image", "how"),
+    [
+        (draw_image(0).resize((50, 36)), {"resize_mode": "stretch"}),
+        (draw_image(0).resize((50, 36)), {"resize_mode": "stretch", "detail": "source"}),
+        (surround(draw_image(0)), {"resize_mode": "crop"}),
+        (draw_image(0), {"restore_size": False}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The centre crop cuts")
+def test_white_pixels_of_the_preserved_mask_are_those_of_the_source(pipe, image, how):
+    output = pipe(PROMPT, image=image, preserve="auto", generator=seeded(0), **how)
+    (mask,) = output.preserved_mask
+    assert (mask.mode, mask.size) == ("L", image.size)
+    is_kept = np.asarray(mask) == 255
+    differs = (np.asarray(output.images[0]) != np.asarray(image)).any(axis=2)
+    assert is_kept.any()
+    assert not (differs & is_kept).any()
+    assert differs[~is_kept].mean() > 0.9
+
+
+def test_an_edit_of_the_whole_image_is_that_without_preserve_and_says_so(pipe):
+    images = [draw_image(0), draw_image(1)]
+    lowest = pipe.compute_edit_map(images, PROMPT).flatten(1).quantile(0.2, dim=1)
+    pipe = build(lowest.mean().item())  # Below a fifth of the tokens of one image only, which so is edited as a whole.
+    whole = int(lowest.argmax())
+    output = pipe(PROMPT, image=images, preserve="auto", generator=seeded(0, 1))
+    assert [mask is None for mask in output.preserved_mask] == [index == whole for index in range(2)]
+    expected = pipe(PROMPT, image=images, generator=seeded(0, 1))
+    assert torch.equal(output.image_tokens[whole], expected.image_tokens[whole])
+    assert np.array_equal(output.images[whole], expected.images[whole])
+    assert not torch.equal(output.image_tokens[1 - whole], expected.image_tokens[1 - whole])
+
+
+def test_images_of_a_batch_are_those_made_alone_from_images_caches_and_tokens(pipe):
+    prompts, image = [PROMPT, "add a hat"], draw_image(0)
+    alone = [
+        pipe(prompt, image=image, preserve="auto", num_images_per_prompt=2, generator=seeded(2 * index, 2 * index + 1))
+        for index, prompt in enumerate(prompts)
+    ]
+    expected = torch.cat([output.image_tokens for output in alone])
+    kept = [mask for output in alone for mask in output.preserved_mask]
+    tokens = pipe.encode_image(image)
+    for source in (
+        {"image": image},
+        {"source_cache": pipe.prepare_source_cache(image)},
+        {"source_image_tokens": tokens, "image": image},
+        {"source_image_tokens": tokens},
+    ):
+        output = pipe(prompts, **source, preserve="auto", num_images_per_prompt=2, generator=seeded(0, 1, 2, 3))
+        assert torch.equal(output.image_tokens, expected)
+        assert all(np.array_equal(*pair) for pair in zip(output.preserved_mask, kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"preserve": True}, "`preserve` is True; choose one of 'off', 'auto'"),
+        ({"mask_image": Image.new("L", (16, 16), 255)}, "`mask_image` is given, which already says what may change"),
+        ({"task": "canny"}, "`task` is 'canny'; pass a source image and the task 'edit'"),
+        ({"image": None, "task": "text-to-image"}, "there is no source image; pass a source image"),
+    ],
+)
+def test_what_cannot_be_kept_without_a_mask_is_refused(pipe, how, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(PROMPT, **{"image": draw_image(0), "preserve": "auto", **how})
+
+
+def test_the_threshold_is_saved_with_the_model_and_a_wrong_one_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    threshold = pipe.transformer.generation_config.preserve_threshold
+    loaded = EditARPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    assert loaded.transformer.generation_config.preserve_threshold == threshold
+    with pytest.raises(ValueError, match=r"`preserve_threshold` is -1\.0 in the generation config; set a positive"):
+        build(-1)(PROMPT, image=draw_image(0), preserve="auto")
+
+
+def test_a_model_without_a_threshold_has_one_of_a_nat():
+    pipe, image = build_pipeline(), draw_image(0)
+    pipe.transformer.lm_head.weight.data.zero_()  # All codes are equally likely, at log(40) = 3.7 nats.
+    assert pipe.compute_edit_map(image, PROMPT).numpy() == pytest.approx(np.log(NUM_CODES), abs=1e-5)
+    assert pipe(PROMPT, image=image, preserve="auto").preserved_mask == [None]
+
+
+def test_the_shipped_editor_finds_the_rest_of_an_image_but_none_of_it_where_all_changes():
+    pipe = EditARPipeline.from_pretrained(SCENE_EDITOR, dtype=torch.float32)
+    threshold = pipe.transformer.generation_config.preserve_threshold
+    gradient = Image.linear_gradient("L").resize((128, 128))
+    image = Image.merge("RGB", (gradient.point(lambda value: value // 2), gradient, gradient))
+    prompts = ["remove the ball on the left", "make it a pencil drawing"]
+    is_free = find_edited_tokens(pipe.compute_edit_map(image, prompts), threshold)
+    assert not is_free[0].all()
+    assert is_free[1].all()
