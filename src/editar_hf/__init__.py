@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .image_processing_editar import EditARImageProcessor
     from .modeling_editar import EditARForConditionalGeneration, EditARModel
     from .modeling_editar_vq import EditARVQModel
+    from .pipelines.keep_source import keep_source
     from .pipelines.pipeline_editar import EditARPipeline, EditARPipelineOutput
     from .processing_editar import EditARProcessor
 
@@ -30,6 +31,7 @@ __all__ = [
     "EditARProcessor",
     "EditARVQConfig",
     "EditARVQModel",
+    "keep_source",
 ]
 
 _MODULE_OF = {
@@ -42,6 +44,7 @@ _MODULE_OF = {
     "EditARProcessor": ".processing_editar",
     "EditARPipeline": ".pipelines.pipeline_editar",
     "EditARPipelineOutput": ".pipelines.pipeline_editar",
+    "keep_source": ".pipelines.keep_source",
 }
 
 # `model_index.json` records our components under "editar_hf". To find out how to load a component, diffusers looks up
