@@ -58,10 +58,10 @@ def start_session(image):
     return session
 
 
-def edit(app, session, editor_value=None, prompt=PROMPT, task="Edit", seed=0, num_images=1, guidance_scale=1.5):
+def edit(app, session, editor_value=None, prompt=PROMPT, task="Edit", seed=0, num_images=1, preserve=False):
     """Press the button, and give the answers one after the other."""
     run = app.begin(session)[app.run]
-    return app.edit(session, run, editor_value, prompt, task, seed, num_images, guidance_scale)
+    return app.edit(session, run, editor_value, prompt, task, seed, num_images, 1.5, preserve)
 
 
 def seed_generators(*seeds):
@@ -139,6 +139,24 @@ def test_session_goes_on_in_tokens_and_keeps_what_no_brush_has_touched(app, pipe
     kept[0, [0, 5]] = False
     assert torch.equal(tokens[kept], pipe.encode_image(photo)[kept])
     assert not torch.equal(tokens, pipe.encode_image(photo))
+
+
+def test_the_rest_is_kept_without_a_brush_if_asked_and_the_brush_wins():
+    pipe, image = build_pipeline(), draw_image(0)
+    pipe.transformer.generation_config.preserve_threshold = pipe.compute_edit_map(image, PROMPT).median().item()
+    app, session = create_app(pipe), start_session(image)
+    for editor_value in (None, brush(image.size, (0, 0, 4, 4))):
+        session.start(image)
+        *_, last = edit(app, session, editor_value, preserve=True)
+        how = {"preserve": "auto"} if editor_value is None else {"mask_image": read_mask(editor_value, image.size)}
+        expected = pipe(PROMPT, image=image, guidance_scale=1.5, generator=seed_generators(0), **how)
+        assert torch.equal(session.step.image_tokens, expected.image_tokens)
+        assert np.array_equal(session.step.image, expected.images[0])
+        assert "whole image" not in last[app.status]
+    pipe.transformer.generation_config.preserve_threshold = 1e-9
+    session.start(image)
+    *_, last = edit(app, session, preserve=True)
+    assert last[app.status].endswith("The instruction changes the whole image, so nothing of it was kept.")
 
 
 @pytest.mark.parametrize("task", ["Edit", "Make a new image; this one is a map of depth"])

@@ -99,6 +99,15 @@ def test_options_are_passed_on_to_the_pipeline(model, images, tmp_path):
     assert not (tmp_path / "EDITED.PNG").exists()
 
 
+def test_a_result_of_which_nothing_is_kept_is_reported(images, tmp_path, capsys):
+    pipe = build_pipeline()
+    pipe.transformer.generation_config.preserve_threshold = 1e-9
+    pipe.save_pretrained(tmp_path / "whole")
+    assert run("whole", "--preserve", "auto") == 0
+    assert "images/b.png: the instruction changes the whole image" in capsys.readouterr().err
+    assert np.array_equal(read("edited.png"), edit_directly("images/b.png")[0])
+
+
 def test_an_image_of_a_condition_map_is_not_put_into_the_map(model, images):
     assert run(model, "--task", "canny") == 0
     (expected,) = edit_directly("images/b.png", task="canny", restore_size=None)
@@ -212,6 +221,8 @@ def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
         (["--image", "empty", "--output", "out"], "`--image` is empty, a folder without images"),
         ([[LINE]], "`--image` is images/b.png, which is not a folder"),
         (["--prompt", " "], "`prompt` for images/b.png is empty"),
+        (["--preserve", "auto", "--mask", "mask.png"], "`--preserve` is auto, but images/b.png has a mask"),
+        (["--preserve", "auto", "--task", "depth"], "`--preserve` is auto, but images/b.png has the task depth"),
         (["--crop-to-mask"], "`--crop-to-mask` needs a mask, but images/b.png has no mask"),
         (["--image", "images", "--prompts", "images/a.png"], "`--prompts` is images/a.png, which is not UTF-8"),
     ],

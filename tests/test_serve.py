@@ -292,6 +292,25 @@ def test_a_model_of_several_aspect_ratios_edits_each_image_at_its_own():
         assert np.array_equal(read_image(answer["data"][0]["b64_json"]), expected)
 
 
+@pytest.mark.parametrize("size", ["auto", "16x16", "20x20"])
+def test_the_rest_of_an_image_is_kept_without_a_mask_at_every_size(size):
+    def load_pipeline():
+        pipeline = build_pipeline()
+        edit_map = pipeline.compute_edit_map(draw_image(0), "a hat")
+        pipeline.transformer.generation_config.preserve_threshold = edit_map.median().item()
+        return pipeline
+
+    with run_server(load_pipeline) as running:
+        running.wait_until_loaded()
+        fields = {"prompt": "a hat", "seed": 0, "preserve": "auto", "size": size}
+        answer = running.post(data=fields, files={"image": write_image(draw_image(0))}).json()
+    sides = {} if size == "auto" else {"height": int(size[:2]), "width": int(size[:2])}
+    how = {"preserve": "auto", "size_policy": "fit", "generator": seed_generators(0), **sides}
+    expected = load_pipeline()("a hat", image=draw_image(0), **how)
+    assert expected.preserved_mask != [None]
+    assert np.array_equal(read_image(answer["data"][0]["b64_json"]), expected.images[0])
+
+
 def test_repeated_image_is_encoded_once_while_its_cache_is_kept(pipe, monkeypatch):
     def load_pipeline():
         pipeline = build_pipeline()
@@ -501,6 +520,9 @@ CASES = {
     "file as prompt": ({}, {"prompt": b"a", "image": IMAGE}, 400, "prompt"),
     "unknown field": ({"prompt": "a", "style": "vivid"}, {"image": IMAGE}, 400, "style"),
     "unknown task": ({"prompt": "a", "task": "draw"}, {"image": IMAGE}, 400, "task"),
+    "preserve in words": ({"prompt": "a", "preserve": "yes"}, {"image": IMAGE}, 400, "preserve"),
+    "preserve and a mask": ({"prompt": "a", "preserve": "auto"}, {"image": IMAGE, "mask": IMAGE}, 400, "preserve"),
+    "preserve and a map": ({"prompt": "a", "preserve": "auto", "task": "depth"}, {"image": IMAGE}, 400, "preserve"),
     "eleven images": ({"prompt": "a", "n": 11}, {"image": IMAGE}, 400, "n"),
     "huge size": ({"prompt": "a", "size": "9999x2000"}, {"image": IMAGE}, 400, "size"),
     "size in words": ({"prompt": "a", "size": "large"}, {"image": IMAGE}, 400, "size"),

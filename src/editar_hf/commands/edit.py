@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Options that are passed to the pipeline under the same names.
 PIPELINE_OPTIONS = (
-    *("aspect", "resize_mode", "crop_to_mask", "restore_size", "detail", "guidance_scale"),
+    *("aspect", "resize_mode", "crop_to_mask", "preserve", "restore_size", "detail", "guidance_scale"),
     *("image_guidance_scale", "negative_prompt", "num_images_per_prompt", "task"),
 )
 # The tasks of `processing_editar.TASK_PREFIXES` that need an image. They are copied here, because that import is slow.
@@ -63,6 +63,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--resize-mode", choices=("crop", "stretch"), help=f"{resize_mode}; default: that of the model")
     crop_to_mask = "cut out a window around the mask, and edit it at the model's size"
     add("--crop-to-mask", action="store_true", help=crop_to_mask)
+    preserve = "auto keeps what the instruction does not change, without a mask (default: off)"
+    add("--preserve", choices=("off", "auto"), default="off", help=preserve)
     restore_size = "write results at the size of the image (default for --task edit), or at that of the model"
     add("--restore-size", action=argparse.BooleanOptionalAction, help=restore_size)
     detail = "model resizes results to the size of the image; source keeps the image's fine detail (default: model)"
@@ -203,6 +205,9 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
             raise ValueError(f"`prompt` for {job.image} is empty; pass an instruction.")
         if job.task not in TASKS:
             raise ValueError(f"`task` for {job.image} is {job.task!r}; choose one of {', '.join(TASKS)}.")
+        if job.preserve == "auto" and (job.mask is not None or job.task != "edit"):
+            reason = f"has the task {job.task}" if job.mask is None else "has a mask, which says what may change"
+            raise ValueError(f"`--preserve` is auto, but {job.image} {reason}; leave one of them out.")
         if job.crop_to_mask and job.mask is None:
             raise ValueError(f"`--crop-to-mask` needs a mask, but {job.image} has no mask; pass `--mask`.")
     if args.image.is_dir():
@@ -295,8 +300,10 @@ def edit(pipeline: Any, job: argparse.Namespace) -> None:
 
     options = {name: getattr(job, name) for name in PIPELINE_OPTIONS}
     generator = torch.Generator().manual_seed(job.seed)
-    images = pipeline(job.prompt, image=job.image, mask_image=job.mask, generator=generator, **options).images
-    for image, path in zip(images, list_outputs(job), strict=True):
+    output = pipeline(job.prompt, image=job.image, mask_image=job.mask, generator=generator, **options)
+    if None in (output.preserved_mask or ()):
+        print(f"{job.image}: the instruction changes the whole image, so nothing of it was kept", file=sys.stderr)
+    for image, path in zip(output.images, list_outputs(job), strict=True):
         save_image(image, path, choose_save_options(job))
 
 

@@ -336,6 +336,7 @@ class ImageServer:
             num_previews=fields.partial_images,
             lora=fields.lora,
             resize_mode=resize_mode,
+            preserve=getattr(fields, "preserve", "off"),
         )
         seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
         loop, outcomes = asyncio.get_running_loop(), asyncio.Queue[Outcome | None]()

@@ -168,6 +168,7 @@ class EditApp:
         seed: float | None,
         num_images: int,
         guidance_scale: float,
+        preserve: bool,
     ) -> Iterator[dict]:
         """Edit the image that is shown. Answer with previews and the result, until the edit is cancelled."""
         if session.run != run:
@@ -176,7 +177,7 @@ class EditApp:
             source = session.step
             if source is None:
                 raise ValueError("There is no image yet. Upload one.")
-            before, arguments = self.prepare_edit(source, editor_value, prompt, choice)
+            before, arguments = self.prepare_edit(source, editor_value, prompt, choice, preserve)
             seed = secrets.randbelow(2**31) if seed is None else int(seed)
             arguments["generator"] = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
             arguments |= {"num_images_per_prompt": num_images, "guidance_scale": guidance_scale}
@@ -190,12 +191,14 @@ class EditApp:
                         # On the CPU, so that sessions need no memory of the GPU.
                         session.add(Step(list(event.images), event.image_tokens.cpu(), before, prompt))
                         status = f"Done in {time.monotonic() - start:.1f} seconds with seed {seed}."
+                        if None in (event.preserved_mask or ()):
+                            status += " The instruction changes the whole image, so nothing of it was kept."
                         yield self.show(session) | {self.status: status}
                     elif event is not None:
                         yield {self.slider: (self.save(before), self.save(event[0])), self.status: "Editing …"}
 
     def prepare_edit(
-        self, source: Step, editor_value: dict[str, Any] | None, prompt: str, choice: str
+        self, source: Step, editor_value: dict[str, Any] | None, prompt: str, choice: str, preserve: bool
     ) -> tuple[Image.Image, dict[str, Any]]:
         """Return the image before the edit, and arguments of the pipeline.
 
@@ -226,7 +229,8 @@ class EditApp:
             if mask_image.crop(crop.box).getbbox() is None:
                 raise ValueError("The brush marks nothing inside the centred square that the model edits.")
         tokens = source.source_image_tokens
-        edit = {"image": image, "source_image_tokens": tokens, "mask_image": mask_image, "restore_size": True}
+        edit: dict[str, Any] = {"image": image, "source_image_tokens": tokens, "mask_image": mask_image}
+        edit |= {"restore_size": True, "preserve": "auto" if preserve and mask_image is None else "off"}
         return image, arguments | edit
 
     # What is shown
@@ -319,6 +323,11 @@ class EditApp:
                         self.guidance_scale = gr.Slider(
                             1, 10, settings.guidance_scale, step=0.1, label="Guidance", info="Weight of the instruction"
                         )
+                        self.preserve = gr.Checkbox(
+                            label="Keep what the instruction does not change",
+                            info="For edits without brush marks",
+                            elem_id="preserve",
+                        )
                     if not self.keeps_aspect:
                         gr.Markdown(NOTES[self.resize_mode], elem_id="note")
                 with gr.Column():
@@ -368,7 +377,7 @@ class EditApp:
         if self.examples:
             demo.load(partial(self.load_example, index=0), self.session, shown, **at_once)
         begun = gr.on([self.edit_button.click, self.prompt.submit], self.begin, self.session, shown, **at_once)
-        settings = [self.prompt, self.task, self.seed, self.num_images, self.guidance_scale]
+        settings = [self.prompt, self.task, self.seed, self.num_images, self.guidance_scale, self.preserve]
         edited = begun.then(
             self.edit,
             [self.session, self.run, self.editor, *settings],

@@ -1,7 +1,7 @@
 """Read the requests of the HTTP API: fields, images, limits and errors.
 
-The fields are those of OpenAI's image API, and `seed`, `guidance_scale`, `negative_prompt`, `task` and `lora`. A field
-that the server cannot honour is refused by its name.
+The fields are those of OpenAI's image API, and `seed`, `guidance_scale`, `negative_prompt`, `task`, `preserve` and
+`lora`. A field that the server cannot honour is refused by its name.
 """
 
 import json
@@ -96,6 +96,7 @@ class EditFields(ImageFields):
     """The fields of a request for edits, except the files `image` and `mask`."""
 
     task: Literal["edit", "canny", "depth", "segmentation"] = "edit"
+    preserve: Literal["off", "auto"] = "off"
 
 
 Fields = TypeVar("Fields", bound=ImageFields)
@@ -207,6 +208,11 @@ async def read_form(request: Request) -> tuple[EditFields, bytes, bytes | None]:
     fields = parse_fields(EditFields, values)
     if "image" not in files:
         raise RequestError(400, "`image` is missing.", "image", "missing_required_parameter")
+    if fields.preserve == "auto" and ("mask" in files or fields.task != "edit"):
+        reason = "`mask` says what may change" if "mask" in files else f"`task` is {fields.task}"
+        raise RequestError(
+            400, f"`preserve` is auto, but {reason}; leave one of them out.", "preserve", "invalid_value"
+        )
     return fields, files["image"], files.get("mask")
 
 

@@ -44,6 +44,7 @@ class BatchSettings(NamedTuple):
         num_previews (`int`): Number of previews before each image.
         lora (`str`, *optional*): Name of the adapter; None for the model without adapters.
         resize_mode (`str`, *optional*): How the images are resized; None for the way of the model.
+        preserve (`str`): `"auto"` keeps what the instruction does not change; see `EditARPipeline.__call__`.
     """
 
     size: tuple[int | None, int | None]
@@ -55,6 +56,7 @@ class BatchSettings(NamedTuple):
     num_previews: int
     lora: str | None = None
     resize_mode: str | None = None
+    preserve: str = "off"
 
 
 class Outcome(NamedTuple):
@@ -280,7 +282,8 @@ class Worker:
             self.pipeline.set_adapters([] if settings.lora is None else settings.lora)
         source_cache = self.source_caches.get(batch)
         # With a cache, the pipeline takes an image only to put the result back into it.
-        needs_image = source_cache is None or settings.restore_size or settings.has_mask
+        is_composed = settings.has_mask or settings.preserve == "auto"
+        needs_image = source_cache is None or settings.restore_size or is_composed
         output: Any = self.pipeline(
             prompt=[job.prompt for job in batch],
             negative_prompt=[job.negative_prompt or "" for job in batch] if settings.has_negative_prompt else None,
@@ -293,6 +296,7 @@ class Worker:
             size_policy="fit",
             resize_mode=settings.resize_mode,
             restore_size=settings.restore_size,
+            preserve=settings.preserve,
             guidance_scale=settings.guidance_scale,
             generator=[torch.Generator().manual_seed(job.seed) for job in batch],
             callback_on_step_end=report_step,
