@@ -91,13 +91,11 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
     ```python
     >>> import torch
-    >>> from PIL import Image, ImageDraw
     >>> from editar_hf import EditARPipeline
-    >>> pipe = EditARPipeline.from_pretrained("projects/stickers/sticker-editor")
-    >>> image = Image.new("RGB", (64, 64), "lightgrey")
-    >>> ImageDraw.Draw(image).ellipse((20, 20, 40, 40), fill="red")
-    >>> pipe("make the red circle blue", image=image, generator=torch.Generator().manual_seed(0)).images[0].size
-    (64, 64)
+    >>> pipe = EditARPipeline.from_pretrained("examples/scene-editor")
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> pipe("remove the dog", image="examples/photo.png", generator=generator).images[0].size
+    (384, 256)
 
     ```
     """

@@ -208,7 +208,7 @@ class EditApp:
         task, make_map = self.tasks[choice]
         processor, image = self.pipeline.processor, source.image
         if not prompt.strip():
-            raise ValueError("Write what to change, for example: make the red circle blue.")
+            raise ValueError("Write what to change, for example: make the car red.")
         num_tokens = len(processor.tokenizer(apply_task_prefix(prompt, task), verbose=False).input_ids)
         if num_tokens > processor.num_text_tokens:
             limit = processor.num_text_tokens
@@ -310,7 +310,7 @@ class EditApp:
                         elem_id="editor",
                     )
                     self.prompt = gr.Textbox(
-                        label="Instruction", placeholder="make the red circle blue", max_lines=3, elem_id="prompt"
+                        label="Instruction", placeholder="make the car red", max_lines=3, elem_id="prompt"
                     )
                     self.edit_button = gr.Button("Edit", variant="primary", elem_id="edit")
                     self.cancel_button = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
