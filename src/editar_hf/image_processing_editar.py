@@ -474,7 +474,9 @@ def apply_change(
         """Average the windows around all pixels, (…, height, width)."""
         shape = values.shape
         values = values.reshape(-1, 1, *shape[-2:])
-        return F.avg_pool2d(values, 2 * radius + 1, 1, radius, count_include_pad=False).reshape(shape)
+        for kernel, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
+            values = F.avg_pool2d(values, kernel, 1, padding, count_include_pad=False)
+        return values.reshape(shape)
 
     def transform(colors: torch.Tensor) -> torch.Tensor:
         return torch.einsum("ihw,ijhw->jhw", colors, matrices)
