@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import T5Config, T5EncoderModel
 
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARProcessor
+from editar_hf.image_processing_editar import choose_grid
 from editar_hf.training.tokenizer import train_tokenizer
 
 
@@ -99,6 +100,12 @@ def test_token_masks_mark_every_square_that_holds_a_pixel():
     mask = np.zeros((16, 24), dtype=bool)
     mask[7, 8] = mask[8, 23] = True
     assert compute_token_mask(mask, 8).tolist() == [False, True, False, False, False, True]
+
+
+def test_the_shapes_are_those_that_the_pipeline_chooses_for_their_ratios():
+    ratios = [(1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2)]
+    assert list(train.SHAPES) == [choose_grid(*ratio, 16) for ratio in ratios]
+    assert sum(train.SHAPES.values()) == pytest.approx(1)
 
 
 def test_edited_pixels_weigh_more_in_the_vq_loss_and_the_mean_stays():

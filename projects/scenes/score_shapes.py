@@ -32,7 +32,7 @@ from editar_hf.evaluation.metrics import compute_psnr
 
 
 OPERATIONS = (*LOCAL, "global")
-# Width to height. `train.py` draws the first ones.
+# Width to height. The shipped editor was trained at the first ones.
 TRAINED_SHAPES = ("1:1", "4:3", "3:4", "16:9", "9:16")
 OTHER_SHAPES = ("3:2", "2:3", "5:4", "2:1")
 LARGE_SHAPES = ("3:2", "1:1", "16:9")

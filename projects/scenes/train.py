@@ -50,8 +50,19 @@ from editar_hf.training.vq import DeadCodeReviver, draw_codebook, prepare_pixel_
 # Parts of the packed pipeline, in bytes: small enough for places that take no large file.
 PART_SIZE = 15 * 2**20
 STRIDE = 8
-# Rows and columns of tokens, and how often a pair has them: square, 4:3, 3:4, 16:9 and 9:16.
-SHAPES = {(16, 16): 0.6, (12, 16): 0.13, (16, 12): 0.13, (9, 16): 0.07, (16, 9): 0.07}
+# Rows and columns of tokens, and how often a pair has them: 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16, 2:1, 1:2. The layers
+# are compiled once for each number of tokens, so a shape and the same shape upright cost one compilation.
+SHAPES = {
+    (16, 16): 0.5,
+    (12, 16): 0.1,
+    (16, 12): 0.1,
+    (11, 16): 0.08,
+    (16, 11): 0.08,
+    (9, 16): 0.05,
+    (16, 9): 0.05,
+    (8, 16): 0.02,
+    (16, 8): 0.02,
+}
 REHEARSED_SHAPES = {(8, 8): 0.7, (6, 8): 0.15, (8, 6): 0.15}
 VQ_BATCH = 256
 REVIVAL_STEPS = 20
