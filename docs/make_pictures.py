@@ -62,6 +62,17 @@ def draw_edits(pipe: EditARPipeline) -> Image.Image:
     return join_images([("the photograph", PHOTO), *zip(prompts, edit(pipe, prompts), strict=True)])
 
 
+def draw_shapes(pipe: EditARPipeline) -> Image.Image:
+    """The photograph; edits of its centred square, of all of it as a square, at its own shape; the last with its detail."""
+    ways = [{"aspect": "model", "resize_mode": "crop"}, {"aspect": "model", "resize_mode": "stretch"}]
+    ways += [{"aspect": "source"}, {"aspect": "source", "detail": "source"}]
+    captions = ["the centred square", "stretched to a square", 'aspect="source"', 'aspect="source", detail="source"']
+    shown = [edit(pipe, ["turn day into night"], **way)[0] for way in ways]
+    removed = edit(pipe, ["remove the dog"], **ways[-1])
+    captioned = [("the photograph", PHOTO), *zip(captions, shown, strict=True)]
+    return join_images([*captioned, ('remove the dog, detail="source"', removed[0])])
+
+
 def draw_condition_maps(pipe: EditARPipeline, bank: Bank) -> Image.Image:
     """Upper row: two maps of each kind. Lower row: the image made from each."""
     pairs = [(task, compose_pair(bank, 1, index, "test", 128, 128, task)) for task in MAPS for index in range(2)]
@@ -127,6 +138,7 @@ def main():
     pictures = {
         "front": draw_front,
         "edits": draw_edits,
+        "shapes": draw_shapes,
         "condition-maps": lambda pipe: draw_condition_maps(pipe, Bank.load(args.bank)),
         "mask": draw_mask,
         "session": draw_session,
