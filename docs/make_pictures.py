@@ -63,7 +63,7 @@ def draw_edits(pipe: EditARPipeline) -> Image.Image:
 
 
 def draw_shapes(pipe: EditARPipeline) -> Image.Image:
-    """The photograph; edits of its centred square, of all of it as a square, at its own shape; the last with its detail."""
+    """The photograph; edits of its centred square, of all of it as a square, at its own shape, and with its detail."""
     ways = [{"aspect": "model", "resize_mode": "crop"}, {"aspect": "model", "resize_mode": "stretch"}]
     ways += [{"aspect": "source"}, {"aspect": "source", "detail": "source"}]
     captions = ["the centred square", "stretched to a square", 'aspect="source"', 'aspect="source", detail="source"']
