@@ -11,6 +11,7 @@ from tiny import are_near
 from editar_hf import EditARPipeline
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 STICKERS = Path(__file__).parents[1] / "projects" / "stickers"
 # Tokens of likeliest-token decoding in float32, written by version 0.1.0.
 TOKENS = {
@@ -73,20 +74,20 @@ def test_saved_pipeline_samples_with_its_own_settings(pipe, image):
     assert_edit("recolour, seed 0", pipe, "make the blue square green", image=image, generator=generator)
 
 
-@pytest.mark.parametrize("name", ["sticker-editor", "sticker-copy-lora"])
+@pytest.mark.parametrize("name", ["sticker-editor", "sticker-copy-lora", "scene-editor"])
 def test_header_of_a_shipped_card_repeats_its_figures_and_shows_an_edit_of_the_model(pipe, name):
-    folder = STICKERS / name
+    folder = (EXAMPLES if name == "scene-editor" else STICKERS) / name
     card = ModelCard.load(folder / "README.md")
     assert card.data.model_name == name
     for result in card.data.eval_results:
         assert f"| {result.metric_value} |" in card.text, result.metric_name
     (example,) = card.data.widget
+    editor = EditARPipeline.from_pretrained(folder, dtype=torch.float32) if name == "scene-editor" else pipe
     if name == "sticker-copy-lora":
-        pipe.load_lora_weights(folder)
-    (edited,) = pipe(
-        example["prompt"], image=folder / example["src"], generator=torch.Generator().manual_seed(0)
-    ).images
-    pipe.unload_lora_weights()
+        editor.load_lora_weights(folder)
+    generator = torch.Generator().manual_seed(0)
+    (edited,) = editor(example["prompt"], image=folder / example["src"], generator=generator).images
+    editor.unload_lora_weights()
     assert are_near(edited, Image.open(folder / example["output"]["url"]))
 
 
