@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "projects" / "scenes")]
 
 from bank import Bank  # noqa: E402
 from compose import compose_pair  # noqa: E402
-from edit_photo import EDITS, join_images  # noqa: E402
+from edit_photo import EDITS, join_images, write_caption  # noqa: E402
 
 
 PHOTO = Image.open(ROOT / "examples" / "photo.png").convert("RGB")
@@ -49,10 +49,13 @@ def edit(pipe: EditARPipeline, prompts: Sequence[str], **options) -> list[Image.
 def draw_front(pipe: EditARPipeline) -> Image.Image:
     """The photograph, the edits of `make demo`, and below them a mask and two edits with this mask."""
     captioned = [("the photograph", PHOTO)]
-    captioned += [(prompt, *edit(pipe, [prompt], **options)) for prompt, options in EDITS.items()]
+    for prompt, options in EDITS.items():
+        captioned += [(write_caption(prompt, options), *edit(pipe, [prompt], **options))]
     captioned.append(("a mask", MASK.convert("RGB")))
     for prompt, options in {"remove the car": {}, RECOLOR: {"detail": "source"}}.items():
-        captioned += [(f"{prompt}, with the mask", *edit(pipe, [prompt], mask_image=MASK, **options))]
+        captioned += [
+            (write_caption(f"{prompt}, with the mask", options), *edit(pipe, [prompt], mask_image=MASK, **options))
+        ]
     return join_images(captioned)
 
 

@@ -17,12 +17,12 @@ from editar_hf import EditARPipeline
 
 
 EXAMPLES = Path(__file__).parent
-# Prompts, and the arguments of their calls. A change of colors or of light keeps the detail of the source. An object
-# that is removed must not leave its detail behind.
+# Prompts, and further arguments of their calls. `preserve="auto"` keeps what the prompt does not change.
+# `detail="source"` keeps the fine detail where only colors or light change.
 EDITS = {
     "remove the dog": {},
-    "add a snowman in the middle": {},
-    "make the car yellow": {"detail": "source"},
+    "add a snowman in the middle": {"preserve": "auto"},
+    "make the car red": {"preserve": "auto", "detail": "source"},
     "make it sunset": {"detail": "source"},
     "turn day into night": {"detail": "source"},
 }
@@ -37,6 +37,10 @@ def parse_arguments(arguments=None):
     parser.add_argument("--output", type=Path, default=Path("outputs/edited_photo.png"), help="file to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling, the same for all results")
     return parser.parse_args(arguments)
+
+
+def write_caption(prompt: str, options: dict[str, str]) -> str:
+    return ", ".join([prompt, *(f'{name}="{value}"' for name, value in options.items())])
 
 
 def join_images(captioned: list[tuple[str, Image.Image]]) -> Image.Image:
@@ -60,7 +64,8 @@ def main(arguments=None):
     shown = [("the photograph", photo)]
     for prompt, options in edits.items():
         generator = torch.Generator().manual_seed(args.seed)
-        shown.append((prompt, pipe(prompt, image=photo, generator=generator, **options).images[0]))
+        edited = pipe(prompt, image=photo, generator=generator, **options).images[0]
+        shown.append((write_caption(prompt, options), edited))
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     join_images(shown).save(args.output)
