@@ -573,9 +573,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 *Defaults to* True if the task is `"edit"` or the aspect is `"source"`, `image` is given, the output is
                 PIL images, and `height`, `width`, `source_image_tokens` and `source_cache` are not given.
             detail (`str`): What fine detail a result has that is larger than the model works at. `"model"` resizes the
-                result. `"source"` applies its change to `image` at full size: where the result agrees with the source,
-                up to a change of colours, it gets the detail of `image`; what is new is resized. Needs
-                `restore_size=True` or `crop_to_mask`, and only edits; see `apply_change`.
+                result. `"source"` applies the change of colours to `image` at its full size, and so keeps its detail;
+                what is new is resized. It suits edits of light and colours; of an object that is removed, replaced or
+                moved, traces stay. Needs `restore_size=True` or `crop_to_mask`, and the task `"edit"`.
             mask_image (*optional*): White where the image may change. Pass one mask for all images, or one for each, of
                 the size of the image; a mask of another size is resized with a warning. Transparent pixels count as
                 black. A token may change if at least one of its pixels is white. All other tokens are copied from the
