@@ -10,9 +10,9 @@ other samples than for scoring.
 
 Without it, the script makes every edit three times with equal seeds: with `preserve="off"`, with `preserve="auto"` and
 with the true mask. It writes `preserve.md`, with figures by operation, and `preserve.json`. `score.py` says what counts
-as done. Images that are there are not made again, so that a run that was interrupted goes on, and so that a run can
-start from the images of `score.py`: those of the first of `--settings` are the ones with `preserve="off"`. Time is
-processor time of edits made one by one, of both kinds on the first `--num-timed` samples of an operation.
+as done. Figures of other operations in `preserve.json` stay. Images that are there are not made again: a run that was
+interrupted goes on, and a run can start from the images that `score.py` made with the first of `--settings`. Time is
+processor time of edits made one by one, of each kind on the first `--num-timed` samples of an operation.
 """
 
 import json
@@ -141,7 +141,8 @@ def score_operation(pipeline: EditARPipeline, scorer: Scorer, samples: list[dict
             batch = slice(start, start + args.batch_size)
             marks += scorer.score(samples[batch], images[batch], ceilings[batch])
         timed = facts[: args.num_timed]
-        figures = {name: float(np.mean([mark[name] for mark in marks])) for name in ("done", "nearer")}
+        figures: dict[str, float] = {"samples": len(samples)}
+        figures |= {name: float(np.mean([mark[name] for mark in marks])) for name in ("done", "nearer")}
         figures |= {name: float(np.mean([fact[name] for fact in timed])) for name in ("seconds", "passes")}
         if is_local:
             psnrs = compute_outside_psnrs(samples, images, token_size)
@@ -162,13 +163,14 @@ def format_report(results: dict) -> str:
     rows = []
     for operation, modes in results.items():
         for mode, figures in modes.items():
-            cell = {name: f"{100 * value:.0f}" for name, value in figures.items()}
+            cell = {name: f"{100 * value:.0f}" for name, value in figures.items() if name != "samples"}
             seconds = figures["seconds"] / modes["off"]["seconds"]
-            row = [operation if mode == "off" else "", {"mask": "true mask"}.get(mode, mode)]
+            row = [f"{operation} ({figures['samples']})" if mode == "off" else ""]
+            row += [{"mask": "true mask"}.get(mode, mode)]
             row += [cell["done"], cell["nearer"], f"{figures['psnr']:.1f}" if "psnr" in figures else ""]
             row += [cell.get("at_floor", ""), f"{figures['iou']:.2f}" if "iou" in figures else ""]
             rows.append([*row, cell.get("fell_back", ""), f"{figures['passes']:.0f}", f"{seconds:.2f}"])
-    header = ["operation", "kept", "done, %", "nearer, %", "PSNR outside, dB", "at the floor, %", "IoU"]
+    header = ["operation (samples)", "kept", "done, %", "nearer, %", "PSNR outside, dB", "at the floor, %", "IoU"]
     return format_table([*header, "fell back, %", "passes", "time"], rows)
 
 
@@ -181,12 +183,13 @@ def main():
         calibrate(pipeline, args)
         return
     scorer = Scorer(load_features(args.features), load_judge(args.judge), pipeline.vq_model.config.stride, args.device)
-    results = {}
+    path = args.output_dir / "preserve.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
     for operation in (*LOCAL, "global"):
         if operation in args.operations:
             samples = load_samples(args.dataset, operation, args.num_samples)
             results[operation] = score_operation(pipeline, scorer, samples, args)
-            (args.output_dir / "preserve.json").write_text(json.dumps(results, indent=1))
+            path.write_text(json.dumps(results, indent=1))
     report = format_report(results)
     (args.output_dir / "preserve.md").write_text(report + "\n", encoding="utf-8")
     print(report)
