@@ -130,6 +130,8 @@ def test_what_is_wrong_with_a_run_and_the_networks_that_judge_it_stand_beside_it
     remarks = run.list_remarks()
     assert remarks[0].startswith("mask-assisted")
     assert remarks[1:] == ["2 of 12 predictions scored", "7 missing"]
+    run.generation = {**run.generation, "use_masks": None, "preserve": "auto"}
+    assert run.list_remarks()[0].startswith("preserve auto")
     build_dino().save_pretrained(tmp_path / "dino")
     arguments = {"metrics": ["dino"], "models": {"dino": str(tmp_path / "dino")}}
     score(benchmark, folders[0] / "images", tmp_path / "run", **arguments)

@@ -167,6 +167,20 @@ def test_masks_are_used_only_where_they_are_asked_for(models):
         assert not np.array_equal(free[12:], source[12:])
 
 
+def test_the_rest_is_kept_without_the_masks_where_it_is_asked_for(tmp_path):
+    pipeline, samples = build_pipeline(), build_samples()
+    source = samples[0].source_image
+    edit_map = pipeline.compute_edit_map(source, samples[0].prompt)
+    pipeline.transformer.generation_config.preserve_threshold = edit_map.median().item()
+    pipeline.save_pretrained(tmp_path)
+    (plain, _), (kept, _) = (edit("editar", samples, model=tmp_path, preserve=how) for how in (None, "auto"))
+    equal = [(np.asarray(image) == np.asarray(source)).all(axis=2).mean() for image in (plain, kept)]
+    assert equal[0] < 0.01
+    assert equal[1] > 0.1
+    with pytest.raises(ValueError, match="`preserve` is 'auto' and `use_masks` is True"):
+        build_system("editar", model=tmp_path, preserve="auto", use_masks=True)
+
+
 def test_vq_reconstruction_is_what_the_tokenizer_makes_of_source_or_target(models):
     samples, pipeline = build_samples(), build_pipeline()
     for name in ("source", "target"):

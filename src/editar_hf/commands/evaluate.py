@@ -49,6 +49,9 @@ OPTIONS.add_argument(
     default=None,
     help="editar: use the benchmark's masks; results are mask-assisted and not comparable",
 )
+OPTIONS.add_argument(
+    "--preserve", metavar="P", help="editar: auto keeps what the instruction does not change; default: off"
+)
 OPTIONS.add_argument("--guidance-scale", metavar="X", type=float, help="editar: weight of the prompt")
 OPTIONS.add_argument("--image-guidance-scale", metavar="X", type=float, help="editar: weight of the source image")
 OPTIONS.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="editar: sample, or decode greedily")

@@ -41,10 +41,12 @@ class Run:
         return decode_number(group[metric]["scaled"]) if metric in group else math.nan
 
     def list_remarks(self) -> list[str]:
-        """List the reasons why results of the run are not comparable, and its problems."""
+        """List what sets the run apart from plain runs, why its results are not comparable, and its problems."""
         metrics, remarks = self.metrics, []
         if self.generation.get("use_masks"):
             remarks.append("mask-assisted: the system used the benchmark's masks; not comparable")
+        if self.generation.get("preserve") == "auto":
+            remarks.append("preserve auto: the system kept what it found to be unedited")
         if not metrics["is_complete"]:
             remarks.append(f"{metrics['num_samples']} samples, a part of the benchmark; not comparable")
         if metrics["num_scored"] < metrics["num_expected"]:
@@ -55,7 +57,7 @@ class Run:
     def describe(self) -> str:
         """Return one list item: how the run was made and scored, with its remarks."""
         metrics, made = self.metrics, "predictions of an unnamed system"
-        hidden = {"benchmark", "source", "num_samples", "resolution", "system", "model", "use_masks"}
+        hidden = {"benchmark", "source", "num_samples", "resolution", "system", "model", "use_masks", "preserve"}
         hidden |= self.scoring["environment"].keys()
         if self.generation:
             made = f"{self.generation['system']} {self.generation.get('model', '')}".strip()

@@ -138,6 +138,7 @@ def editar(
     model: str,
     lora: str | None = None,
     use_masks: bool = False,
+    preserve: str | None = None,
     dtype: str = "float32",
     quantize: str = "round",
     guidance_scale: float | None = None,
@@ -154,6 +155,8 @@ def editar(
         lora (`str`, *optional*): Folder or Hub id of an adapter.
         use_masks (`bool`, *optional*, defaults to `False`): Pass the masks of the benchmark to the pipeline. Reports
             call this run mask-assisted.
+        preserve (`str`, *optional*): `"auto"` keeps what the instruction does not change, without the masks. Reports
+            say so beside the name of the run. Defaults to `"off"`.
         dtype (`str`, *optional*, defaults to `"float32"`): `"float32"`, `"bfloat16"` (published) or `"float16"`.
         quantize (`str`, *optional*, defaults to `"round"`): How pixels are converted to 8 bits: `"round"`, or
             `"truncate"` as in the reference.
@@ -163,7 +166,11 @@ def editar(
     options = dict(locals())
     check_choice("dtype", dtype, DTYPES)
     check_choice("quantize", quantize, ("round", "truncate"))
-    others = ("model", "lora", "use_masks", "dtype", "quantize")
+    if preserve is not None:
+        check_choice("preserve", preserve, ("off", "auto"))
+    if preserve == "auto" and use_masks:
+        raise ValueError("`preserve` is 'auto' and `use_masks` is True; the masks say what may change: leave one out.")
+    others = ("model", "lora", "use_masks", "preserve", "dtype", "quantize")
     knobs = {name: value for name, value in options.items() if name not in others}
 
     def load() -> Edit:
@@ -177,6 +184,7 @@ def editar(
 
         def edit(samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
             inputs: dict[str, Any] = {"image": [sample.source_image for sample in samples]}
+            inputs["preserve"] = preserve or "off"
             if use_masks:
                 inputs["mask_image"] = [sample.mask for sample in samples]
             prompts, inputs["task"] = [sample.prompt for sample in samples], [sample.task for sample in samples]
