@@ -133,6 +133,17 @@ def draw_edit_map(pipe: EditARPipeline) -> Image.Image:
     return build_contact_sheet([[PHOTO, Image.composite(PHOTO, Image.new("RGB", PHOTO.size), light)]], 8)
 
 
+def draw_preserve(pipe: EditARPipeline) -> Image.Image:
+    """The photograph and what an edit keeps of it, then the edit with and without keeping the rest."""
+    prompt = "remove the dog"
+    output = pipe(prompt, image=PHOTO, preserve="auto", generator=torch.Generator().manual_seed(0))
+    plain = pipe(prompt, image=PHOTO, generator=torch.Generator().manual_seed(0))
+    mask = output.preserved_mask[0]
+    shown = Image.new("RGB", PHOTO.size, "white") if mask is None else mask.convert("RGB")
+    print(f"passes with preserve: {output.num_decode_steps}, without: {plain.num_decode_steps}")
+    return build_contact_sheet([[PHOTO, shown], [output.images[0], plain.images[0]]], 8)
+
+
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     pipe = EditARPipeline.from_pretrained(ROOT / "examples" / "scene-editor", dtype=torch.float32)
@@ -147,6 +158,7 @@ def main():
         "session": draw_session,
         "previews": draw_previews,
         "edit-map": draw_edit_map,
+        "preserve": draw_preserve,
     }
     for name, draw in pictures.items():
         picture, file = draw(pipe), args.output_dir / f"{name}.jpg"
