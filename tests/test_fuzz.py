@@ -79,6 +79,8 @@ MISTAKES = {
     "width": (-4, 0, 15, HUGE),
     "task": ("paint", ["edit", "paint"]),
     "size_policy": ("loose", True),
+    "aspect": ("square", True),
+    "detail": ("high", True),
     "resize_mode": ("squeeze",),
     "guidance_scale": (NAN, "3"),
     "image_guidance_scale": (NAN, "3"),
