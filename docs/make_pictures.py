@@ -2,8 +2,8 @@
 
     python docs/make_pictures.py --bank bank
 
-Nothing is picked by hand but the photograph and the prompts: all seeds are 0, and failures stay. The maps are the first test samples of
-`projects/scenes/compose.py`, which needs the bank that `projects/scenes/build_bank.py` makes.
+Nothing is picked by hand but the photograph and the prompts: all seeds are 0, and failures stay. The maps are the first
+test samples of `projects/scenes/compose.py`, which needs the bank that `projects/scenes/build_bank.py` makes.
 `projects/stickers/show_frame_lora.py` makes `pairs.jpg` and `lora.jpg`.
 """
 
