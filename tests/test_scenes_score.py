@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import features
 import numpy as np
 import pytest
 import score
+import score_preserve
 import score_shapes
 import torch
 import train_judge
@@ -369,3 +371,26 @@ def test_shapes_are_scored_at_the_sizes_of_their_proportions(run, bank, bank_fol
     error = np.square(np.asarray(edited, float) - pair.target).mean() / 255**2
     psnr = figures["ways"]["2:1"]["recolor"]['aspect="source"']["psnr"]
     assert psnr == pytest.approx([-10 * np.log10(error)], abs=1e-3)
+
+
+def test_preserve_is_calibrated_and_measured_beside_off_and_the_true_mask(run, dataset, folder, tmp_path):
+    editor = shutil.copytree(folder / "editor", tmp_path / "editor")
+    options = {"model": editor, "dataset": dataset, "operations": "recolor", "num_samples": 1}
+    run(score_preserve, {**options, "calibrate": True})
+    pipe = EditARPipeline.from_pretrained(editor, dtype=torch.float32)
+    threshold, inside = pipe.transformer.generation_config.preserve_threshold, []
+    for operation in score.LOCAL:
+        for sample in score.load_samples(dataset, operation, 1):
+            edit_map = pipe.compute_edit_map(sample["source"], sample["prompt"])[0].numpy()
+            side = pipe.vq_model.config.stride
+            inside.append(edit_map[sample["mask"].reshape(SIDE // side, side, -1, side).any(axis=(1, 3))])
+    assert np.mean(np.concatenate(inside) > threshold) == pytest.approx(0.95, abs=0.02)
+    options |= {name: folder / f"{file}.safetensors" for name, file in (("features", "features"), ("judge", "car"))}
+    run(score_preserve, {**options, "output_dir": tmp_path, "settings": "greedy-1", "num_timed": 1})
+    results = json.loads((tmp_path / "preserve.json").read_text())
+    assert {operation: list(modes) for operation, modes in results.items()} == {"recolor": ["off", "auto", "mask"]}
+    off, mask = results["recolor"]["off"], results["recolor"]["mask"]
+    assert off["passes"] > mask["passes"]
+    assert off["psnr"] < mask["psnr"]
+    assert mask["at_floor"] == 1
+    assert "| recolor (1) | off |" in (tmp_path / "preserve.md").read_text()
