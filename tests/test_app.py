@@ -27,7 +27,7 @@ from tiny import draw_image
 from editar_hf.commands import main
 from editar_hf.condition_maps import make_canny_map
 from editar_hf.serving import sessions
-from editar_hf.serving.gradio_app import EditApp, Example, read_mask
+from editar_hf.serving.gradio_app import EditApp, Example, create_demo, read_mask
 from editar_hf.serving.sessions import Session, Step
 
 
@@ -401,6 +401,12 @@ def test_browsers_have_sessions_of_their_own_and_one_edit_at_a_time(browser, url
     assert [page.page.locator(".toast-body").count() for page in (first, second)] == [0, 0]
     for page in (first, second):
         page.close()
+
+
+def test_loading_the_page_only_shows_the_example(pipe):
+    # What else runs then can run later than the first edit begins.
+    events = create_demo(pipe, [Example(draw_image(0), PROMPT)]).config["dependencies"]
+    assert len([one for one in events if "load" in {event for _, event in one["targets"]}]) == 1
 
 
 def test_paths_that_a_client_names_are_not_read(url):

@@ -289,7 +289,9 @@ class EditApp:
         thumbnails |= {"allow_preview": False, "interactive": False, "show_label": False, "buttons": []}
         # Files that the app has sent are deleted after an hour.
         with gr.Blocks(title="EditAR", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
-            self.session, self.run = gr.State(Session), gr.State(0)
+            # With a function as its value, `gr.State` would begin another session once the page has loaded, maybe after
+            # the example has. The number is a component, because it must be that of the press, not a newer one.
+            self.session, self.run = gr.State(Session()), gr.Number(0, precision=0, visible=False)
             text = "# EditAR\nSay what to change. Brush over a part, and everything else stays exactly as it is."
             gr.Markdown(text, elem_id="title")
             with gr.Row():
@@ -361,7 +363,11 @@ class EditApp:
             *(self.slider, self.status, self.variants, self.toolbar, self.undo_button, self.download, self.history),
         ]
         # Only edits wait for each other.
-        at_once: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        queued = options | {"concurrency_limit": None}
+        # Gradio closes the stream of the queue with its last event, and can lose an event that joins meanwhile, as an
+        # edit would right after `begin`. So `begin` and the other clicks do not join the queue.
+        at_once = options | {"queue": False}
         for listen, answer in (
             (self.editor.clear, self.clear),
             (self.undo_button.click, self.undo),
@@ -372,7 +378,8 @@ class EditApp:
         ):
             listen(answer, self.session, shown, trigger_mode="multiple", **at_once)
         for component in (self.drop_zone, self.upload_button):
-            uploaded = component.upload(self.upload, [self.session, component], shown, **at_once)
+            # Only the queue shows errors.
+            uploaded = component.upload(self.upload, [self.session, component], shown, **queued)
             uploaded.failure(lambda: None, None, component, **at_once)
         if self.examples:
             demo.load(partial(self.load_example, index=0), self.session, shown, **at_once)
@@ -383,6 +390,7 @@ class EditApp:
             [self.session, self.run, self.editor, *settings],
             shown,
             concurrency_limit=1,
+            trigger_mode="multiple",  # Else an edit is lost while a cancelled one waits.
             show_progress="minimal",
             show_progress_on=self.status,
             api_visibility="private",
