@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -103,6 +104,8 @@ def _become_python(words: list[str], environment: dict[str, str], cwd: str, fold
     for number, stream in ((1, "stdout"), (2, "stderr")):
         file = os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
+    # Ctrl-C works as in a terminal, also where the tests run in the background and ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Its own processes start as those of any interpreter.
     multiprocessing.set_start_method(None, force=True)
     os.environ.clear()

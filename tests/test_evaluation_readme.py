@@ -45,7 +45,7 @@ def make_folder(folder, models):
     (folder / "my_editor.py").write_text("import shutil, sys\nshutil.copy(sys.argv[1], sys.argv[3])\n")
     shutil.copytree(models / "lpips", folder / "lpips")
     shutil.copy(models / "inception", folder / "pt_inception-2015-12-05-6726825d.pth")
-    for name in ("projects/stickers/sticker-editor", "editar"):
+    for name in ("projects/stickers/sticker-editor", "editar", "my-editor"):
         shutil.copytree(models / "editar", folder / name)
     make_pie_folder(folder / "PIE-Bench_v1", 2)
     make_translation_data(folder / "translation", 2, side=200, classes=(0, 3, 6, 255))
