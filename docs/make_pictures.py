@@ -135,7 +135,7 @@ def draw_edit_map(pipe: EditARPipeline) -> Image.Image:
 
 def draw_preserve(pipe: EditARPipeline) -> Image.Image:
     """The photograph and what an edit keeps of it, then the edit with and without keeping the rest."""
-    prompt = "remove the dog"
+    prompt = "make the car red"
     output = pipe(prompt, image=PHOTO, preserve="auto", generator=torch.Generator().manual_seed(0))
     plain = pipe(prompt, image=PHOTO, generator=torch.Generator().manual_seed(0))
     mask = output.preserved_mask[0]

@@ -384,7 +384,7 @@ def test_preserve_is_calibrated_and_measured_beside_off_and_the_true_mask(run, d
             edit_map = pipe.compute_edit_map(sample["source"], sample["prompt"])[0].numpy()
             side = pipe.vq_model.config.stride
             inside.append(edit_map[sample["mask"].reshape(SIDE // side, side, -1, side).any(axis=(1, 3))])
-    assert np.mean(np.concatenate(inside) > threshold) == pytest.approx(0.95, abs=0.02)
+    assert np.mean(np.concatenate(inside) > threshold) == pytest.approx(0.9, abs=0.02)
     options |= {name: folder / f"{file}.safetensors" for name, file in (("features", "features"), ("judge", "car"))}
     run(score_preserve, {**options, "output_dir": tmp_path, "settings": "greedy-1", "num_timed": 1})
     results = json.loads((tmp_path / "preserve.json").read_text())

@@ -4,7 +4,7 @@
     python projects/scenes/score_preserve.py --model editor --dataset scenes-test --features features.safetensors \
         --judge judge.safetensors --output-dir scores --num-samples 100
 
-`--calibrate` computes the edit maps of all samples with a true mask, and takes the threshold that 95 % of the tokens
+`--calibrate` computes the edit maps of all samples with a true mask, and takes the threshold that 90 % of the tokens
 inside the masks exceed. It writes the threshold to the generation config of the model, which must be a folder. Use
 other samples than for scoring.
 
@@ -36,7 +36,7 @@ from editar_hf.pipelines.inputs import resolve_preserve_threshold
 
 
 # The fraction of the tokens inside true masks that the calibrated threshold frees.
-RECALL = 0.95
+RECALL = 0.9
 MODES = ("off", "auto", "mask")
 
 
