@@ -194,6 +194,13 @@ def find_inside(mask: np.ndarray, reach: int) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * reach + 1))) > 0
 
 
+def compute_outside_psnrs(samples: list[dict], images: list[np.ndarray], reach: int) -> np.ndarray:
+    """Compute the PSNR to the target farther than `reach` pixels from the mask, (samples,); NaN where nothing is."""
+    inside = torch.from_numpy(np.stack([find_inside(s["mask"], reach) for s in samples]))[:, None]
+    pixels, targets = ((stack_crops(arrays) + 1) / 2 for arrays in (images, [s["target"] for s in samples]))
+    return compute_psnr(pixels, targets, inside, masked_mean=True).numpy()
+
+
 def split_mask(sample: dict) -> tuple[np.ndarray, np.ndarray]:
     """Split a mask into the part to compare at once and, for a moved object, the part outside its new place."""
     mask = sample["mask"]
@@ -269,11 +276,7 @@ class Scorer:
         """Score edits of objects."""
         crops = [cut_crop(image, s["box"], self.judge.crop_size) for image, s in zip(images, samples, strict=True)]
         names = self.judge.name(stack_crops(crops).to(self.device))
-        inside = torch.from_numpy(np.stack([find_inside(s["mask"], self.token_size) for s in samples]))[:, None]
-        pixels, through, targets = (
-            (stack_crops(arrays) + 1) / 2 for arrays in (images, ceilings, [s["target"] for s in samples])
-        )
-        psnrs, best = (compute_psnr(one, targets, inside, masked_mean=True).tolist() for one in (pixels, through))
+        psnrs, best = (compute_outside_psnrs(samples, one, self.token_size).tolist() for one in (images, ceilings))
         scores = []
         for index, sample in enumerate(samples):
             noun, color = names[index]

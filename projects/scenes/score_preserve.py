@@ -24,12 +24,20 @@ import numpy as np
 import torch
 from features import load_features
 from PIL import Image
-from score import LOCAL, Arguments, Scorer, find_inside, format_table, load_images, load_samples, parse_setting
-from train_judge import decode_image, load_judge, stack_crops
+from score import (
+    LOCAL,
+    Arguments,
+    Scorer,
+    compute_outside_psnrs,
+    format_table,
+    load_images,
+    load_samples,
+    parse_setting,
+)
+from train_judge import decode_image, load_judge
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
-from editar_hf.evaluation.metrics import compute_psnr
 from editar_hf.io import atomic_path
 from editar_hf.pipelines.edit_region import compute_edit_mask, find_edited_tokens
 from editar_hf.pipelines.inputs import resolve_preserve_threshold
@@ -65,7 +73,8 @@ def calibrate(pipeline: EditARPipeline, args: PreserveArguments):
     threshold = round(float(torch.cat(inside).quantile(1 - RECALL)), 2)
     path = Path(args.model) / "transformer" / "generation_config.json"
     config = {**json.loads(path.read_text()), "preserve_threshold": threshold}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with atomic_path(path) as unfinished:
+        unfinished.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     print(f"preserve_threshold {threshold} nats, from {len(inside)} samples, written to {path}")
 
 
@@ -108,13 +117,6 @@ def make_edits(pipeline: EditARPipeline, samples: list[dict], mode: str, args: P
     if mode == "off":
         return load_images(pipeline, samples, setting, args), all_facts
     return [decode_image((folder / f"{index:04d}.png").read_bytes()) for index in range(len(samples))], all_facts
-
-
-def compute_outside_psnrs(samples: list[dict], images: list[np.ndarray], token_size: int) -> np.ndarray:
-    """Compute the PSNR to the target farther than a token from the mask, (samples,)."""
-    inside = torch.from_numpy(np.stack([find_inside(s["mask"], token_size) for s in samples]))[:, None]
-    pixels, targets = ((stack_crops(arrays) + 1) / 2 for arrays in (images, [s["target"] for s in samples]))
-    return compute_psnr(pixels, targets, inside, masked_mean=True).numpy()
 
 
 def compute_ious(pipeline: EditARPipeline, samples: list[dict]) -> list[float]:

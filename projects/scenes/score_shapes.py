@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from bank import Bank
 from compose import compose_pair
 from features import compute_feature_distance, load_features
 from PIL import Image
-from score import LOCAL, Scorer, format_percent, format_table, make_images, parse_setting
+from score import LOCAL, Scorer, compute_outside_psnrs, format_percent, format_table, make_images, parse_setting
 from train_judge import load_judge, stack_crops
 from transformers import HfArgumentParser
 
@@ -103,10 +102,6 @@ def edit_in_ways(pipeline: EditARPipeline, samples: list[dict], args: Arguments)
 def score_ways(pipeline: EditARPipeline, scorer: Scorer, samples: list[dict], args: Arguments) -> dict[str, dict]:
     """Compare edits with the target at its full size: way → averages over samples."""
     targets = [sample["target"] for sample in samples]
-    reach = SCALE * scorer.token_size
-    masks = torch.from_numpy(np.stack([sample["mask"] for sample in samples]))[:, None].float()
-    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
-        masks = F.max_pool2d(masks, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2))
     target_maps, target_pixels = scorer.compute_maps(targets), (stack_crops(targets) + 1) / 2
     figures = {}
     for way, images in edit_in_ways(pipeline, samples, args).items():
@@ -120,8 +115,8 @@ def score_ways(pipeline: EditARPipeline, scorer: Scorer, samples: list[dict], ar
             "distance": compute_feature_distance(scorer.compute_maps(images), target_maps).tolist(),
         }
         if samples[0]["operation"] in LOCAL:
-            outside = compute_psnr(pixels, target_pixels, masks > 0, masked_mean=True)
-            figures[way]["outside"] = outside[outside.isfinite()].tolist()
+            outside = compute_outside_psnrs(samples, images, SCALE * scorer.token_size)
+            figures[way]["outside"] = outside[np.isfinite(outside)].tolist()
     return figures
 
 
