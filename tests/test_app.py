@@ -26,6 +26,7 @@ from tiny import draw_image
 
 from editar_hf.commands import main
 from editar_hf.condition_maps import make_canny_map
+from editar_hf.image_processing_editar import DETAILS
 from editar_hf.serving import sessions
 from editar_hf.serving.gradio_app import EditApp, Example, create_demo, read_mask
 from editar_hf.serving.sessions import Session, Step
@@ -58,10 +59,20 @@ def start_session(image):
     return session
 
 
-def edit(app, session, editor_value=None, prompt=PROMPT, task="Edit", seed=0, num_images=1, preserve=False):
+def edit(
+    app,
+    session,
+    editor_value=None,
+    prompt=PROMPT,
+    task="Edit",
+    seed=0,
+    num_images=1,
+    preserve=False,
+    keep_detail=False,
+):
     """Press the button, and give the answers one after the other."""
     run = app.begin(session)[app.run]
-    return app.edit(session, run, editor_value, prompt, task, seed, num_images, 1.5, preserve)
+    return app.edit(session, run, editor_value, prompt, task, seed, num_images, 1.5, preserve, keep_detail)
 
 
 def seed_generators(*seeds):
@@ -157,6 +168,18 @@ def test_the_rest_is_kept_without_a_brush_if_asked_and_the_brush_wins():
     session.start(image)
     *_, last = edit(app, session, preserve=True)
     assert last[app.status].endswith("The instruction changes the whole image, so nothing of it was kept.")
+
+
+def test_a_large_image_keeps_its_detail_if_asked_with_and_without_a_brush():
+    pipe, image = build_pipeline(), draw_image(0, 60, 40)
+    app, session = create_app(pipe), start_session(image)
+    for editor_value in (None, brush(image.size, (20, 0, 40, 20))):
+        session.start(image)
+        list(edit(app, session, editor_value, keep_detail=True))
+        for detail in DETAILS:
+            how = {"mask_image": read_mask(editor_value, image.size), "generator": seed_generators(0)}
+            expected = pipe(PROMPT, image=image, guidance_scale=1.5, detail=detail, **how).images[0]
+            assert np.array_equal(session.step.image, expected) == (detail == "source")
 
 
 @pytest.mark.parametrize("task", ["Edit", "Make a new image; this one is a map of depth"])

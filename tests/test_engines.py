@@ -189,10 +189,10 @@ def encode(image):
 
 
 def ask(handler, inputs, **parameters):
-    """Send a request through JSON, and return the image and the seed of the answer."""
+    """Send a request through JSON, and return the image and the seed of the answer, and what it preserved."""
     answer = json.loads(json.dumps(handler(json.loads(json.dumps({"inputs": inputs, "parameters": parameters})))))
-    assert answer.keys() == {"image", "seed"}
-    return Image.open(BytesIO(base64.b64decode(answer["image"]))), answer["seed"]
+    assert answer.keys() == {"image", "seed", *(["preserved"] if parameters.get("preserve") == "auto" else [])}
+    return Image.open(BytesIO(base64.b64decode(answer.pop("image")))), *answer.values()
 
 
 def test_an_endpoint_returns_the_edit_of_the_pipeline(handler):
@@ -201,13 +201,24 @@ def test_an_endpoint_returns_the_edit_of_the_pipeline(handler):
     for parameters, call in (
         ({}, {}),
         ({"guidance_scale": 5, "negative_prompt": "green"}, {"guidance_scale": 5.0, "negative_prompt": "green"}),
-        ({"mask": encode(mask)}, {"mask_image": mask}),
+        ({"mask": encode(mask), "detail": "source"}, {"mask_image": mask, "detail": "source"}),
         ({"task": "canny", "target_size": {"width": 100, "height": 50}}, {"task": "canny", "width": 100, "height": 50}),
     ):
         image, seed = ask(handler, encode(source), prompt=PROMPT, seed=7, **parameters)
         (own,) = build_pipeline()(PROMPT, image=source, generator=seeded(7), size_policy="fit", **call).images
         assert seed == 7
         assert np.array_equal(image, own), parameters
+
+
+def test_an_endpoint_says_whether_the_edit_may_have_changed_the_whole_image(handler):
+    source = draw_image(0, 40, 24)
+    edit_map = build_pipeline().compute_edit_map(source, PROMPT)
+    for threshold, is_preserved in ((edit_map.median().item(), True), (1e-9, False)):
+        handler.pipeline.transformer.generation_config.preserve_threshold = threshold
+        image, _, preserved = ask(handler, encode(source), prompt=PROMPT, seed=7, preserve="auto")
+        own = handler.pipeline(PROMPT, image=source, preserve="auto", generator=seeded(7))
+        assert preserved is is_preserved
+        assert np.array_equal(image, own.images[0])
 
 
 def test_the_seed_that_an_endpoint_draws_gives_the_image_again(handler):
@@ -230,6 +241,7 @@ SOURCE = encode(draw_image(0))
         (None, {"prompt": PROMPT}, "`inputs` is missing"),
         (SOURCE, {"prompt": PROMPT, "strength": 0.5, "steps": 3}, "`parameters` holds steps, strength"),
         (SOURCE, {"prompt": PROMPT, "task": "paint"}, "`task` is 'paint'"),
+        (SOURCE, {"prompt": PROMPT, "preserve": "all"}, "`preserve` is 'all'"),
         (SOURCE, {"prompt": PROMPT, "seed": -1}, "`seed` is -1"),
         (SOURCE, {"prompt": PROMPT, "guidance_scale": "3"}, "`guidance_scale` is '3'"),
         (SOURCE, {"prompt": PROMPT, "target_size": {"width": 64}}, "`target_size` is {'width': 64}"),

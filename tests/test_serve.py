@@ -31,6 +31,7 @@ from tiny import draw_image
 
 from editar_hf import EditARPipeline
 from editar_hf.commands import main
+from editar_hf.image_processing_editar import DETAILS
 from editar_hf.serving import app, requests, worker
 from editar_hf.serving.worker import BatchSettings, Job, Worker
 
@@ -309,6 +310,36 @@ def test_the_rest_of_an_image_is_kept_without_a_mask_at_every_size(size):
     expected = load_pipeline()("a hat", image=draw_image(0), **how)
     assert expected.preserved_mask != [None]
     assert np.array_equal(read_image(answer["data"][0]["b64_json"]), expected.images[0])
+    assert answer["data"][0]["preserved"] is True
+
+
+def test_an_answer_says_whether_the_edit_may_have_changed_the_whole_image():
+    pipe = build_pipeline()
+    threshold = pipe.compute_edit_map(draw_image(0), "a hat").median().item()
+    files = {"image": write_image(draw_image(0))}
+    with run_server(lambda: pipe) as running:
+        running.wait_until_loaded()
+        for value, is_preserved in ((threshold, True), (1e-9, False)):
+            pipe.transformer.generation_config.preserve_threshold = value
+            fields = {"prompt": "a hat", "seed": 0, "preserve": "auto"}
+            answer = running.post(data={**fields, "n": 2}, files=files).json()
+            assert [one["preserved"] for one in answer["data"]] == [is_preserved] * 2
+            stream = running.post(data={**fields, "stream": True, "partial_images": 1}, files=files)
+            partial, completed = (json.loads(line[6:]) for line in stream.text.splitlines() if line[:4] == "data")
+            assert ("preserved" in partial, completed["preserved"]) == (False, is_preserved)
+        answer = running.post(data={"prompt": "a hat"}, files=files).json()
+        assert answer["data"][0].keys() == {"b64_json"}
+
+
+def test_a_large_image_keeps_its_detail_if_asked(pipe):
+    image = draw_image(0, 60, 40)
+    with run_server(build_pipeline) as running:
+        running.wait_until_loaded()
+        fields = {"prompt": "a hat", "seed": 0, "detail": "source"}
+        answer = running.post(data=fields, files={"image": write_image(image)}).json()
+    images = [pipe("a hat", image=image, detail=how, generator=seed_generators(0)).images[0] for how in DETAILS]
+    is_equal = [np.array_equal(read_image(answer["data"][0]["b64_json"]), one) for one in images]
+    assert dict(zip(DETAILS, is_equal, strict=True)) == {"model": False, "source": True}
 
 
 def test_repeated_image_is_encoded_once_while_its_cache_is_kept(pipe, monkeypatch):
@@ -523,6 +554,8 @@ CASES = {
     "preserve in words": ({"prompt": "a", "preserve": "yes"}, {"image": IMAGE}, 400, "preserve"),
     "preserve and a mask": ({"prompt": "a", "preserve": "auto"}, {"image": IMAGE, "mask": IMAGE}, 400, "preserve"),
     "preserve and a map": ({"prompt": "a", "preserve": "auto", "task": "depth"}, {"image": IMAGE}, 400, "preserve"),
+    "detail of a map": ({"prompt": "a", "detail": "source", "task": "depth"}, {"image": IMAGE}, 400, "detail"),
+    "detail and a size": ({"prompt": "a", "detail": "source", "size": "64x64"}, {"image": IMAGE}, 400, "detail"),
     "eleven images": ({"prompt": "a", "n": 11}, {"image": IMAGE}, 400, "n"),
     "huge size": ({"prompt": "a", "size": "9999x2000"}, {"image": IMAGE}, 400, "size"),
     "size in words": ({"prompt": "a", "size": "large"}, {"image": IMAGE}, 400, "size"),

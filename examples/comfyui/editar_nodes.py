@@ -52,14 +52,20 @@ class EditAREdit(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True),
                 io.Float.Input("guidance_scale", default=0.0, min=0.0, max=20.0, step=0.1, tooltip="0: of the model"),
                 io.Combo.Input("resize_mode", options=["crop", "stretch"], tooltip="crop edits the centred square"),
+                io.Combo.Input(
+                    "preserve", options=["off", "auto"], tooltip="auto keeps what the prompt does not change"
+                ),
                 io.Mask.Input("mask", optional=True, tooltip="where the image may change; zeros: everywhere"),
             ],
             outputs=[io.Image.Output(display_name="image")],
         )
 
     @classmethod
-    def execute(cls, pipeline, image, prompt, task, seed, guidance_scale, resize_mode, mask=None) -> io.NodeOutput:
-        call = {"task": task, "guidance_scale": guidance_scale or None, "resize_mode": resize_mode}
+    def execute(
+        cls, pipeline, image, prompt, task, seed, guidance_scale, resize_mode, preserve, mask=None
+    ) -> io.NodeOutput:
+        call = {"task": task, "guidance_scale": guidance_scale or None}
+        call |= {"resize_mode": resize_mode, "preserve": preserve}
         return io.NodeOutput(edit_tensor(pipeline, image, prompt, seed, mask, **call))
 
 

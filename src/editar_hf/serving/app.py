@@ -21,7 +21,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -203,18 +202,17 @@ class ImageServer:
         request.state.cleanup.callback(self.worker.abandon, image_request.jobs)
         if fields.stream:
             return StreamingResponse(self.stream(request, image_request), media_type="text/event-stream")
-        images: dict[int, Image.Image] = {}
+        made: dict[int, Outcome] = {}
         async with aclosing(self.follow(request, image_request)) as outcomes:
             async for outcome in outcomes:
-                if outcome.image is not None:
-                    images[outcome.job.index] = outcome.image
-        if len(images) < fields.n:
+                made[outcome.job.index] = outcome
+        if len(made) < fields.n:
             return Response(status_code=CLIENT_LEFT)
         return JSONResponse(
             {
                 "created": int(time.time()),
-                "data": [{"b64_json": await self.encode(images[index], fields)} for index in range(fields.n)],
-                **describe_image(images[0], fields),
+                "data": [await self.describe_result(made[index], fields) for index in range(fields.n)],
+                **describe_image(made[0], fields),
                 "seed": image_request.jobs[0].seed,
                 "usage": image_request.usage,
             }
@@ -226,12 +224,10 @@ class ImageServer:
         async with aclosing(self.follow(request, image_request)) as outcomes:
             try:
                 async for outcome in outcomes:
-                    image = outcome.preview or outcome.image
-                    assert image is not None
                     event = {
-                        "b64_json": await self.encode(image, fields),
+                        **await self.describe_result(outcome, fields),
                         "created_at": int(time.time()),
-                        **describe_image(image, fields),
+                        **describe_image(outcome, fields),
                     }
                     if outcome.preview is not None:
                         yield format_event(
@@ -337,6 +333,7 @@ class ImageServer:
             lora=fields.lora,
             resize_mode=resize_mode,
             preserve=getattr(fields, "preserve", "off"),
+            detail=getattr(fields, "detail", "model"),
         )
         seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
         loop, outcomes = asyncio.get_running_loop(), asyncio.Queue[Outcome | None]()
@@ -382,18 +379,22 @@ class ImageServer:
         finally:
             watcher.cancel()
 
-    async def encode(self, image: Image.Image, fields: ImageFields) -> str:
-        """Encode an image as base64 text."""
-        data = await self.run_codec(encode_image, image, fields.output_format, fields.output_compression)
-        return base64.b64encode(data).decode()
+    async def describe_result(self, outcome: Outcome, fields: ImageFields) -> dict[str, Any]:
+        """Describe a preview or an image: the file in base64, and whether `preserve` has kept a part of the source."""
+        how = fields.output_format, fields.output_compression
+        file = await self.run_codec(encode_image, outcome.image or outcome.preview, *how)
+        result: dict[str, Any] = {"b64_json": base64.b64encode(file).decode()}
+        return result if outcome.is_preserved is None else {**result, "preserved": outcome.is_preserved}
 
     async def run_codec(self, function: Callable, *arguments: Any) -> Any:
         """Decode or encode images in another thread."""
         return await asyncio.get_running_loop().run_in_executor(self.codec_threads, function, *arguments)
 
 
-def describe_image(image: Image.Image, fields: ImageFields) -> dict[str, str]:
-    """Describe an image in OpenAI's words."""
+def describe_image(outcome: Outcome, fields: ImageFields) -> dict[str, str]:
+    """Describe a preview or an image in OpenAI's words."""
+    image = outcome.image or outcome.preview
+    assert image is not None
     return {
         "background": "opaque",
         "output_format": fields.output_format,

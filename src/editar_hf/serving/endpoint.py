@@ -18,7 +18,8 @@ from ..processing_editar import TEXT_TO_IMAGE
 from . import MAX_PIXELS
 
 
-PARAMETERS = ("prompt", "negative_prompt", "guidance_scale", "seed", "mask", "task", "target_size")
+TEXTS = ("prompt", "negative_prompt", "task", "preserve", "detail")
+PARAMETERS = (*TEXTS, "guidance_scale", "seed", "mask", "target_size")
 
 
 class EndpointHandler:
@@ -40,12 +41,14 @@ class EndpointHandler:
         Args:
             data (`dict`): `inputs`, an image file in base64 (left out for the task `"text-to-image"`), and
                 `parameters`, a dictionary of: `prompt` (required), `negative_prompt`, `guidance_scale`, `seed`, `mask`
-                (an image file in base64, white where the image may change), `task`, and `target_size`, a dictionary of
-                `height` and `width` in pixels. The result has the target size; without one, an edit has the size of
-                the image. Without a seed, each request gets a random one.
+                (an image file in base64, white where the image may change), `task`, `preserve`, `detail`, and
+                `target_size`, a dictionary of `height` and `width` in pixels. The result has the target size; without
+                one, an edit has the size of the image. Without a seed, each request gets a random one. For the others
+                see `EditARPipeline.__call__`.
 
         Returns:
-            `dict`: `image`, a PNG file in base64, and `seed`, which gives the same image again.
+            `dict`: `image`, a PNG file in base64, and `seed`, which gives the same image again. With `preserve="auto"`,
+            also `preserved`: False if the whole image may have changed.
 
         Raises:
             ValueError: If the request is wrong. The endpoint answers with status 400 and this message.
@@ -54,7 +57,7 @@ class EndpointHandler:
         if not isinstance(parameters, dict) or (unknown := sorted(parameters.keys() - set(PARAMETERS))):
             wrong = ", ".join(unknown) if isinstance(parameters, dict) else repr(parameters)[:80]
             raise ValueError(f"`parameters` holds {wrong}; pass a dictionary of some of {', '.join(PARAMETERS)}.")
-        call = {name: parameters[name] for name in ("prompt", "negative_prompt", "task") if name in parameters}
+        call = {name: parameters[name] for name in TEXTS if name in parameters}
         for name, text in call.items():
             if not isinstance(text, str):
                 raise ValueError(f"`{name}` is {text!r:.80}; pass a string.")
@@ -78,10 +81,13 @@ class EndpointHandler:
         seed = secrets.randbits(32) if seed is None else check_integer("seed", seed, 0, 2**63 - 1)
         generator = torch.Generator().manual_seed(seed)
         with self.lock:
-            images, *_ = self.pipeline(**call, generator=generator, size_policy="fit", return_dict=False)
+            output: Any = self.pipeline(**call, generator=generator, size_policy="fit")
         file = BytesIO()
-        images[0].save(file, "PNG")
-        return {"image": base64.b64encode(file.getvalue()).decode(), "seed": seed}
+        output.images[0].save(file, "PNG")
+        answer = {"image": base64.b64encode(file.getvalue()).decode(), "seed": seed}
+        return (
+            answer if output.preserved_mask is None else {**answer, "preserved": output.preserved_mask[0] is not None}
+        )
 
 
 def decode_image(name: str, content: Any) -> Image.Image:

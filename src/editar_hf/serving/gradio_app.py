@@ -169,6 +169,7 @@ class EditApp:
         num_images: int,
         guidance_scale: float,
         preserve: bool,
+        keep_detail: bool,
     ) -> Iterator[dict]:
         """Edit the image that is shown. Answer with previews and the result, until the edit is cancelled."""
         if session.run != run:
@@ -177,7 +178,7 @@ class EditApp:
             source = session.step
             if source is None:
                 raise ValueError("There is no image yet. Upload one.")
-            before, arguments = self.prepare_edit(source, editor_value, prompt, choice, preserve)
+            before, arguments = self.prepare_edit(source, editor_value, prompt, choice, preserve, keep_detail)
             seed = secrets.randbelow(2**31) if seed is None else int(seed)
             arguments["generator"] = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
             arguments |= {"num_images_per_prompt": num_images, "guidance_scale": guidance_scale}
@@ -198,7 +199,13 @@ class EditApp:
                         yield {self.slider: (self.save(before), self.save(event[0])), self.status: "Editing …"}
 
     def prepare_edit(
-        self, source: Step, editor_value: dict[str, Any] | None, prompt: str, choice: str, preserve: bool
+        self,
+        source: Step,
+        editor_value: dict[str, Any] | None,
+        prompt: str,
+        choice: str,
+        preserve: bool,
+        keep_detail: bool,
     ) -> tuple[Image.Image, dict[str, Any]]:
         """Return the image before the edit, and arguments of the pipeline.
 
@@ -230,7 +237,8 @@ class EditApp:
                 raise ValueError("The brush marks nothing inside the centred square that the model edits.")
         tokens = source.source_image_tokens
         edit: dict[str, Any] = {"image": image, "source_image_tokens": tokens, "mask_image": mask_image}
-        edit |= {"restore_size": True, "preserve": "auto" if preserve and mask_image is None else "off"}
+        edit |= {"preserve": "auto" if preserve and mask_image is None else "off"}
+        edit |= {"restore_size": True, "detail": "source" if keep_detail else "model"}
         return image, arguments | edit
 
     # What is shown
@@ -330,6 +338,11 @@ class EditApp:
                             info="For edits without brush marks",
                             elem_id="preserve",
                         )
+                        self.keep_detail = gr.Checkbox(
+                            label="Keep the fine detail of a large image",
+                            info="For edits of light and colors; a removed object leaves traces",
+                            elem_id="detail",
+                        )
                     if not self.keeps_aspect:
                         gr.Markdown(NOTES[self.resize_mode], elem_id="note")
                 with gr.Column():
@@ -384,7 +397,8 @@ class EditApp:
         if self.examples:
             demo.load(partial(self.load_example, index=0), self.session, shown, **at_once)
         begun = gr.on([self.edit_button.click, self.prompt.submit], self.begin, self.session, shown, **at_once)
-        settings = [self.prompt, self.task, self.seed, self.num_images, self.guidance_scale, self.preserve]
+        settings = [self.prompt, self.task, self.seed, self.num_images, self.guidance_scale]
+        settings += [self.preserve, self.keep_detail]
         edited = begun.then(
             self.edit,
             [self.session, self.run, self.editor, *settings],

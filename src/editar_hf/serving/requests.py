@@ -1,7 +1,7 @@
 """Read the requests of the HTTP API: fields, images, limits and errors.
 
-The fields are those of OpenAI's image API, and `seed`, `guidance_scale`, `negative_prompt`, `task`, `preserve` and
-`lora`. A field that the server cannot honour is refused by its name.
+The fields are those of OpenAI's image API, and `seed`, `guidance_scale`, `negative_prompt`, `task`, `preserve`,
+`detail` and `lora`. A field that the server cannot honour is refused by its name.
 """
 
 import json
@@ -97,6 +97,7 @@ class EditFields(ImageFields):
 
     task: Literal["edit", "canny", "depth", "segmentation"] = "edit"
     preserve: Literal["off", "auto"] = "off"
+    detail: Literal["model", "source"] = "model"
 
 
 Fields = TypeVar("Fields", bound=ImageFields)
@@ -213,6 +214,9 @@ async def read_form(request: Request) -> tuple[EditFields, bytes, bytes | None]:
         raise RequestError(
             400, f"`preserve` is auto, but {reason}; leave one of them out.", "preserve", "invalid_value"
         )
+    if fields.detail == "source" and (fields.task != "edit" or fields.size != "auto"):
+        reason = f"`task` is {fields.task}" if fields.task != "edit" else f"`size` is {fields.size}"
+        raise RequestError(400, f"`detail` is source, but {reason}; leave one of them out.", "detail", "invalid_value")
     return fields, files["image"], files.get("mask")
 
 

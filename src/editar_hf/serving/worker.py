@@ -20,7 +20,7 @@ from prometheus_client import Histogram
 
 from ..checks import check_integer
 from ..generation.cache import SourceCache, copy_to_one_block, join_caches
-from ..pipelines.pipeline_editar import EditARPipeline
+from ..pipelines.pipeline_editar import EditARPipeline, EditARPipelineOutput
 
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class BatchSettings(NamedTuple):
         lora (`str`, *optional*): Name of the adapter; None for the model without adapters.
         resize_mode (`str`, *optional*): How the images are resized; None for the way of the model.
         preserve (`str`): `"auto"` keeps what the instruction does not change; see `EditARPipeline.__call__`.
+        detail (`str`): What fine detail a large result has; see `EditARPipeline.__call__`.
     """
 
     size: tuple[int | None, int | None]
@@ -57,15 +58,21 @@ class BatchSettings(NamedTuple):
     lora: str | None = None
     resize_mode: str | None = None
     preserve: str = "off"
+    detail: str = "model"
 
 
 class Outcome(NamedTuple):
-    """What the worker reports about a job: a preview, the image, or an error. After the last two, the job has ended."""
+    """What the worker reports about a job: a preview, the image, or an error. After the last two, the job has ended.
+
+    With the setting `preserve="auto"`, `is_preserved` comes with the image. It is False if the edit may have changed
+    the whole image.
+    """
 
     job: "Job"
     preview: Image.Image | None = None
     image: Image.Image | None = None
     error: Exception | None = None
+    is_preserved: bool | None = None
 
 
 @dataclass(eq=False)
@@ -252,7 +259,7 @@ class Worker:
     def make_images(self, batch: Sequence[Job]) -> None:
         """Make the images of a batch in one call, and report them. If the call fails, make each image alone."""
         try:
-            images = self.call_pipeline(batch)
+            output = self.call_pipeline(batch)
         except Exception as error:
             if len(batch) > 1:
                 for job in batch:
@@ -261,10 +268,11 @@ class Worker:
             log_failure(error)
             batch[0].report_outcome(error=error)
             return
-        for job, image in zip(batch, images, strict=True):
-            job.report_outcome(image=image)
+        for index, (job, image) in enumerate(zip(batch, output.images, strict=True)):
+            masks = output.preserved_mask
+            job.report_outcome(image=image, is_preserved=None if masks is None else masks[index] is not None)
 
-    def call_pipeline(self, batch: Sequence[Job]) -> list[Image.Image]:
+    def call_pipeline(self, batch: Sequence[Job]) -> EditARPipelineOutput:
         assert self.pipeline is not None
         settings = batch[0].settings
         num_rows, num_columns = self.pipeline.compute_grid(*self.pipeline.resolve_size(*settings.size, "fit"))
@@ -297,10 +305,11 @@ class Worker:
             resize_mode=settings.resize_mode,
             restore_size=settings.restore_size,
             preserve=settings.preserve,
+            detail=settings.detail,
             guidance_scale=settings.guidance_scale,
             generator=[torch.Generator().manual_seed(job.seed) for job in batch],
             callback_on_step_end=report_step,
             callback_on_step_end_tensor_inputs=(),
             preview_every=preview_every,
         )
-        return output.images
+        return output
