@@ -112,6 +112,18 @@ def test_images_of_a_batch_are_those_made_alone_from_images_caches_and_tokens(pi
         assert all(np.array_equal(*pair) for pair in zip(output.preserved_mask, kept, strict=True))
 
 
+def test_the_edit_map_and_the_edit_run_the_source_through_the_decoder_once():
+    pipe, image, num_runs = build_pipeline(), draw_image(0), []
+    source_cache = pipe.prepare_source_cache(image)
+    pipe.transformer.model.register_forward_pre_hook(
+        lambda module, inputs: num_runs.append(inputs[0] is not None and len(inputs[0]))
+    )
+    for source, expected in (({"image": image}, [1]), ({"source_cache": source_cache}, [])):
+        num_runs.clear()
+        pipe([PROMPT, "add a hat"], **source, preserve="auto", num_images_per_prompt=2, generator=seeded(0, 1, 2, 3))
+        assert [number for number in num_runs if number] == expected
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

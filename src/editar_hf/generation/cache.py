@@ -193,6 +193,29 @@ def compute_text_cache(
     return TextCache(keys, values, logits[:, -1].float())
 
 
+def compute_target_logits(
+    model: PreTrainedModel, source_cache: SourceCache, prompt_embeds: torch.Tensor, target_image_tokens: torch.Tensor
+) -> torch.Tensor:
+    """Compute the logits of all target tokens, `(rows, N, vocab_size)`, each after the given tokens before it.
+
+    The prompts and the target run through the decoder in one pass, and the sources do not.
+
+    Args:
+        model (`PreTrainedModel`): The decoder.
+        source_cache (`SourceCache`): The sources. Each has the same number of rows.
+        prompt_embeds (`torch.Tensor` of shape `(rows, num_text_tokens, text_hidden_size)`): The prompts.
+        target_image_tokens (`torch.LongTensor` of shape `(rows, N)`): The target.
+    """
+    num_rows, num_text_tokens = prompt_embeds.shape[:2]
+    source = replace(source_cache, num_rows=num_rows, num_images=num_rows)
+    grid = {"grid_height": source.grid_height, "grid_width": source.grid_width}
+    num_target_slots = target_image_tokens.shape[1] - 1  # The last token is never fed.
+    cache = DecodingCache(model.config, [source], num_text_tokens, num_target_slots)
+    cache.write_rotations(model.model.rotary_emb, grid)
+    inputs = cache.start_pass(0, num_text_tokens + num_target_slots)
+    return model(prompt_embeds=prompt_embeds, target_image_tokens=target_image_tokens, **inputs, **grid).logits
+
+
 def describe_adapters(decoder: torch.nn.Module) -> dict[tuple[str, str], float]:
     """Return the scale of each active adapter in each layer, by the layer's path and the adapter's name."""
     scales: dict[tuple[str, str], float] = {}

@@ -20,6 +20,8 @@ from transformers.image_utils import ImageInput
 
 from ..checks import check_choice, check_integer
 from ..generation import SourceCache
+from ..generation.cache import compute_target_logits
+from ..generation.decoding import find_sources
 from ..generation.inputs import check_decoding, check_generator, check_source_cache, resolve_settings
 from ..image_processing_editar import ASPECTS, RESIZE_MODES, choose_grid, prepare_rgb_images
 from ..modeling_editar import EditARForConditionalGeneration
@@ -299,21 +301,17 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         grid = self.compute_grid(*pixel_values.shape[-2:])
         prompts = list_texts(apply_task_prefix(prompt, task))
         batch_size = compute_batch_size(image=pixel_values, prompt=prompts)
-        tokens = repeat_rows(self.encode_pixel_values(pixel_values), batch_size)
-        prompt_embeds = repeat_rows(self.encode_prompt(prompts), batch_size)
-        edit_map = self.predict_edit_map(tokens, prompt_embeds, grid)
+        source_cache = self.transformer.prepare_source_cache(self.encode_pixel_values(pixel_values), *grid)
+        edit_map = self.predict_edit_map(source_cache, repeat_rows(self.encode_prompt(prompts), batch_size))
         self.maybe_free_model_hooks()
         return edit_map
 
-    def predict_edit_map(
-        self, source_image_tokens: torch.Tensor, prompt_embeds: torch.Tensor, grid: tuple[int, int]
-    ) -> torch.Tensor:
+    def predict_edit_map(self, source_cache: SourceCache, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Compute the edit map of encoded inputs, `(batch, grid_height, grid_width)`; see `compute_edit_map`."""
-        rows, columns = grid
-        target = {"target_image_tokens": source_image_tokens, "grid_height": rows, "grid_width": columns}
-        logits = self.transformer(source_image_tokens, prompt_embeds, **target).logits
-        losses = F.cross_entropy(logits.float().transpose(1, 2), source_image_tokens, reduction="none")
-        return average_neighbors(losses.unflatten(1, grid))
+        tokens = source_cache.expand_tokens(None, prompt_embeds)
+        logits = compute_target_logits(self.transformer, source_cache, prompt_embeds, tokens)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
+        return average_neighbors(losses.unflatten(1, (source_cache.grid_height, source_cache.grid_width)))
 
     def resolve_size(self, height: int | None, width: int | None, size_policy: str = "strict") -> tuple[int, int]:
         """Choose the height and width the model works at, in pixels.
@@ -720,8 +718,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         if preserve == "auto":
             inputs: Any = rows["source_image_tokens"], rows["prompt_embeds"]
             tokens, embeds = (entries[::num_images_per_prompt] for entries in inputs)
-            edit_map = self.predict_edit_map(tokens, embeds, grid)
-            edit_mask = find_edited_tokens(edit_map, preserve_threshold)
+            if source_cache is None:  # The edit reads it, too.
+                source_cache = self.transformer.prepare_source_cache(find_sources(tokens), *grid)
+            edit_mask = find_edited_tokens(self.predict_edit_map(source_cache, embeds), preserve_threshold)
             windows = [(0, 0, *image.size) for image in whole] * (len(edit_mask) // len(whole))
             region = EditRegion.from_edit_mask(edit_mask, windows, self.vq_model.config.stride, mask_blend)
         region = None if region is None else region.repeat_rows(num_rows, device)
