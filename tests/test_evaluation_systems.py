@@ -189,6 +189,44 @@ def test_vq_reconstruction_is_what_the_tokenizer_makes_of_source_or_target(model
         assert are_equal(edit("vq-reconstruction", samples, model=models / "editar", reconstruct=name), expected)
 
 
+@pytest.fixture(scope="module")
+def wide_models(tmp_path_factory):
+    """A pipeline that edits images at their own aspect ratios."""
+    folder, pipeline = tmp_path_factory.mktemp("wide"), build_pipeline()
+    pipeline.processor.image_processor.aspect = "source"
+    pipeline.save_pretrained(folder)
+    return folder, pipeline
+
+
+@pytest.mark.parametrize("preserve", ["off", "auto"])
+def test_images_of_several_shapes_are_edited_as_the_pipeline_edits_each(preserve, wide_models):
+    folder, pipeline = wide_models
+    sides = [(36, 24), (16, 16), (24, 36), (60, 40)]
+    samples = [Sample(f"{index}", PROMPT, draw_image(index, *size)) for index, size in enumerate(sides)]
+    seeds = list(range(4))
+    edited = edit("editar", samples, seeds, model=folder, preserve=preserve)
+    generators = make_generators(seeds)
+    for sample, image, generator in zip(samples, edited, generators, strict=True):
+        expected = pipeline(PROMPT, image=sample.source_image, preserve=preserve, generator=generator).images[0]
+        assert np.array_equal(image, expected)
+    darker = edit("editar", samples[1:2], seeds[1:2], model=folder, preserve=preserve, quantize="truncate")[0]
+    assert set(np.unique(np.asarray(edited[1]).astype(int) - np.asarray(darker))) <= {0, 1}
+    truncated = edit("editar", samples[:1], seeds[:1], model=folder, quantize="truncate")[0]
+    rounded = edit("editar", samples[:1], seeds[:1], model=folder)[0]
+    assert np.abs(np.asarray(rounded).astype(int) - np.asarray(truncated)).max() <= 2  # one step, and the resizing
+
+
+def test_vq_reconstruction_has_the_shape_of_each_image(wide_models):
+    folder, pipeline = wide_models
+    samples = [Sample(f"{index}", "", draw_image(index, *size)) for index, size in enumerate([(36, 24), (16, 16)])]
+    for sample, image in zip(samples, edit("vq-reconstruction", samples, model=folder), strict=True):
+        height, width = pipeline.choose_size([sample.source_image])
+        resized = sample.source_image.resize((width, height), Image.Resampling.LANCZOS)
+        tokens = pipeline.encode_image(resized, height, width)
+        (decoded,) = pipeline.decode_image_tokens(tokens, height, width)
+        assert np.array_equal(image, decoded.resize(sample.source_image.size, Image.Resampling.LANCZOS))
+
+
 @pytest.fixture
 def folder_benchmark(tmp_path):
     """Words that name a benchmark of three images of 20 pixels, and its samples."""

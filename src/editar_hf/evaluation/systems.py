@@ -124,12 +124,13 @@ def vq_reconstruction(model: str, reconstruct: str = "source") -> System:
         pipeline = EditARPipeline.from_pretrained(model, dtype=torch.float32, text_encoder=None)
         pipeline.to(get_process().device)
 
-        def edit(samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-            images = [getattr(sample, f"{reconstruct}_image") for sample in samples]
-            pixels = pipeline.decode_image_tokens(pipeline.encode_image(images), output_type="pt")
-            return restore_images(pipeline, pixels, images, "round")
+        def reconstruct_image(image: Image.Image) -> Image.Image:
+            height, width, how = plan_size(pipeline, image)
+            tokens = pipeline.encode_image(image, height, width, how)
+            decoded = pipeline.decode_image_tokens(tokens, height, width)[0]
+            return pipeline.processor.image_processor.restore(decoded, image, how)
 
-        return edit
+        return lambda samples, seeds: [reconstruct_image(getattr(sample, f"{reconstruct}_image")) for sample in samples]
 
     return System("vq-reconstruction", load, {"model": model, "reconstruct": reconstruct}, needs=f"{reconstruct}_image")
 
@@ -183,28 +184,41 @@ def editar(
         pipeline.to(get_process().device)
 
         def edit(samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-            inputs: dict[str, Any] = {"image": [sample.source_image for sample in samples]}
+            plans = [plan_size(pipeline, sample.source_image) for sample in samples]
+            results: dict[int, Image.Image] = {}
+            # A call has one size.
+            for plan in dict.fromkeys(plans):
+                places = [place for place, other in enumerate(plans) if other == plan]
+                batch = edit_same_size(
+                    [samples[place] for place in places], [seeds[place] for place in places], plan[2]
+                )
+                results |= dict(zip(places, batch, strict=True))
+            return [results[place] for place in range(len(samples))]
+
+        def edit_same_size(samples: list[Sample], seeds: list[int], resize_mode: str) -> list[Image.Image]:
+            inputs: dict[str, Any] = {"image": [sample.source_image for sample in samples], **knobs}
             inputs["preserve"] = preserve or "off"
             if use_masks:
                 inputs["mask_image"] = [sample.mask for sample in samples]
             prompts, inputs["task"] = [sample.prompt for sample in samples], [sample.task for sample in samples]
-            pixels = pipeline(prompts, **inputs, **knobs, generator=make_generators(seeds), output_type="pt")[0]
-            return restore_images(pipeline, pixels, inputs["image"], quantize)
+            inputs["generator"] = make_generators(seeds)
+            if quantize == "round":
+                return pipeline(prompts, **inputs, restore_size=True)[0]
+            pixels = pipeline(prompts, **inputs, output_type="pt")[0].float().cpu().clamp(0, 1)
+            images = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in (255 * pixels).floor().to(torch.uint8)]
+            restore = pipeline.processor.image_processor.restore
+            return [restore(*pair, resize_mode) for pair in zip(images, inputs["image"], strict=True)]
 
         return edit
 
     return System("editar", load, options, needs="mask" if use_masks else None)
 
 
-def restore_images(
-    pipeline: "EditARPipeline", pixels: Any, sources: list[Image.Image], quantize: str
-) -> list[Image.Image]:
-    """Convert pixels (batch, 3, height, width) in [0, 1] to images that have the sizes of their source images."""
-    steps = pixels.float().cpu().clamp(0, 1) * 255
-    steps = (steps.round() if quantize == "round" else steps.floor()).to(torch.uint8)
-    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in steps]
-    restore = pipeline.processor.image_processor.restore
-    return [restore(image, source) for image, source in zip(images, sources, strict=True)]
+def plan_size(pipeline: "EditARPipeline", image: Image.Image) -> tuple[int, int, str]:
+    """Find the height and width in pixels at which a pipeline edits an image by default, and how it resizes it."""
+    aspect = pipeline.processor.image_processor.aspect
+    size = pipeline.choose_size([image]) if aspect == "source" else pipeline.resolve_size(None, None)
+    return *size, pipeline.resolve_resize_mode(None, aspect)
 
 
 def command(command: str) -> System:
