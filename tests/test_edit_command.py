@@ -223,6 +223,8 @@ def test_an_edit_that_fails_is_one_line_with_the_image(model, images, capsys):
         (["--prompt", " "], "`prompt` for images/b.png is empty"),
         (["--preserve", "auto", "--mask", "mask.png"], "`--preserve` is auto, but images/b.png has a mask"),
         (["--preserve", "auto", "--task", "depth"], "`--preserve` is auto, but images/b.png has the task depth"),
+        (["--detail", "source", "--task", "depth"], "`--detail` is source, but images/b.png has the task depth"),
+        (["--detail", "source", "--no-restore-size"], "`--detail` is source, but `--no-restore-size` is given"),
         (["--crop-to-mask"], "`--crop-to-mask` needs a mask, but images/b.png has no mask"),
         (["--image", "images", "--prompts", "images/a.png"], "`--prompts` is images/a.png, which is not UTF-8"),
     ],

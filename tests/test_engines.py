@@ -242,6 +242,12 @@ SOURCE = encode(draw_image(0))
         (SOURCE, {"prompt": PROMPT, "strength": 0.5, "steps": 3}, "`parameters` holds steps, strength"),
         (SOURCE, {"prompt": PROMPT, "task": "paint"}, "`task` is 'paint'"),
         (SOURCE, {"prompt": PROMPT, "preserve": "all"}, "`preserve` is 'all'"),
+        (SOURCE, {"prompt": PROMPT, "preserve": "auto", "mask": SOURCE}, "`preserve` is 'auto' and `mask` is given"),
+        (
+            SOURCE,
+            {"prompt": PROMPT, "detail": "source", "target_size": {"width": 64, "height": 64}},
+            "`detail` is 'source' and `target_size` is given",
+        ),
         (SOURCE, {"prompt": PROMPT, "seed": -1}, "`seed` is -1"),
         (SOURCE, {"prompt": PROMPT, "guidance_scale": "3"}, "`guidance_scale` is '3'"),
         (SOURCE, {"prompt": PROMPT, "target_size": {"width": 64}}, "`target_size` is {'width': 64}"),

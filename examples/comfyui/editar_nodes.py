@@ -14,6 +14,7 @@ from editar_hf.serving.comfyui import edit_tensor
 
 Pipeline = io.Custom("EDITAR_PIPELINE")
 TASKS = ["edit", "canny", "depth", "segmentation"]
+RESIZE_MODES = ["of the model", "crop", "stretch"]
 
 
 class EditARLoad(io.ComfyNode):
@@ -51,7 +52,7 @@ class EditAREdit(io.ComfyNode):
                 io.Combo.Input("task", options=TASKS, default="edit"),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True),
                 io.Float.Input("guidance_scale", default=0.0, min=0.0, max=20.0, step=0.1, tooltip="0: of the model"),
-                io.Combo.Input("resize_mode", options=["crop", "stretch"], tooltip="crop edits the centred square"),
+                io.Combo.Input("resize_mode", options=RESIZE_MODES, tooltip="crop edits the centre"),
                 io.Combo.Input(
                     "preserve", options=["off", "auto"], tooltip="auto keeps what the prompt does not change"
                 ),
@@ -65,7 +66,7 @@ class EditAREdit(io.ComfyNode):
         cls, pipeline, image, prompt, task, seed, guidance_scale, resize_mode, preserve, mask=None
     ) -> io.NodeOutput:
         call = {"task": task, "guidance_scale": guidance_scale or None}
-        call |= {"resize_mode": resize_mode, "preserve": preserve}
+        call |= {"resize_mode": None if resize_mode == "of the model" else resize_mode, "preserve": preserve}
         return io.NodeOutput(edit_tensor(pipeline, image, prompt, seed, mask, **call))
 
 

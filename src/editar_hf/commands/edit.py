@@ -208,6 +208,9 @@ def check_jobs(args: argparse.Namespace, jobs: list[argparse.Namespace]) -> None
         if job.preserve == "auto" and (job.mask is not None or job.task != "edit"):
             reason = f"has the task {job.task}" if job.mask is None else "has a mask, which says what may change"
             raise ValueError(f"`--preserve` is auto, but {job.image} {reason}; leave one of them out.")
+        if job.detail == "source" and (job.task != "edit" or (job.restore_size is False and not job.crop_to_mask)):
+            reason = f"{job.image} has the task {job.task}" if job.task != "edit" else "`--no-restore-size` is given"
+            raise ValueError(f"`--detail` is source, but {reason}; leave one of them out.")
         if job.crop_to_mask and job.mask is None:
             raise ValueError(f"`--crop-to-mask` needs a mask, but {job.image} has no mask; pass `--mask`.")
     if args.image.is_dir():

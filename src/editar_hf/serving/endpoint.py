@@ -77,6 +77,9 @@ class EndpointHandler:
                 call[name] = check_integer(f"target_size.{name}", side)
             if call["height"] * call["width"] > MAX_PIXELS:
                 raise ValueError(f"`target_size` is {size}; pass at most {MAX_PIXELS} pixels.")
+        for name, value, other in (("preserve", "auto", "mask"), ("detail", "source", "target_size")):
+            if call.get(name) == value and parameters.get(other) is not None:
+                raise ValueError(f"`{name}` is {value!r} and `{other}` is given; leave one of them out.")
         seed = parameters.get("seed")
         seed = secrets.randbits(32) if seed is None else check_integer("seed", seed, 0, 2**63 - 1)
         generator = torch.Generator().manual_seed(seed)
