@@ -27,6 +27,7 @@ def edit(pipe, **call):
 
 
 @pytest.mark.parametrize("size", GRIDS)
+@pytest.mark.filterwarnings("ignore:An image of 90×9 pixels")
 def test_the_whole_image_is_edited_at_the_grid_of_its_proportions(pipe, size):
     image, (rows, columns) = draw_image(0, *size), GRIDS[size]
     output = edit(pipe, image=image, aspect="source")
@@ -44,8 +45,29 @@ def test_no_other_grid_is_nearer_to_the_proportions(pipe):
         assert change[0] == min(change)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warning_tells_of_an_image_that_is_much_longer_than_any_grid(pipe):
+    assert pipe.choose_size([Image.new("RGB", (24, 10))]) == (8, 16)
+    for size, proportions in ((26, 10), "4:2"), ((10, 26), "2:4"):
+        with pytest.warns(UserWarning, match=f"{size[0]}×{size[1]} pixels is edited at the proportions {proportions}"):
+            pipe.choose_size([Image.new("RGB", size)])
+
+
 def test_a_condition_map_gives_an_image_of_its_size(pipe):
     assert edit(pipe, image=draw_image(0, 36, 24), task="canny", aspect="source").images[0].size == (36, 24)
+
+
+def test_tokens_of_another_size_are_refused_with_the_size_that_is_missing(pipe):
+    tokens, how = pipe.encode_image(draw_image(0, 36, 24), aspect="source"), {"height": 12, "width": 16}
+    for call in (
+        lambda **size: edit(pipe, source_image_tokens=tokens, **size),
+        lambda **size: pipe.decode_image_tokens(tokens, **size),
+    ):
+        with pytest.raises(
+            ValueError, match=r"has shape \(1, 12\), but an image of 16×16 pixels has 16 tokens; pass the"
+        ):
+            call()
+        assert call(**how)
 
 
 def test_a_resize_mode_that_is_given_wins(pipe):

@@ -29,8 +29,10 @@ from .inputs import compute_batch_size
 
 # A mask pixel counts as white if its grey value, 0 to 255, is at least this.
 WHITE = 128
-# If more than this fraction of the tokens may change, the edit is taken to change the whole image.
-MAX_EDITED_FRACTION = 0.75
+# If more than this fraction of the tokens may change, the edit is taken to change the whole image. With the threshold
+# of the scene editor, the fraction was at most 0.61 in 200 edits of objects, and above two thirds in 56 of 60 edits of
+# the whole image.
+MAX_EDITED_FRACTION = 2 / 3
 # Side of a window relative to the side of the white area. It is above 1, because the model needs to see context.
 WINDOW_MARGIN = 1.5
 
@@ -172,7 +174,7 @@ def average_neighbors(values: torch.Tensor) -> torch.Tensor:
 def find_edited_tokens(edit_map: torch.Tensor, threshold: float) -> torch.Tensor:
     """Find the tokens that may change, bool (batch, rows, columns): those whose value is above a threshold.
 
-    If these are more than three quarters of an image, all its tokens may change.
+    If these are more than two thirds of an image, all its tokens may change.
 
     Args:
         edit_map (`torch.Tensor` of shape `(batch, rows, columns)`): For example that of

@@ -139,6 +139,15 @@ def check_preserve(preserve: str, mask_image: ImageInput | None, has_source: boo
         )
 
 
+def check_num_tokens(name: str, image_tokens: torch.Tensor, size: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Check that images of `size`, height and width in pixels, have as many tokens as given, `(batch, N)`."""
+    if image_tokens.ndim != 2 or image_tokens.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"`{name}` has shape {tuple(image_tokens.shape)}, but an image of {size[1]}×{size[0]} pixels has "
+            f"{grid[0] * grid[1]} tokens; pass the `height` and `width` at which the tokens were made."
+        )
+
+
 def resolve_preserve_threshold(generation_config: GenerationConfig) -> float:
     """Return the `preserve_threshold` of a model in nats, or the default if it has none."""
     threshold = getattr(generation_config, "preserve_threshold", None)

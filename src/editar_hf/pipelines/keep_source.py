@@ -1,5 +1,7 @@
 """Put the source's pixels back where another editor did not mean to change them."""
 
+import warnings
+
 import numpy as np
 import torch
 from PIL import Image
@@ -27,8 +29,8 @@ def keep_source(
 
     Editors often change the whole image a little: they compress it, blur it or shift its colors. This function compares
     both images through the encoder of a VQ model. It takes the edited pixels where the difference is large, with a soft
-    edge of one token, and the source's pixels elsewhere. If more than three quarters of the image differ, the whole
-    edited image is the result.
+    edge of one token, and the source's pixels elsewhere. If more than two thirds of the image differ, the whole edited
+    image is the result, with a warning.
 
     Args:
         source (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): The image before the edit; see
@@ -79,7 +81,10 @@ def keep_source(
     pixels = processor([source, edited], resize_mode="stretch").pixel_values.to(vq_model.device)
     before, after = (vq_model.encode(image).latents for image in pixels.split(1))
     distances = average_neighbors((1 - (before * after).sum(dim=-1)).unflatten(1, (rows, columns)))
-    weights = compute_feather(find_edited_tokens(distances, threshold), stride)[0, 0]
+    is_edited = find_edited_tokens(distances, threshold)
+    if is_edited.all():
+        warnings.warn("`edited` differs from `source` nearly everywhere, so it is returned as it is.", stacklevel=3)
+    weights = compute_feather(is_edited, stride)[0, 0]
     # Floored, so that a pixel between two weights of 0 stays exactly that of the source.
     shares = Image.fromarray((255 * weights).byte().cpu().numpy()).resize(source.size, Image.Resampling.BILINEAR)
     source.paste(edited, mask=shares)

@@ -35,6 +35,7 @@ from .inputs import (
     add_task_prefixes,
     check_cached_images,
     check_detail,
+    check_num_tokens,
     check_output,
     check_preserve,
     check_prompts,
@@ -50,6 +51,8 @@ from .lora import EditARLoraMixin
 SIZE_POLICIES = ("strict", "fit")
 # The largest height or width of a result with `size_policy="fit"`, in pixels.
 MAX_SIDE = 16384
+# A size that is chosen by the proportions of an image may differ from them by this factor without a warning.
+MAX_SILENT_STRETCH = 1.25
 
 
 @dataclass
@@ -265,7 +268,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             ValueError: If the number of tokens does not match the size, a token is out of range, or `output_type` is
                 unknown.
         """
-        grid = self.compute_grid(*self.resolve_size(height, width))
+        size = self.resolve_size(height, width)
+        grid = self.compute_grid(*size)
+        check_num_tokens("image_tokens", image_tokens, size, grid)
         return self.processor.postprocess(self.decode_pixel_values(image_tokens, grid), output_type)
 
     @torch.no_grad()
@@ -358,7 +363,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     def choose_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """Choose the height and width, in pixels, whose proportions are nearest to those of the images.
 
-        The longer side is the largest one that the model can work at, and the shorter side at least half of it.
+        The longer side is the largest one that the model can work at, and the shorter side at least half of it. A
+        warning tells of an image that is much longer.
 
         Raises:
             ValueError: If the images need several sizes.
@@ -372,6 +378,14 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 "pixels; edit them in calls of their own, or pass `aspect='model'`."
             )
         rows, columns = grids.pop()
+        for image in images:
+            change = image.width * rows / (image.height * columns)
+            if not 1 / MAX_SILENT_STRETCH <= change <= MAX_SILENT_STRETCH:
+                warnings.warn(
+                    f"An image of {image.width}×{image.height} pixels is edited at the proportions {columns}:{rows}, "
+                    "so the model sees it distorted; edit a part of it, or pass a mask with `crop_to_mask=True`.",
+                    stacklevel=4,  # The call stack also holds torch's wrapper for no_grad.
+                )
         return rows * stride, columns * stride
 
     def resolve_resize_mode(self, resize_mode: str | None, aspect: str = "model") -> str:
@@ -424,7 +438,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         if pixel_values is not None:
             return repeat_rows(pixel_values.to(self._execution_device), num_rows)
         if source_image_tokens is not None:
-            return self.decode_pixel_values(source_image_tokens, self.compute_grid(*size))
+            return repeat_rows(self.decode_pixel_values(source_image_tokens, self.compute_grid(*size)), num_rows)
         return torch.zeros(num_rows, 3, *size, device=self._execution_device)
 
     def complete_tokens(
@@ -561,8 +575,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             aspect (`str`, *optional*): `"model"` works at the model's size; for the published weights, a square.
                 `"source"` works at the size whose proportions are nearest to those of `image`, between 1:2 and 2:1; the
                 longer side is the longest one of the model. `resize_mode` then *defaults to* `"stretch"`, which hardly
-                changes the proportions. *Defaults to* that of the model, unless `height` or `width` is given. Only a
-                model that was trained at several aspect ratios edits well at them.
+                changes the proportions, except those of longer images, with a warning. *Defaults to* that of the model,
+                unless `height` or `width` is given. Only a model that was trained at several aspect ratios edits well
+                at them.
             resize_mode (`str`, *optional*): How the source is resized to that size: `"crop"` (resize the shortest side,
                 then crop the centre; warns if more than 2 % is cut away) or `"stretch"`; *defaults to* that of the
                 model.
@@ -585,9 +600,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 `image`, `mask_image` and `output_type="pil"`, and no `resize_mode`.
             preserve (`str`): `"auto"` keeps what the instruction does not change, without a mask. One more decoder pass
                 finds the tokens that may change (see `compute_edit_map`). The edit then works as with a mask of them.
-                If more than three quarters of the tokens may change, the instruction is taken to change the whole
-                image, and nothing is kept. `preserved_mask` of the output shows what was kept. `"auto"` needs a source
-                and the task `"edit"`, and takes no `mask_image`. *Defaults to* `"off"`.
+                If more than two thirds of the tokens may change, the instruction is taken to change the whole image,
+                and nothing is kept. If none may change, the source is returned with a warning. `preserved_mask` of the
+                output shows what was kept. `"auto"` needs a source and the task `"edit"`, and takes no `mask_image`.
+                *Defaults to* `"off"`.
             guidance_scale (`float`, *optional*): Weight of the prompt; 1 means no guidance. `guidance_scale`,
                 `do_sample`, `temperature`, `top_k` and `top_p` *default to* the settings in
                 `transformer/generation_config.json`.
@@ -659,9 +675,10 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         check_output(output_type, restore_size, crop_to_mask, *observers, self._callback_tensor_inputs, preview_every)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given = {"guidance_scale": guidance_scale, "do_sample": do_sample, **sampling}
-        settings = resolve_settings(self.transformer.generation_config, None, given)
+        model_config = self.transformer.generation_config
+        settings = resolve_settings(model_config, None, given)
         num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt)
-        preserve_threshold = resolve_preserve_threshold(self.transformer.generation_config)
+        preserve_threshold: Any = resolve_preserve_threshold(model_config) if preserve == "auto" else None
         warn_of_greedy_decoding(settings, num_images_per_prompt, **sampling)
         self._interrupt = False
 
@@ -695,6 +712,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
         # 3. Encode them, and repeat them to one row for each result
         device, grid = self._execution_device, self.compute_grid(*size)
+        if source_image_tokens is not None:
+            check_num_tokens("source_image_tokens", source_image_tokens, size, grid)
         if source_cache is not None:
             check_source_cache(source_cache, self.transformer.dtype, device, *grid)
             check_cached_images(source_cache, pixel_values)
@@ -721,6 +740,12 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             if source_cache is None:  # The edit reads it, too.
                 source_cache = self.transformer.prepare_source_cache(find_sources(tokens), *grid)
             edit_mask = find_edited_tokens(self.predict_edit_map(source_cache, embeds), preserve_threshold)
+            if not edit_mask.flatten(1).any(dim=1).all():
+                warnings.warn(
+                    '`preserve` is "auto", and an instruction changes no part of its image enough, so the source is '
+                    'returned unchanged. Pass `mask_image`, or `preserve="off"`.',
+                    stacklevel=3,  # The call stack also holds torch's wrapper for no_grad.
+                )
             windows = [(0, 0, *image.size) for image in whole] * (len(edit_mask) // len(whole))
             region = EditRegion.from_edit_mask(edit_mask, windows, self.vq_model.config.stride, mask_blend)
         region = None if region is None else region.repeat_rows(num_rows, device)
@@ -728,9 +753,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         if region is not None or preview_every is not None or detail == "source":
             # The source's detail is what the VQ model loses of it, so the source must have passed through it, too.
             seen = None if detail == "source" else pixel_values
-            source_pixel_values = self.compute_source_pixels(seen, rows["source_image_tokens"], num_rows, size)
+            source_pixel_values = self.compute_source_pixels(seen, source_image_tokens, num_rows, size)
         if is_fitted and images is None:
-            shown = self.compute_source_pixels(pixel_values, rows["source_image_tokens"], num_rows, size)
+            shown = self.compute_source_pixels(pixel_values, source_image_tokens, num_rows, size)
             images = [one.resize(asked_size[::-1]) for one in self.processor.postprocess(shown)]
 
         # 4. Decode the tokens of the edited images

@@ -192,8 +192,13 @@ class EditApp:
                         # On the CPU, so that sessions need no memory of the GPU.
                         session.add(Step(list(event.images), event.image_tokens.cpu(), before, prompt))
                         status = f"Done in {time.monotonic() - start:.1f} seconds with seed {seed}."
-                        if None in (event.preserved_mask or ()):
+                        masks = event.preserved_mask or []
+                        if None in masks:
                             status += " The instruction changes the whole image, so nothing of it was kept."
+                        elif any(mask is not None and mask.getextrema() == (255, 255) for mask in masks):
+                            status += (
+                                " The model found no part to change. Brush over it, or let the whole image change."
+                            )
                         yield self.show(session) | {self.status: status}
                     elif event is not None:
                         yield {self.slider: (self.save(before), self.save(event[0])), self.status: "Editing …"}
