@@ -191,7 +191,8 @@ def main():
         if operation in args.operations:
             samples = load_samples(args.dataset, operation, args.num_samples)
             results[operation] = score_operation(pipeline, scorer, samples, args)
-            path.write_text(json.dumps(results, indent=1))
+            with atomic_path(path) as unfinished:
+                unfinished.write_text(json.dumps(results, indent=1))
     report = format_report(results)
     (args.output_dir / "preserve.md").write_text(report + "\n", encoding="utf-8")
     print(report)

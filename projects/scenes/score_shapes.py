@@ -28,6 +28,7 @@ from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
 from editar_hf.evaluation.metrics import compute_psnr
+from editar_hf.io import atomic_path
 
 
 OPERATIONS = (*LOCAL, "global")
@@ -181,7 +182,8 @@ def main(arguments=None):
                     operation: score(pipeline, scorer, compose_samples(bank, operation, size, number, args.seed), args)
                     for operation in OPERATIONS
                 }
-                path.write_text(json.dumps(figures))
+                with atomic_path(path) as unfinished:
+                    unfinished.write_text(json.dumps(figures))
                 print(f"{part}, {shape} is scored", flush=True)
     report = f"{format_shapes(figures['shapes'], args.setting)}\n\n{format_ways(figures['ways'])}\n"
     (args.output_dir / "shapes.md").write_text(report, encoding="utf-8")
