@@ -60,7 +60,7 @@ class Arguments:
         default=0.5, metadata={"help": "size of the adversarial gradient, relative to that of the other losses"}
     )
     first_adversarial_step: int = field(
-        default=100, metadata={"help": "until then, only the discriminator learns of it"}
+        default=100, metadata={"help": "step from which the decoder has the adversarial loss, too"}
     )
     edit_region_weight: float = field(default=4.0, metadata={"help": "of edited pixels in the other losses"})
     workers: int = field(default=1, metadata={"help": "processes that compose pairs"})
