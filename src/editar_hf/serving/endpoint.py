@@ -88,9 +88,9 @@ class EndpointHandler:
         file = BytesIO()
         output.images[0].save(file, "PNG")
         answer = {"image": base64.b64encode(file.getvalue()).decode(), "seed": seed}
-        return (
-            answer if output.preserved_mask is None else {**answer, "preserved": output.preserved_mask[0] is not None}
-        )
+        if output.preserved_mask is not None:
+            answer["preserved"] = output.preserved_mask[0] is not None
+        return answer
 
 
 def decode_image(name: str, content: Any) -> Image.Image:
