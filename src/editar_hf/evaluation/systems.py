@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,10 +21,6 @@ from ..checks import check_choice
 from ..pipelines.hub import check_folder_or_hub_id
 from .benchmarks import Sample, open_image
 from .processes import get_process
-
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_editar import EditARPipeline
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -125,10 +121,10 @@ def vq_reconstruction(model: str, reconstruct: str = "source") -> System:
         pipeline.to(get_process().device)
 
         def reconstruct_image(image: Image.Image) -> Image.Image:
-            height, width, how = plan_size(pipeline, image)
-            tokens = pipeline.encode_image(image, height, width, how)
-            decoded = pipeline.decode_image_tokens(tokens, height, width)[0]
-            return pipeline.processor.image_processor.restore(decoded, image, how)
+            size, resize_mode = pipeline.plan_size([image])
+            tokens = pipeline.encode_image(image, *size, resize_mode)
+            decoded = pipeline.decode_image_tokens(tokens, *size)[0]
+            return pipeline.processor.image_processor.restore(decoded, image, resize_mode)
 
         return lambda samples, seeds: [reconstruct_image(getattr(sample, f"{reconstruct}_image")) for sample in samples]
 
@@ -184,13 +180,13 @@ def editar(
         pipeline.to(get_process().device)
 
         def edit(samples: list[Sample], seeds: list[int]) -> list[Image.Image]:
-            plans = [plan_size(pipeline, sample.source_image) for sample in samples]
+            plans = [pipeline.plan_size([sample.source_image]) for sample in samples]
             results: dict[int, Image.Image] = {}
             # A call has one size.
             for plan in dict.fromkeys(plans):
                 places = [place for place, other in enumerate(plans) if other == plan]
                 batch = edit_same_size(
-                    [samples[place] for place in places], [seeds[place] for place in places], plan[2]
+                    [samples[place] for place in places], [seeds[place] for place in places], plan[1]
                 )
                 results |= dict(zip(places, batch, strict=True))
             return [results[place] for place in range(len(samples))]
@@ -212,13 +208,6 @@ def editar(
         return edit
 
     return System("editar", load, options, needs="mask" if use_masks else None)
-
-
-def plan_size(pipeline: "EditARPipeline", image: Image.Image) -> tuple[int, int, str]:
-    """Find the height and width in pixels at which a pipeline edits an image by default, and how it resizes it."""
-    aspect = pipeline.processor.image_processor.aspect
-    size = pipeline.choose_size([image]) if aspect == "source" else pipeline.resolve_size(None, None)
-    return *size, pipeline.resolve_resize_mode(None, aspect)
 
 
 def command(command: str) -> System:

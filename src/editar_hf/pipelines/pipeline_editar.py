@@ -395,6 +395,23 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
         return resize_mode
 
+    def plan_size(
+        self,
+        images: Sequence[Image.Image],
+        height: int | None = None,
+        width: int | None = None,
+        resize_mode: str | None = None,
+        aspect: str | None = None,
+    ) -> tuple[tuple[int, int], str]:
+        """Choose the height and width, in pixels, at which images are encoded, and how they are resized to this size.
+
+        The arguments are those of `encode_image`; so are the defaults and the errors.
+        """
+        aspect = self.resolve_aspect(aspect, images, height, width)
+        if aspect == "source":
+            height, width = self.choose_size(images)
+        return self.resolve_size(height, width), self.resolve_resize_mode(resize_mode, aspect)
+
     def compute_grid(self, height: int, width: int) -> tuple[int, int]:
         """Compute how many tokens an image of `height` × `width` pixels has per column and per row."""
         stride = self.vq_model.config.stride
@@ -410,10 +427,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     ) -> torch.Tensor:
         """Convert images to pixels `(batch, 3, height, width)` in [−1, 1]."""
         images = prepare_rgb_images(image, "image")
-        aspect = self.resolve_aspect(aspect, images, height, width)
-        if aspect == "source":
-            height, width = self.choose_size(images)
-        size, resize_mode = self.resolve_size(height, width), self.resolve_resize_mode(resize_mode, aspect)
+        size, resize_mode = self.plan_size(images, height, width, resize_mode, aspect)
         return self.processor.image_processor.compute_pixel_values(images, *size, resize_mode)
 
     def encode_pixel_values(self, pixel_values: torch.Tensor) -> torch.LongTensor:
