@@ -382,7 +382,7 @@ class ImageServer:
     async def describe_result(self, outcome: Outcome, fields: ImageFields) -> dict[str, Any]:
         """Describe a preview or an image: the file in base64, and whether `preserve` has kept a part of the source."""
         how = fields.output_format, fields.output_compression
-        file = await self.run_codec(encode_image, outcome.image or outcome.preview, *how)
+        file = await self.run_codec(encode_image, outcome.picture, *how)
         result: dict[str, Any] = {"b64_json": base64.b64encode(file).decode()}
         return result if outcome.is_preserved is None else {**result, "preserved": outcome.is_preserved}
 
@@ -393,13 +393,11 @@ class ImageServer:
 
 def describe_image(outcome: Outcome, fields: ImageFields) -> dict[str, str]:
     """Describe a preview or an image in OpenAI's words."""
-    image = outcome.image or outcome.preview
-    assert image is not None
     return {
         "background": "opaque",
         "output_format": fields.output_format,
         "quality": "auto",
-        "size": f"{image.width}x{image.height}",
+        "size": "x".join(map(str, outcome.picture.size)),
     }
 
 

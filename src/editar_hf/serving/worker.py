@@ -74,6 +74,13 @@ class Outcome(NamedTuple):
     error: Exception | None = None
     is_preserved: bool | None = None
 
+    @property
+    def picture(self) -> Image.Image:
+        """The preview or the image."""
+        picture = self.image or self.preview
+        assert picture is not None
+        return picture
+
 
 @dataclass(eq=False)
 class Job:
