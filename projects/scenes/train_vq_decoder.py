@@ -236,13 +236,13 @@ def main(arguments=None):
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log = Log(args.output_dir)
     bank = Bank.load(args.bank)
-    dtype = EditARVQModel.from_pretrained(args.vq_model, dtype="auto").dtype
-    vq_model = EditARVQModel.from_pretrained(args.vq_model, dtype=torch.float32)
-    vq_model.to(args.device, memory_format=torch.channels_last).eval()
+    vq_model = EditARVQModel.from_pretrained(args.vq_model, dtype="auto").eval()
+    dtype = vq_model.dtype
+    vq_model.to(args.device, torch.float32, memory_format=torch.channels_last)
     features = load_features(args.features).to(args.device, memory_format=torch.channels_last)
-    held_out = Pairs(bank, args.seed, "test", args.resolution)
-    images = np.stack([held_out[index][0][1] for index in range(NUM_MEASURED)])
-    held_out = prepare_pixel_values(images, torch.device(args.device))
+    test_pairs = Pairs(bank, args.seed, "test", args.resolution)
+    targets = np.stack([test_pairs[index][0][1] for index in range(NUM_MEASURED)])
+    held_out = prepare_pixel_values(targets, torch.device(args.device))
     before = decode_held_out(vq_model, held_out)
     log.write(event="before", **measure(features, before, held_out))
 
