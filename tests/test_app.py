@@ -22,7 +22,7 @@ from PIL import Image
 from processes import PythonProcess, find_free_port
 from serving import wait_until
 from tiny import build_pipeline as build_tiny_pipeline
-from tiny import draw_image
+from tiny import draw_image, teach_to_keep
 
 from editar_hf.commands import main
 from editar_hf.condition_maps import make_canny_map
@@ -154,7 +154,7 @@ def test_session_goes_on_in_tokens_and_keeps_what_no_brush_has_touched(app, pipe
 
 def test_the_rest_is_kept_without_a_brush_if_asked_and_the_brush_wins():
     pipe, image = build_pipeline(), draw_image(0)
-    pipe.transformer.generation_config.preserve_threshold = pipe.compute_edit_map(image, PROMPT).median().item()
+    teach_to_keep(pipe, [image], [PROMPT])
     app, session = create_app(pipe), start_session(image)
     for editor_value in (None, brush(image.size, (0, 0, 4, 4))):
         session.start(image)

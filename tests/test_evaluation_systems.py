@@ -18,7 +18,7 @@ from diffusers import (
 from evaluation_data import evaluate, make_picture_folder
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
-from tiny import build_pipeline, draw_image, redraw_weights
+from tiny import build_pipeline, draw_image, redraw_weights, teach_to_keep
 from tiny_metrics import build_clip
 from transformers import CLIPTextModel
 
@@ -170,8 +170,7 @@ def test_masks_are_used_only_where_they_are_asked_for(models):
 def test_the_rest_is_kept_without_the_masks_where_it_is_asked_for(tmp_path):
     pipeline, samples = build_pipeline(), build_samples()
     source = samples[0].source_image
-    edit_map = pipeline.compute_edit_map(source, samples[0].prompt)
-    pipeline.transformer.generation_config.preserve_threshold = edit_map.median().item()
+    teach_to_keep(pipeline, [source], [samples[0].prompt])
     pipeline.save_pretrained(tmp_path)
     (plain, _), (kept, _) = (edit("editar", samples, model=tmp_path, preserve=how) for how in (None, "auto"))
     equal = [(np.asarray(image) == np.asarray(source)).all(axis=2).mean() for image in (plain, kept)]

@@ -5,8 +5,8 @@
         --judge judge.safetensors --output-dir scores --num-samples 100
 
 `--calibrate` computes the edit maps of all samples with a true mask, and takes the threshold that 90 % of the tokens
-inside the masks exceed. It writes the threshold to the generation config of the model, which must be a folder. Use
-other samples than for scoring.
+inside the masks exceed. It writes the threshold to the generation config of the model, which must be a folder, and
+prints how many edits fall back with it, so that the whole image may change. Use other samples than for scoring.
 
 Without it, the script makes every edit three times with equal seeds: with `preserve="off"`, with `preserve="auto"` and
 with the true mask. It writes `preserve.md`, with figures by operation, and `preserve.json`. `score.py` says what counts
@@ -64,18 +64,24 @@ def find_true_tokens(sample: dict, stride: int) -> torch.Tensor:
 
 
 def calibrate(pipeline: EditARPipeline, args: PreserveArguments):
-    """Choose the threshold, and write it to the generation config of the model."""
+    """Choose the threshold, write it to the generation config of the model, and print how often edits fall back."""
+    edit_maps = {}
     inside = []
-    for operation in LOCAL:
-        for sample in load_samples(args.dataset, operation, args.num_samples):
-            edit_map = pipeline.compute_edit_map(sample["source"], sample["prompt"])[0]
-            inside.append(edit_map[find_true_tokens(sample, pipeline.vq_model.config.stride)])
+    for operation in (*LOCAL, "global"):
+        samples = load_samples(args.dataset, operation, args.num_samples)
+        edit_maps[operation] = torch.cat([pipeline.compute_edit_map(s["source"], s["prompt"]) for s in samples])
+        if operation in LOCAL:
+            true = torch.stack([find_true_tokens(sample, pipeline.vq_model.config.stride) for sample in samples])
+            inside.append(edit_maps[operation][true])
     threshold = round(float(torch.cat(inside).quantile(1 - RECALL)), 2)
     path = Path(args.model) / "transformer" / "generation_config.json"
     config = {**json.loads(path.read_text()), "preserve_threshold": threshold}
     with atomic_path(path) as unfinished:
         unfinished.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    print(f"preserve_threshold {threshold} nats, from {len(inside)} samples, written to {path}")
+    print(f"preserve_threshold {threshold} nats, written to {path}")
+    for operation, maps in edit_maps.items():
+        num_whole = int(find_edited_tokens(maps, threshold).all(dim=1).all(dim=1).sum())
+        print(f"{operation}: {num_whole} of {len(maps)} edits fall back")
 
 
 def edit_one(pipeline: EditARPipeline, sample: dict, mode: str, seed: int, setting: str) -> tuple[Image.Image, dict]:

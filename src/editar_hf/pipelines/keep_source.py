@@ -9,13 +9,15 @@ from PIL import Image
 from ..checks import check_number
 from ..image_processing_editar import EditARImageProcessor, prepare_rgb_image
 from ..modeling_editar_vq import EditARVQModel
-from .edit_region import average_neighbors, compute_feather, find_edited_tokens
+from .edit_region import average_neighbors, compute_feather
 
 
 # The longest side at which images are compared, in pixels.
 MAX_COMPARED_SIDE = 1024
 # Editors change proportions by a few percent when they resize an image to a size that they support.
 MAX_PROPORTION_CHANGE = 1.1
+# If more than this fraction of the tokens count as edited, the edit is taken to change the whole image.
+MAX_EDITED_FRACTION = 2 / 3
 
 
 @torch.no_grad()
@@ -81,8 +83,9 @@ def keep_source(
     pixels = processor([source, edited], resize_mode="stretch").pixel_values.to(vq_model.device)
     before, after = (vq_model.encode(image).latents for image in pixels.split(1))
     distances = average_neighbors((1 - (before * after).sum(dim=-1)).unflatten(1, (rows, columns)))
-    is_edited = find_edited_tokens(distances, threshold)
-    if is_edited.all():
+    is_edited = distances > threshold
+    if is_edited.float().mean() > MAX_EDITED_FRACTION:
+        is_edited = torch.ones_like(is_edited)
         warnings.warn("`edited` differs from `source` nearly everywhere, so it is returned as it is.", stacklevel=3)
     weights = compute_feather(is_edited, stride)[0, 0]
     # Floored, so that a pixel between two weights of 0 stays exactly that of the source.

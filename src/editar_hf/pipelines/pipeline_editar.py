@@ -613,10 +613,12 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 the result back into the full image. The window has the proportions of `height` × `width`. Needs
                 `image`, `mask_image` and `output_type="pil"`, and no `resize_mode`.
             preserve (`str`): `"auto"` keeps what the instruction does not change, without a mask. One more decoder pass
-                finds the tokens that may change (see `compute_edit_map`). The edit then works as with a mask of them.
-                If more than two thirds of the tokens may change, the instruction is taken to change the whole image,
-                and nothing is kept. If none may change, the source is returned with a warning. `preserved_mask` of the
-                output shows what was kept. `"auto"` needs a source and the task `"edit"`, and takes no `mask_image`.
+                finds the tokens that may change: those whose value in the edit map (see `compute_edit_map`) is above
+                `preserve_threshold` of the generation config. The edit then works as with a mask of them. If more than
+                three quarters of the tokens are above half the threshold, the instruction is taken to change the whole
+                image, and nothing is kept. If no token may change, the source is returned with a warning.
+                `preserved_mask` of the output shows what was kept. `"auto"` needs a source and the task `"edit"`, and
+                takes no `mask_image`.
                 *Defaults to* `"off"`.
             guidance_scale (`float`, *optional*): Weight of the prompt; 1 means no guidance. `guidance_scale`,
                 `do_sample`, `temperature`, `top_k` and `top_p` *default to* the settings in
