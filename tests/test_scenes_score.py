@@ -11,6 +11,7 @@ import features
 import numpy as np
 import pytest
 import score
+import score_keep_source
 import score_preserve
 import score_shapes
 import torch
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import build_pipeline, build_vq_model
 
-from editar_hf import EditARPipeline
+from editar_hf import EditARPipeline, keep_source
 
 
 SIDE = 64
@@ -336,6 +337,7 @@ def test_shapes_are_scored_at_the_sizes_of_their_proportions(run, bank, bank_fol
         ("OTHER_SHAPES", ("2:1",)),
         ("LARGE_SHAPES", ("2:1",)),
         ("OPERATIONS", ("recolor", "global")),
+        ("LOCAL", ("recolor",)),
     ):
         monkeypatch.setattr(score_shapes, name, few)
     options = {
@@ -353,13 +355,21 @@ def test_shapes_are_scored_at_the_sizes_of_their_proportions(run, bank, bank_fol
     assert {name: len(one["recolor"]["greedy-1"]) for name, one in figures["shapes"].items()} == dict.fromkeys(
         ("1:1", "4:3", "2:1"), 2
     )
-    assert [line.split(" | ")[:2] for line in (tmp_path / "shapes.md").read_text().splitlines()[2:7]] == [
+    tables = [table.splitlines()[2:] for table in (tmp_path / "shapes.md").read_text().split("\n\n")]
+    assert [line.split(" | ")[:2] for line in tables[0]] == [
         ["| 1:1", "yes"],
         ["| 4:3", "yes"],
         ["| 2:1", "no"],
         ["| 4:3", "yes"],
         ["| 2:1", "no"],
     ]
+    assert list(figures["squares"]) == ["4:3", "2:1"]
+    done, square_done = (
+        100 * np.mean([mark["done"] for mark in figures[part]["4:3"]["recolor"]["ceiling"]])
+        for part in ("shapes", "squares")
+    )
+    assert tables[1][0].startswith("| 4:3 | ")
+    assert f"| {done - square_done:+.1f} ± " in tables[1][0].split(" | ", 4)[4]
     pipe = EditARPipeline.from_pretrained(folder / "editor", dtype=torch.float32)
     assert score_shapes.choose_sizes(pipe, "2:1") == ((32, 64), (96, 192))
     # By hand: a large image is edited whole, and its result compared at the full size.
@@ -394,3 +404,44 @@ def test_preserve_is_calibrated_and_measured_beside_off_and_the_true_mask(run, d
     assert off["psnr"] < mask["psnr"]
     assert mask["at_floor"] == 1
     assert "| recolor (1) | off |" in (tmp_path / "preserve.md").read_text()
+
+
+def test_squares_of_a_shape_show_objects_as_small_as_the_shape(bank):
+    assert score_shapes.name_square("3:4") == score_shapes.name_square("4:3") == "4:3"
+    sides = []
+    for size, object_scale in (((96, 128), 1.0), ((128, 128), 96 / 128), ((128, 128), 1.0)):
+        samples = score_shapes.compose_samples(bank, "recolor", size, 40, 7, object_scale)
+        boxes = np.array([sample["box"] for sample in samples])
+        sides.append(np.maximum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]).mean())
+    assert sides[1] == pytest.approx(sides[0], rel=0.1)
+    assert sides[2] > 1.2 * sides[1]
+
+
+def test_an_average_over_shapes_weighs_operations_and_shapes_alike():
+    def mark(*values):
+        return {"greedy-1": [{"done": value} for value in values]}
+
+    figures = {"1:1": {"add": mark(True), "move": mark(True, False)}, "2:1": {"add": mark(False), "move": mark(False)}}
+    how = ("done", "greedy-1", ("add", "move"))
+    # The only error is that of a half among two: 0.354, halved because there are two operations.
+    assert score_shapes.average(figures, ["1:1"], *how) == pytest.approx((75, 17.68), abs=0.01)
+    assert score_shapes.average(figures, ["1:1", "2:1"], *how) == pytest.approx((37.5, 8.84), abs=0.01)
+    assert score_shapes.average(figures, ["1:1", "1:1", "2:1"], *how) == pytest.approx((50, 11.79), abs=0.01)
+
+
+def test_keep_source_is_measured_on_spoiled_targets(run, dataset, folder, tmp_path):
+    options = {"model": folder / "editor", "dataset": dataset, "num_samples": 1, "output": tmp_path / "keep_source.md"}
+    run(score_keep_source, options)
+    lines = (tmp_path / "keep_source.md").read_text().splitlines()
+    assert len(lines) == 2 + 5 * 3
+    vq_model = EditARPipeline.from_pretrained(folder / "editor", dtype=torch.float32).vq_model
+    taken, kept = [], []
+    for operation in score.LOCAL:
+        sample = load_sample(dataset, operation)
+        source, edited = Image.fromarray(sample["source"]), score_keep_source.blur(Image.fromarray(sample["target"]))
+        result = np.asarray(keep_source(source, edited, vq_model, 0.2))
+        is_edited, is_source = ((result == np.asarray(image)).all(axis=2) for image in (edited, source))
+        taken.append(is_edited[sample["mask"]].mean())
+        is_far = ~score.find_inside(sample["mask"], 2 * vq_model.config.stride)
+        kept += [is_source[is_far].mean()] if is_far.any() else []
+    assert f"| a blur of 0.7 pixels | 0.2 | {np.mean(taken):.2f} | {np.mean(kept):.2f} |" in "\n".join(lines)

@@ -134,11 +134,13 @@ def draw_asked_color(scene: Scene, thing: Thing, is_held_out: bool) -> str:
     return max(distances, key=distances.get)
 
 
-def compose_local(bank: Bank, rng: random.Random, split: str, height: int, width: int, operation: str) -> Pair:
+def compose_local(
+    bank: Bank, rng: random.Random, split: str, height: int, width: int, operation: str, object_scale: float
+) -> Pair:
     """Compose an edit of one object."""
     scene = make_scene(bank, rng, split, height, width)
     number = rng.choices((0, 1, 2), (0.45, 0.45, 0.1))[0]
-    scene.crowding = CROWDING[number]
+    scene.crowding = CROWDING[number] * object_scale
     asks_held_out = operation == "recolor" and split == "test" and rng.random() < 0.5
     main_view = draw_main_view(scene, operation, asks_held_out)
     main = scene.make_thing(main_view, {"add": 0.35, "recolor": 0.45}.get(operation, 0.3))
@@ -342,6 +344,7 @@ def compose_pair(
     height: int = 128,
     width: int = 128,
     operation: str | None = None,
+    object_scale: float = 1.0,
 ) -> Pair:
     """Compose pair `index` of a split.
 
@@ -351,6 +354,7 @@ def compose_pair(
         split (`str`): "train" or "test"; "test" takes other photographs, and other views and models of objects.
         height, width (`int`): Size in pixels.
         operation (`str`, *optional*): One of `OPERATIONS`; drawn from `MIX` where left out.
+        object_scale (`float`): What the sides of objects are multiplied by, in edits of objects.
 
     Raises:
         ValueError: If the split or the operation is unknown, or the bank has too little for the split.
@@ -365,7 +369,7 @@ def compose_pair(
         return compose_global(bank, rng, split, height, width)
     if operation in MAPS:
         return compose_map(bank, rng, split, height, width, operation)
-    return compose_local(bank, rng, split, height, width, operation)
+    return compose_local(bank, rng, split, height, width, operation, object_scale)
 
 
 def list_instructions(bank: Bank, number: int, seed: int = 0) -> list[tuple[str, str]]:

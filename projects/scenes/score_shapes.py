@@ -4,15 +4,20 @@
         --judge judge.safetensors --output-dir shapes
 
 First, test pairs are composed at each shape that `aspect="source"` chooses, and scored as in `score.py`. Each has
-other scenes. Then test pairs are composed larger than the model works at, and edited in four ways: the centred square,
-the whole image stretched to a square, `aspect="source"`, and this with `detail="source"`. All four are compared with
-the target at its full size.
+other scenes. Objects are sized by the shorter side, so they have fewer tokens in thin shapes, and smaller objects are
+harder to edit. Therefore each shape is also compared with squares whose objects are as small as those of the shape.
+
+Then test pairs are composed larger than the model works at, and edited in four ways: the centred square, the whole
+image stretched to a square, `aspect="source"`, and this with `detail="source"`. All four are compared with the target
+at its full size.
 
 `output_dir` receives `shapes.json`, with the figures of each shape as soon as it is scored, and `shapes.md`. Figures
 that are there are not computed again.
 """
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +27,7 @@ from bank import Bank
 from compose import compose_pair
 from features import compute_feature_distance, load_features
 from PIL import Image
-from score import LOCAL, Scorer, compute_outside_psnrs, format_percent, format_table, make_images, parse_setting
+from score import LOCAL, Scorer, compute_outside_psnrs, format_table, make_images, parse_setting
 from train_judge import load_judge, stack_crops
 from transformers import HfArgumentParser
 
@@ -67,9 +72,16 @@ def choose_sizes(pipeline: EditARPipeline, shape: str) -> tuple[tuple[int, int],
     return size, tuple(round(SCALE * max(size) * side / max(ratio.size)) for side in (ratio.height, ratio.width))
 
 
-def compose_samples(bank: Bank, operation: str, size: tuple[int, int], number: int, seed: int) -> list[dict]:
+def name_square(shape: str) -> str:
+    """Name the squares with objects as small as those of a shape; a shape and its upright form have the same."""
+    return ":".join(sorted(shape.split(":"), key=int, reverse=True))
+
+
+def compose_samples(
+    bank: Bank, operation: str, size: tuple[int, int], number: int, seed: int, object_scale: float = 1.0
+) -> list[dict]:
     """Compose test pairs of an operation, in the form of `score.load_samples`."""
-    pairs = [compose_pair(bank, seed, index, "test", *size, operation) for index in range(number)]
+    pairs = [compose_pair(bank, seed, index, "test", *size, operation, object_scale) for index in range(number)]
     return [{**vars(pair), "prompt": pair.instruction} for pair in pairs]
 
 
@@ -121,25 +133,47 @@ def score_ways(pipeline: EditARPipeline, scorer: Scorer, samples: list[dict], ar
     return figures
 
 
+def average(
+    figures: dict, shapes: Sequence[str], mark: str, setting: str, operations: Sequence[str]
+) -> tuple[float, float]:
+    """Average a mark over shapes and operations, in percent. Return the mean and its standard error."""
+    mean = variance = 0.0
+    for shape, count in Counter(shapes).items():
+        groups = [[row[mark] for row in figures[shape][operation][setting]] for operation in operations]
+        shares = np.array([np.mean(group) for group in groups])
+        numbers = np.array([len(group) for group in groups])
+        weight = count / len(shapes)
+        mean += weight * shares.mean()
+        variance += (weight / len(groups)) ** 2 * (shares * (1 - shares) / numbers).sum()
+    return 100 * mean, 100 * variance**0.5
+
+
 def format_shapes(figures: dict, setting: str) -> str:
     """Format the share of edits done, by shape."""
-
-    def average(names, mark, setting):
-        """The mean over operations, and its standard error."""
-        groups = [[row[mark] for name in names for row in figures[name][op][setting]] for op in OPERATIONS]
-        means = [np.mean(group) for group in groups]
-        error = np.sqrt(sum(m * (1 - m) / len(g) for m, g in zip(means, groups, strict=True))) / len(groups)
-        return f"{100 * np.mean(means):.1f} ± {100 * error:.1f}"
-
     rows = []
-    for names in [[name] for name in figures] + [list(TRAINED_SHAPES[1:]), list(OTHER_SHAPES)]:
-        by_operation = [
-            format_percent(np.mean([row["done"] for name in names for row in figures[name][operation][setting]]))
-            for operation in OPERATIONS
+    for shapes in [[shape] for shape in figures] + [list(TRAINED_SHAPES[1:]), list(OTHER_SHAPES)]:
+        means = [
+            "{:.1f} ± {:.1f}".format(*average(figures, shapes, *how, OPERATIONS))
+            for how in (("done", setting), ("done", "ceiling"), ("nearer", setting))
         ]
-        means = [average(names, "done", setting), average(names, "done", "ceiling"), average(names, "nearer", setting)]
-        rows.append([", ".join(names), "yes" if names[0] in TRAINED_SHAPES else "no", *means, *by_operation])
+        by_operation = [f"{average(figures, shapes, 'done', setting, [name])[0]:.1f}" for name in OPERATIONS]
+        rows.append([", ".join(shapes), "yes" if shapes[0] in TRAINED_SHAPES else "no", *means, *by_operation])
     return format_table(["shape", "trained", "done", "ceiling", "nearer", *OPERATIONS], rows)
+
+
+def format_squares(figures: dict, squares: dict, setting: str) -> str:
+    """Format the share of edits of objects done, by shape, beside that in squares with objects of the same size."""
+    rows = []
+    for shapes in [[shape] for shape in figures if name_square(shape) in squares] + [TRAINED_SHAPES[1:], OTHER_SHAPES]:
+        row = [", ".join(shapes)]
+        for how in (("done", setting), ("done", "ceiling")):
+            shape = average(figures, shapes, *how, LOCAL)
+            square = average(squares, [*map(name_square, shapes)], *how, LOCAL)
+            row += ["{:.1f} ± {:.1f}".format(*values) for values in (shape, square)]
+            row.append(f"{shape[0] - square[0]:+.1f} ± {np.hypot(shape[1], square[1]):.1f}")
+        rows.append(row)
+    names = ["shape", "square", "difference"]
+    return format_table(["", *(f"{mark}: {name}" for mark in ("done", "ceiling") for name in names)], rows)
 
 
 def format_ways(figures: dict) -> str:
@@ -171,21 +205,33 @@ def main(arguments=None):
     pipeline.set_progress_bar_config(disable=True)
     scorer = Scorer(load_features(args.features), load_judge(args.judge), pipeline.vq_model.config.stride, "cpu")
     path = args.output_dir / "shapes.json"
-    figures = json.loads(path.read_text()) if path.exists() else {"shapes": {}, "ways": {}}
-    jobs = [("shapes", (*TRAINED_SHAPES, *OTHER_SHAPES), args.number, score_shape)]
-    jobs += [("ways", LARGE_SHAPES, args.num_large, score_ways)]
-    for part, shapes, number, score in jobs:
-        for shape in shapes:
-            if shape not in figures[part]:
-                size = choose_sizes(pipeline, shape)[part == "ways"]
-                figures[part][shape] = {
-                    operation: score(pipeline, scorer, compose_samples(bank, operation, size, number, args.seed), args)
-                    for operation in OPERATIONS
-                }
-                with atomic_path(path) as unfinished:
-                    unfinished.write_text(json.dumps(figures))
-                print(f"{part}, {shape} is scored", flush=True)
-    report = f"{format_shapes(figures['shapes'], args.setting)}\n\n{format_ways(figures['ways'])}\n"
+    figures = {"shapes": {}, "squares": {}, "ways": {}}
+    figures |= json.loads(path.read_text()) if path.exists() else {}
+    jobs = []
+    for shape in (*TRAINED_SHAPES, *OTHER_SHAPES):
+        size, large_size = choose_sizes(pipeline, shape)
+        side = max(size)
+        jobs.append(("shapes", shape, score_shape, OPERATIONS, (size, args.number, args.seed)))
+        if shape == name_square(shape) != "1:1":
+            how = ((side, side), args.number, args.seed, min(size) / side)
+            jobs.append(("squares", shape, score_shape, LOCAL, how))
+        if shape in LARGE_SHAPES:
+            jobs.append(("ways", shape, score_ways, OPERATIONS, (large_size, args.num_large, args.seed)))
+    for part, shape, score, operations, how in jobs:
+        if shape not in figures[part]:
+            figures[part][shape] = {
+                operation: score(pipeline, scorer, compose_samples(bank, operation, *how), args)
+                for operation in operations
+            }
+            with atomic_path(path) as unfinished:
+                unfinished.write_text(json.dumps(figures))
+            print(f"{part}, {shape} is scored", flush=True)
+    parts = [
+        format_shapes(figures["shapes"], args.setting),
+        format_squares(figures["shapes"], figures["squares"], args.setting),
+        format_ways(figures["ways"]),
+    ]
+    report = "\n\n".join(parts) + "\n"
     (args.output_dir / "shapes.md").write_text(report, encoding="utf-8")
     print(report)
 
