@@ -311,6 +311,7 @@ def test_the_command_scores_and_goes_on_where_it_stopped(run, dataset, folder, t
         assert text in tables
     for name in ("samples.png", "failures.png"):
         assert min(Image.open(tmp_path / name).size) > SIDE
+    assert not np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("samples", "failures")))
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("images/*/*")}
     missing = tmp_path / "images" / "greedy-2" / "global"
     for image in missing.iterdir():

@@ -314,7 +314,8 @@ def score_all(pipeline: EditARPipeline, scorer: Scorer, args: Arguments) -> tupl
             if setting == args.settings[0]:
                 edits = list(zip(samples, images, scores, strict=True))
                 random.Random(f"{args.seed} {operation}").shuffle(edits)
-                failures = [edit for edit in edits if not edit[2]["done"]]
+                # From the other end, so that the two sheets show different edits.
+                failures = [edit for edit in reversed(edits) if not edit[2]["done"]]
                 shown.append([part[: args.num_shown] for part in (edits, failures)])
     return marks, shown
 
