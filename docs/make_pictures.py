@@ -66,14 +66,14 @@ def draw_edits(pipe: EditARPipeline) -> Image.Image:
 
 
 def draw_shapes(pipe: EditARPipeline) -> Image.Image:
-    """The photograph; edits of its centred square, of all of it as a square, at its own shape, and with its detail."""
+    """Edits of the photograph in three ways, side by side. Below: the photograph, and two edits with its detail."""
     ways = [{"aspect": "model", "resize_mode": "crop"}, {"aspect": "model", "resize_mode": "stretch"}]
     ways += [{"aspect": "source"}, {"aspect": "source", "detail": "source"}]
     captions = ["the centred square", "stretched to a square", 'aspect="source"', 'aspect="source", detail="source"']
     shown = [edit(pipe, ["turn day into night"], **way)[0] for way in ways]
     removed = edit(pipe, ["remove the dog"], **ways[-1])
-    captioned = [("the photograph", PHOTO), *zip(captions, shown, strict=True)]
-    return join_images([*captioned, ('remove the dog, detail="source"', removed[0])])
+    edits = [*zip(captions, shown, strict=True), ('remove the dog, detail="source"', removed[0])]
+    return join_images([*edits[:3], ("the photograph", PHOTO), *edits[3:]])
 
 
 def draw_condition_maps(pipe: EditARPipeline, bank: Bank) -> Image.Image:
