@@ -91,6 +91,12 @@ def test_header_of_a_shipped_card_repeats_its_figures_and_shows_an_edit_of_the_m
     assert are_near(edited, Image.open(folder / example["output"]["url"]))
 
 
+def test_the_shipped_editor_stays_small_enough_for_a_repository():
+    sizes = [path.stat().st_size / 2**20 for path in (EXAMPLES / "scene-editor").rglob("*") if path.is_file()]
+    assert max(sizes) <= 15
+    assert sum(sizes) <= 32
+
+
 def test_saved_adapter_gives_the_tokens_it_gave(pipe, image):
     pipe.load_lora_weights(STICKERS / "sticker-copy-lora")
     try:
