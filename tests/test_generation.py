@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 from plain_decoding import GREEDY, PassRecorder, decode_plainly, draw_inputs, draw_mask, seed_generators, select_row
@@ -185,7 +186,14 @@ def test_arguments_win_over_the_given_config_over_the_models_own(model, inputs):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, GREEDY, {"top_k": 0, "top_p": 0.9, "temperature": 0.7, "guidance_scale": 1.5}], ids=str
+    "settings",
+    [
+        {},
+        GREEDY,
+        {"top_k": 0, "top_p": 0.9, "temperature": 0.7, "guidance_scale": 1.5},
+        {"top_k": np.int64(7), "top_p": np.float32(0.5), "guidance_scale": np.float32(1.5)},
+    ],
+    ids=str,
 )
 def test_generation_config_survives_saving_and_loading(model, tmp_path, settings):
     model = copy.deepcopy(model)

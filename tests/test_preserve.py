@@ -1,5 +1,6 @@
 """What `preserve="auto"` keeps of the source without a mask."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -148,13 +149,22 @@ def test_what_cannot_be_kept_without_a_mask_is_refused(pipe, how, message):
         pipe(PROMPT, **{"image": draw_image(0), "preserve": "auto", **how})
 
 
-def test_the_threshold_is_saved_with_the_model_and_a_wrong_one_is_refused(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    threshold = pipe.transformer.generation_config.preserve_threshold
+@pytest.mark.parametrize("value", [1.5, 2, np.float32(1.5)])
+def test_the_threshold_is_saved_with_the_model(value, tmp_path):
+    build(value).save_pretrained(tmp_path)
     loaded = EditARPipeline.from_pretrained(tmp_path, dtype=torch.float32)
-    assert loaded.transformer.generation_config.preserve_threshold == threshold
-    with pytest.raises(ValueError, match=r"`preserve_threshold` is -1\.0 in the generation config; set a positive"):
-        build(-1)(PROMPT, image=draw_image(0), preserve="auto")
+    assert loaded.transformer.generation_config.preserve_threshold == value
+
+
+@pytest.mark.parametrize("value", [-1, 0.0, np.nan, np.inf, "1.5", True, [1], torch.tensor(1.0)], ids=repr)
+def test_a_wrong_threshold_is_refused_by_calls_and_when_it_is_saved(value, tmp_path):
+    pipe = build(value)
+    message = f"`preserve_threshold` is {value!r} in the generation config; set a finite number above 0"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipe(PROMPT, image=draw_image(0), preserve="auto")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipe.transformer.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_threshold_that_cannot_be_used_matters_only_with_preserve():

@@ -38,9 +38,9 @@ from train_judge import decode_image, load_judge
 from transformers import HfArgumentParser
 
 from editar_hf import EditARPipeline
+from editar_hf.generation.inputs import resolve_preserve_threshold
 from editar_hf.io import atomic_path
 from editar_hf.pipelines.edit_region import compute_edit_mask, find_edited_tokens
-from editar_hf.pipelines.inputs import resolve_preserve_threshold
 
 
 # The fraction of the tokens inside true masks that the calibrated threshold frees.

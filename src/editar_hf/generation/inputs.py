@@ -1,5 +1,7 @@
 """Resolve the settings of `generate` and check its arguments, before the decoder runs."""
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,6 +10,10 @@ from transformers import GenerationConfig
 from ..checks import check_choice, check_flag, check_integer, check_number, check_tensor
 from .cache import SourceCache, sample_weights
 from .sampling import DecodingSettings
+
+
+# The `preserve_threshold` of models whose generation config has none, in nats.
+PRESERVE_THRESHOLD = 1.0
 
 
 def resolve_settings(
@@ -26,7 +32,7 @@ def resolve_settings(
     for layer in (own.to_dict(), given.to_dict() if given else {}, arguments):
         values |= {name: value for name, value in layer.items() if value is not None}
     for name, value in values.items():
-        # Only the pipeline uses `preserve_threshold`.
+        # Only the pipeline uses `preserve_threshold`; see `resolve_preserve_threshold`.
         is_note = name.startswith("_") or name in ("transformers_version", "preserve_threshold")
         if name not in DecodingSettings._fields and value is not False and not is_note:
             raise ValueError(
@@ -35,9 +41,13 @@ def resolve_settings(
             )
     settings = DecodingSettings(**{name: values[name] for name in DecodingSettings._fields if name in values})
     check_flag("do_sample", settings.do_sample)
-    check_integer("top_k", settings.top_k, minimum=0)
-    for name in ("temperature", "top_p", "guidance_scale"):
-        check_number(name, getattr(settings, name))
+    # As Python's own numbers, because those of numpy cannot be saved.
+    settings = settings._replace(
+        temperature=check_number("temperature", settings.temperature),
+        top_k=check_integer("top_k", settings.top_k, minimum=0),
+        top_p=check_number("top_p", settings.top_p),
+        guidance_scale=check_number("guidance_scale", settings.guidance_scale),
+    )
     if settings.temperature < 0 or (settings.do_sample and settings.temperature == 0):
         raise ValueError(
             f"`temperature` is {settings.temperature}; pass a positive number. For greedy decoding, pass "
@@ -46,6 +56,23 @@ def resolve_settings(
     if not 0 < settings.top_p <= 1:
         raise ValueError(f"`top_p` is {settings.top_p}; pass a probability in (0, 1]; 1 keeps all tokens.")
     return settings
+
+
+def resolve_preserve_threshold(generation_config: GenerationConfig) -> float:
+    """Return the `preserve_threshold` of a model in nats, or the default if it has none.
+
+    Raises:
+        ValueError: If it is not a finite number above 0.
+    """
+    threshold = getattr(generation_config, "preserve_threshold", None)
+    if threshold is None:
+        return PRESERVE_THRESHOLD
+    is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+    if not is_number or not 0 < threshold < math.inf:  # This form also refuses NaN.
+        raise ValueError(
+            f"`preserve_threshold` is {threshold!r} in the generation config; set a finite number above 0, or None."
+        )
+    return float(threshold)
 
 
 def check_source_image_tokens(source_image_tokens: torch.Tensor, vocab_size: int) -> None:

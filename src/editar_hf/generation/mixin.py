@@ -32,6 +32,7 @@ from .inputs import (
     check_source_image_tokens,
     check_tensors,
     check_weights,
+    resolve_preserve_threshold,
     resolve_settings,
 )
 from .sampling import TokenSelector, compute_noise_keys, draw_seeds, select_branches
@@ -70,8 +71,8 @@ class EditARGenerationMixin(GenerationMixin):
         settings = resolve_settings(self.generation_config, None, {})._asdict()
         if not settings["do_sample"]:
             settings = {name: settings[name] for name in ("do_sample", "guidance_scale")}
-        if (threshold := getattr(self.generation_config, "preserve_threshold", None)) is not None:
-            settings["preserve_threshold"] = threshold
+        if getattr(self.generation_config, "preserve_threshold", None) is not None:
+            settings["preserve_threshold"] = resolve_preserve_threshold(self.generation_config)
         own, self.generation_config = self.generation_config, GenerationConfig(**settings)
         try:
             super().save_pretrained(*args, **kwargs)

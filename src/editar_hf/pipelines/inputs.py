@@ -7,18 +7,15 @@ import warnings
 from collections.abc import Callable, Sequence, Sized
 
 import torch
-from transformers import GenerationConfig
 from transformers.image_utils import ImageInput
 
-from ..checks import check_choice, check_integer, check_number, check_texts
+from ..checks import check_choice, check_integer, check_texts
 from ..generation import SourceCache
 from ..generation.sampling import DecodingSettings
 from ..image_processing_editar import DETAILS, OUTPUT_TYPES
 from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix
 
 
-# The threshold of models whose generation config has none, in nats.
-PRESERVE_THRESHOLD = 1.0
 # The `stacklevel` of warnings: a function of this file, `__call__`, torch's wrapper for no_grad, and then the caller.
 CALLER = 4
 
@@ -146,15 +143,6 @@ def check_num_tokens(name: str, image_tokens: torch.Tensor, size: tuple[int, int
             f"`{name}` has shape {tuple(image_tokens.shape)}, but an image of {size[1]}×{size[0]} pixels has "
             f"{grid[0] * grid[1]} tokens; pass the `height` and `width` at which the tokens were made."
         )
-
-
-def resolve_preserve_threshold(generation_config: GenerationConfig) -> float:
-    """Return the `preserve_threshold` of a model in nats, or the default if it has none."""
-    threshold = getattr(generation_config, "preserve_threshold", None)
-    threshold = check_number("preserve_threshold", PRESERVE_THRESHOLD if threshold is None else threshold)
-    if threshold <= 0:
-        raise ValueError(f"`preserve_threshold` is {threshold} in the generation config; set a positive number.")
-    return threshold
 
 
 def check_cached_images(source_cache: SourceCache, pixel_values: torch.Tensor | None) -> None:

@@ -22,7 +22,13 @@ from ..checks import check_choice, check_integer
 from ..generation import SourceCache
 from ..generation.cache import compute_target_logits
 from ..generation.decoding import find_sources
-from ..generation.inputs import check_decoding, check_generator, check_source_cache, resolve_settings
+from ..generation.inputs import (
+    check_decoding,
+    check_generator,
+    check_source_cache,
+    resolve_preserve_threshold,
+    resolve_settings,
+)
 from ..image_processing_editar import ASPECTS, RESIZE_MODES, choose_grid, prepare_rgb_images
 from ..modeling_editar import EditARForConditionalGeneration
 from ..modeling_editar_vq import EditARVQModel, decode_one_by_one
@@ -42,7 +48,6 @@ from .inputs import (
     check_source,
     compute_batch_size,
     list_texts,
-    resolve_preserve_threshold,
     warn_of_greedy_decoding,
 )
 from .lora import EditARLoraMixin
