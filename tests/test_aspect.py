@@ -53,6 +53,20 @@ def test_a_warning_tells_of_an_image_that_is_much_longer_than_any_grid(pipe):
             pipe.choose_size([Image.new("RGB", size)])
 
 
+def test_the_size_of_a_turned_photograph_is_that_of_its_tokens(pipe, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # The camera was turned by 90°.
+    path = tmp_path / "turned.png"
+    draw_image(0, 36, 24).save(path, exif=exif)
+    photo = Image.open(path)
+    assert pipe.prepare_source_cache(photo, aspect="source").pixel_values.shape == (1, 3, 16, 12)
+    for image in (photo, [photo], path, str(path), torch.zeros(2, 3, 36, 24)):
+        assert pipe.choose_size(image) == (16, 12)
+    output = edit(pipe, image=photo, aspect="source")
+    (decoded,) = pipe.decode_image_tokens(output.image_tokens, *pipe.choose_size(photo))
+    assert np.array_equal(output.images[0], decoded.resize((24, 36), Image.Resampling.LANCZOS))
+
+
 def test_a_condition_map_gives_an_image_of_its_size(pipe):
     assert edit(pipe, image=draw_image(0, 36, 24), task="canny", aspect="source").images[0].size == (36, 24)
 
@@ -147,7 +161,7 @@ def test_a_model_has_an_aspect_of_its_own_which_every_call_can_overrule(pipe, tm
     [
         ({"aspect": "square"}, "`aspect` is 'square'"),
         ({"aspect": "source", "height": 16}, "`height` is 16 and `width` is None"),
-        ({"aspect": "source", "image": None, "task": "text-to-image"}, "there is no `image`"),
+        ({"aspect": "source", "image": None, "task": "text-to-image"}, "there is no `image`; leave `aspect` out"),
     ],
 )
 def test_bad_aspects_are_refused(pipe, call, message):
@@ -155,6 +169,11 @@ def test_bad_aspects_are_refused(pipe, call, message):
         pipe(PROMPT, **{"image": draw_image(0, 36, 24), **call})
 
 
-def test_an_unknown_aspect_of_a_model_is_refused():
-    with pytest.raises(ValueError, match="`aspect` is 'square'"):
-        EditARImageProcessor(aspect="square")
+@pytest.mark.parametrize("name", ["aspect", "resize_mode"])
+def test_an_unknown_setting_of_a_model_is_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` is 'square'"):
+        EditARImageProcessor(**{name: "square"})
+    pipe = build_pipeline()
+    setattr(pipe.processor.image_processor, name, "square")
+    with pytest.raises(ValueError, match=f"`{name}` is 'square'"):
+        edit(pipe, image=draw_image(0))

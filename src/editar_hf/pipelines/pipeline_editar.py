@@ -354,10 +354,13 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         """
         if aspect is None:
             is_free = images is not None and height is None and width is None
-            return self.processor.image_processor.aspect if is_free else "model"
+            aspect = self.processor.image_processor.aspect if is_free else "model"
         check_choice("aspect", aspect, ASPECTS)
         if aspect == "source" and images is None:
-            raise ValueError("`aspect` is 'source', but there is no `image`; pass `image`, or `height` and `width`.")
+            raise ValueError(
+                "`aspect` is 'source', but there is no `image`; leave `aspect` out. A `source_cache` has a size of its "
+                "own; with `source_image_tokens`, pass the `height` and `width` at which they were made."
+            )
         if aspect == "source" and (height is not None or width is not None):
             raise ValueError(
                 f"`aspect` is 'source', which chooses the size, but `height` is {height} and `width` is {width}; pass "
@@ -365,17 +368,21 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             )
         return aspect
 
-    def choose_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
+    def choose_size(self, image: ImageInput) -> tuple[int, int]:
         """Choose the height and width, in pixels, whose proportions are nearest to those of the images.
 
-        The longer side is the largest one that the model can work at, and the shorter side at least half of it. A
-        warning tells of an image that is much longer.
+        The longer side is the largest one that the model can work at, and the shorter side at least half of it. Warns
+        if the proportions of an image differ from the chosen ones by more than a factor of 1.25.
+
+        Args:
+            image: An image, a batch, or a list of images and batches; see `__call__`.
 
         Raises:
-            ValueError: If the images need several sizes.
+            ValueError: If `image` is not an image, or the images need several sizes.
         """
+        images = prepare_rgb_images(image, "image")
         grid_size, stride = self.transformer.config.grid_size, self.vq_model.config.stride
-        grids = {choose_grid(*image.size, grid_size) for image in images}
+        grids = {choose_grid(*one.size, grid_size) for one in images}
         if len(grids) > 1:
             found = ", ".join(f"{columns * stride}×{rows * stride}" for rows, columns in sorted(grids))
             raise ValueError(
@@ -383,11 +390,11 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 "pixels; edit them in calls of their own, or pass `aspect='model'`."
             )
         rows, columns = grids.pop()
-        for image in images:
-            change = image.width * rows / (image.height * columns)
+        for one in images:
+            change = one.width * rows / (one.height * columns)
             if not 1 / MAX_SILENT_STRETCH <= change <= MAX_SILENT_STRETCH:
                 warnings.warn(
-                    f"An image of {image.width}×{image.height} pixels is edited at the proportions {columns}:{rows}, "
+                    f"An image of {one.width}×{one.height} pixels is edited at the proportions {columns}:{rows}, "
                     "so the model sees it distorted; edit a part of it, or pass a mask with `crop_to_mask=True`.",
                     stacklevel=4,  # The call stack also holds torch's wrapper for no_grad.
                 )
@@ -396,7 +403,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     def resolve_resize_mode(self, resize_mode: str | None, aspect: str = "model") -> str:
         """Replace None by the mode of the aspect, `"stretch"` for `"source"`, and check that the mode exists."""
         if resize_mode is None:
-            return "stretch" if aspect == "source" else self.processor.image_processor.resize_mode
+            resize_mode = "stretch" if aspect == "source" else self.processor.image_processor.resize_mode
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
         return resize_mode
 
