@@ -258,6 +258,28 @@ def test_what_changes_nothing_without_sampling_warns_at_the_call(pipe, arguments
     assert record[0].filename == __file__
 
 
+WIDE = {"image": draw_image(0, 90, 9), "aspect": "source"}
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "message"),
+    [
+        ("__call__", {**WIDE, "prompt": PROMPT}, "edited at the proportions"),
+        ("encode_image", WIDE, "edited at the proportions"),
+        ("prepare_source_cache", WIDE, "edited at the proportions"),
+        ("compute_edit_map", {**WIDE, "prompt": PROMPT}, "edited at the proportions"),
+        ("choose_size", {"image": WIDE["image"]}, "edited at the proportions"),
+        ("encode_image", {"image": draw_image(0, 40, 20)}, "The centre crop cuts"),
+        ("compute_edit_map", {"image": draw_image(0), "prompt": 9 * PROMPT}, "A prompt is longer"),
+        ("__call__", {"image": draw_image(0), "prompt": PROMPT, "mask_image": np.ones((8, 8), bool)}, "was resized"),
+    ],
+)
+def test_every_function_warns_at_the_line_of_its_caller(pipe, name, call, message):
+    with pytest.warns(UserWarning, match=message) as record:
+        getattr(pipe, name)(**call)
+    assert {warning.filename for warning in record} == {__file__}
+
+
 # Offload. On a CPU too hooks fire, and weights move between the CPU and "meta", as they would beside an accelerator.
 
 

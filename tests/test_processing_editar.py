@@ -148,17 +148,17 @@ def test_the_same_picture_gives_the_same_pixels_as_pil_array_tensor_batch_and_li
     assert torch.equal(image_processor(mixed).pixel_values, expected.expand(4, -1, -1, -1))
 
 
-def test_a_large_cut_warns_once_and_a_small_one_not_at_all():
+def test_a_large_cut_warns_once_for_a_line_and_a_small_one_not_at_all():
     image_processor = EditARImageProcessor(size=96)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         image_processor(draw_picture(200, 203))  # resized to 96×97: 1 % is cut
         image_processor(draw_picture(100, 140), resize_mode="stretch")
         assert not caught
-        image_processor(draw_picture(200, 207))  # to 96×99: 3 %
-        assert len(caught) == 1
-        image_processor([draw_picture(100, 140), draw_picture(160, 100)])
-        assert len(caught) == 1
+        for images in (draw_picture(200, 207), [draw_picture(100, 140), draw_picture(160, 100)]):
+            image_processor(images)  # The first one is resized to 96×99: 3 % is cut.
+            assert len(caught) == 1
+        assert caught[0].filename == __file__
         assert "2%" in str(caught[0].message)
 
 
@@ -349,8 +349,9 @@ def test_pixels_are_taken_as_they_lie_where_the_exif_block_is_damaged(tmp_path):
     path = tmp_path / "scene.png"
     picture = draw_picture(32, 48)
     picture.save(path, exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
-    with pytest.warns(UserWarning, match=r"The EXIF block of .*scene.png' in `images` is damaged"):
+    with pytest.warns(UserWarning, match=r"The EXIF block of .*scene.png' in `images` is damaged") as record:
         upright = prepare_rgb_image(path)
+    assert record[0].filename == __file__
     assert np.array_equal(np.asarray(upright), np.asarray(picture))
 
 

@@ -1,12 +1,29 @@
-"""Checks of single arguments that several modules use. Errors name the argument, its value and the remedy."""
+"""Checks of single arguments that several modules use. Errors name the argument, its value and the remedy.
+
+`warn_caller` gives a warning the line of the user.
+"""
 
 import math
 import numbers
 import os
+import sys
+import warnings
 from collections.abc import Collection
 from typing import Any
 
 import torch
+
+
+# Packages whose functions stand between this package and the line of the user.
+LIBRARIES = ("editar_hf", "torch", "transformers", "diffusers")
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line that called this package, however many functions are between that line and the warning."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None, step: int = 1) -> int:

@@ -5,7 +5,6 @@
 """
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, overload
 
@@ -18,7 +17,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import ImageInput, SizeDict
 
-from .checks import check_choice, check_integer
+from .checks import check_choice, check_integer, warn_caller
 
 
 RESIZE_MODES = ("crop", "stretch")
@@ -98,9 +97,7 @@ def turn_upright(image: Image.Image, name: str) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:
-        warnings.warn(
-            f"The EXIF block of {file_name!r} in `{name}` is damaged ({error}); the image is not rotated.", stacklevel=2
-        )
+        warn_caller(f"The EXIF block of {file_name!r} in `{name}` is damaged ({error}); the image is not rotated.")
         return image.copy()
 
 
@@ -340,11 +337,10 @@ class EditARImageProcessor(PilBackend):
         """Resize an upright RGB image to `height`×`width` pixels; warn if the centre crop cuts away more than 2 %."""
         crop = compute_crop_geometry(image.height, image.width, height, width, resize_mode)
         if crop.cut_fraction > MAX_SILENT_CUT:
-            # The message is the same for all images, so Python shows it only once.
-            warnings.warn(
+            # The message is the same for all images, so Python shows it once for each line that calls.
+            warn_caller(
                 f"The centre crop cuts away more than {MAX_SILENT_CUT:.0%} of an image. To keep the whole image, pass "
-                '`resize_mode="stretch"`, or a `height` and `width` with the proportions of the image.',
-                stacklevel=2,
+                '`resize_mode="stretch"`, or a `height` and `width` with the proportions of the image.'
             )
         return apply_crop(image, crop, height, width)
 

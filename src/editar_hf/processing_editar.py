@@ -3,7 +3,6 @@
 Training, the pipeline and `AutoProcessor` all use `EditARProcessor`.
 """
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +13,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .checks import check_choice, check_integer, check_texts
+from .checks import check_choice, check_integer, check_texts, warn_caller
 from .image_processing_editar import EditARImageProcessor
 
 
@@ -152,10 +151,7 @@ class EditARProcessor(ProcessorMixin):
         ends = tokens.pop("offset_mapping")[..., 1].amax(dim=1).tolist()
         for prompt, end in zip(prompts, ends, strict=True):
             if cut := prompt[end:].strip():
-                warnings.warn(
-                    f"A prompt is longer than {self.num_text_tokens} tokens; this part was cut off: {cut!r}",
-                    stacklevel=3,
-                )
+                warn_caller(f"A prompt is longer than {self.num_text_tokens} tokens; this part was cut off: {cut!r}")
         return dict(tokens)
 
     def postprocess(

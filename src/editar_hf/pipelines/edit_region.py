@@ -5,7 +5,6 @@ an edit mask (a flag for each token), a feather (a blend weight for each pixel) 
 the source around the white pixels. A mask is resized and cropped exactly like its source.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers.image_utils import ImageInput
 
+from ..checks import warn_caller
 from ..image_processing_editar import (
     MAX_SILENT_CUT,
     compute_crop_geometry,
@@ -65,9 +65,8 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
             f"`mask_image` is {mask.width}×{mask.height} pixels and its image is {width}×{height}, so their "
             "proportions differ; pass a mask of the size of the image."
         )
-    warnings.warn(
-        f"`mask_image` is {mask.width}×{mask.height} pixels and its image is {width}×{height}; the mask was resized.",
-        stacklevel=2,
+    warn_caller(
+        f"`mask_image` is {mask.width}×{mask.height} pixels and its image is {width}×{height}; the mask was resized."
     )
     return compute_coverage(is_white, source_size) > 0
 
@@ -125,7 +124,7 @@ def resize_masks(
         is_white = prepare_mask(masks[index % len(masks)], images[index % len(images)].size)
         message = describe_lost_white(is_white, height, width, resize_mode)
         if is_white.any() and message is not None:
-            warnings.warn(message, stacklevel=4)  # The call stack also holds torch's wrapper for no_grad.
+            warn_caller(message)
         resized.append(resize_mask(is_white, height, width, resize_mode))
     return resized
 
@@ -286,7 +285,7 @@ class EditRegion:
                 mask[top:bottom, left:right] for mask, (left, top, right, bottom) in zip(masks, windows, strict=True)
             ]
         for message in filter(None, {describe_lost_white(mask, *size, resize_mode) for mask in masks}):
-            warnings.warn(message, stacklevel=4)  # The call stack also holds torch's wrapper for no_grad.
+            warn_caller(message)
         edit_mask = torch.stack([compute_edit_mask(mask, *size, stride, resize_mode) for mask in masks])
         return cls.from_edit_mask(edit_mask, windows, stride, mask_blend)
 

@@ -3,21 +3,16 @@
 Every error names the argument, its value and the remedy. The networks check the shapes and values of tensors.
 """
 
-import warnings
 from collections.abc import Callable, Sequence, Sized
 
 import torch
 from transformers.image_utils import ImageInput
 
-from ..checks import check_choice, check_integer, check_texts
+from ..checks import check_choice, check_integer, check_texts, warn_caller
 from ..generation import SourceCache
 from ..generation.sampling import DecodingSettings
 from ..image_processing_editar import DETAILS, OUTPUT_TYPES
 from ..processing_editar import TEXT_TO_IMAGE, apply_task_prefix
-
-
-# The `stacklevel` of warnings: a function of this file, `__call__`, torch's wrapper for no_grad, and then the caller.
-CALLER = 4
 
 
 def list_texts(text: str | Sequence[str]) -> list[str]:
@@ -113,10 +108,9 @@ def check_source(
     if mask_image is not None:
         raise ValueError("`mask_image` is given without a source image; pass `image` too.")
     if set(list_texts(task)) != {TEXT_TO_IMAGE}:
-        warnings.warn(
+        warn_caller(
             "`image` is missing, so the result is generated from the text alone. Pass `image`, or, to generate images "
-            f"from text, `task={TEXT_TO_IMAGE!r}`.",
-            stacklevel=CALLER,
+            f"from text, `task={TEXT_TO_IMAGE!r}`."
         )
 
 
@@ -205,8 +199,7 @@ def warn_of_greedy_decoding(settings: DecodingSettings, num_images_per_prompt: i
     idle = [f"`{name}`" for name, value in sampling.items() if value is not None]
     idle += ["`num_images_per_prompt`"] * (num_images_per_prompt > 1)
     if idle and not settings.do_sample:
-        warnings.warn(
+        warn_caller(
             f"{', '.join(idle)} had no effect: `do_sample` is False, so decoding takes the most likely tokens, and all "
-            "images of one prompt and source are identical. Pass `do_sample=True` to sample.",
-            stacklevel=CALLER,
+            "images of one prompt and source are identical. Pass `do_sample=True` to sample."
         )

@@ -1,12 +1,10 @@
 """Put the source's pixels back where another editor did not mean to change them."""
 
-import warnings
-
 import numpy as np
 import torch
 from PIL import Image
 
-from ..checks import check_number
+from ..checks import check_number, warn_caller
 from ..image_processing_editar import EditARImageProcessor, prepare_rgb_image
 from ..modeling_editar_vq import EditARVQModel
 from .edit_region import average_neighbors, compute_feather
@@ -86,7 +84,7 @@ def keep_source(
     is_edited = distances > threshold
     if is_edited.float().mean() > MAX_EDITED_FRACTION:
         is_edited = torch.ones_like(is_edited)
-        warnings.warn("`edited` differs from `source` nearly everywhere, so it is returned as it is.", stacklevel=3)
+        warn_caller("`edited` differs from `source` nearly everywhere, so it is returned as it is.")
     weights = compute_feather(is_edited, stride)[0, 0]
     # Floored, so that a pixel between two weights of 0 stays exactly that of the source.
     shares = Image.fromarray((255 * weights).byte().cpu().numpy()).resize(source.size, Image.Resampling.BILINEAR)

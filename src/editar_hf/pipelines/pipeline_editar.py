@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import StoppingCriteriaList, T5EncoderModel
 from transformers.image_utils import ImageInput
 
-from ..checks import check_choice, check_integer
+from ..checks import check_choice, check_integer, warn_caller
 from ..generation import SourceCache
 from ..generation.cache import compute_target_logits
 from ..generation.decoding import find_sources
@@ -393,10 +393,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         for one in images:
             change = one.width * rows / (one.height * columns)
             if not 1 / MAX_SILENT_STRETCH <= change <= MAX_SILENT_STRETCH:
-                warnings.warn(
+                warn_caller(
                     f"An image of {one.width}×{one.height} pixels is edited at the proportions {columns}:{rows}, "
-                    "so the model sees it distorted; edit a part of it, or pass a mask with `crop_to_mask=True`.",
-                    stacklevel=4,  # The call stack also holds torch's wrapper for no_grad.
+                    "so the model sees it distorted; edit a part of it, or pass a mask with `crop_to_mask=True`."
                 )
         return rows * stride, columns * stride
 
@@ -769,10 +768,9 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 source_cache = self.transformer.prepare_source_cache(find_sources(tokens), *grid)
             edit_mask = find_edited_tokens(self.predict_edit_map(source_cache, embeds), preserve_threshold)
             if not edit_mask.flatten(1).any(dim=1).all():
-                warnings.warn(
+                warn_caller(
                     '`preserve` is "auto", and an instruction changes no part of its image enough, so the source is '
-                    'returned unchanged. Pass `mask_image`, or `preserve="off"`.',
-                    stacklevel=3,  # The call stack also holds torch's wrapper for no_grad.
+                    'returned unchanged. Pass `mask_image`, or `preserve="off"`.'
                 )
             windows = [(0, 0, *image.size) for image in whole] * (len(edit_mask) // len(whole))
             region = EditRegion.from_edit_mask(edit_mask, windows, self.vq_model.config.stride, mask_blend)
