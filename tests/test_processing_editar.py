@@ -381,7 +381,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, file_format):
     ("image", "message"),
     [
         ("no-such-scene.png", "'no-such-scene.png', which does not open as an image"),
-        (5, "holds a int; pass PIL images"),
+        (5, "holds a int, not an image; pass a PIL image, .* a path or a URL"),
         ([], "`images` is an empty list"),
         (torch.zeros(8, 8, 3), r"shape \(8, 3, 8\).*channels, height, width"),
         (np.zeros((0, 8, 3), np.uint8), "at least one pixel"),

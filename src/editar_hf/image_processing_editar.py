@@ -132,8 +132,8 @@ def prepare_rgb_image(
         image = make_image(image, name)
     if not isinstance(image, Image.Image):
         raise ValueError(
-            f"`{name}` holds a {type(image).__name__}; pass PIL images, numpy arrays, torch tensors, paths, URLs, or a "
-            "list of them."
+            f"`{name}` holds a {type(image).__name__}, not an image; pass a PIL image, a numpy array, a torch tensor, "
+            "a path or a URL."
         )
     if 0 in image.size:
         raise ValueError(
@@ -451,8 +451,8 @@ def apply_change(
 
     Around each pixel, an affine transform of colours is fitted that turns the reconstruction into the edited image. The
     source is transformed in this way at its full size, so it keeps its detail. Where the transform does not explain the
-    edited image, for example inside a new object, the result is the edited image, resized. Errors of the VQ model,
-    known from the reconstruction, need no explanation: the weight of the edited image is that of a Wiener filter.
+    edited image, for example inside a new object, the result is the edited image, resized. Differences as large as
+    the VQ model's own errors count as noise, so a Wiener filter sets the weight of the edited image.
 
     Args:
         source (`PIL.Image.Image`): The source at its full size, RGB.

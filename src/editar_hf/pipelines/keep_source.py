@@ -30,7 +30,7 @@ def keep_source(
     Editors often change the whole image a little: they compress it, blur it or shift its colors. This function compares
     both images through the encoder of a VQ model. It takes the edited pixels where the difference is large, with a soft
     edge of one token, and the source's pixels elsewhere. If more than two thirds of the image differ, the whole edited
-    image is the result, with a warning.
+    image is the result, with a warning. The result has no transparency: transparent pixels become white.
 
     Args:
         source (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): The image before the edit; see
@@ -38,12 +38,14 @@ def keep_source(
         edited: The result of the editor, in any size of about the same proportions. It must not be shifted or zoomed.
         vq_model (`EditARVQModel`): For example `pipe.vq_model`.
         threshold (`float`): Cosine distance of the latents above which a token counts as edited, as the mean over its
-            3 × 3 neighborhood, in (0, 2); *defaults to* 0.1.
+            3 × 3 neighborhood, in (0, 2); *defaults to* 0.1, which was measured with the VQ model of the scene editor
+            only.
 
     Returns:
         `PIL.Image.Image`: RGB, of the size of `source`.
 
     Raises:
+        TypeError: If `vq_model` is not an `EditARVQModel`.
         ValueError: If an image does not open, the proportions differ by more than a tenth, or the threshold is out of
             range.
 
@@ -62,6 +64,8 @@ def keep_source(
 
     ```
     """
+    if not isinstance(vq_model, EditARVQModel):
+        raise TypeError(f"`vq_model` is a {type(vq_model).__name__}; pass an `EditARVQModel`, such as `pipe.vq_model`.")
     threshold = check_number("threshold", threshold)
     if not 0 < threshold < 2:
         raise ValueError(f"`threshold` is {threshold}; pass a cosine distance between 0 and 2.")
