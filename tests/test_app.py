@@ -170,7 +170,7 @@ def test_the_rest_is_kept_without_a_brush_if_asked_and_the_brush_wins():
     assert last[app.status].endswith("The instruction changes the whole image, so nothing of it was kept.")
     pipe.transformer.generation_config.preserve_threshold = 99.0
     session.start(image)
-    with pytest.warns(UserWarning, match="changes no part"):
+    with pytest.warns(UserWarning, match="no value of the edit map is above"):
         *_, last = edit(app, session, preserve=True)
     assert "The model found no part to change." in last[app.status]
 

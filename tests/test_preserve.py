@@ -11,6 +11,7 @@ from tiny import NUM_CODES, STRIDE, build_pipeline, draw_image, teach_to_keep
 
 from editar_hf import EditARPipeline
 from editar_hf.pipelines.edit_region import find_edited_tokens
+from editar_hf.training.lora import add_lora
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer")
@@ -81,6 +82,31 @@ def test_white_pixels_of_the_preserved_mask_are_those_of_the_source(pipe, image,
     assert is_kept.any()
     assert not (differs & is_kept).any()
     assert differs[~is_kept].mean() > 0.9
+
+
+@pytest.mark.filterwarnings("ignore:The centre crop cuts")
+def test_without_blending_only_pixels_outside_the_crop_stay(pipe):
+    image, how = surround(draw_image(0)), {"resize_mode": "crop", "mask_blend": False}
+    output = pipe(PROMPT, image=image, preserve="auto", generator=seeded(0), **how)
+    is_kept = np.asarray(output.preserved_mask[0]) == 255
+    assert not is_kept[:, 4:20].any()
+    assert is_kept[:, :4].all()
+    assert is_kept[:, 20:].all()
+    assert (np.asarray(output.images[0]) == np.asarray(image))[is_kept].all()
+
+
+def test_what_a_lora_adapter_wants_to_keep_is_kept_while_it_is_active(tmp_path):
+    taught, pipe, image = build_pipeline(), build(1.0), draw_image(0)
+    add_lora(taught.transformer, "base", rank=8, modules_to_save=["lm_head"])
+    teach_to_keep(taught, [image], [PROMPT])
+    taught.save_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    output = pipe(PROMPT, image=image, preserve="auto", generator=seeded(0))
+    masked = pipe(PROMPT, image=image, mask_image=draw_free_tokens(pipe, image), generator=seeded(0))
+    assert torch.equal(output.image_tokens, masked.image_tokens)
+    assert (np.asarray(output.preserved_mask[0])[-STRIDE:] == 255).all()
+    pipe.disable_lora()
+    assert pipe(PROMPT, image=image, preserve="auto").preserved_mask == [None]
 
 
 def test_an_edit_of_the_whole_image_is_that_without_preserve_and_says_so(pipe):
@@ -174,7 +200,7 @@ def test_a_threshold_that_cannot_be_used_matters_only_with_preserve():
 
 def test_a_source_that_nothing_may_change_comes_back_with_a_warning():
     image = draw_image(0)
-    with pytest.warns(UserWarning, match="an instruction changes no part of its image enough"):
+    with pytest.warns(UserWarning, match="no value of the edit map is above `preserve_threshold`, so the source is"):
         output = build(99.0)(PROMPT, image=image, preserve="auto", generator=seeded(0))
     assert np.array_equal(output.images[0], image)
     assert (np.asarray(output.preserved_mask[0]) == 255).all()

@@ -71,7 +71,9 @@ class EditARPipelineOutput(BaseOutput):
             call can use them as `source_image_tokens`.
         num_decode_steps (`int`): Number of decoder passes after the prefill of source image and text.
         preserved_mask (`list`, *optional*): With `preserve="auto"`, a mask for each image (`PIL.Image.Image`), white
-            where its pixels are those of the source; `None` for an image that may have changed everywhere.
+            where its pixels are those of the source. `None` means that the whole image may have changed; pixels outside
+            the crop of `resize_mode="crop"` stay even then. With `mask_blend=False`, none inside the crop stays if any
+            token may change, so the mask is black there.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
@@ -610,10 +612,11 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 back into the full source; after a stretch, it is resized back. Needs `image` and `output_type="pil"`.
                 *Defaults to* True if the task is `"edit"` or the aspect is `"source"`, `image` is given, the output is
                 PIL images, and `height`, `width`, `source_image_tokens` and `source_cache` are not given.
-            detail (`str`): What fine detail a result has that is larger than the model works at. `"model"` resizes the
-                result. `"source"` applies the change of colours to `image` at its full size, and so keeps its detail;
-                what is new is resized. It suits edits of light and colours; of an object that is removed, replaced or
-                moved, traces stay. Needs `restore_size=True` or `crop_to_mask`, and the task `"edit"`.
+            detail (`str`): Where the fine detail of a result comes from if the image is larger than the size the model
+                works at. `"model"` resizes the result. `"source"` applies the change of colours to `image` at its full
+                size, and so keeps its detail; what is new is resized. It suits edits of light and colours; of an object
+                that is removed, replaced or moved, traces stay. Needs `restore_size=True` or `crop_to_mask`, and the
+                task `"edit"`.
             mask_image (*optional*): White where the image may change. Pass one mask for all images, or one for each, of
                 the size of the image; a mask of another size is resized with a warning. Transparent pixels count as
                 black. A token may change if at least one of its pixels is white. All other tokens are copied from the
@@ -769,8 +772,8 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
             edit_mask = find_edited_tokens(self.predict_edit_map(source_cache, embeds), preserve_threshold)
             if not edit_mask.flatten(1).any(dim=1).all():
                 warn_caller(
-                    '`preserve` is "auto", and an instruction changes no part of its image enough, so the source is '
-                    'returned unchanged. Pass `mask_image`, or `preserve="off"`.'
+                    '`preserve` is "auto", and no value of the edit map is above `preserve_threshold`, so the source '
+                    'is returned unchanged. Pass `mask_image`, or `preserve="off"`.'
                 )
             windows = [(0, 0, *image.size) for image in whole] * (len(edit_mask) // len(whole))
             region = EditRegion.from_edit_mask(edit_mask, windows, self.vq_model.config.stride, mask_blend)
