@@ -81,6 +81,7 @@ MISTAKES = {
     "size_policy": ("loose", True),
     "aspect": ("square", True),
     "detail": ("high", True),
+    "preserve": ("on", True),
     "resize_mode": ("squeeze",),
     "guidance_scale": (NAN, "3"),
     "image_guidance_scale": (NAN, "3"),
