@@ -40,18 +40,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def words(folder, bank_folder):
-    words = ["--bank", bank_folder, "--text_encoder", folder / "text-encoder", "--device", "cpu"]
-    words += ["--features", folder / "features.safetensors", "--workers", 1, "--log_steps", 1]
-    return [str(word) for word in words]
+def words(bank_folder):
+    """What every run is given."""
+    return ["--bank", str(bank_folder), "--device", "cpu", "--workers", "1", "--log_steps", "1"]
 
 
 @pytest.fixture(scope="module")
-def run(folder, words):
+def inputs(folder):
+    """What a run from nothing is given as well."""
+    return ["--text_encoder", str(folder / "text-encoder"), "--features", str(folder / "features.safetensors")]
+
+
+@pytest.fixture(scope="module")
+def run(folder, words, inputs):
     """Both stages, some seconds each, as they run on a GPU machine."""
     environment = {**os.environ, "PYTHON": sys.executable, "LIBRARIES": "none", "OUT": str(folder / "slot")}
-    times = ["--vq_minutes", "0.05", "--editor_minutes", "0.05"]
-    command = ["bash", ROOT / "benchmarks" / "gpu_slot.sh", "--rehearse", "--stages", "training", *words, *times]
+    options = ["--rehearse", "--stages", "training", "--vq_minutes", "0.05", "--editor_minutes", "0.05"]
+    command = ["bash", ROOT / "benchmarks" / "gpu_slot.sh", *options, *words, *inputs]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return folder / "slot" / "training"
@@ -116,6 +121,20 @@ def test_edited_pixels_weigh_more_in_the_vq_loss_and_the_mean_stays():
     assert torch.equal(weights[1], torch.ones(1, 16, 16))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "`text_encoder` is None; give `--text-encoder`"),
+        (["--text-encoder", "folder"], "`features` is None, but .* 2.5 minutes; give `--features`"),
+        (["--text-encoder", "folder", "--vq-model", "folder"], "`features` is None"),
+    ],
+)
+def test_what_a_run_reads_must_be_given(words, given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train.main([*words, "--output-dir", str(tmp_path / "out"), *given])
+    assert not (tmp_path / "out").exists()
+
+
 def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in log if line.get("event") == "held out"] == ["vq_model", "editor"]
@@ -126,7 +145,10 @@ def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
 
 
 def test_training_goes_on_from_a_pipeline(run, words, tmp_path):
-    """No step but a warm-up's first: the weights stay within its learning rate, and the VQ model is the same."""
+    """No step but a warm-up's first: the weights stay within its learning rate, and the VQ model is the same.
+
+    Neither the text encoder's folder nor the file of features is given.
+    """
     editor = ship.unpack_pipeline(run, tmp_path)
     times = ["--vq_minutes", "0", "--editor_minutes", "0.0001"]
     train.main([*words, "--rehearse", "--editor", str(editor), "--output_dir", str(tmp_path / "again"), *times])

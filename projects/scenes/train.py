@@ -78,9 +78,13 @@ NUM_SHOWN = 32
 @dataclass
 class Arguments:
     bank: Path = field(metadata={"help": "folder that build_bank.py wrote"})
-    text_encoder: Path = field(metadata={"help": "folder that train_text_encoder.py wrote"})
-    features: Path = field(metadata={"help": "file that features.py wrote"})
     output_dir: Path
+    text_encoder: Path | None = field(
+        default=None, metadata={"help": "folder that train_text_encoder.py wrote; needed without `--editor`"}
+    )
+    features: Path | None = field(
+        default=None, metadata={"help": "file that features.py wrote; needed to train the VQ model"}
+    )
     vq_minutes: float = 2.5
     editor_minutes: float = 5.0
     vq_model: Path | None = field(
@@ -120,6 +124,16 @@ class Arguments:
             raise ValueError("`editor` holds for the VQ model that it was trained with; give `--vq-minutes 0`.")
         if not (self.vq_minutes or self.vq_model or self.editor):
             raise ValueError("`vq_minutes` is 0; give `--vq-model` or `--editor`, whose VQ model is used.")
+        if not (self.text_encoder or self.editor):
+            raise ValueError(
+                "`text_encoder` is None; give `--text-encoder` with the folder that train_text_encoder.py wrote, or "
+                "`--editor` with a pipeline folder."
+            )
+        if self.vq_minutes and not self.features:
+            raise ValueError(
+                f"`features` is None, but the VQ model is trained for {self.vq_minutes:g} minutes; give `--features` "
+                "with the file that features.py wrote, or `--vq-minutes 0`."
+            )
         self.shapes = REHEARSED_SHAPES if self.rehearse else SHAPES
         if self.rehearse:
             self.slots, self.chunk_size, self.batch_size, self.vq_chunks = 8, 32, 32, 64
