@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from compose import compose_pair
 from features import load_features
 from pair_stream import NUM_VALIDATION_CHUNKS, PairStream, compute_token_mask
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
 from editar_hf import EditARImageProcessor, EditARPipeline, EditARProcessor
@@ -142,6 +143,43 @@ def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
     pipe = EditARPipeline.from_pretrained(ship.unpack_pipeline(run, tmp_path))
     assert pipe.transformer.dtype == torch.bfloat16
     assert pipe("remove the ball", image=Image.new("RGB", (64, 48)), height=48, width=64).images[0].size == (64, 48)
+
+
+def test_training_goes_on_from_a_vq_model_and_saves_it_half_way(run, words, inputs, tmp_path, monkeypatch):
+    """The clock advances by each reading, and the run is stopped after the first save: the warm-up's first steps."""
+    readings, save = count(), train.save_vq_model
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Clock, "progress", property(lambda clock: next(readings) / 20))
+    monkeypatch.setattr(train, "save_vq_model", save_and_stop)
+    start, stopped = ship.unpack_pipeline(run, tmp_path) / "vq_model", tmp_path / "stopped"
+    words = [*words, *inputs, "--rehearse", "--vq_model", str(start), "--output_dir", str(stopped)]
+    with pytest.raises(KeyboardInterrupt):
+        train.main(words)
+    log = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in log] == ["bank", "first chunks"]
+    before, after = (
+        train.EditARVQModel.from_pretrained(folder, dtype=torch.float32) for folder in (start, stopped / "vq_model")
+    )
+    pairs = list(zip(before.parameters(), after.parameters(), strict=True))
+    assert all(torch.allclose(old, new, atol=1e-3) for old, new in pairs)
+    assert not all(torch.equal(old, new) for old, new in pairs)
+
+
+def test_a_saved_vq_model_has_averages_but_its_own_codes(tmp_path):
+    model = train.build_vq_model(rehearse=True)
+    average = train.AveragedWeights(model.parameters())
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    wanted["quantize.embedding.weight"] += 1.0
+    train.save_vq_model(model, average, tmp_path)
+    saved = load_file(tmp_path / "vq_model" / "model.safetensors")
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
 
 
 def test_training_goes_on_from_a_pipeline(run, words, tmp_path):

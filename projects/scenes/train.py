@@ -337,7 +337,7 @@ def train_vq_model(args, pool: ImagePool, log: Log):
         for part in (model.encoder, model.decoder):
             part.compile(dynamic=False)
 
-    step = 0
+    step, is_saved = 0, False
     while clock.progress < 1:
         pool.update()
         clock.set_learning_rates([optimizer], step)
@@ -359,12 +359,21 @@ def train_vq_model(args, pool: ImagePool, log: Log):
             used_tokens.clear()
         if step % args.log_steps == 0:
             log.write(stage="vq_model", step=step, **{name: value.item() for name, value in parts.items()})
-    # An average over moved codes would lie between places.
-    codes = model.quantize.embedding.weight.detach().clone()
-    average.copy_to(model.parameters())
-    model.quantize.embedding.weight.data.copy_(codes)
+        if not is_saved and 0.5 < clock.progress < 1:
+            save_vq_model(model, average, args.output_dir)
+            is_saved = True
     log.write(stage="vq_model", event="end", step=step, chunks=len(pool.chunks))
-    model.save_pretrained(args.output_dir / "vq_model")
+    save_vq_model(model, average, args.output_dir)
+
+
+def save_vq_model(model: EditARVQModel, average: AveragedWeights, folder: Path):
+    """Save the averages of the weights to `vq_model/`, with the codes as they are."""
+    names = [name for name, _ in model.named_parameters()]
+    weights = model.state_dict() | dict(zip(names, average.averages, strict=True))
+    # An average over moved codes would lie between places.
+    weights["quantize.embedding.weight"] = model.quantize.embedding.weight.detach()
+    with atomic_path(folder / "vq_model") as unfinished:
+        model.save_pretrained(unfinished, state_dict=weights)
 
 
 @torch.no_grad()
@@ -560,7 +569,7 @@ def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> E
     pool.wait_for(4 * args.batch_size)
     log.write(stage="editor", event="first tokens", pairs=pool.num_pairs)
 
-    step, next_save = 0, 0.5
+    step, saves = 0, list(EDITOR_SAVES)
     while clock.progress < 1:
         clock.set_learning_rates(optimizers, step)
         shape, batch = pool.draw(args.batch_size, rng)
