@@ -1,6 +1,7 @@
 """The training of the scene editor, rehearsed: pairs from other processes, both stages, what is shipped."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -143,6 +144,17 @@ def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
     pipe = EditARPipeline.from_pretrained(ship.unpack_pipeline(run, tmp_path))
     assert pipe.transformer.dtype == torch.bfloat16
     assert pipe("remove the ball", image=Image.new("RGB", (64, 48)), height=48, width=64).images[0].size == (64, 48)
+
+
+def test_results_are_at_most_eight_files_of_16_mib(run):
+    """Two of them are the benchmarks'. The pipeline is as large as the one that is shipped."""
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in files) <= 2**24
+    shipped = sum(path.stat().st_size for path in (ROOT / "examples" / "scene-editor").glob("*/*"))
+    num_parts = math.ceil(shipped / train.PART_SIZE)
+    others = [path for path in files if not path.name.startswith("pipeline.tar.")]
+    assert 2 + num_parts + len(others) <= 8
+    assert train.PART_SIZE <= 2**24
 
 
 def test_training_goes_on_from_a_vq_model_and_saves_it_half_way(run, words, inputs, tmp_path, monkeypatch):
