@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,13 +11,15 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from test_repository import read_requirements
+from transformers import HfArgumentParser
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "projects" / "scenes")]
 
 import bench_gpu  # noqa: E402
 import gpu_slot  # noqa: E402
+import train  # noqa: E402
 
 
 def test_every_benchmark_runs_in_the_rehearsal(tmp_path):
@@ -76,6 +79,19 @@ def test_training_gets_its_own_options_and_its_failure_is_told(tmp_path, monkeyp
         gpu_slot.main()
     assert stopped.value.code == 1
     assert (tmp_path / "words").read_text() == f"--bank bank --minutes 5 --output_dir {tmp_path / 'out' / 'training'}"
+
+
+def test_the_training_command_is_the_same_everywhere_and_its_options_exist():
+    pages = [gpu_slot.__doc__, train.__doc__, (BENCHMARKS / "README.md").read_text()]
+    commands = {
+        " ".join(command.replace("\\\n", " ").split())
+        for page in pages
+        for command in re.findall(r"bash \S*gpu_slot\.sh --stages training (?:.*\\\n)*.*", page)
+    }
+    (command,) = commands
+    words = [*command.split()[4:], "--output-dir", "out"]
+    (args,) = HfArgumentParser(train.Arguments).parse_args_into_dataclasses(words)
+    assert (args.editor_minutes, args.slots, args.compile) == (8.5, 300, ["editor"])
 
 
 def test_a_misspelt_option_is_refused_where_nothing_is_trained(tmp_path, monkeypatch, capsys):

@@ -1,12 +1,13 @@
 """Train the scene editor: first its VQ model, then decoder and text encoder, each for a number of minutes.
 
-    python projects/scenes/train.py --bank bank --text-encoder text-encoder --features features.safetensors \
-        --output-dir scenes --vq-minutes 2.5 --editor-minutes 5
+    bash benchmarks/gpu_slot.sh --stages training --bank bank --editor examples/scene-editor --vq-minutes 0 \
+        --editor-minutes 8.5 --slots 300 --compile editor
 
 Processes beside the training compose pairs. Each pair is encoded once and kept as tokens in the device's memory. The
-learning rates follow the clock: a stage ends when its minutes are over. `output_dir` receives, as each stage ends,
-`vq_model/`, the pipeline folder in parts (`pipeline.tar.0`, `.1` …; join them with `cat`), sheets of images and
-`metrics.jsonl`. `--vq-model` and `--editor` go on from what an earlier run brought home.
+learning rates follow the clock: a stage ends when its minutes are over. `output_dir` receives the pipeline folder in
+parts (`pipeline.tar.0`, `.1` …; join them with `cat`), sheets of images and `metrics.jsonl`. Until the first parts are
+there, it holds `vq_model/`. Each stage also saves before its end, so a run that is stopped leaves something to go on
+from: `--vq-model` and `--editor` go on from what an earlier run left.
 """
 
 import copy
