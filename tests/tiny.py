@@ -131,15 +131,16 @@ def teach_to_keep(pipeline, images, prompts, num_steps=100):
 
     With the threshold of 1 nat, the first rows may change then, and the last ones not.
     """
-    source = pipeline.encode_image(images, resize_mode="stretch")
+    pixel_values = pipeline.prepare_pixel_values(images, None, None, "stretch")
+    rows, columns = pipeline.compute_grid(*pixel_values.shape[-2:])
+    source = pipeline.encode_pixel_values(pixel_values)
     tokens = source.repeat_interleave(len(prompts), dim=0)
     prompt_embeds = pipeline.encode_prompt(prompts).repeat(len(source), 1, 1)
-    decoder, num_columns = pipeline.transformer, pipeline.transformer.config.grid_size
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    inputs = {"source_image_tokens": tokens, "prompt_embeds": prompt_embeds, "target_image_tokens": tokens}
+    optimizer = torch.optim.Adam(pipeline.transformer.parameters(), lr=1e-2)
     for _ in range(num_steps):
-        logits = decoder(source_image_tokens=tokens, prompt_embeds=prompt_embeds, target_image_tokens=tokens).logits
-        kept = slice(num_columns, None)
-        loss = F.cross_entropy(logits[:, kept].transpose(1, 2), tokens[:, kept])
+        logits = pipeline.transformer(**inputs, grid_height=rows, grid_width=columns).logits
+        loss = F.cross_entropy(logits[:, columns:].transpose(1, 2), tokens[:, columns:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
