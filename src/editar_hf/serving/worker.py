@@ -45,7 +45,7 @@ class BatchSettings(NamedTuple):
         lora (`str`, *optional*): Name of the adapter; None for the model without adapters.
         resize_mode (`str`, *optional*): How the images are resized; None for the way of the model.
         preserve (`str`): `"auto"` keeps what the instruction does not change; see `EditARPipeline.__call__`.
-        detail (`str`): What fine detail a large result has; see `EditARPipeline.__call__`.
+        detail (`str`): Where the fine detail of a large result comes from; see `EditARPipeline.__call__`.
     """
 
     size: tuple[int | None, int | None]
