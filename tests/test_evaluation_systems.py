@@ -1,5 +1,6 @@
 """The systems that are compared: each gives what its own pipeline gives, seed by seed, at the size of the source."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -180,6 +181,25 @@ def test_the_rest_is_kept_without_the_masks_where_it_is_asked_for(tmp_path):
         build_system("editar", model=tmp_path, preserve="auto", use_masks=True)
 
 
+def test_a_run_with_preserve_says_so_and_keeps_more_outside_the_masks(tmp_path):
+    source, pipeline = make_picture_folder(tmp_path / "pictures"), build_pipeline()
+    samples = list(Benchmark("folder", source).read())
+    pipeline.transformer.generation_config.preserve_threshold = 1.0
+    teach_to_keep(pipeline, [sample.source_image for sample in samples], [sample.prompt for sample in samples])
+    pipeline.save_pretrained(tmp_path / "model")
+    words = ["--benchmark", "folder", "--source", source, "--model", tmp_path / "model"]
+    psnr = {}
+    for preserve in ("off", "auto"):
+        run = tmp_path / preserve
+        assert evaluate("run", *words, "--preserve", preserve, "--output-dir", run) == 0
+        psnr[preserve] = json.loads((run / "metrics.json").read_text())["overall"]["psnr_unedited"]["mean"]
+        is_labeled = (
+            "**preserve auto: the system kept what it found to be unedited**" in (run / "report.md").read_text()
+        )
+        assert is_labeled == (preserve == "auto")
+    assert psnr["auto"] > psnr["off"] + 1
+
+
 def test_vq_reconstruction_is_what_the_tokenizer_makes_of_source_or_target(models):
     samples, pipeline = build_samples(), build_pipeline()
     for name in ("source", "target"):
@@ -190,8 +210,10 @@ def test_vq_reconstruction_is_what_the_tokenizer_makes_of_source_or_target(model
 
 @pytest.fixture(scope="module")
 def wide_models(tmp_path_factory):
-    """A pipeline that edits images at their own aspect ratios."""
+    """A pipeline that edits images at their own aspect ratios, and keeps a part of the square below."""
     folder, pipeline = tmp_path_factory.mktemp("wide"), build_pipeline()
+    pipeline.transformer.generation_config.preserve_threshold = 1.0
+    teach_to_keep(pipeline, [draw_image(1)], [PROMPT])
     pipeline.processor.image_processor.aspect = "source"
     pipeline.save_pretrained(folder)
     return folder, pipeline
@@ -208,11 +230,18 @@ def test_images_of_several_shapes_are_edited_as_the_pipeline_edits_each(preserve
     for sample, image, generator in zip(samples, edited, generators, strict=True):
         expected = pipeline(PROMPT, image=sample.source_image, preserve=preserve, generator=generator).images[0]
         assert np.array_equal(image, expected)
-    darker = edit("editar", samples[1:2], seeds[1:2], model=folder, preserve=preserve, quantize="truncate")[0]
-    assert set(np.unique(np.asarray(edited[1]).astype(int) - np.asarray(darker))) <= {0, 1}
-    truncated = edit("editar", samples[:1], seeds[:1], model=folder, quantize="truncate")[0]
-    rounded = edit("editar", samples[:1], seeds[:1], model=folder)[0]
-    assert np.abs(np.asarray(rounded).astype(int) - np.asarray(truncated)).max() <= 2  # one step, and the resizing
+    kept = (np.asarray(edited[1]) == np.asarray(samples[1].source_image)).all(axis=2).mean()
+    assert kept > 0.1 if preserve == "auto" else kept < 0.01
+
+
+def test_truncated_images_have_the_shapes_of_their_sources(wide_models):
+    samples = [Sample(f"{index}", PROMPT, draw_image(index, *size)) for index, size in enumerate([(16, 12), (36, 24)])]
+    rounded, truncated = (
+        edit("editar", samples, model=wide_models[0], quantize=quantize) for quantize in ("round", "truncate")
+    )
+    assert [image.size for image in truncated] == [(16, 12), (36, 24)]
+    # The first one has the size of the model, so it is not resized.
+    assert set(np.unique(np.asarray(rounded[0]).astype(int) - np.asarray(truncated[0]))) == {0, 1}
 
 
 def test_vq_reconstruction_has_the_shape_of_each_image(wide_models):
@@ -322,6 +351,16 @@ def test_the_description_names_whole_paths_and_the_commits_of_hub_ids(models, mo
         ("editar", {}, "`system` editar: missing a required argument: 'model'"),
         ("command", {"command": "edit"}, "`command` is 'edit'; it must contain {image} and {output}"),
         ("editar", {"model": ".", "dtype": "int8"}, "`dtype` is 'int8'; choose one of 'float32'"),
+        (
+            "editar",
+            {"model": ".", "quantize": "truncate", "use_masks": True},
+            "`quantize` is 'truncate'.*`use_masks` is True",
+        ),
+        (
+            "editar",
+            {"model": ".", "quantize": "truncate", "preserve": "auto"},
+            "`quantize` is 'truncate'.*`preserve` is 'auto'",
+        ),
         ("editar", {"model": ".", "quantize": "ceil"}, "`quantize` is 'ceil'; choose one of"),
         ("vq-reconstruction", {"model": ".", "reconstruct": "mask"}, "`reconstruct` is 'mask'"),
     ],

@@ -156,7 +156,7 @@ def editar(
             say so beside the name of the run. Defaults to `"off"`.
         dtype (`str`, *optional*, defaults to `"float32"`): `"float32"`, `"bfloat16"` (published) or `"float16"`.
         quantize (`str`, *optional*, defaults to `"round"`): How pixels are converted to 8 bits: `"round"`, or
-            `"truncate"` as in the reference.
+            `"truncate"` as in the reference, which needs `use_masks` and `preserve` off.
         guidance_scale, image_guidance_scale, do_sample, temperature, top_k, top_p (*optional*): Arguments of the
             pipeline.
     """
@@ -167,6 +167,12 @@ def editar(
         check_choice("preserve", preserve, ("off", "auto"))
     if preserve == "auto" and use_masks:
         raise ValueError("`preserve` is 'auto' and `use_masks` is True; the masks say what may change: leave one out.")
+    if quantize == "truncate" and (use_masks or preserve == "auto"):
+        kept_by = "`use_masks` is True" if use_masks else "`preserve` is 'auto'"
+        raise ValueError(
+            f"`quantize` is 'truncate', which also changes pixels of the source, but {kept_by}, which keeps such "
+            "pixels; leave one out."
+        )
     others = ("model", "lora", "use_masks", "preserve", "dtype", "quantize")
     knobs = {name: value for name, value in options.items() if name not in others}
 
