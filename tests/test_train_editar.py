@@ -189,6 +189,10 @@ def test_images_of_several_aspect_ratios_are_trained_and_a_resumed_run_is_the_sa
     # The sheet shows the first held-out pairs, 16×12 pixels each.
     sheet = Image.open(tmp_path / "straight" / "validation" / "step-0000006.png")
     assert sheet.size == (3 * (16 + 4) + 4, 2 * (12 + 4) + 4)
+    # An adapter holds no setting of the pipeline, so its card says what to pass.
+    train("adapter", *words, **options | {"max_train_steps": 1, "lora_rank": 2})
+    card = (tmp_path / "adapter" / "adapter" / "README.md").read_text()
+    assert 'at the aspect ratios 1:1, 3:2, 2:3. Pass `aspect="source"`' in card
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +449,7 @@ def refused(tokens, editor, sticker_editor, get_run, tmp_path_factory) -> dict[s
         ),
         ({"resolution": 10}, "`resolution` is 10: .*multiple of 4"),
         ({"resolution": 20}, "`resolution` is 20: .* pass a multiple of 4 from 4 to 16"),
-        ({"num_workers": 13}, "`num_workers` is too high"),
+        ({"num_workers": 13}, "`num_workers` is 13. Use fewer processes or workers"),
         ({"recipe": "recipe.yaml"}, "Give either `dataset` or `recipe`"),
         ({"ema_decay": 1}, r"`ema_decay` is 1\.0"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "`resume_from_checkpoint` is 'checkpoint-7'"),

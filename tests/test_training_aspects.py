@@ -13,10 +13,11 @@ from PIL import Image
 from tiny import STRIDE, build_pipeline, draw_image
 
 from editar_hf import EditARImageProcessor, EditARProcessor
+from editar_hf.training.arguments import TrainingArguments
 from editar_hf.training.aspects import AspectReader, BucketedRows
 from editar_hf.training.dataset_specs import DatasetSpec
 from editar_hf.training.rows import RowReader, collate_rows
-from editar_hf.training.streams import build_dataloader
+from editar_hf.training.streams import MixedRows, build_dataloader
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -146,10 +147,10 @@ def test_a_batch_holds_its_grid_and_images_and_masks_of_it():
     assert batch["edit_mask"].tolist() == [[True] + [False] * 11] * 3
 
 
-@pytest.mark.parametrize("ratio", ["3", "0:1", "1:0", "5:2", "2:5", "a:b", "1:1:1"])
+@pytest.mark.parametrize("ratio", ["3", "0:1", "1:0", "5:2", "2:5", "a:b", "1:1:1", "-3:-2"])
 def test_bad_ratios_are_refused(ratio):
     with pytest.raises(ValueError, match="`aspect_ratios` holds"):
-        build_rows([build_dataset([(20, 20)])], ratios=[ratio])
+        TrainingArguments(model="/no/where", output_dir="run", aspect_ratios=["1:1", ratio])
 
 
 def test_streamed_data_and_tokens_are_refused():
@@ -161,5 +162,32 @@ def test_streamed_data_and_tokens_are_refused():
 
 
 def test_a_bucket_with_fewer_pairs_than_readers_is_refused():
-    with pytest.raises(ValueError, match="'data set 0, 3:2' has fewer rows"):
+    with pytest.raises(ValueError, match=r"'data set 0, 3:2' has fewer rows.*leave this ratio out"):
         build_dataloader(build_rows([build_dataset([(20, 20)] * 3 + [(36, 24)])]), list_pairs, BATCH_SIZE, 2)
+
+
+@pytest.mark.parametrize("ratios", [["1:1", "4:3", "9:16"], ["1:1", "3:2"], ["3:2", "1:1", "1:2"]])
+def test_a_state_of_other_ratios_is_refused_and_an_old_one_loads(ratios):
+    opened = [build_dataset(list(NEAREST) * 2)]
+    state = build_rows(opened).state_dict()
+    with pytest.raises(ValueError, match="`aspect_ratios` was 1:1 3:2 1:2 in the checkpoint, and now"):
+        build_rows(opened, ratios=ratios).load_state_dict(state)
+    old = {name: value for name, value in state.items() if name != "aspect_ratios"}
+    build_rows(opened).load_state_dict(old)
+
+
+def test_states_with_and_without_ratios_are_told_apart():
+    opened, specs = [build_dataset([(20, 20)])], [DatasetSpec("pairs")]
+    reader = RowReader(EditARImageProcessor(size=16, stride=STRIDE))
+    squares = MixedRows(specs, opened, reader, 0.0, 0)
+    with pytest.raises(ValueError, match="`aspect_ratios` was not given in the checkpoint, and now it is 1:1 3:2 1:2"):
+        build_rows(opened).load_state_dict(squares.state_dict())
+    with pytest.raises(ValueError, match="`aspect_ratios` was 1:1 3:2 1:2 in the checkpoint, and now it is not given"):
+        squares.load_state_dict(build_rows(opened).state_dict())
+
+
+def test_the_longer_side_of_a_size_that_is_no_square_is_kept():
+    image_processor = EditARImageProcessor(size={"height": 8, "width": 16}, stride=STRIDE)
+    readers = AspectReader(SIZES, RowReader(image_processor)).readers
+    sizes = [(reader.image_processor.size.height, reader.image_processor.size.width) for reader in readers]
+    assert sizes == list(SIZES.values())

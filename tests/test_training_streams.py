@@ -127,7 +127,7 @@ def test_loader_goes_on_exactly_where_another_stopped(num_workers, num_seen, tmp
 )
 def test_more_readers_than_a_data_set_can_serve_are_refused(opened, num_workers, process):
     # At once: a data set that is drawn seldom would end the run only when its turn comes.
-    with pytest.raises(ValueError, match="`num_workers` is too high: `dataset` 'data set 0' has fewer"):
+    with pytest.raises(ValueError, match="`dataset` 'data set 0' has fewer"):
         build_dataloader(build_rows([opened], **process), list_pairs, 2, num_workers)
 
 

@@ -12,6 +12,7 @@ from transformers.hf_argparser import HfArg
 from ..image_processing_editar import EditARImageProcessor
 from ..pipelines.hub import check_folder_or_hub_id
 from ..pipelines.pipeline_editar import EditARPipeline
+from .aspects import parse_aspect_ratio
 from .dataset_specs import DatasetSpec, load_recipe
 from .lora import TARGET_MODULES
 
@@ -183,6 +184,8 @@ class TrainingArguments(PairArguments, RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for ratio in self.aspect_ratios:
+            parse_aspect_ratio(ratio)
         check_folder_or_hub_id(self.model, "model")
         if self.distillation_model is not None:
             check_folder_or_hub_id(self.distillation_model, "distillation_model")

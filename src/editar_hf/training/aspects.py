@@ -12,7 +12,7 @@ from PIL import ExifTags
 from ..image_processing_editar import EditARImageProcessor, choose_grid
 from .dataset_specs import DatasetSpec
 from .rows import RowReader, open_stored_image
-from .streams import EndlessRows, MixedRows
+from .streams import EndlessRows, MixedRows, check_saved_ratios
 
 
 # The EXIF orientations that swap width and height (Exif 3.0, CIPA DC-008, tag 274).
@@ -25,9 +25,9 @@ def parse_aspect_ratio(text: str) -> float:
     Raises:
         ValueError: If the text is not an aspect ratio between 1:2 and 2:1.
     """
-    with suppress(ValueError, ZeroDivisionError):
+    with suppress(ValueError):
         width, height = map(int, text.split(":"))
-        if 0.5 <= width / height <= 2:
+        if height > 0 and 0.5 <= width / height <= 2:
             return width / height
     raise ValueError(f"`aspect_ratios` holds {text!r}; pass ratios from 1:2 to 2:1, such as 1:1 3:2 2:3.")
 
@@ -37,7 +37,7 @@ class AspectReader:
 
     Args:
         aspect_ratios (`Sequence[str]`): The aspect ratios; see `parse_aspect_ratio`.
-        row_reader (`RowReader`): Prepares rows at a square. Its side is the longer side at every aspect ratio.
+        row_reader (`RowReader`): Prepares rows at one size. Its longer side is the longer side at every aspect ratio.
 
     Raises:
         ValueError: If an aspect ratio is not supported.
@@ -58,11 +58,11 @@ class AspectReader:
 
 
 def build_row_reader(row_reader: RowReader, ratio: float) -> RowReader:
-    """Build a reader for an aspect ratio from the reader for the square."""
-    square = row_reader.image_processor
-    rows, columns = choose_grid(ratio, 1.0, square.size.height // square.stride)
-    size = {"height": rows * square.stride, "width": columns * square.stride}
-    image_processor = EditARImageProcessor(size=size, resize_mode=square.resize_mode, stride=square.stride)
+    """Build a reader for an aspect ratio from a reader for one size. The longer side stays the same."""
+    given = row_reader.image_processor
+    rows, columns = choose_grid(ratio, 1.0, max(given.size.height, given.size.width) // given.stride)
+    size = {"height": rows * given.stride, "width": columns * given.stride}
+    image_processor = EditARImageProcessor(size=size, resize_mode=given.resize_mode, stride=given.stride)
     return replace(row_reader, image_processor=image_processor)
 
 
@@ -93,6 +93,8 @@ class BucketedRows(torch.utils.data.IterableDataset):
         ValueError: If a data set is streamed, or holds tokens.
     """
 
+    other_remedy = ", or leave this ratio out of `aspect_ratios`"
+
     def __init__(
         self,
         batch_size: int,
@@ -106,6 +108,7 @@ class BucketedRows(torch.utils.data.IterableDataset):
     ):
         super().__init__()
         self.batch_size, self.seed, self.process, self.num_rows = batch_size, seed, process, 0
+        self.aspect_ratios = list(aspect_reader.ratios)
         chosen = [choose_buckets(dataset, spec, aspect_reader) for spec, dataset in zip(specs, opened, strict=True)]
         self.buckets, shares = [], []
         for index, ratio in enumerate(aspect_reader.ratios):
@@ -138,9 +141,12 @@ class BucketedRows(torch.utils.data.IterableDataset):
             yield next(buckets[bucket])
 
     def state_dict(self) -> dict:
-        return {"num_rows": self.num_rows, "buckets": [bucket.state_dict() for bucket in self.buckets]}
+        buckets = [bucket.state_dict() for bucket in self.buckets]
+        return {"aspect_ratios": self.aspect_ratios, "num_rows": self.num_rows, "buckets": buckets}
 
     def load_state_dict(self, state: Mapping) -> None:
+        # The first checkpoints with buckets do not name their ratios.
+        check_saved_ratios(state, self.aspect_ratios if "buckets" in state else [], self.aspect_ratios)
         self.num_rows = state["num_rows"]
         for bucket, bucket_state in zip(self.buckets, state["buckets"], strict=True):
             bucket.load_state_dict(bucket_state)

@@ -47,7 +47,7 @@ class EndlessRows:
         self.process, self.num_processes = process, num_processes
         self.epoch, self.num_read, self.shard_state = 0, 0, None
 
-    def check_readers(self, num_workers: int) -> None:
+    def check_readers(self, num_workers: int, other_remedy: str) -> None:
         """Refuse more workers than this process has rows or shards for.
 
         Raises:
@@ -59,9 +59,9 @@ class EndlessRows:
             num_parts = split_dataset_by_node(self.dataset, self.process, self.num_processes).num_shards
         if num_parts < max(1, num_workers):
             raise ValueError(
-                f"`num_workers` is too high: `dataset` {self.name!r} has fewer {'rows' if is_local else 'shards'} than "
-                f"readers, which are {max(1, num_workers)} in each of {self.num_processes} processes. Lower "
-                "`num_workers`, or use fewer processes."
+                f"`dataset` {self.name!r} has fewer {'rows' if is_local else 'shards'} than readers, which are "
+                f"{max(1, num_workers)} in each of {self.num_processes} processes, as `num_workers` is {num_workers}. "
+                f"Use fewer processes or workers{other_remedy}."
             )
 
     def read(self, worker: int, num_workers: int) -> Iterator[tuple[int, dict]]:
@@ -116,6 +116,9 @@ class MixedRows(torch.utils.data.IterableDataset):
         seed, process, num_processes (`int`): See `EndlessRows`.
     """
 
+    # What else to do than to use fewer readers, if a data set has too few rows. It ends a message.
+    other_remedy = ""
+
     def __init__(
         self,
         specs: Sequence[DatasetSpec],
@@ -166,10 +169,26 @@ class MixedRows(torch.utils.data.IterableDataset):
         }
 
     def load_state_dict(self, state: Mapping) -> None:
+        check_saved_ratios(state, [], [])
         self.num_draws = state["num_draws"]
         for stream, stream_state in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(stream_state)
         self.bad_rows.num_read, self.bad_rows.num_bad = state["num_read"], state["num_bad"]
+
+
+def check_saved_ratios(state: Mapping, default: list[str], aspect_ratios: list[str]) -> None:
+    """Refuse the state of a run at other aspect ratios. A state without ratios has those of `default`.
+
+    Raises:
+        ValueError: If the ratios, or their order, differ.
+    """
+    saved = state.get("aspect_ratios", default)
+    if saved != aspect_ratios:
+        old, new = (" ".join(ratios) or "not given" for ratios in (saved, aspect_ratios))
+        raise ValueError(
+            f"`aspect_ratios` was {old} in the checkpoint, and now it is {new}. Resume with the ratios of the "
+            "checkpoint, in the same order, or start a new run from its weights."
+        )
 
 
 def build_dataloader(
@@ -181,7 +200,7 @@ def build_dataloader(
         ValueError: If a data set has fewer rows or shards than readers.
     """
     for stream in rows.streams:
-        stream.check_readers(num_workers)
+        stream.check_readers(num_workers, rows.other_remedy)
     # A data loader draws a random number when it starts. With the default generator, this draw would change the
     # dropout of a resumed run.
     generator = torch.Generator().manual_seed(rows.seed)

@@ -338,6 +338,12 @@ class EditARTrainer:
             f"Trained from `{args.model}` on `{dataset}`{num_pairs}, for {self.step:,} steps of "
             f"{self.samples_per_step:,} pairs. The {frozen}. {describe_command()}"
         )
+        if args.aspect_ratios and args.lora_rank is not None:
+            # An adapter does not hold the image processor, whose `aspect` a trained pipeline has set.
+            training = (
+                f'Trained at the aspect ratios {", ".join(args.aspect_ratios)}. Pass `aspect="source"` to the '
+                f"pipeline, so that it edits images at their own proportions. {training}"
+            )
         figures, metrics = None, None
         if self.validation_loss is not None:
             metrics = {"loss": round(self.validation_loss, 4)}
