@@ -632,8 +632,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 three quarters of the tokens are above half the threshold, the instruction is taken to change the whole
                 image, and nothing is kept. If no token may change, the source is returned with a warning.
                 `preserved_mask` of the output shows what was kept. `"auto"` needs a source and the task `"edit"`, and
-                takes no `mask_image`.
-                *Defaults to* `"off"`.
+                takes no `mask_image`. *Defaults to* `"off"`.
             guidance_scale (`float`, *optional*): Weight of the prompt; 1 means no guidance. `guidance_scale`,
                 `do_sample`, `temperature`, `top_k` and `top_p` *default to* the settings in
                 `transformer/generation_config.json`.
