@@ -450,7 +450,10 @@ def refused(tokens, editor, sticker_editor, get_run, tmp_path_factory) -> dict[s
         ({"resolution": 10}, "`resolution` is 10: .*multiple of 4"),
         ({"resolution": 20}, "`resolution` is 20: .* pass a multiple of 4 from 4 to 16"),
         ({"num_workers": 13}, "`num_workers` is 13. Use fewer processes or workers"),
-        ({"recipe": "recipe.yaml"}, "Give either `dataset` or `recipe`"),
+        # With a model that does not load, to see that these are refused earlier.
+        ({"recipe": "recipe.yaml", "model": "{editor}/vq_model"}, "Give either `dataset` or `recipe`"),
+        ({"resize_mode": "pad", "model": "{editor}/vq_model"}, "`resize_mode` is 'pad'; choose one of 'crop'"),
+        ({"lr_scheduler": "step", "model": "{editor}/vq_model"}, "`lr_scheduler` is 'step'; choose one of 'linear'"),
         ({"ema_decay": 1}, r"`ema_decay` is 1\.0"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "`resume_from_checkpoint` is 'checkpoint-7'"),
         ({"output_dir": "{run}"}, "holds checkpoint-4; pass `--resume-from-checkpoint latest`"),

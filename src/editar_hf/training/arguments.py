@@ -6,10 +6,11 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, SchedulerType
 from transformers.hf_argparser import HfArg
 
-from ..image_processing_editar import EditARImageProcessor
+from ..checks import check_choice
+from ..image_processing_editar import RESIZE_MODES, EditARImageProcessor
 from ..pipelines.hub import check_folder_or_hub_id
 from ..pipelines.pipeline_editar import EditARPipeline
 from .aspects import parse_aspect_ratio
@@ -186,6 +187,8 @@ class TrainingArguments(PairArguments, RunArguments):
         super().__post_init__()
         for ratio in self.aspect_ratios:
             parse_aspect_ratio(ratio)
+        check_choice("resize_mode", self.resize_mode, RESIZE_MODES)
+        check_choice("lr_scheduler", self.lr_scheduler, [kind.value for kind in SchedulerType])
         check_folder_or_hub_id(self.model, "model")
         if self.distillation_model is not None:
             check_folder_or_hub_id(self.distillation_model, "distillation_model")
