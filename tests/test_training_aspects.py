@@ -9,12 +9,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tiny import STRIDE, build_pipeline, draw_image
 
 from editar_hf import EditARImageProcessor, EditARProcessor
 from editar_hf.training.arguments import TrainingArguments
 from editar_hf.training.aspects import AspectReader, BucketedRows
+from editar_hf.training.checkpoints import load_checkpoint, save_checkpoint
 from editar_hf.training.dataset_specs import DatasetSpec
 from editar_hf.training.rows import RowReader, collate_rows
 from editar_hf.training.streams import MixedRows, build_dataloader
@@ -48,12 +50,12 @@ def build_dataset(sizes, first=0, **columns):
     return datasets.Dataset.from_list([{**row, **columns} for row in rows])
 
 
-def build_rows(opened, probabilities=(1.0, 1.0), seed=0, ratios=SIZES, **process):
+def build_rows(opened, probabilities=(1.0, 1.0), seed=0, ratios=SIZES, batch_size=BATCH_SIZE, **process):
     specs = [
         DatasetSpec(f"data set {k}", probability=p) for k, p in zip(range(len(opened)), probabilities, strict=False)
     ]
     reader = AspectReader(ratios, RowReader(EditARImageProcessor(size=16, stride=STRIDE)))
-    return BucketedRows(BATCH_SIZE, specs, opened, reader, 0.0, seed, **process)
+    return BucketedRows(batch_size, specs, opened, reader, 0.0, seed, **process)
 
 
 def list_pairs(rows):
@@ -120,6 +122,7 @@ def test_loader_goes_on_exactly_where_another_stopped(num_workers, num_seen, tmp
     expected = list(itertools.islice(batches, 12))
     resumed = build()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed.state_dict() == torch.load(tmp_path / "state.pt", weights_only=True)  # As in `load_checkpoint`.
     assert list(itertools.islice(resumed, 12)) == expected
 
 
@@ -172,8 +175,35 @@ def test_a_state_of_other_ratios_is_refused_and_an_old_one_loads(ratios):
     state = build_rows(opened).state_dict()
     with pytest.raises(ValueError, match="`aspect_ratios` was 1:1 3:2 1:2 in the checkpoint, and now"):
         build_rows(opened, ratios=ratios).load_state_dict(state)
-    old = {name: value for name, value in state.items() if name != "aspect_ratios"}
+    old = {name: value for name, value in state.items() if name not in ("aspect_ratios", "batch_size")}
     build_rows(opened).load_state_dict(old)
+
+
+def test_a_checkpoint_of_other_ratios_is_refused_before_later_ones_are_renamed(on_cpu, tmp_path):
+    opened, accelerator = [build_dataset(list(NEAREST) * 2)], Accelerator()
+    saved, other = (
+        build_dataloader(build_rows(opened, ratios=ratios), list_pairs, BATCH_SIZE, 0) for ratios in (SIZES, ["1:1"])
+    )
+    for step in (1, 2):
+        save_checkpoint(accelerator, tmp_path, step, 2, saved)
+    with pytest.raises(ValueError, match="`aspect_ratios` was"):
+        load_checkpoint(accelerator, tmp_path, "checkpoint-1", other)
+    assert (tmp_path / "checkpoint-2").exists()
+
+
+def test_a_state_of_data_with_other_ratios_is_refused():
+    state = build_rows([build_dataset([(20, 20), (36, 24)])]).state_dict()
+    with pytest.raises(ValueError, match=r"gave 2 aspect ratios that have pairs in the checkpoint, and now it gives 1"):
+        build_rows([build_dataset([(20, 20)] * 2)]).load_state_dict(state)
+
+
+def test_a_run_of_another_batch_size_resumes_at_the_start_of_a_batch():
+    opened = [build_dataset([(20, 20)] * 4 + [(36, 24)] * 4)]
+    rows, resumed = build_rows(opened), build_rows(opened, batch_size=2)
+    list(itertools.islice(rows, BATCH_SIZE))
+    resumed.load_state_dict(rows.state_dict())
+    sizes = [row["size"] for row in itertools.islice(resumed, 40)]
+    assert sizes[::2] == sizes[1::2]
 
 
 def test_states_with_and_without_ratios_are_told_apart():

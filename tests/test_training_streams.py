@@ -131,6 +131,12 @@ def test_more_readers_than_a_data_set_can_serve_are_refused(opened, num_workers,
         build_dataloader(build_rows([opened], **process), list_pairs, 2, num_workers)
 
 
+def test_a_run_on_another_number_of_data_sets_cannot_resume():
+    state = build_rows([AT_HAND, AT_HAND]).state_dict()
+    with pytest.raises(ValueError, match=r"gave 2 data sets in the checkpoint, and now it gives 1\. Resume"):
+        build_rows([AT_HAND]).load_state_dict(state)
+
+
 # Bad rows
 
 

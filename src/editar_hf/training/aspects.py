@@ -12,7 +12,7 @@ from PIL import ExifTags
 from ..image_processing_editar import EditARImageProcessor, choose_grid
 from .dataset_specs import DatasetSpec
 from .rows import RowReader, open_stored_image
-from .streams import EndlessRows, MixedRows, check_saved_ratios
+from .streams import EndlessRows, MixedRows, check_saved_number, check_saved_ratios
 
 
 # The EXIF orientations that swap width and height (Exif 3.0, CIPA DC-008, tag 274).
@@ -142,12 +142,19 @@ class BucketedRows(torch.utils.data.IterableDataset):
 
     def state_dict(self) -> dict:
         buckets = [bucket.state_dict() for bucket in self.buckets]
-        return {"aspect_ratios": self.aspect_ratios, "num_rows": self.num_rows, "buckets": buckets}
+        return {
+            "aspect_ratios": self.aspect_ratios,
+            "batch_size": self.batch_size,
+            "num_rows": self.num_rows,
+            "buckets": buckets,
+        }
 
     def load_state_dict(self, state: Mapping) -> None:
-        # The first checkpoints with buckets do not name their ratios.
+        # The first checkpoints with buckets do not name their ratios, and have no batch size.
         check_saved_ratios(state, self.aspect_ratios if "buckets" in state else [], self.aspect_ratios)
-        self.num_rows = state["num_rows"]
+        check_saved_number("aspect ratios that have pairs", state["buckets"], self.buckets)
+        # The same number of batches, so that a run with another batch size resumes at the start of a batch.
+        self.num_rows = state["num_rows"] // state.get("batch_size", self.batch_size) * self.batch_size
         for bucket, bucket_state in zip(self.buckets, state["buckets"], strict=True):
             bucket.load_state_dict(bucket_state)
 

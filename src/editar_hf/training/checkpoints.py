@@ -108,7 +108,8 @@ def load_checkpoint(
     Checkpoints that are later than the named one are renamed, so that `"latest"` ignores them. They are not deleted.
 
     Raises:
-        ValueError: If the named checkpoint does not exist, or was written with another number of processes or workers.
+        ValueError: If the named checkpoint does not exist, or was written with another number of processes or workers,
+            other aspect ratios, or another number of data sets.
     """
     checkpoints = list_checkpoints(output_dir)
     if name == "latest" and not checkpoints:
@@ -126,6 +127,9 @@ def load_checkpoint(
                 "of processes and the same `num_workers`, or start a new run from the weights of the checkpoint."
             )
         dataloader.load_state_dict(torch.load(place, weights_only=True))
+        # The data loader reads its state only when it starts, which `state_dict` makes it do. Other data than that of
+        # the checkpoint is thus refused before the weights are loaded and before later checkpoints are renamed.
+        dataloader.state_dict()
     accelerator.load_state(folder)
     if accelerator.is_main_process:
         for later in checkpoints[checkpoints.index(folder) + 1 :]:

@@ -170,6 +170,7 @@ class MixedRows(torch.utils.data.IterableDataset):
 
     def load_state_dict(self, state: Mapping) -> None:
         check_saved_ratios(state, [], [])
+        check_saved_number("data sets", state["streams"], self.streams)
         self.num_draws = state["num_draws"]
         for stream, stream_state in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(stream_state)
@@ -188,6 +189,19 @@ def check_saved_ratios(state: Mapping, default: list[str], aspect_ratios: list[s
         raise ValueError(
             f"`aspect_ratios` was {old} in the checkpoint, and now it is {new}. Resume with the ratios of the "
             "checkpoint, in the same order, or start a new run from its weights."
+        )
+
+
+def check_saved_number(parts: str, saved: Sequence, own: Sequence) -> None:
+    """Refuse the state of a run whose data had another number of parts.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
+    if len(saved) != len(own):
+        raise ValueError(
+            f"`dataset` or `recipe` gave {len(saved)} {parts} in the checkpoint, and now it gives {len(own)}. Resume "
+            "with the data of the checkpoint, or start a new run from its weights."
         )
 
 
