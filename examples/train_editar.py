@@ -21,9 +21,10 @@ from editar_hf.training.trainer import EditARTrainer, build_accelerator, load_pi
 
 def main():
     args = parse_arguments(TrainingArguments)
-    data = args.describe_datasets(streaming=args.streaming), args.describe_validation_dataset()
     accelerator = build_accelerator(args)
     set_seed(args.seed)
+    # Before the model is loaded, because a wrong recipe is refused here.
+    data = args.describe_datasets(streaming=args.streaming), args.describe_validation_dataset()
     trainer = EditARTrainer(args, accelerator, load_pipeline(args), *data)
     trainer.train()
     trainer.save_result()
