@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,9 @@ TEXT_LEARNING_RATE_FACTOR = 0.3
 EMA_DECAY = 0.998
 NUM_TEXT_TOKENS = 32
 TARGET_TOKEN_DROPOUT = 0.3
-# Fractions of the editor's time at which it is saved, before the end. The learning rate is at 50, 15 and 2 % then.
+# Fractions of a stage's time at which it is saved, before the end. The learning rate of the editor is at 50, 15 and 2 %
+# then.
+VQ_SAVES = (0.5,)
 EDITOR_SAVES = (0.5, 0.75, 0.9)
 # Held-out edits that are drawn at the end.
 NUM_SHOWN = 32
@@ -146,14 +149,25 @@ class Arguments:
 
 
 class Clock:
-    """How much of a stage's time is over, and the learning rate that belongs to it."""
+    """How much of a stage's time is over, the learning rate that belongs to it, and when to save.
 
-    def __init__(self, minutes: float, warmup_steps: int = 100):
+    `saves` are fractions of the time, in order.
+    """
+
+    def __init__(self, minutes: float, saves: Sequence[float], warmup_steps: int = 100):
         self.start, self.seconds, self.warmup_steps = time.monotonic(), 60 * minutes, warmup_steps
+        self.saves = list(saves)
 
     @property
     def progress(self) -> float:
         return (time.monotonic() - self.start) / self.seconds
+
+    def is_save_due(self) -> bool:
+        """Return whether one more of `saves` is over, but not yet the whole time. It is true once for each."""
+        is_due = bool(self.saves) and self.saves[0] < self.progress < 1
+        if is_due:
+            self.saves.pop(0)
+        return is_due
 
     def set_learning_rates(self, optimizers, step: int):
         """Warm up over steps, then fall to zero over the time that is left, in half a cosine."""
@@ -317,7 +331,7 @@ def train_vq_model(args, pool: ImagePool, log: Log):
     """Train the VQ model for `args.vq_minutes`; save it half-way and at the end."""
     device, rng = torch.device(args.device), np.random.default_rng(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    clock = Clock(args.vq_minutes)
+    clock = Clock(args.vq_minutes, VQ_SAVES)
     if args.vq_model:
         model = EditARVQModel.from_pretrained(args.vq_model, dtype=torch.float32)
     else:
@@ -342,7 +356,7 @@ def train_vq_model(args, pool: ImagePool, log: Log):
         for part in (model.encoder, model.decoder):
             part.compile(dynamic=False)
 
-    step, is_saved = 0, False
+    step = 0
     while clock.progress < 1:
         pool.update()
         clock.set_learning_rates([optimizer], step)
@@ -364,9 +378,8 @@ def train_vq_model(args, pool: ImagePool, log: Log):
             used_tokens.clear()
         if step % args.log_steps == 0:
             log.write(stage="vq_model", step=step, **{name: value.item() for name, value in parts.items()})
-        if not is_saved and 0.5 < clock.progress < 1:
+        if clock.is_save_due():
             save_vq_model(model, average, args.output_dir)
-            is_saved = True
     log.write(stage="vq_model", event="end", step=step, chunks=len(pool.chunks))
     save_vq_model(model, average, args.output_dir)
 
@@ -564,7 +577,7 @@ def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> E
         )
         for shape in pool.chunks
     }
-    clock = Clock(args.editor_minutes)
+    clock = Clock(args.editor_minutes, EDITOR_SAVES)
     if "editor" in args.compile:
         compile_ahead(steps, args.batch_size, device, log)
     optimizers = build_optimizers(args, transformer, text_encoder)
@@ -574,7 +587,7 @@ def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> E
     pool.wait_for(4 * args.batch_size)
     log.write(stage="editor", event="first tokens", pairs=pool.num_pairs)
 
-    step, saves = 0, list(EDITOR_SAVES)
+    step = 0
     while clock.progress < 1:
         clock.set_learning_rates(optimizers, step)
         shape, batch = pool.draw(args.batch_size, rng)
@@ -592,9 +605,8 @@ def train_editor(args, pipeline: EditARPipeline, pool: TokenPool, log: Log) -> E
         step += 1
         if step % args.log_steps == 0:
             log.write(stage="editor", step=step, loss=losses["token_loss"].item(), pairs=pool.num_pairs)
-        if saves and saves[0] < clock.progress < 1:
+        if clock.is_save_due():
             save_pipeline(args, shipped, average)
-            saves.pop(0)
     log.write(stage="editor", event="end", step=step, pairs=pool.num_pairs)
     save_pipeline(args, shipped, average)
     return shipped
