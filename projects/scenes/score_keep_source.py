@@ -75,13 +75,13 @@ def list_spoilers(vq_model: EditARVQModel) -> dict[str, Callable[[Image.Image], 
     }
 
 
-def measure(sample: dict, spoil: Callable, vq_model: EditARVQModel, threshold: float) -> dict[str, float]:
+def measure(sample: dict, edited: Image.Image, vq_model: EditARVQModel, threshold: float) -> dict[str, float]:
     """Measure one result: name of a figure → value."""
-    source, edited = sample["source"], np.asarray(spoil(Image.fromarray(sample["target"])))
+    source = sample["source"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`edited` differs from `source` nearly everywhere")
-        result = np.asarray(keep_source(Image.fromarray(source), Image.fromarray(edited), vq_model, threshold))
-    is_edited, is_source = ((result == image).all(axis=2) for image in (edited, source))
+        result = np.asarray(keep_source(Image.fromarray(source), edited, vq_model, threshold))
+    is_edited, is_source = ((result == np.asarray(image)).all(axis=2) for image in (edited, source))
     if sample["operation"] not in LOCAL:
         return {"whole": float(is_edited.all())}
     is_far = ~find_inside(sample["mask"], 2 * vq_model.config.stride)
@@ -95,8 +95,9 @@ def main(arguments=None):
     samples = [sample for name in (*LOCAL, "global") for sample in load_samples(args.dataset, name, args.num_samples)]
     rows = []
     for name, spoil in list_spoilers(vq_model).items():
+        spoiled = [spoil(Image.fromarray(sample["target"])) for sample in samples]
         for threshold in THRESHOLDS:
-            figures = [measure(sample, spoil, vq_model, threshold) for sample in samples]
+            figures = [measure(*pair, vq_model, threshold) for pair in zip(samples, spoiled, strict=True)]
             means = [np.mean([one[key] for one in figures if key in one]) for key in ("taken", "kept", "whole")]
             rows.append([name, str(threshold), *(f"{mean:.2f}" for mean in means)])
             print(*rows[-1], flush=True)

@@ -80,7 +80,7 @@ def calibrate(pipeline: EditARPipeline, args: PreserveArguments):
         unfinished.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     print(f"preserve_threshold {threshold} nats, written to {path}")
     for operation, maps in edit_maps.items():
-        num_whole = int(find_edited_tokens(maps, threshold).all(dim=1).all(dim=1).sum())
+        num_whole = int(find_edited_tokens(maps, threshold).flatten(1).all(dim=1).sum())
         print(f"{operation}: {num_whole} of {len(maps)} edits fall back")
 
 

@@ -148,12 +148,16 @@ def average(
     return 100 * mean, 100 * variance**0.5
 
 
+def format_mean(mean_and_error: tuple[float, float]) -> str:
+    return "{:.1f} ± {:.1f}".format(*mean_and_error)
+
+
 def format_shapes(figures: dict, setting: str) -> str:
     """Format the share of edits done, by shape."""
     rows = []
-    for shapes in [[shape] for shape in figures] + [list(TRAINED_SHAPES[1:]), list(OTHER_SHAPES)]:
+    for shapes in [[shape] for shape in figures] + [TRAINED_SHAPES[1:], OTHER_SHAPES]:
         means = [
-            "{:.1f} ± {:.1f}".format(*average(figures, shapes, *how, OPERATIONS))
+            format_mean(average(figures, shapes, *how, OPERATIONS))
             for how in (("done", setting), ("done", "ceiling"), ("nearer", setting))
         ]
         by_operation = [f"{average(figures, shapes, 'done', setting, [name])[0]:.1f}" for name in OPERATIONS]
@@ -169,7 +173,7 @@ def format_squares(figures: dict, squares: dict, setting: str) -> str:
         for how in (("done", setting), ("done", "ceiling")):
             shape = average(figures, shapes, *how, LOCAL)
             square = average(squares, [*map(name_square, shapes)], *how, LOCAL)
-            row += ["{:.1f} ± {:.1f}".format(*values) for values in (shape, square)]
+            row += [format_mean(shape), format_mean(square)]
             row.append(f"{shape[0] - square[0]:+.1f} ± {np.hypot(shape[1], square[1]):.1f}")
         rows.append(row)
     names = ["shape", "square", "difference"]
