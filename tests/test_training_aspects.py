@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import logging
 from collections import Counter
 from functools import partial
 
@@ -18,12 +19,12 @@ from editar_hf.training.arguments import TrainingArguments
 from editar_hf.training.aspects import AspectReader, BucketedRows
 from editar_hf.training.checkpoints import load_checkpoint, save_checkpoint
 from editar_hf.training.dataset_specs import DatasetSpec
-from editar_hf.training.rows import RowReader, collate_rows
+from editar_hf.training.rows import BadRowCount, RowReader, collate_rows
 from editar_hf.training.streams import MixedRows, build_dataloader
 
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:'set_vital' is deprecated", "ignore:The centre crop cuts", "ignore:A prompt is longer"
+    "ignore:'set_vital' is deprecated", "ignore:The center crop cuts", "ignore:A prompt is longer"
 )
 BATCH_SIZE = 3
 # Height and width at which a square of 16 pixels is trained, for each aspect ratio.
@@ -50,12 +51,12 @@ def build_dataset(sizes, first=0, **columns):
     return datasets.Dataset.from_list([{**row, **columns} for row in rows])
 
 
-def build_rows(opened, probabilities=(1.0, 1.0), seed=0, ratios=SIZES, batch_size=BATCH_SIZE, **process):
+def build_rows(opened, probabilities=(1.0, 1.0), seed=0, ratios=SIZES, batch_size=BATCH_SIZE, max_bad=0.0, **process):
     specs = [
         DatasetSpec(f"data set {k}", probability=p) for k, p in zip(range(len(opened)), probabilities, strict=False)
     ]
     reader = AspectReader(ratios, RowReader(EditARImageProcessor(size=16, stride=STRIDE)))
-    return BucketedRows(batch_size, specs, opened, reader, 0.0, seed, **process)
+    return BucketedRows(batch_size, specs, opened, reader, BadRowCount(max_bad), seed, **process)
 
 
 def list_pairs(rows):
@@ -126,6 +127,32 @@ def test_loader_goes_on_exactly_where_another_stopped(num_workers, num_seen, tmp
     assert list(itertools.islice(resumed, 12)) == expected
 
 
+@pytest.fixture
+def two_broken():
+    """40 wide pairs and 5 squares: a wide image that does not open, and a square one that ends early."""
+    dataset = build_dataset([(36, 24)] * 40 + [(20, 20)] * 5)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    broken = {7: b"no image", 42: encode(noise)[:2000]}
+    images = [broken.get(k, image) for k, image in enumerate(dataset["source_image"])]
+    return dataset.remove_columns("source_image").add_column("source_image", images)
+
+
+def test_bad_rows_are_counted_over_all_buckets(two_broken, caplog):
+    """One image in five of the squares is bad, but only two in 45 of the data set."""
+    with caplog.at_level(logging.WARNING, "editar_hf"):
+        batches = take_batches(build_rows([two_broken], max_bad=0.05), 60)
+    seen = dict(itertools.chain.from_iterable(batches))
+    assert seen == {k: (16, 16) if k >= 40 else (12, 16) for k in range(45) if k not in (7, 42)}
+    assert "Skipped data set 0, row 7: `source_image` does not decode" in caplog.text
+
+
+def test_too_many_bad_rows_stop_a_run_before_it_starts_if_their_images_do_not_open(two_broken):
+    with pytest.raises(ValueError, match=r"1 of 45 rows .* first: data set 0, row 7: `source_image` does not decode"):
+        build_rows([two_broken], max_bad=0.02)
+    with pytest.raises(ValueError, match=r"`max_bad_rows_fraction` 0.023 .* The first: data set 0, row 7"):
+        take_batches(build_rows([two_broken], max_bad=0.023), 600)
+
+
 def test_processes_draw_buckets_of_their_own():
     opened = [build_dataset(list(NEAREST) * 4)]
     draws = [
@@ -142,7 +169,7 @@ def test_a_batch_holds_its_grid_and_images_and_masks_of_it():
     mask.paste(255, (0, 0, 9, 8))
     opened = build_dataset([(36, 24)] * 3, mask=encode(mask))
     reader = AspectReader(["1:1", "3:2"], RowReader(image_processor))
-    rows = BucketedRows(BATCH_SIZE, [DatasetSpec("pairs")], [opened], reader, 0.0, 0)
+    rows = BucketedRows(BATCH_SIZE, [DatasetSpec("pairs")], [opened], reader, BadRowCount(0.0), 0)
     batch = next(iter(build_dataloader(rows, partial(collate_rows, processor=processor), BATCH_SIZE, 0)))
     resized = np.asarray(draw_image(0, 36, 24).resize((16, 12), Image.Resampling.LANCZOS))
     assert batch["grid"] == (3, 4)
@@ -209,7 +236,7 @@ def test_a_run_of_another_batch_size_resumes_at_the_start_of_a_batch():
 def test_states_with_and_without_ratios_are_told_apart():
     opened, specs = [build_dataset([(20, 20)])], [DatasetSpec("pairs")]
     reader = RowReader(EditARImageProcessor(size=16, stride=STRIDE))
-    squares = MixedRows(specs, opened, reader, 0.0, 0)
+    squares = MixedRows(specs, opened, reader, BadRowCount(0.0), 0)
     with pytest.raises(ValueError, match="`aspect_ratios` was not given in the checkpoint, and now it is 1:1 3:2 1:2"):
         build_rows(opened).load_state_dict(squares.state_dict())
     with pytest.raises(ValueError, match="`aspect_ratios` was 1:1 3:2 1:2 in the checkpoint, and now it is not given"):

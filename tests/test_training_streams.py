@@ -52,7 +52,7 @@ def build_rows(opened, probabilities=(1.0, 2.0), seed=0, max_bad_rows_fraction=0
     specs = [
         DatasetSpec(f"data set {k}", probability=p) for k, p in zip(range(len(opened)), probabilities, strict=False)
     ]
-    return MixedRows(specs, opened, READER, max_bad_rows_fraction, seed, **process)
+    return MixedRows(specs, opened, READER, BadRowCount(max_bad_rows_fraction), seed, **process)
 
 
 def stream_shards():

@@ -7,16 +7,18 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import torch
-from PIL import ExifTags
+from PIL import ExifTags, Image
 
 from ..image_processing_editar import EditARImageProcessor, choose_grid
 from .dataset_specs import DatasetSpec
-from .rows import RowReader, open_stored_image
+from .rows import BadRowCount, RowReader, open_stored_image
 from .streams import EndlessRows, MixedRows, check_saved_number, check_saved_ratios
 
 
 # The EXIF orientations that swap width and height (Exif 3.0, CIPA DC-008, tag 274).
 SIDEWAYS = (5, 6, 7, 8)
+# The index of a bucket that stands for an image that does not open.
+NOT_OPENED = -1
 
 
 def parse_aspect_ratio(text: str) -> float:
@@ -69,14 +71,18 @@ def build_row_reader(row_reader: RowReader, ratio: float) -> RowReader:
 def measure_aspect_ratio(row: Mapping, spec: DatasetSpec) -> float:
     """Measure width / height of a pair from the header of an image, after the rotation of its EXIF block.
 
-    For an image that does not open, the result is 1, because `RowReader` refuses the row anyway.
+    Raises:
+        ValueError: If the image does not open.
     """
     name = "source_image" if "source_image" in row else "target_image"
-    with suppress(Exception):  # The readers of PIL raise errors of many classes on broken data.
-        image = open_stored_image(row[name], name, spec.image_folder)
-        width, height = image.size
-        return height / width if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS else width / height
-    return 1.0
+    image = open_stored_image(row[name], name, spec.image_folder)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"`{name}` holds {type(image).__name__}, and not an image")
+    width, height = image.size
+    orientation = None
+    with suppress(Exception):  # The readers of PIL raise errors of many classes on broken EXIF blocks.
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return height / width if orientation in SIDEWAYS else width / height
 
 
 class BucketedRows(torch.utils.data.IterableDataset):
@@ -86,11 +92,14 @@ class BucketedRows(torch.utils.data.IterableDataset):
 
     Args:
         batch_size (`int`): Rows of a batch.
-        specs, opened, max_bad_rows_fraction, seed, process, num_processes: See `MixedRows`.
+        specs, opened, bad_rows, seed, process, num_processes: See `MixedRows`.
         aspect_reader (`AspectReader`): Prepares the rows.
 
+    A row whose image does not open is in no bucket. Bad rows are counted over all buckets, because one bad row may be a
+    large fraction of a small bucket.
+
     Raises:
-        ValueError: If a data set is streamed, or holds tokens.
+        ValueError: If a data set is streamed or holds tokens, or if too many images do not open.
     """
 
     other_remedy = ", or leave this ratio out of `aspect_ratios`"
@@ -101,7 +110,7 @@ class BucketedRows(torch.utils.data.IterableDataset):
         specs: Sequence[DatasetSpec],
         opened: Sequence[datasets.Dataset | datasets.IterableDataset],
         aspect_reader: AspectReader,
-        max_bad_rows_fraction: float,
+        bad_rows: BadRowCount,
         seed: int,
         process: int = 0,
         num_processes: int = 1,
@@ -109,17 +118,19 @@ class BucketedRows(torch.utils.data.IterableDataset):
         super().__init__()
         self.batch_size, self.seed, self.process, self.num_rows = batch_size, seed, process, 0
         self.aspect_ratios = list(aspect_reader.ratios)
-        chosen = [choose_buckets(dataset, spec, aspect_reader) for spec, dataset in zip(specs, opened, strict=True)]
+        chosen = [
+            choose_buckets(dataset, spec, aspect_reader, bad_rows) for spec, dataset in zip(specs, opened, strict=True)
+        ]
         self.buckets, shares = [], []
         for index, ratio in enumerate(aspect_reader.ratios):
             own_specs, own_rows = [], []
             for spec, dataset, indices in zip(specs, opened, chosen, strict=True):
                 if len(own := np.flatnonzero(indices == index)):
-                    probability = spec.probability * len(own) / len(indices)
+                    probability = spec.probability * len(own) / np.sum(indices != NOT_OPENED)
                     own_specs.append(replace(spec, name=f"{spec.name}, {ratio}", probability=probability))
                     own_rows.append(dataset.select(own))
             if own_rows:
-                where = aspect_reader.readers[index], max_bad_rows_fraction, seed, process, num_processes
+                where = aspect_reader.readers[index], bad_rows, seed, process, num_processes
                 self.buckets.append(MixedRows(own_specs, own_rows, *where))
                 shares.append(sum(spec.probability for spec in own_specs))
         self.shares = np.array(shares) / sum(shares)
@@ -160,9 +171,16 @@ class BucketedRows(torch.utils.data.IterableDataset):
 
 
 def choose_buckets(
-    dataset: datasets.Dataset | datasets.IterableDataset, spec: DatasetSpec, aspect_reader: AspectReader
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    spec: DatasetSpec,
+    aspect_reader: AspectReader,
+    bad_rows: BadRowCount,
 ) -> np.ndarray:
-    """Choose the nearest aspect ratio for each pair of a data set. Returns its index, shape `(number of pairs,)`."""
+    """Choose the nearest aspect ratio for each pair of a data set.
+
+    Returns:
+        `np.ndarray` of shape `(number of pairs,)`: Indices of aspect ratios, or `NOT_OPENED`.
+    """
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
             f"`aspect_ratios`: {spec.name!r} is streamed, so its images cannot be measured before the run; pass "
@@ -170,5 +188,14 @@ def choose_buckets(
         )
     if "source_image_tokens" in dataset.column_names:
         raise ValueError(f"`aspect_ratios` needs images, but {spec.name!r} holds tokens; give the images.")
-    images = [name for name in ("source_image", "target_image") if name in dataset.column_names]
-    return np.array([aspect_reader.choose(row, spec) for row in dataset.select_columns(images[:1])])
+    name = "source_image" if "source_image" in dataset.column_names else "target_image"
+    images = dataset.select_columns([name])
+
+    def choose(position: int) -> tuple[int, int]:
+        return position, aspect_reader.choose(images[position], spec)
+
+    indices = np.full(len(images), NOT_OPENED)
+    for position, index in bad_rows.read(enumerate(range(len(images))), choose, spec.name):
+        indices[position] = index
+    bad_rows.judge()
+    return indices

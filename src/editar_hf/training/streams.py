@@ -112,7 +112,7 @@ class MixedRows(torch.utils.data.IterableDataset):
         specs (`Sequence[DatasetSpec]`): The data sets, with their probabilities.
         opened (`Sequence`): The result of `open_dataset` for each data set.
         row_reader (`RowReader`): Prepares the rows.
-        max_bad_rows_fraction (`float`): Fraction of rows that may be unusable before a `ValueError` stops the run.
+        bad_rows (`BadRowCount`): Counts the rows that cannot be used, and stops the run if there are too many.
         seed, process, num_processes (`int`): See `EndlessRows`.
     """
 
@@ -124,7 +124,7 @@ class MixedRows(torch.utils.data.IterableDataset):
         specs: Sequence[DatasetSpec],
         opened: Sequence[datasets.Dataset | datasets.IterableDataset],
         row_reader: RowReader,
-        max_bad_rows_fraction: float,
+        bad_rows: BadRowCount,
         seed: int,
         process: int = 0,
         num_processes: int = 1,
@@ -137,7 +137,7 @@ class MixedRows(torch.utils.data.IterableDataset):
         ]
         probabilities = np.array([spec.probability for spec in specs])
         self.probabilities = probabilities / probabilities.sum()
-        self.bad_rows = BadRowCount(max_bad_rows_fraction)
+        self.bad_rows = bad_rows
         self.num_draws = 0
 
     def __iter__(self) -> Iterator[dict]:

@@ -1,7 +1,7 @@
 """Train EditAR with Accelerate.
 
 `transformers.Trainer` is not used for four reasons. On resumption it reads all earlier batches again. It takes only one
-optimiser. It updates the weights even if gradients are not finite. It writes checkpoints in place, so a run that is
+optimizer. It updates the weights even if gradients are not finite. It writes checkpoints in place, so a run that is
 killed can leave a partial checkpoint.
 """
 
@@ -55,7 +55,7 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
         raise ValueError("`ema_decay`: an FSDP2 checkpoint would hold only one shard of the averaged weights; use DDP.")
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and args.optimizer == "muon":
         raise ValueError(
-            f"`optimizer` is 'muon', which uses AdamW as a second optimiser, but {kind.value} supports only one. Use "
+            f"`optimizer` is 'muon', which uses AdamW as a second optimizer, but {kind.value} supports only one. Use "
             "adamw, or DDP."
         )
     if accelerator.state.deepspeed_plugin is not None:
@@ -143,7 +143,7 @@ class EditARTrainer:
         has_stepped = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.guard = NonFiniteGuard(accelerator, Path(args.output_dir), 0 if has_stepped else args.max_nonfinite_steps)
 
-    # Data, teacher and optimisers
+    # Data, teacher and optimizers
 
     def build_data(
         self, specs: Sequence[DatasetSpec], validation_spec: DatasetSpec | None
@@ -161,7 +161,7 @@ class EditARTrainer:
             self.pipeline.processor.image_processor.aspect = "source"  # saved with the pipeline
             build_rows = partial(BucketedRows, args.batch_size)
         processes = self.accelerator.process_index, self.accelerator.num_processes
-        rows = build_rows(specs, opened, reader, args.max_bad_rows_fraction, args.seed, *processes)
+        rows = build_rows(specs, opened, reader, BadRowCount(args.max_bad_rows_fraction), args.seed, *processes)
         dataloader = build_dataloader(rows, collate, args.batch_size, args.num_workers)
         held_out = []
         if validation_spec is not None:
