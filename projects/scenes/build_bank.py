@@ -127,8 +127,8 @@ def encode_view(rgba: np.ndarray, depth: np.ndarray | None) -> tuple[bytes, byte
     near, far = depth[inside].min(), depth[inside].max()
     nearness = (far - np.where(inside, depth, far)) / max(far - near, 1e-9)
     # 64 levels, which compress far better than 256 and differ by less than a noun's parts do.
-    grey = np.where(inside, 3 + 4 * np.round(nearness * 63), 0)
-    return image, encode_webp(Image.fromarray(grey.astype(np.uint8)), lossless=True)
+    gray = np.where(inside, 3 + 4 * np.round(nearness * 63), 0)
+    return image, encode_webp(Image.fromarray(gray.astype(np.uint8)), lossless=True)
 
 
 def render_views(mesh: Mesh, noun: Noun, count: int, generator: np.random.Generator) -> list[dict]:

@@ -81,7 +81,6 @@ class Arguments:
     num_shown: int = field(default=12, metadata={"help": "edits, and failures, on the sheets"})
     batch_size: int = 64
     device: str = "cpu"
-    dtype: str = field(default="float32", metadata={"help": "of the editor"})
     seed: int = 0
 
 
@@ -409,7 +408,7 @@ def main():
     for setting in args.settings:
         parse_setting(setting)
     check_run(args)
-    pipeline = EditARPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
+    pipeline = EditARPipeline.from_pretrained(args.model).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     judge = load_judge(args.judge)
     scorer = Scorer(load_features(args.features), judge, pipeline.vq_model.config.stride, args.device)

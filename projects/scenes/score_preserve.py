@@ -185,7 +185,7 @@ def format_report(results: dict) -> str:
 def main():
     (args,) = HfArgumentParser(PreserveArguments).parse_args_into_dataclasses()
     torch.set_num_threads(1)
-    pipeline = EditARPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
+    pipeline = EditARPipeline.from_pretrained(args.model).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     if args.calibrate:
         calibrate(pipeline, args)

@@ -7,7 +7,7 @@ First, test pairs are composed at each shape that `aspect="source"` chooses, and
 other scenes. Objects are sized by the shorter side, so they have fewer tokens in thin shapes, and smaller objects are
 harder to edit. Therefore each shape is also compared with squares whose objects are as small as those of the shape.
 
-Then test pairs are composed larger than the model works at, and edited in four ways: the centred square, the whole
+Then test pairs are composed larger than the model works at, and edited in four ways: the centered square, the whole
 image stretched to a square, `aspect="source"`, and this with `detail="source"`. All four are compared with the target
 at its full size.
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from autocasting import autocast
 from compose import Bank, Pair, compose_pair
 from features import LAST_STAGES, FeatureNetwork, load_features
 from PIL import Image, ImageFilter
@@ -255,7 +256,7 @@ class PassedExamples(Examples):
         for start in range(0, self.number, batch_size):
             composed = [self.compose(index) for index in range(start, min(start + batch_size, self.number))]
             pixels = stack_crops([example.pixels for examples in composed for example in examples])
-            with torch.autocast(vq_model.device.type, torch.bfloat16):
+            with autocast(vq_model.device):
                 passed = vq_model(pixels.to(vq_model.device)).reconstruction
             passed = ((passed.float().permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
             images = iter(passed.numpy())
@@ -366,7 +367,7 @@ class Arguments:
     start: str | None = field(default=None, metadata={"help": "judge of the same bank to go on from"})
     crop_size: int = field(default=96, metadata={"help": "pixels a side; 64 is faster and worse"})
     num_pairs: int = field(default=40_000, metadata={"help": "pairs to train on"})
-    vq_model: str | None = field(default=None, metadata={"help": "VQ model whose images are learnt as well"})
+    vq_model: str | None = field(default=None, metadata={"help": "VQ model whose images are learned as well"})
     num_passed: int = field(default=5000, metadata={"help": "pairs that are passed through the VQ model"})
     num_test: int = field(default=1000, metadata={"help": "pairs of the test split to measure on"})
     batch_size: int = field(default=40, metadata={"help": "pairs; each shows one or two examples"})

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from autocasting import autocast
 from compose import Bank, list_instructions
 from global_edits import GLOBAL_EDITS
 from instructions import PHRASES, PLACES, compose_caption, compose_instruction
@@ -245,7 +246,7 @@ class Lesson:
 
     Args:
         tokenizer, teacher_tokenizer: Fast tokenizers; the first one's is the student's.
-        teacher (`BertModel`): Its last layer is learnt.
+        teacher (`BertModel`): Its last layer is learned.
     """
 
     def __init__(self, tokenizer, teacher: BertModel, teacher_tokenizer):
@@ -291,14 +292,14 @@ def train(
     num_steps: int,
     learning_rate: float,
 ) -> tuple[nn.Linear, list[float]]:
-    """Train the encoder, in bfloat16 with float32 weights; return its linear head and the loss of each step."""
+    """Train the encoder, with float32 weights; return its linear head and the loss of each step."""
     head = nn.Linear(encoder.config.d_model, lesson.teacher.config.hidden_size)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps + 1, pct_start=0.05)
     losses = []
     for step in range(1, num_steps + 1):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             batch, targets, mask = lesson.prepare(next(batches))
             predicted = head(batch.run(encoder))
         loss = compute_loss(predicted.float(), targets.float(), mask)

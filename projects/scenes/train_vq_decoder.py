@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from autocasting import autocast
 from bank import Bank
 from compose import compose_pair
 from features import FeatureNetwork, compute_feature_distance, load_features
@@ -66,7 +67,6 @@ class Arguments:
     workers: int = field(default=1, metadata={"help": "processes that compose pairs"})
     seed: int = 5
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    bfloat16: bool = field(default=False, metadata={"help": "compute in bfloat16; fast on GPUs and on some CPUs"})
     log_steps: int = 50
     save_steps: int = 500
 
@@ -140,9 +140,6 @@ class DecoderTraining:
         )
         self.num_steps = 0
 
-    def autocast(self):
-        return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.bfloat16)
-
     def step(self, pixel_values: torch.Tensor, is_edited: torch.Tensor) -> dict[str, torch.Tensor]:
         """Train on a batch. Return the parts of the loss.
 
@@ -155,7 +152,7 @@ class DecoderTraining:
         left = (args.steps - self.num_steps) / (DECAY * args.steps)
         self.optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, left)
         weights = compute_pixel_weights(is_edited, height, width, args.edit_region_weight).repeat(2, 1, 1, 1)
-        with self.autocast():
+        with autocast(self.args.device):
             with torch.no_grad():
                 image_tokens = self.vq_model.encode(pixel_values).image_tokens
                 real_maps = self.features(pixel_values)
@@ -180,7 +177,7 @@ class DecoderTraining:
         parts["discriminator"].backward()
         self.discriminator_optimizer.step()
         if self.num_steps >= args.first_adversarial_step:
-            with self.autocast():
+            with autocast(self.args.device):
                 adversarial = -torch.stack([one.mean() for one in self.discriminator(maps)]).mean()
             (adversarial_gradient,) = torch.autograd.grad(adversarial, pixels)
             scale = gradient.norm() / adversarial_gradient.norm().clamp(min=1e-12)

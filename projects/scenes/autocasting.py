@@ -1,0 +1,13 @@
+"""Compute in bfloat16 where that is fast."""
+
+import torch
+
+from editar_hf.pipelines.dtypes import CPU_INSTRUCTIONS
+
+
+def autocast(device: str | torch.device) -> torch.autocast:
+    """Return a context that computes in bfloat16, except on a CPU without instructions for it: there in float32."""
+    kind = torch.device(device).type
+    capabilities = torch.cpu.get_capabilities()
+    is_fast = kind != "cpu" or any(capabilities.get(name) for name in CPU_INSTRUCTIONS[torch.bfloat16])
+    return torch.autocast(kind, torch.bfloat16, enabled=is_fast)
