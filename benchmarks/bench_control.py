@@ -116,7 +116,7 @@ def benchmark_previews(model, vq_model, source, prompt_embeds, processor, num_ro
         f"{GRID_SIZE - 1} previews, of every row but the last": partial(draw_previews, GRID_SIZE, GRID_SIZE - 1),
         name: partial(draw_previews, large, large - 1),
     }
-    draw_previews(GRID_SIZE, 2)  # warm-up: libraries initialise in the first convolutions of a shape
+    draw_previews(GRID_SIZE, 2)  # warm-up: libraries initialize in the first convolutions of a shape
     return format_table(["", "s", "of an edit"], time_rows(calls, num_rounds, source.device.type)[0])
 
 

@@ -70,7 +70,7 @@ def measure_sample(args: argparse.Namespace) -> dict:
     decode, inputs = DECODERS[args.system], (model, source, prompt_embeds, GUIDANCE_SCALE, args.grid_size)
     if args.system == PACKED:
         model.pack_weights()
-    with torch.no_grad():  # warm-up: libraries initialise in the first forward pass
+    with torch.no_grad():  # warm-up: libraries initialize in the first forward pass
         model(source_image_tokens=source[:, :4], grid_height=2, grid_width=2)
     if args.system.endswith("compiled"):
         model.compile_decoding()

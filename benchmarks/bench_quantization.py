@@ -27,7 +27,7 @@ from editar_hf import EditARForConditionalGeneration, EditARPipeline
 
 STICKER_EDITOR = Path(__file__).parents[1] / "projects" / "stickers" / "sticker-editor"
 QUANTIZED = ("transformer", "text_encoder")
-# Ways to load, each with its dtype, whether weights are then packed, and the maker of a quantisation configuration.
+# Ways to load, each with its dtype, whether weights are then packed, and the maker of a quantization configuration.
 WAYS = {
     "float32": (torch.float32, False, None),
     "packed": (torch.float32, True, None),

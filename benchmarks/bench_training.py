@@ -80,7 +80,7 @@ def draw_batch(sizes: dict, transformer: EditARForConditionalGeneration, stride:
 
 
 def compute_plain_loss(transformer, vq_model, text_encoder, batch: dict, drop_source, drop_prompt) -> torch.Tensor:
-    """Compute the loss as a plain, unoptimised training loop does."""
+    """Compute the loss as a plain, unoptimized training loop does."""
     with torch.no_grad():
         source, target = (vq_model.encode(batch[f"{name}_pixel_values"]).image_tokens for name in ("source", "target"))
         prompt_embeds = text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state

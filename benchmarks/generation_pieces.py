@@ -81,7 +81,7 @@ def compare_vq() -> list[list[str]]:
     halves = {"decoder": lambda model: model.decode(tokens), "encoder": lambda model: model.encode(pixels)}
     rows = []
     for name, half in halves.items():
-        # Both are called once before they are timed, because libraries initialise in the first call.
+        # Both are called once before they are timed, because libraries initialize in the first call.
         runs = [
             lambda model=model, half=half: 1000 * time_call(lambda: half(model), "cpu")[0] for model in (fine, coarse)
         ]

@@ -42,11 +42,11 @@ def time_call(call: Callable[[], Any], device: str) -> tuple[float, Any]:
     On a CPU, processor time is measured; on a GPU, wall-clock time until the GPU has finished.
     """
     clock = time.process_time if device == "cpu" else time.perf_counter
-    synchronise = torch.cuda.synchronize if device != "cpu" else lambda: None
-    synchronise()
+    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
+    synchronize()
     start = clock()
     result = call()
-    synchronise()
+    synchronize()
     return clock() - start, result
 
 

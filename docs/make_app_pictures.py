@@ -19,7 +19,7 @@ from browser import AppPage, run_app, run_browser  # noqa: E402
 
 
 def save_screenshot(app: AppPage, name: str):
-    """Save a picture of the page, with few colours, so that the repository stays small."""
+    """Save a picture of the page, with few colors, so that the repository stays small."""
     path = ROOT / "docs" / name
     app.page.mouse.move(2, 2)
     app.page.wait_for_timeout(800)

@@ -69,7 +69,7 @@ def draw_shapes(pipe: EditARPipeline) -> Image.Image:
     """Edits of the photograph in three ways, side by side. Below: the photograph, and two edits with its detail."""
     ways = [{"aspect": "model", "resize_mode": "crop"}, {"aspect": "model", "resize_mode": "stretch"}]
     ways += [{"aspect": "source"}, {"aspect": "source", "detail": "source"}]
-    captions = ["the centred square", "stretched to a square", 'aspect="source"', 'aspect="source", detail="source"']
+    captions = ["the centered square", "stretched to a square", 'aspect="source"', 'aspect="source", detail="source"']
     shown = [edit(pipe, ["turn day into night"], **way)[0] for way in ways]
     removed = edit(pipe, ["remove the dog"], **ways[-1])
     edits = [*zip(captions, shown, strict=True), ('remove the dog, detail="source"', removed[0])]

@@ -1,4 +1,4 @@
-"""Draw pairs to practise on: an image with coloured stickers, and the same image with a black frame.
+"""Draw pairs to practice on: an image with colored stickers, and the same image with a black frame.
 
     python examples/make_practice_pairs.py --output-dir my-pairs
 
@@ -16,9 +16,9 @@ from transformers import HfArgumentParser
 
 PROMPT = "add a black frame"
 SIDE, FRAME = 256, 32  # pixels
-# Colours that the sticker editor knows: grey, pink and brown; red, orange, yellow, green, blue and purple.
+# Colors that the sticker editor knows: gray, pink and brown; red, orange, yellow, green, blue and purple.
 BACKGROUNDS = ("#808080", "#ffaac8", "#6e4628")
-COLOURS = ("#cd001e", "#ff8c00", "#fff03c", "#009628", "#143ce6", "#aa32be")
+COLORS = ("#cd001e", "#ff8c00", "#fff03c", "#009628", "#143ce6", "#aa32be")
 
 
 @dataclass
@@ -34,9 +34,9 @@ def draw_pair(seed: int) -> tuple[Image.Image, Image.Image]:
     source = Image.new("RGB", (SIDE, SIDE), rng.choice(BACKGROUNDS))
     draw = ImageDraw.Draw(source)
     places = rng.sample([(80, 80), (176, 80), (80, 176), (176, 176)], rng.randint(1, 3))
-    for place, colour in zip(places, rng.sample(COLOURS, len(places)), strict=True):
+    for place, color in zip(places, rng.sample(COLORS, len(places)), strict=True):
         num_corners = rng.choice((3, 4, 64))  # a triangle, a square or a circle
-        draw.regular_polygon((*place, 44 if num_corners < 64 else 38), num_corners, fill=colour)
+        draw.regular_polygon((*place, 44 if num_corners < 64 else 38), num_corners, fill=color)
     target = source.copy()
     ImageDraw.Draw(target).rectangle((0, 0, SIDE - 1, SIDE - 1), outline="black", width=FRAME)
     return source, target

@@ -10,7 +10,7 @@ such as `examples/recipes/editar.yaml`.
 
 The VQ model stays frozen. The text encoder stays frozen too, unless you pass `--train-text-encoder`. The defaults are
 the published settings (arXiv 2501.04699, section 4.1): 40,000 steps of 64 pairs with AdamW.
-`examples/train_minimal.py` is a short script that shows the batch, the loss and the optimiser.
+`examples/train_minimal.py` is a short script that shows the batch, the loss and the optimizer.
 """
 
 from transformers import set_seed

@@ -26,7 +26,7 @@ class Arguments:
     dataset: str = field(metadata={"help": "Hub id or folder of pairs"})
     output_dir: str = field(metadata={"help": "folder for the trained pipeline"})
     batch_size: int = field(default=8, metadata={"help": "pairs per step"})
-    num_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
+    num_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
     learning_rate: float = field(default=1e-4, metadata={"help": "learning rate after the warmup"})
     num_warmup_steps: int = field(default=50, metadata={"help": "steps in which the learning rate rises"})
     num_workers: int = field(default=0, metadata={"help": "processes that read images"})

@@ -113,7 +113,7 @@ class AppPage:
 
     def cancel(self):
         self.page.locator("#cancel").click()
-        self.page.get_by_text("Cancelled.").wait_for()
+        self.page.get_by_text("Canceled.").wait_for()
 
     def undo(self):
         self.page.locator("#undo").click()

@@ -77,7 +77,7 @@ NORM = {"weight": (0.2, 1.0), "bias": (0.2,), "running_mean": (0.2,), "running_v
 
 
 def unit(weights, x, name, channels, height, width, stride=1, padding=(0, 0)):
-    """A convolution, batch normalisation with ε = 0.001, and a rectifier."""
+    """A convolution, batch normalization with ε = 0.001, and a rectifier."""
     channels //= weights.divisor
     scale = (2 / (x.shape[1] * height * width)) ** 0.5
     weight = weights.draw(f"{name}.conv.weight", (channels, x.shape[1], height, width), scale)

@@ -32,7 +32,7 @@ from editar_hf.serving.gradio_app import EditApp, Example, create_demo, read_mas
 from editar_hf.serving.sessions import Session, Step
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts")
+pytestmark = pytest.mark.filterwarnings("ignore:The center crop cuts")
 # Long enough for the prefixes of the tasks.
 build_pipeline = functools.partial(build_tiny_pipeline, num_text_tokens=80)
 PROMPT = "make the red circle blue"
@@ -80,7 +80,7 @@ def seed_generators(*seeds):
 
 
 def brush(size, *boxes):
-    """What the editor sends if these boxes, in pixels, are marked; colours where nothing is marked are noise."""
+    """What the editor sends if these boxes, in pixels, are marked; colors where nothing is marked are noise."""
     layers = []
     for box in boxes:
         layer = draw_image(len(layers), *size).convert("RGBA")
@@ -332,7 +332,7 @@ def test_cancel_stops_only_the_edit_of_its_session(app, pipe):
     assert torch.equal(second.step.image_tokens, expected.image_tokens)
 
 
-def test_edit_that_is_cancelled_while_it_waits_never_reaches_the_pipeline(app, pipe):
+def test_edit_that_is_canceled_while_it_waits_never_reaches_the_pipeline(app, pipe):
     session = start_session(draw_image(0))
     with Gate(pipe) as gate:
         answers = edit(app, session)

@@ -11,7 +11,7 @@ from tiny import STRIDE, build_pipeline, draw_image
 from editar_hf import EditARImageProcessor, EditARPipeline
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:A prompt is longer")
+pytestmark = pytest.mark.filterwarnings("ignore:The center crop cuts", "ignore:A prompt is longer")
 PROMPT = "make the red circle blue"
 # Width and height of images, and the rows and columns of tokens that the model of `tiny` (at most 4×4) edits them at.
 GRIDS = {(40, 40): (4, 4), (36, 24): (3, 4), (24, 36): (4, 3), (80, 40): (2, 4), (7, 12): (4, 2), (90, 9): (2, 4)}

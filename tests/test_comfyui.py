@@ -13,7 +13,7 @@ from editar_hf.processing_editar import TASK_PREFIXES, TEXT_TO_IMAGE
 from editar_hf.serving.comfyui import edit_tensor
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:A prompt is longer")
+pytestmark = pytest.mark.filterwarnings("ignore:The center crop cuts", "ignore:A prompt is longer")
 NODES = Path(__file__).parents[1] / "examples" / "comfyui" / "editar_nodes.py"
 PROMPT = "make the red circle blue"
 IMAGES = [draw_image(seed, 40, 24) for seed in range(2)]

@@ -90,12 +90,12 @@ def test_depth_runs_from_the_farthest_black_to_the_nearest_white(photograph, dep
     # transformers resizes depth by bicubic interpolation.
     depth = F.interpolate(depth[None], (64, 96), mode="bicubic", align_corners=False)[0, 0]
     expected = ((depth - depth.min()) / (depth.max() - depth.min()) * 255).numpy()
-    grey = np.asarray(make_depth_map(photograph, model, processor)).astype(float)
-    assert grey.shape == (64, 96, 3)
-    assert np.abs(grey - expected[..., None]).max() <= 0.51
-    assert (grey.min(), grey.max()) == (0, 255)
+    gray = np.asarray(make_depth_map(photograph, model, processor)).astype(float)
+    assert gray.shape == (64, 96, 3)
+    assert np.abs(gray - expected[..., None]).max() <= 0.51
+    assert (gray.min(), gray.max()) == (0, 255)
     distance = np.asarray(make_depth_map(photograph, model, processor, is_distance=True)).astype(float)
-    assert np.abs(grey + distance - 255).max() <= 1
+    assert np.abs(gray + distance - 255).max() <= 1
 
 
 @torch.no_grad()
@@ -109,19 +109,19 @@ def test_the_padding_that_zoedepth_adds_is_cut_off_again(photograph):
     assert min(top, left) > 10
     depth = F.interpolate(depth[None], padded, mode="bicubic", align_corners=False)[0, 0, top:-top, left:-left]
     expected = ((depth.max() - depth) / (depth.max() - depth.min()) * 255).numpy()
-    grey = np.asarray(make_depth_map(photograph, model, processor, is_distance=True)).astype(float)
-    assert np.abs(grey - expected[..., None]).max() <= 0.51
+    gray = np.asarray(make_depth_map(photograph, model, processor, is_distance=True)).astype(float)
+    assert np.abs(gray - expected[..., None]).max() <= 0.51
 
 
 @torch.no_grad()
-def test_every_pixel_has_the_colour_of_its_likeliest_class(photograph, segmentation_model):
+def test_every_pixel_has_the_color_of_its_likeliest_class(photograph, segmentation_model):
     model, processor = segmentation_model
     logits = model(**processor(images=photograph, return_tensors="pt")).logits
     labels = F.interpolate(logits, (64, 96), mode="bilinear", align_corners=False)[0].argmax(0).numpy()
     assert len(np.unique(labels)) > 1
     palette = np.arange(21).reshape(7, 3) * 10
-    coloured = np.asarray(make_segmentation_map(photograph, model, processor, palette))
-    assert np.array_equal(coloured, palette[labels])
+    colored = np.asarray(make_segmentation_map(photograph, model, processor, palette))
+    assert np.array_equal(colored, palette[labels])
     default = np.asarray(make_segmentation_map(photograph, model, processor))
     assert np.array_equal(default, compute_palette(7)[labels])
 
@@ -130,7 +130,7 @@ def test_palette_is_that_of_pascal_voc():
     expected = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128)]
     assert compute_palette(7).tolist() == list(map(list, expected))
     assert compute_palette(256)[[8, 20, 255]].tolist() == [[64, 0, 0], [0, 64, 128], [224, 224, 192]]
-    assert len({tuple(colour) for colour in compute_palette(256).tolist()}) == 256
+    assert len({tuple(color) for color in compute_palette(256).tolist()}) == 256
 
 
 def test_edges_without_kornia_name_the_extra(photograph, monkeypatch):

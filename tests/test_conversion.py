@@ -370,10 +370,10 @@ def read_card(folder):
     return yaml.safe_load(front_matter), text
 
 
-def test_the_card_holds_the_figures_and_the_sources_but_no_licence_and_no_path_of_this_machine(published, folder):
+def test_the_card_holds_the_figures_and_the_sources_but_no_license_and_no_path_of_this_machine(published, folder):
     front_matter, text = read_card(folder)
     assert "license" not in front_matter
-    assert "stated no licence" in text
+    assert "stated no license" in text
     for line in ("| PSNR of the photograph", "* decoder: editar_release.pt", "* text encoder: t5\n"):
         assert line in text
     assert str(published.folder) not in text

@@ -9,7 +9,7 @@ from tiny import are_near, build_pipeline, draw_image
 from editar_hf import EditARImageProcessor
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:A prompt is longer")
+pytestmark = pytest.mark.filterwarnings("ignore:The center crop cuts", "ignore:A prompt is longer")
 PROMPT = "make the red circle blue"
 SMALL = (40, 30)
 
@@ -43,8 +43,8 @@ def edit(pipe, **call):
 
 def test_an_edit_that_changes_nothing_returns_the_source(source, reconstruction):
     assert np.array_equal(restore(reconstruction, source, reconstruction), np.asarray(source))
-    grey = Image.new("RGB", SMALL, "grey")
-    assert np.array_equal(restore(grey, source, grey), np.asarray(source))
+    gray = Image.new("RGB", SMALL, "gray")
+    assert np.array_equal(restore(gray, source, gray), np.asarray(source))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_an_edit_that_changes_nothing_returns_the_source(source, reconstruction)
         ([[0.4, 0.1, 0.1], [0.1, 0.5, 0.1], [0.0, 0.1, 0.7]], [4, 7, 20]),  # night
     ],
 )
-def test_a_change_of_colours_is_that_of_the_full_size(source, reconstruction, matrix, offset):
+def test_a_change_of_colors_is_that_of_the_full_size(source, reconstruction, matrix, offset):
     def change(image):
         return Image.fromarray(np.round(np.asarray(image) @ np.array(matrix) + offset).astype(np.uint8))
 

@@ -15,7 +15,7 @@ from editar_hf.commands.edit import RECORD_FILE
 from editar_hf.processing_editar import TASK_PREFIXES, TEXT_TO_IMAGE
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:The centre crop cuts")
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:The center crop cuts")
 PROMPT = "make the red circle blue"
 LINE = {"image": "a.png", "prompt": PROMPT}
 
@@ -165,7 +165,7 @@ def test_a_lossy_format_keeps_what_the_mask_keeps(model, images):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif", ".tif"])
-def test_a_colour_profile_is_saved(model, images, suffix):
+def test_a_color_profile_is_saved(model, images, suffix):
     image = draw_image(0)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image.save("images/a.png", icc_profile=profile)

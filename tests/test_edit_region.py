@@ -57,7 +57,7 @@ def test_a_mask_is_cropped_as_its_image_is():
 # What a mask may be
 
 
-def test_grey_counts_as_white_from_the_middle_on_in_every_kind_of_picture():
+def test_gray_counts_as_white_from_the_middle_on_in_every_kind_of_picture():
     levels = np.array([[0, 127, 128, 255]], dtype=np.uint8)
     expected = [[False, False, True, True]]
     pictures = [levels, Image.fromarray(levels), Image.fromarray(levels).convert("RGB"), levels >= 128]
@@ -88,18 +88,18 @@ def draw_openai_mask(photograph):
 
 
 def draw_photograph():
-    """Draw smooth colours, as photographs have them."""
+    """Draw smooth colors, as photographs have them."""
     rows, columns = np.mgrid[:64, :96]
     pixels = np.stack([80 + columns, 200 - rows, 60 + rows + columns / 2], axis=2)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def draw_strokes(width, colour="white"):
+def draw_strokes(width, color="white"):
     """Draw lines with soft edges on nothing: large, then made smaller."""
     strokes = Image.new("RGBA", (96 * 8, 64 * 8), (0, 0, 0, 0))
     drawing = ImageDraw.Draw(strokes)
-    drawing.line((80, 80, 600, 420), fill=colour, width=8 * width)
-    drawing.line((80, 420, 600, 100), fill=colour, width=8 * width)
+    drawing.line((80, 80, 600, 420), fill=color, width=8 * width)
+    drawing.line((80, 420, 600, 100), fill=color, width=8 * width)
     return strokes.resize((96, 64), Image.Resampling.BICUBIC)
 
 
@@ -107,7 +107,7 @@ PRODUCT = Image.new("L", (96, 64), 255)
 PRODUCT.paste(150, (60, 10, 80, 30))
 REFUSED = {
     "photograph": draw_openai_mask(draw_photograph()),
-    "grey photograph": draw_openai_mask(draw_photograph().convert("L")),
+    "gray photograph": draw_openai_mask(draw_photograph().convert("L")),
     "product on white": draw_openai_mask(PRODUCT),
     "black with a hole": draw_openai_mask(Image.new("L", (96, 64))),
     "as an array": np.asarray(draw_openai_mask(draw_photograph())),
@@ -148,10 +148,10 @@ def test_faint_and_missing_strokes_free_nothing():
         assert not prepare_mask(mask, (8, 8)).any()
 
 
-@pytest.mark.parametrize(("colour", "is_free"), [("white", True), ("yellow", True), ("red", False), ("black", False)])
+@pytest.mark.parametrize(("color", "is_free"), [("white", True), ("yellow", True), ("red", False), ("black", False)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_colours_count_by_their_luminance_without_transparency(mode, colour, is_free):
-    assert (prepare_mask(Image.new(mode, (8, 8), colour), (8, 8)) == is_free).all()
+def test_colors_count_by_their_luminance_without_transparency(mode, color, is_free):
+    assert (prepare_mask(Image.new(mode, (8, 8), color), (8, 8)) == is_free).all()
 
 
 def test_what_is_no_mask_is_refused_by_its_own_name():
@@ -166,7 +166,7 @@ def test_white_that_cannot_be_edited_is_described_with_its_cause_and_remedy():
     assert describe_lost_white(inside, 16, 16, "crop") is None
     assert describe_lost_white(outside, 16, 16, "stretch") is None
     message = describe_lost_white(inside | outside, 16, 16, "crop")
-    assert "The centre crop cuts away 50% of the white pixels of `mask_image`" in message
+    assert "The center crop cuts away 50% of the white pixels of `mask_image`" in message
     assert 'Pass `resize_mode="stretch"`' in message
 
 

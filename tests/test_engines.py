@@ -23,7 +23,7 @@ from editar_hf.pipelines.hub import ENGINE_FILES
 
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The centre crop cuts", "ignore:A prompt is longer", "ignore:`torch_dtype` is deprecated"
+    "ignore:The center crop cuts", "ignore:A prompt is longer", "ignore:`torch_dtype` is deprecated"
 )
 ROOT = Path(__file__).parents[1]
 PROMPT = "make the red circle blue"

@@ -90,7 +90,7 @@ def test_pie_bench_has_its_seven_hundred_samples_and_ten_kinds_in_their_order(tm
         3: ("delete object", 80),
         4: ("change content", 40),
         5: ("change pose", 40),
-        6: ("change colour", 40),
+        6: ("change color", 40),
         7: ("change material", 40),
         8: ("change background", 80),
         9: ("change style", 80),
@@ -162,7 +162,7 @@ def test_the_classes_of_labels_are_their_numbers_in_every_mode_that_has_numbers(
     classes = np.random.default_rng(0).choice([0, 1, 5, 170, 255], size=(20, 20)).astype(np.uint8)
     labels = Image.fromarray(classes.astype({"I": np.int32, "I;16": np.uint16}.get(mode, np.uint8)))
     if mode == "P":
-        # Colours that say nothing of the classes.
+        # Colors that say nothing of the classes.
         labels.putpalette(list(range(255, -1, -1)) * 3)
     assert labels.mode == mode
     source = make_translation_data(tmp_path / "segmentation", panoptic_seg_map=labels)
@@ -172,7 +172,7 @@ def test_the_classes_of_labels_are_their_numbers_in_every_mode_that_has_numbers(
 @pytest.mark.parametrize(
     "labels",
     [np.full((40, 48, 3), 5, np.uint8), np.full((40, 48), 171, np.uint8), np.full((40, 48), -1, np.int32)],
-    ids=["colours", "171", "-1"],
+    ids=["colors", "171", "-1"],
 )
 def test_labels_that_are_no_classes_of_coco_stuff_are_refused(labels, tmp_path):
     source = make_translation_data(tmp_path / "segmentation", panoptic_seg_map=Image.fromarray(labels))

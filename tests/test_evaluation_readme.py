@@ -22,7 +22,7 @@ from editar_hf.evaluation.benchmarks import BENCHMARKS
 from editar_hf.evaluation.table import METRICS
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:The centre crop cuts")
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:The center crop cuts")
 # Where the ControlNets lie: ids of their own, and folders of the repository of ControlNet++.
 CONTROLNETS = [f"lllyasviel/control_{name}" for name in ("v11f1p_sd15_depth", "v11p_sd15_canny", "v11p_sd15_seg")]
 CONTROLNETS_PP = ("checkpoints/depth/controlnet", "checkpoints/canny/controlnet", "checkpoints/cocostuff/reward_5k")

@@ -27,7 +27,7 @@ from editar_hf.evaluation.systems import System
 from editar_hf.evaluation.table import METRICS
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:The centre crop cuts")
+pytestmark = pytest.mark.filterwarnings("ignore:A prompt is longer", "ignore:The center crop cuts")
 NUM_SAMPLES = 8
 
 

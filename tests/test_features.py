@@ -59,7 +59,7 @@ def make_tensor(*arrays):
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255
 
 
-def normalise(image, mean, std):
+def normalize(image, mean, std):
     """Turn an 8-bit image into what a vision model takes."""
     return torch.from_numpy((np.asarray(image) / 255 - np.array(mean)) / np.array(std)).float().permute(2, 0, 1)[None]
 
@@ -73,7 +73,7 @@ def test_clip_score_is_a_hundred_cosines_of_the_image_as_clip_sees_it(networks, 
     expected = []
     for photograph, prompt in zip(photographs, PROMPTS, strict=True):
         seen = Image.fromarray(photograph).resize((224, 280), Image.BICUBIC).crop((0, 28, 224, 252))
-        image = model.get_image_features(normalise(seen, *OPENAI)).pooler_output[0]
+        image = model.get_image_features(normalize(seen, *OPENAI)).pooler_output[0]
         text = model.get_text_features(**processor.tokenizer([prompt], return_tensors="pt")).pooler_output[0]
         expected.append(max(100 * (image @ text / image.norm() / text.norm()).item(), 0))
     scores = features.compute_clip_score(networks["clip"], images, PROMPTS)
@@ -141,19 +141,19 @@ def test_a_dino_that_is_loaded_has_its_authors_layer_norms(name, tmp_path):
 
 
 @torch.no_grad()
-def test_class_tokens_are_of_the_centre(networks, images, photographs):
+def test_class_tokens_are_of_the_center(networks, images, photographs):
     # 64×80 to 256×320; the middle 224×224.
     seen = (Image.fromarray(one).resize((256, 320), Image.BICUBIC).crop((16, 48, 240, 272)) for one in photographs)
-    expected = [build_dino()(normalise(image, *IMAGENET)).last_hidden_state[0, 0] for image in seen]
+    expected = [build_dino()(normalize(image, *IMAGENET)).last_hidden_state[0, 0] for image in seen]
     tokens = features.encode_class_tokens(networks["structure"], images)
     torch.testing.assert_close(tokens, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_the_corner_of_the_centre_is_rounded_to_nearest(networks):
+def test_the_corner_of_the_center_is_rounded_to_nearest(networks):
     pixels = np.random.default_rng(0).integers(0, 256, (256, 259, 3), dtype=np.uint8)
     seen = Image.fromarray(pixels).crop((18, 16, 242, 240))  # 17.5 pixels to the left
-    expected = build_dino()(normalise(seen, *IMAGENET)).last_hidden_state[:, 0]
+    expected = build_dino()(normalize(seen, *IMAGENET)).last_hidden_state[:, 0]
     tokens = features.encode_class_tokens(networks["structure"], torch.from_numpy(pixels / 255).movedim(2, 0)[None])
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
 
@@ -183,7 +183,7 @@ def test_lpips_is_of_images_whose_edited_pixels_are_black(networks, images, mask
 def test_depth_is_estimated_at_the_trained_size_or_that_of_the_image(keep_size, side, networks):
     array, (model, _) = data.astronaut()[:64, 200:264], build_depth_model()
     resized = Image.fromarray(array).resize((side, side), Image.BICUBIC)
-    expected = model(normalise(resized, [0.5] * 3, [0.5] * 3)).predicted_depth
+    expected = model(normalize(resized, [0.5] * 3, [0.5] * 3)).predicted_depth
     depth = features.estimate_depth(networks["depth"], make_tensor(array), keep_size)
     assert depth.shape == (1, side, side)
     torch.testing.assert_close(depth, expected, rtol=1e-3, atol=1e-5)

@@ -82,7 +82,7 @@ def test_adapter_goes_from_peft_to_the_pipeline_and_back_to_the_bit(adapters, tm
         assert torch.equal(compute_logits(transformer), adapted)
 
 
-def test_fused_and_unloaded_the_pipeline_saves_and_loads_what_was_learnt(adapters, tmp_path):
+def test_fused_and_unloaded_the_pipeline_saves_and_loads_what_was_learned(adapters, tmp_path):
     pipe = load(adapters / "text")
     adapted = compute_logits(pipe.transformer)
     with pytest.raises(ValueError, match=r"adapters default_0.*`save_lora_weights`.*`fuse_lora`"):

@@ -25,7 +25,7 @@ from editar_hf.training.dataset_specs import DatasetSpec, open_dataset
 from editar_hf.training.rows import decode_image
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:A prompt is longer")
+pytestmark = pytest.mark.filterwarnings("ignore:The center crop cuts", "ignore:A prompt is longer")
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # What the pages suppose a user has: the published weights, an editor, pairs, and an adapter trained on them.
 STAND_INS = {

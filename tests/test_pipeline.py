@@ -269,7 +269,7 @@ WIDE = {"image": draw_image(0, 90, 9), "aspect": "source"}
         ("prepare_source_cache", WIDE, "edited at the proportions"),
         ("compute_edit_map", {**WIDE, "prompt": PROMPT}, "edited at the proportions"),
         ("choose_size", {"image": WIDE["image"]}, "edited at the proportions"),
-        ("encode_image", {"image": draw_image(0, 40, 20)}, "The centre crop cuts"),
+        ("encode_image", {"image": draw_image(0, 40, 20)}, "The center crop cuts"),
         ("compute_edit_map", {"image": draw_image(0), "prompt": 9 * PROMPT}, "A prompt is longer"),
         ("__call__", {"image": draw_image(0), "prompt": PROMPT, "mask_image": np.ones((8, 8), bool)}, "was resized"),
     ],
@@ -500,7 +500,7 @@ BAD_INPUT = {
         "`negative_prompt_embeds` is also given",
     ),
     "task without text": ({"prompt": None, "prompt_embeds": TEXT, "task": "depth"}, "`task` is 'depth'"),
-    "unknown task": ({"task": "colour"}, "`task` is 'colour'"),
+    "unknown task": ({"task": "color"}, "`task` is 'color'"),
     "tasks that do not pair up": ({"prompt": ["a", "b"], "task": ["edit"] * 3}, "`task` has 3 entries"),
     "lists that do not pair up": (
         {"prompt": ["a", "b", "c"], "image": [draw_image(0)] * 2},

@@ -19,7 +19,7 @@ from editar_hf.pipelines.edit_region import compute_edit_mask
 PROMPT = "make the red circle blue"
 SIDE, NUM_TOKENS = 16, 16
 STICKER_EDITOR = Path(__file__).parents[1] / "projects" / "stickers" / "sticker-editor"
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts", "ignore:`image` is missing")
+pytestmark = pytest.mark.filterwarnings("ignore:The center crop cuts", "ignore:`image` is missing")
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ def test_callback_gets_the_tensors_it_asks_for_and_cannot_change_the_result(pipe
     ids=["image", "no image", "masked", "speculative"],
 )
 def test_an_interrupt_ends_a_call_within_a_pass_and_still_gives_an_image(pipe, arguments):
-    """Whatever a pass brought, nothing more is run; what is missing is the source's, or that of a grey image."""
+    """Whatever a pass brought, nothing more is run; what is missing is the source's, or that of a gray image."""
     steps = []
 
     def interrupt(pipe, step, timestep, tensors):
@@ -428,7 +428,7 @@ def test_previews_have_the_size_of_the_result_and_its_untouched_pixels(pipe, arg
     assert not same.all()
 
 
-def test_previews_without_a_source_begin_with_grey(pipe):
+def test_previews_without_a_source_begin_with_gray(pipe):
     seen = []
     pipe(
         PROMPT,

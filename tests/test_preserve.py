@@ -72,7 +72,7 @@ def surround(image):
         (draw_image(0), {"restore_size": False}),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The centre crop cuts")
+@pytest.mark.filterwarnings("ignore:The center crop cuts")
 def test_white_pixels_of_the_preserved_mask_are_those_of_the_source(pipe, image, how):
     output = pipe(PROMPT, image=image, preserve="auto", generator=seeded(0), **how)
     (mask,) = output.preserved_mask
@@ -84,7 +84,7 @@ def test_white_pixels_of_the_preserved_mask_are_those_of_the_source(pipe, image,
     assert differs[~is_kept].mean() > 0.9
 
 
-@pytest.mark.filterwarnings("ignore:The centre crop cuts")
+@pytest.mark.filterwarnings("ignore:The center crop cuts")
 def test_without_blending_only_pixels_outside_the_crop_stay(pipe):
     image, how = surround(draw_image(0)), {"resize_mode": "crop", "mask_blend": False}
     output = pipe(PROMPT, image=image, preserve="auto", generator=seeded(0), **how)
@@ -110,7 +110,7 @@ def test_what_a_lora_adapter_wants_to_keep_is_kept_while_it_is_active(tmp_path):
 
 
 def test_an_edit_of_the_whole_image_is_that_without_preserve_and_says_so(pipe):
-    images = [draw_image(0), draw_image(7)]  # The pipeline has not learnt to keep anything of the second one.
+    images = [draw_image(0), draw_image(7)]  # The pipeline has not learned to keep anything of the second one.
     output = pipe(PROMPT, image=images, preserve="auto", generator=seeded(0, 1))
     assert [mask is None for mask in output.preserved_mask] == [False, True]
     expected = pipe(PROMPT, image=images, generator=seeded(0, 1))

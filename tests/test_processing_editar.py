@@ -23,7 +23,7 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 def draw_picture(height, width, channels=3, seed=0):
-    """Draw smooth random colours with some noise, so that a wrong offset or filter shows."""
+    """Draw smooth random colors with some noise, so that a wrong offset or filter shows."""
     generator = np.random.default_rng(seed)
     small = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
     pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -34,7 +34,7 @@ def draw_picture(height, width, channels=3, seed=0):
 
 
 def prepare_plainly(picture, height, width, is_stretched=False):
-    """The published preparation (resize to cover with Lanczos, centre crop, to [−1, 1]), or a plain resize."""
+    """The published preparation (resize to cover with Lanczos, center crop, to [−1, 1]), or a plain resize."""
     scale = max(height / picture.height, width / picture.width)
     size = (width, height) if is_stretched else tuple(round(side * scale) for side in picture.size)
     pixels = np.asarray(picture.resize(size, Image.LANCZOS)).astype(np.float64)
@@ -59,7 +59,7 @@ def processor(tokenizer):
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 73), (97, 61), (20, 30), (64, 65), (40, 100), (100, 40)])
 @pytest.mark.parametrize("size", [(48, 48), (32, 64)])
 @pytest.mark.parametrize("resize_mode", ["crop", "stretch"])
-@pytest.mark.filterwarnings("ignore:The centre crop cuts")
+@pytest.mark.filterwarnings("ignore:The center crop cuts")
 def test_pixels_are_those_of_the_published_preparation_or_of_a_plain_resize(height, width, size, resize_mode):
     picture = draw_picture(height, width)
     pixel_values = EditARImageProcessor(size=size, resize_mode=resize_mode)(picture).pixel_values
@@ -218,7 +218,7 @@ def test_the_box_is_the_pixels_wholly_inside_the_crop(height, width):
 
 
 @pytest.mark.parametrize("resize_mode", ["crop", "stretch"])
-@pytest.mark.filterwarnings("ignore:The centre crop cuts")
+@pytest.mark.filterwarnings("ignore:The center crop cuts")
 def test_restoring_an_unedited_picture_gives_the_source_in_place(resize_mode):
     # Smooth, so that scaling down and up loses little, and steep, so that a shift of half a pixel would show.
     row, column = np.mgrid[0:90, 0:151]
@@ -356,7 +356,7 @@ def test_pixels_are_taken_as_they_lie_where_the_exif_block_is_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
-def test_a_result_carries_the_colour_profile_of_an_rgb_source_and_no_other(mode):
+def test_a_result_carries_the_color_profile_of_an_rgb_source_and_no_other(mode):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     space = {"L": b"GRAY", "CMYK": b"CMYK"}.get(mode, b"RGB ")
     source = draw_picture(32, 32).convert(mode)

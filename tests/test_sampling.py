@@ -104,7 +104,7 @@ def test_noise_is_uniform_along_every_axis(uniform, kept):
 
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["seed", "position", "code"])
 @pytest.mark.parametrize("distance", [1, 2, 8, 16])
-def test_neighbours_are_independent(uniform, axis, distance):
+def test_neighbors_are_independent(uniform, axis, distance):
     cells = (uniform * 8).long()
     length = cells.shape[axis] - distance
     pairs = cells.narrow(axis, 0, length) * 8 + cells.narrow(axis, distance, length)

@@ -36,7 +36,7 @@ from editar_hf.serving import app, requests, worker
 from editar_hf.serving.worker import BatchSettings, Job, Worker
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts")
+pytestmark = pytest.mark.filterwarnings("ignore:The center crop cuts")
 NUM_TOKENS = 16
 # Long enough for the prefixes of the tasks.
 build_pipeline = functools.partial(build_tiny_pipeline, num_text_tokens=80)
@@ -76,7 +76,7 @@ def read_image(text) -> Image.Image:
 
 
 def draw_mask(size, box) -> Image.Image:
-    """Draw a mask in OpenAI's convention: transparent, with arbitrary colour, where the image may change."""
+    """Draw a mask in OpenAI's convention: transparent, with arbitrary color, where the image may change."""
     mask = Image.new("RGBA", size, (200, 30, 60, 255))
     mask.paste((255, 255, 255, 0), box)
     return mask

@@ -7,7 +7,7 @@ from PIL import Image
 from tiny import STRIDE, build_pipeline, draw_image
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The centre crop cuts")
+pytestmark = pytest.mark.filterwarnings("ignore:The center crop cuts")
 PROMPT = "make the red circle blue"
 # The model of `tiny` works at up to 16×16 pixels, in steps of 4: height and width asked for, and those it works at.
 SIZES = {

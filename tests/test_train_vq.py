@@ -157,7 +157,7 @@ def test_pictures_that_cannot_be_used_are_skipped_and_counted(tmp_path):
         decode(dataset, tmp_path, 0.4)
 
 
-def test_pictures_are_cut_to_the_centre_and_transparency_is_white(tmp_path):
+def test_pictures_are_cut_to_the_center_and_transparency_is_white(tmp_path):
     wide = Image.fromarray(np.repeat(np.arange(24, dtype=np.uint8)[None] * 10, 16, axis=0)).convert("RGB")
     clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     features = datasets.Features({"image": datasets.Image()})
@@ -190,8 +190,8 @@ def test_batches_cover_every_epoch_and_can_be_entered_anywhere():
 
 def test_codebook_finds_well_separated_clusters():
     generator = torch.Generator().manual_seed(0)
-    centres = torch.eye(8)
-    latents = centres.repeat_interleave(50, 0) + 0.1 * torch.randn(400, 8, generator=generator)
+    centers = torch.eye(8)
+    latents = centers.repeat_interleave(50, 0) + 0.1 * torch.randn(400, 8, generator=generator)
     latents = F.normalize(latents, dim=-1)
     codes = draw_codebook(latents, 32, generator)
     torch.testing.assert_close(codes.norm(dim=-1), torch.ones(32))

@@ -274,7 +274,7 @@ def test_on_an_odd_grid_the_head_learns_the_cells_that_it_has(pipe):
     torch.testing.assert_close(losses["loss"], losses["token_loss"] + 0.5 * expected)
 
 
-# The optimiser
+# The optimizer
 
 
 def test_optimizer_is_the_published_one_and_spares_vectors():
@@ -453,7 +453,7 @@ def test_many_epochs_are_remarked_upon(accelerator, capsys):
         print_banner(accelerator, {}, nn.Linear(2, 2), 0, num_steps, samples_per_step=64, num_samples=640)
         line = capsys.readouterr().out.splitlines()[-1]
         assert line.startswith(f"{num_steps:,} steps are {num_steps / 10:,.1f} epochs.")
-        assert ("memorises a small data set" in line and "1,000 steps are 100 epochs" in line) == is_remarked
+        assert ("memorizes a small data set" in line and "1,000 steps are 100 epochs" in line) == is_remarked
 
 
 def test_time_limit_stops_a_run(accelerator):

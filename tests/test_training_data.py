@@ -217,7 +217,7 @@ def build_reader(size=16, num_codes=0, states_shape=(0, 0)):
 
 
 def draw_masks():
-    """Draw masks of a 64×32 picture: white on black, on nothing, thin, coloured, and of half the size."""
+    """Draw masks of a 64×32 picture: white on black, on nothing, thin, colored, and of half the size."""
     rows, columns = slice(8, 24), slice(40, 56)
     opaque = np.zeros((32, 64), dtype=np.uint8)
     opaque[rows, columns] = 255
@@ -225,14 +225,14 @@ def draw_masks():
     on_nothing.paste("white", (40, 8, 56, 24))
     thin = Image.new("L", (64, 32))
     thin.putpixel((41, 9), 255)
-    coloured = Image.new("RGB", (64, 32))
-    coloured.paste("yellow", (40, 8, 56, 24))
+    colored = Image.new("RGB", (64, 32))
+    colored.paste("yellow", (40, 8, 56, 24))
     opaque = Image.fromarray(opaque)
     return {
         "opaque": opaque,
         "on nothing": on_nothing,
         "thin": thin,
-        "coloured": coloured,
+        "colored": colored,
         "half": opaque.resize((32, 16), Image.Resampling.NEAREST),
         "none": Image.new("L", (64, 32)),
     }
@@ -250,7 +250,7 @@ def test_masks_are_read_as_the_pipeline_reads_them(name, resize_mode):
     tokens = compute_edit_mask(prepare_mask(mask, (64, 32)), 16, 16, STRIDE, resize_mode)
     assert torch.equal(row["edit_mask"], tokens.flatten())
     # In the crop the edit begins at column 24 of 32, and in the stretched picture at 40 of 64.
-    right_half = {"opaque", "on nothing", "coloured", "half"}
+    right_half = {"opaque", "on nothing", "colored", "half"}
     expected = ([3] if resize_mode == "crop" else [2, 3]) if name in right_half else []
     if name in right_half:
         assert tokens.any(dim=0).nonzero().flatten().tolist() == expected

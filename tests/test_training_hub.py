@@ -134,7 +134,7 @@ def test_cards_say_what_was_trained_on_what_how_well_and_under_which_terms(story
     assert yaml.safe_load(editor.split("---")[1])["license"] == "mit"
     assert "`mit`." in editor
     assert yaml.safe_load(adapter.split("---")[1])["base_model"] == EDITOR
-    assert "Not stated yet" in adapter.partition("## Licence")[2]
+    assert "Not stated yet" in adapter.partition("## License")[2]
     for card in (editor, adapter):
         for part in ("4 pairs, for ", "train_editar.py ", "![source, edited, target](validation.png)"):
             assert part in card

@@ -16,7 +16,7 @@ from editar_hf import EditARPipeline
 ROOT = Path(__file__).parents[1]
 # In pixels of `examples/photo.png`: on the dog, on the car's door, and on the sky.
 DOG, CAR, SKY = (55, 140), (265, 195), (330, 30)
-# In pixels of the photograph of stickers: the red circle's centre, and where the adapter copies it to.
+# In pixels of the photograph of stickers: the red circle's center, and where the adapter copies it to.
 CIRCLE, COPY = (108, 195), (260, 40)
 
 
@@ -46,18 +46,18 @@ FAR_FROM_MASK = np.s_[:, :140]
 
 
 def at(image, place):
-    """Average the colour around a place."""
+    """Average the color around a place."""
     x, y = place
     return image[y - 6 : y + 6, x - 6 : x + 6].mean((0, 1))
 
 
-def is_red(colour):
-    return colour[0] > 150 and max(colour[1:]) < 80
+def is_red(color):
+    return color[0] > 150 and max(color[1:]) < 80
 
 
-def is_brown(colour):
-    """Tell whether the colour is that of the dog, which is browner than the ground."""
-    return colour[0] - colour[2] > 60
+def is_brown(color):
+    """Tell whether the color is that of the dog, which is browner than the ground."""
+    return color[0] - color[2] > 60
 
 
 def test_edit_removes_the_dog_and_leaves_the_car(run_example):
@@ -68,7 +68,7 @@ def test_edit_removes_the_dog_and_leaves_the_car(run_example):
     assert np.abs(at(edited, CAR) - at(PHOTO, CAR)).max() < 40
 
 
-def test_edit_with_mask_colours_the_car_and_leaves_the_rest_as_it_is(run_example):
+def test_edit_with_mask_colors_the_car_and_leaves_the_rest_as_it_is(run_example):
     edited = run_example("edit_with_mask.py")
     assert is_red(at(edited, CAR))
     assert not is_red(at(PHOTO, CAR))
@@ -82,7 +82,7 @@ def test_edit_session_makes_both_edits_and_leaves_the_rest_as_it_is(run_example)
     assert np.array_equal(edited[FAR_FROM_MASK], PHOTO[FAR_FROM_MASK])
 
 
-@pytest.mark.filterwarnings("ignore:The centre crop cuts")
+@pytest.mark.filterwarnings("ignore:The center crop cuts")
 def test_edit_with_lora_copies_the_circle(run_example):
     edited = run_example("edit_with_lora.py")
     assert is_red(at(edited, CIRCLE))

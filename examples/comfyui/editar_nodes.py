@@ -52,7 +52,7 @@ class EditAREdit(io.ComfyNode):
                 io.Combo.Input("task", options=TASKS, default="edit"),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True),
                 io.Float.Input("guidance_scale", default=0.0, min=0.0, max=20.0, step=0.1, tooltip="0: of the model"),
-                io.Combo.Input("resize_mode", options=RESIZE_MODES, tooltip="crop edits the centre"),
+                io.Combo.Input("resize_mode", options=RESIZE_MODES, tooltip="crop edits the center"),
                 io.Combo.Input(
                     "preserve", options=["off", "auto"], tooltip="auto keeps what the prompt does not change"
                 ),

@@ -23,7 +23,7 @@ def make_canny_map(image: Image.Image, low_threshold: float = 0.1, high_threshol
 
     Args:
         image (`PIL.Image.Image`): The image.
-        low_threshold, high_threshold (`float`): Gradient magnitudes of the grey image in [0, 1]. An edge starts at
+        low_threshold, high_threshold (`float`): Gradient magnitudes of the gray image in [0, 1]. An edge starts at
             pixels above `high_threshold` and continues through pixels above `low_threshold`.
 
     Raises:
@@ -87,14 +87,14 @@ def make_segmentation_map(
     image_processor: BaseImageProcessor,
     palette: np.ndarray | None = None,
 ) -> Image.Image:
-    """Draw the semantic segmentation of an image at its size: one colour for each class.
+    """Draw the semantic segmentation of an image at its size: one color for each class.
 
     Args:
         image (`PIL.Image.Image`): The image.
         model (`PreTrainedModel`): Any semantic segmentation model of transformers
             (`AutoModelForSemanticSegmentation`).
         image_processor (`BaseImageProcessor`): The image processor of the model.
-        palette (`np.ndarray` of shape `(num_labels, 3)`, *optional*): The RGB colour of each class, 0 to 255;
+        palette (`np.ndarray` of shape `(num_labels, 3)`, *optional*): The RGB color of each class, 0 to 255;
             *defaults to* the result of `compute_palette`. Use the palette that the EditAR model was trained with.
 
     Raises:
@@ -112,11 +112,11 @@ def make_segmentation_map(
 
 
 def compute_palette(num_labels: int) -> np.ndarray:
-    """Compute distinct colours, uint8 of shape (num_labels, 3). The first colour is black.
+    """Compute distinct colors, uint8 of shape (num_labels, 3). The first color is black.
 
     The bits of a label go in turn to red, green and blue, beginning with the highest bit of each channel.
 
-    Source: the colour map of the PASCAL VOC development kit.
+    Source: the color map of the PASCAL VOC development kit.
     """
     labels = np.arange(num_labels)[:, None]
     bits = [((labels >> (3 * place + np.arange(3))) & 1) << (7 - place) for place in range(8)]

@@ -142,7 +142,7 @@ class EditARVQConfig(PreTrainedConfig):
         channel_multipliers (`tuple[int, ...]`): Channels of each level, in units of `base_channels`. Every level except
             the last halves the resolution. `(1, 1, 2, 2, 4)` is VQ-16, and `(1, 2, 2, 4)` is VQ-8.
         num_res_blocks (`int`): Residual blocks per level of the encoder (the decoder has one more).
-        norm_num_groups (`int`): Groups of every group normalisation.
+        norm_num_groups (`int`): Groups of every group normalization.
         commitment_loss_weight (`float`): Weight of the commitment loss in training.
 
     Raises:

@@ -69,7 +69,7 @@ LAYER_NAMES = {
 }
 # Our matrices whose output rows are rotated in pairs.
 ROTATED_NAMES = ("q_proj.weight", "k_proj.weight")
-# Weights that a LlamaGen text-to-image decoder lacks. They are initialised at random before the training of EditAR.
+# Weights that a LlamaGen text-to-image decoder lacks. They are initialized at random before the training of EditAR.
 NEW_NAMES = ("img_uncond_embedding", "alignment.weight", "alignment.bias")
 
 # Training statistics of the published VQ model, which are not used after training.
@@ -268,7 +268,7 @@ def convert_transformer(
 
     Args:
         weights (`dict[str, torch.Tensor]`): Published names and tensors of EditAR, or of LlamaGen's text-to-image
-            decoder. Weights that the LlamaGen decoder lacks are initialised at random.
+            decoder. Weights that the LlamaGen decoder lacks are initialized at random.
         num_attention_heads, grid_size (`int`, *optional*): See `read_transformer_config`.
         dtype (`torch.dtype`, *optional*): *Defaults to* that of the file.
 
@@ -292,7 +292,7 @@ def convert_transformer(
 
 
 def draw_new_parts(model: EditARForConditionalGeneration) -> None:
-    """Initialise the weights that a LlamaGen text-to-image decoder lacks as in a new model; keep all others."""
+    """Initialize the weights that a LlamaGen text-to-image decoder lacks as in a new model; keep all others."""
     dtype = model.lm_head.weight.dtype
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = tensor.device.type != "meta"

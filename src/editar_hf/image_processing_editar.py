@@ -24,7 +24,7 @@ RESIZE_MODES = ("crop", "stretch")
 ASPECTS = ("model", "source")
 DETAILS = ("model", "source")
 OUTPUT_TYPES = ("pil", "np", "pt")
-# The centre crop warns if it cuts away more than this fraction of an image.
+# The center crop warns if it cuts away more than this fraction of an image.
 MAX_SILENT_CUT = 0.02
 
 
@@ -110,7 +110,7 @@ def prepare_rgb_image(
         image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `Path`): A PIL image (mode "I" is read as 16
             bits, mode "F" as [0, 1]), an array (height, width, channels), a tensor (channels, height, width), a path or
             a URL. Arrays and tensors hold bool, uint8, uint16, or floats in [0, 1].
-        background (`str`): The colour behind transparent pixels; *defaults to* white.
+        background (`str`): The color behind transparent pixels; *defaults to* white.
         name (`str`): Name of the argument that holds the image, for messages.
 
     Raises:
@@ -144,7 +144,7 @@ def prepare_rgb_image(
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image = image.convert("RGB")
-    # Keep a colour profile only if it describes RGB, not grey or CMYK. Bytes 16 to 19 name its colour space
+    # Keep a color profile only if it describes RGB, not gray or CMYK. Bytes 16 to 19 name its color space
     # (ICC.1:2022, section 7.2).
     image.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}
     return image
@@ -195,9 +195,9 @@ class CropGeometry(NamedTuple):
 def compute_crop_geometry(
     source_height: int, source_width: int, height: int, width: int, resize_mode: str = "crop"
 ) -> CropGeometry:
-    """Compute which part of an image is kept at `height`×`width` pixels: its centre, or all of it if it is stretched.
+    """Compute which part of an image is kept at `height`×`width` pixels: its center, or all of it if it is stretched.
 
-    Source: LlamaGen (arXiv 2406.06525) and EditAR, which resize the shortest side and crop the centre.
+    Source: LlamaGen (arXiv 2406.06525) and EditAR, which resize the shortest side and crop the center.
 
     Raises:
         ValueError: If the image is so thin that no pixel lies completely inside the crop.
@@ -252,7 +252,7 @@ class EditARImageProcessor(PilBackend):
     Args:
         size (`int` or `dict[str, int]`, *optional*): `height` and `width` in pixels; *defaults to* 512×512.
         resize_mode (`str`, *optional*): `"crop"` (default, as published) scales the image until it covers the size, and
-            keeps the centre; `"stretch"` resizes the image to the size and changes its proportions.
+            keeps the center; `"stretch"` resizes the image to the size and changes its proportions.
         aspect (`str`, *optional*): What `EditARPipeline` works at unless a call says otherwise: `"model"` (default, as
             published) at `size`, `"source"` at the proportions of the source; see `EditARPipeline.__call__`. Training
             at several aspect ratios sets it to `"source"`. `preprocess` does not use it.
@@ -334,12 +334,12 @@ class EditARImageProcessor(PilBackend):
         return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
     def resize_and_crop(self, image: Image.Image, height: int, width: int, resize_mode: str) -> Image.Image:
-        """Resize an upright RGB image to `height`×`width` pixels; warn if the centre crop cuts away more than 2 %."""
+        """Resize an upright RGB image to `height`×`width` pixels; warn if the center crop cuts away more than 2 %."""
         crop = compute_crop_geometry(image.height, image.width, height, width, resize_mode)
         if crop.cut_fraction > MAX_SILENT_CUT:
             # The message is the same for all images, so Python shows it once for each line that calls.
             warn_caller(
-                f"The centre crop cuts away more than {MAX_SILENT_CUT:.0%} of an image. To keep the whole image, pass "
+                f"The center crop cuts away more than {MAX_SILENT_CUT:.0%} of an image. To keep the whole image, pass "
                 '`resize_mode="stretch"`, or a `height` and `width` with the proportions of the image.'
             )
         return apply_crop(image, crop, height, width)
@@ -435,7 +435,7 @@ class EditARImageProcessor(PilBackend):
 
 # Detail
 
-# Windows whose colours, in [0, 1], vary less than this say little about the change of colours.
+# Windows whose colors, in [0, 1], vary less than this say little about the change of colors.
 FIT_EPSILON = 1e-3
 
 
@@ -449,7 +449,7 @@ def apply_change(
 ) -> Image.Image:
     """Apply the change from a small image, `reconstruction`, to another one, `edited`, to the source at its full size.
 
-    Around each pixel, an affine transform of colours is fitted that turns the reconstruction into the edited image. The
+    Around each pixel, an affine transform of colors is fitted that turns the reconstruction into the edited image. The
     source is transformed in this way at its full size, so it keeps its detail. Where the transform does not explain the
     edited image, for example inside a new object, the result is the edited image, resized. Differences as large as
     the VQ model's own errors count as noise, so a Wiener filter sets the weight of the edited image.
@@ -462,7 +462,7 @@ def apply_change(
         radius (`int`): Pixels from the middle of the square windows of the fit to their border.
         box (`tuple[float, ...]`): The part of `edited` that shows `source`: left, top, right and bottom in pixels.
 
-    Source: He, Sun and Tang, "Guided Image Filtering", 2010, with a guide in colour, applied at full size as in He and
+    Source: He, Sun and Tang, "Guided Image Filtering", 2010, with a guide in color, applied at full size as in He and
     Sun, "Fast Guided Filter", 2015 (arXiv 1505.00996). Here flat windows follow the transform of the whole image.
     """
 
@@ -483,13 +483,13 @@ def apply_change(
     small = (np.asarray(image, np.float32) / 255 for image in (seen, reconstruction, edited))
     shown, before, after = (torch.from_numpy(pixels).permute(2, 0, 1) for pixels in small)
     mean_before, mean_after = average(before), average(after)
-    # Covariances of the colours before the edit with themselves and with those after it, (height, width, 3, 3).
+    # Covariances of the colors before the edit with themselves and with those after it, (height, width, 3, 3).
     spread, shared = (
         (average(before[:, None] * colors) - mean_before[:, None] * mean).permute(2, 3, 0, 1)
         for colors, mean in ((before, mean_before), (after, mean_after))
     )
     identity = torch.eye(3)
-    # An image of one colour, whose covariances are 0, keeps its colours.
+    # An image of one color, whose covariances are 0, keeps its colors.
     whole = torch.linalg.solve(*(covariances.mean(dim=(0, 1)) + 1e-6 * identity for covariances in (spread, shared)))
     matrices = torch.linalg.solve(spread + FIT_EPSILON * identity, shared + FIT_EPSILON * whole).permute(2, 3, 0, 1)
     offsets = average(mean_after - transform(mean_before))

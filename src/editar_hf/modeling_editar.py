@@ -229,7 +229,7 @@ class EditARTextProjection(nn.Module):
 
 
 class EditARPreTrainedModel(PreTrainedModel):
-    """Initialise the weights, and declare to transformers which features the decoder supports."""
+    """Initialize the weights, and declare to transformers which features the decoder supports."""
 
     config_class = EditARConfig
     config: EditARConfig

@@ -2,7 +2,7 @@
 
 A convolutional encoder computes one latent vector for each `stride` × `stride` pixels. The token of a latent vector is
 the index of the codebook row with the highest cosine similarity. A decoder, which mirrors the encoder, reconstructs the
-image from the normalised codebook rows. Modules have the names of the keys in the published checkpoint.
+image from the normalized codebook rows. Modules have the names of the keys in the published checkpoint.
 
 Source: LlamaGen (arXiv 2406.06525), section 2.1; VQGAN (arXiv 2012.09841) for the convolutional networks.
 """
@@ -36,7 +36,7 @@ class EditARVQEncoderOutput(ModelOutput):
     Args:
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`): Codebook indices in raster order.
         latents (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, embedding_dim)`): The fp32 unit vectors
-            before quantisation.
+            before quantization.
     """
 
     image_tokens: torch.Tensor | None = None
@@ -90,14 +90,14 @@ def prepare_layout(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class EditARVQNorm(nn.GroupNorm):
-    """Group normalisation with the settings of the VQ model."""
+    """Group normalization with the settings of the VQ model."""
 
     def __init__(self, config: EditARVQConfig, channels: int):
         super().__init__(config.norm_num_groups, channels, eps=1e-6)
 
 
 class EditARVQResBlock(nn.Module):
-    """Residual block: two 3×3 convolutions, each after group normalisation and SiLU."""
+    """Residual block: two 3×3 convolutions, each after group normalization and SiLU."""
 
     def __init__(self, config: EditARVQConfig, in_channels: int, out_channels: int):
         super().__init__()
@@ -145,7 +145,7 @@ def build_downsample(channels: int) -> nn.Sequential:
 
 
 def build_upsample(channels: int) -> nn.Sequential:
-    """Build an upsampling that doubles height and width (nearest neighbour), followed by a convolution."""
+    """Build an upsampling that doubles height and width (nearest neighbor), followed by a convolution."""
     conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
@@ -258,7 +258,7 @@ class EditARVQDecoder(nn.Module):
 
 
 class EditARVQQuantizer(nn.Module):
-    """The codebook. Its rows are stored without normalisation, but only their directions are used."""
+    """The codebook. Its rows are stored without normalization, but only their directions are used."""
 
     def __init__(self, config: EditARVQConfig):
         super().__init__()
@@ -317,7 +317,7 @@ class EditARVQModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise convolutions as PyTorch does by default, and codes as random directions."""
+        """Initialize convolutions as PyTorch does by default, and codes as random directions."""
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             bound = 1 / math.sqrt(module.weight[0].numel())
@@ -410,7 +410,7 @@ class EditARVQModel(PreTrainedModel):
                 f"multiples of the VQ model's stride, {stride}."
             )
         latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
-        # Normalisation and the choice of codes always run in fp32, because near-ties between codes are common.
+        # Normalization and the choice of codes always run in fp32, because near-ties between codes are common.
         latents = F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)
         return self.quantize.encode(latents.detach()), latents
 

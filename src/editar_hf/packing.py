@@ -186,7 +186,7 @@ def check_can_pack(model: nn.Module) -> None:
     """Check that the linear layers of a model can be packed.
 
     Raises:
-        ValueError: If this machine has no kernel, or a weight is not on the CPU, is quantised, not finite or too large
+        ValueError: If this machine has no kernel, or a weight is not on the CPU, is quantized, not finite or too large
             for float16.
     """
     if (reason := explain_missing_kernel()) is not None:
@@ -198,7 +198,7 @@ def check_can_pack(model: nn.Module) -> None:
         )
     for path, layer in list_linears(model):
         if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
-            raise ValueError(f"`{path}` is quantised; to pack weights, load the model without `quantization_config`.")
+            raise ValueError(f"`{path}` is quantized; to pack weights, load the model without `quantization_config`.")
         lowest, highest = layer.weight.aminmax()
         if not max(-lowest, highest) <= LARGEST_WEIGHT:  # NaN does not fulfil any comparison.
             raise ValueError(
@@ -285,7 +285,7 @@ class PackedWeightsMixin:
 
         Raises:
             ValueError: If this machine has no kernel (it exists for x86-64 with AVX2), a weight is not on the CPU, is
-                quantised, not finite, or beyond ±65,504.
+                quantized, not finite, or beyond ±65,504.
         """
         pack_linears(self)
 

@@ -20,7 +20,7 @@ from .image_processing_editar import compute_psnr
 from .pipelines.pipeline_editar import EditARPipeline
 
 
-# A uniformly grey image has 10 dB; the published VQ model reaches more than 20 dB on photographs.
+# A uniformly gray image has 10 dB; the published VQ model reaches more than 20 dB on photographs.
 MIN_VQ_PSNR = 15.0
 # In nats per token: with a gain of 1, a token is on average e times as likely as under the uniform distribution.
 MIN_GAIN_OVER_CHANCE = 1.0

@@ -19,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--vq-model", metavar="FILE", help="file of the VQ model; default: LlamaGen's published VQ-16")
     add("--text-encoder", metavar="ID", help="folder or Hub id of a T5 text encoder; default: google/flan-t5-xl")
     add("--output-dir", metavar="DIR", required=True, help="folder to write; it must be new or empty")
-    add("--license", metavar="ID", help="licence of the weights for the model card, such as apache-2.0; default: none")
+    add("--license", metavar="ID", help="license of the weights for the model card, such as apache-2.0; default: none")
     heads = "attention heads of the decoder; default: width / 64, or width / 100 if the width is 3200"
     add("--num-attention-heads", metavar="N", type=int, help=heads)
     grid_size = "tokens per side of an image; only if --transformer is a text-to-image decoder of LlamaGen"
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Check that the options belong to the direction of the conversion, and that an upload has a licence."""
+    """Check that the options belong to the direction of the conversion, and that an upload has a license."""
     forward_only = ("transformer", "vq_model", "text_encoder", "license")
     forward_only += ("num_attention_heads", "grid_size", "dtype", "push_to_hub")
     for name in forward_only if args.reverse else ("model",):
@@ -63,7 +63,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             "decoder as `--transformer`, or leave `--grid-size` out."
         )
     if args.push_to_hub is not None and args.license is None:
-        raise ValueError("`--license` is missing; pass the licence under which the weights may be shared on the Hub.")
+        raise ValueError("`--license` is missing; pass the license under which the weights may be shared on the Hub.")
     if args.push_to_hub is not None and args.push_to_hub.count("/") != 1:
         raise ValueError(f"`--push-to-hub` is {args.push_to_hub}; pass a full id, `owner/name`, for the model card.")
 
@@ -100,7 +100,7 @@ def convert(args: argparse.Namespace) -> int:
         (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
     print(f"{report.to_markdown()}\n\nWrote {output_dir}")
     if args.license is None:
-        print("The model card names no licence, because --license was not given.")
+        print("The model card names no license, because --license was not given.")
     if is_start:
         print(
             "This pipeline cannot edit yet: it is the start for training. The null image embedding and the "

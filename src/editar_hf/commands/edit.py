@@ -59,7 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--seed", metavar="S", type=int, default=0, help="seed of the sampling (default: 0)")
     aspect = "model edits at the model's size, source at the proportions of the image; default: that of the model"
     add("--aspect", choices=("model", "source"), help=aspect)
-    resize_mode = "how to resize images to the model's size: crop edits the centre, stretch edits the whole image"
+    resize_mode = "how to resize images to the model's size: crop edits the center, stretch edits the whole image"
     add("--resize-mode", choices=("crop", "stretch"), help=f"{resize_mode}; default: that of the model")
     crop_to_mask = "cut out a window around the mask, and edit it at the model's size"
     add("--crop-to-mask", action="store_true", help=crop_to_mask)
@@ -311,6 +311,6 @@ def edit(pipeline: Any, job: argparse.Namespace) -> None:
 
 
 def save_image(image: "Image.Image", path: Path, options: dict[str, Any]) -> None:
-    """Save an image with its colour profile, which some formats do not read from the image itself."""
+    """Save an image with its color profile, which some formats do not read from the image itself."""
     with atomic_path(path) as unfinished:
         image.save(unfinished, icc_profile=image.info.get("icc_profile"), **options)

@@ -114,7 +114,7 @@ def open_image(path: str | Path) -> Image.Image:
 PIE_CATEGORIES = {
     "random": 140,
     **dict.fromkeys(("change object", "add object", "delete object"), 80),
-    **dict.fromkeys(("change content", "change pose", "change colour", "change material"), 40),
+    **dict.fromkeys(("change content", "change pose", "change color", "change material"), 40),
     **dict.fromkeys(("change background", "change style"), 80),
 }
 
@@ -170,7 +170,7 @@ def decode_image(stored: dict) -> Image.Image:
 
 
 def crop(image: Image.Image, resolution: int, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """Resize an image so that its shortest side has `resolution` pixels, then crop the centre.
+    """Resize an image so that its shortest side has `resolution` pixels, then crop the center.
 
     Source: the image preparation of EditAR (arXiv 2501.04699).
     """
@@ -188,7 +188,7 @@ def make_translation(task: str, source: str, sample_id: str, row: dict, resoluti
     elif task == "depth":
         condition_map = prepare("control_depth")
     else:
-        # The colours of `control_seg` come from a palette of 133 colours, so they do not identify the 171 classes.
+        # The colors of `control_seg` come from a palette of 133 colors, so they do not identify the 171 classes.
         condition_map = prepare("control_seg")
         labels = crop(read_labels(decode_image(row["panoptic_seg_map"])), resolution, Image.Resampling.NEAREST)
     prompt = row["text"] if task != "segmentation" else row.get("detailed_prompt") or row["prompt"]
@@ -201,7 +201,7 @@ def read_labels(image: Image.Image) -> Image.Image:
     if classes.ndim != 2 or not set(np.unique(classes).tolist()) <= {*range(171), 255}:
         raise ValueError(
             f"`panoptic_seg_map` has the mode {image.mode!r} and values up to {classes.max()}; pass a label map whose "
-            "pixels are class numbers from 0 to 170, or 255 for ignored pixels, and not colours."
+            "pixels are class numbers from 0 to 170, or 255 for ignored pixels, and not colors."
         )
     return Image.fromarray(classes.astype(np.uint8))
 

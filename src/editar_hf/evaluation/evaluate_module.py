@@ -23,7 +23,7 @@ import editar_hf.evaluation.run as run
 import editar_hf.evaluation.table as table
 
 
-def read_grey(path: str) -> PIL.Image.Image:
+def read_gray(path: str) -> PIL.Image.Image:
     """Read a mask or a label map."""
     with PIL.Image.open(path) as image:
         return image.convert("L")
@@ -34,7 +34,7 @@ READERS: dict[str, Callable] = {
     "source_image": benchmarks.open_image,
     "target_image": benchmarks.open_image,
     "target_prompt": str,
-    "labels": read_grey,
+    "labels": read_gray,
 }
 
 
@@ -86,9 +86,9 @@ class EditMetric(evaluate.Metric):
         found = []
         for index, (path, reference) in enumerate(zip(predictions, references, strict=True)):
             prediction = benchmarks.open_image(path)
-            mask = read_grey(masks[index]) if masks else None
+            mask = read_gray(masks[index]) if masks else None
             values: dict[str, Any] = {"source_image": prediction, "mask": mask, field: READERS[field](reference)}
             pair = table.Pair(prediction, benchmarks.Sample("", "", **values), table.PROTOCOLS[protocol])
             found.append(spec.measure(pair, networks))
-        figure = run.summarise_metric(metric, found)
+        figure = run.summarize_metric(metric, found)
         return {metric: run.decode_number(figure["mean"]), "num_samples": figure["n"]}

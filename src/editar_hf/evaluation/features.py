@@ -153,7 +153,7 @@ def compute_lpips(
 def encode_keys(network: Network, images: torch.Tensor, pixel_scale: int = 255, antialias: bool = True) -> torch.Tensor:
     """Compute the keys (batch, tokens, dim) of the last layer of a DINO model. All heads are concatenated.
 
-    The first key belongs to the class token. `pixel_scale` is the value of white before normalisation. The published
+    The first key belongs to the class token. `pixel_scale` is the value of white before normalization. The published
     results were computed with 255, but the network was trained with 1. `antialias` filters images that are downscaled.
 
     Source: the evaluation of PnPInversion (arXiv 2310.01506): the shorter side is 224, the longer side at most 480.
@@ -173,14 +173,14 @@ def encode_keys(network: Network, images: torch.Tensor, pixel_scale: int = 255, 
 def encode_class_tokens(network: Network, images: torch.Tensor) -> torch.Tensor:
     """Encode images as class tokens (batch, dim) of a DINO model.
 
-    Source: the evaluation of MagicBrush (arXiv 2306.10012): the shorter side is 256, then the centre is cropped to
+    Source: the evaluation of MagicBrush (arXiv 2306.10012): the shorter side is 256, then the center is cropped to
     224×224.
     """
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 256}, do_center_crop=False, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
     )
     pixels = prepare_inputs(network, images, processor).pixel_values
-    # Parity: the published code rounds the corner of the centre crop to nearest. The image processor would round down.
+    # Parity: the published code rounds the corner of the center crop to nearest. The image processor would round down.
     top, left = (round((side - 224) / 2) for side in pixels.shape[2:])
     outputs = network.model(pixels[:, :, top : top + 224, left : left + 224], interpolate_pos_encoding=True)
     return outputs.last_hidden_state[:, 0]

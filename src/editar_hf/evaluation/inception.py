@@ -93,7 +93,7 @@ class FIDInception(nn.Module):
         return hidden_states
 
     def convolve(self, step: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Apply a convolution without bias, batch normalisation and ReLU."""
+        """Apply a convolution without bias, batch normalization and ReLU."""
         name, _, stride = step.partition(":")
         shape = {"stride": int(stride)} if stride else {"padding": "same"}
         hidden_states = F.conv2d(hidden_states, self.weights[f"{name}/conv/weight"], **shape)

@@ -54,7 +54,7 @@ class LPIPS(nn.Module):
         return distance
 
     def compute_features(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Compute the features of the compared layers, normalised to unit length at every position."""
+        """Compute the features of the compared layers, normalized to unit length at every position."""
         shift, scale = (pixels.new_tensor(values)[:, None, None] for values in (SHIFT, SCALE))
         hidden_states = self.convolve("0", (pixels - shift) / scale, stride=2)
         compared = [hidden_states]

@@ -148,9 +148,9 @@ def compute_structure_distance(keys: torch.Tensor, reference_keys: torch.Tensor)
 
 
 def compute_frechet_distance(features: torch.Tensor, reference_features: torch.Tensor) -> float:
-    """Compute the Fréchet distance between two sets of features (n, dim), modelled as normal distributions.
+    """Compute the Fréchet distance between two sets of features (n, dim), modeled as normal distributions.
 
-    The covariance is Σ = AᵀA, where A holds the centred features divided by √(n − 1). The trace of (Σ₁Σ₂)^½ is the sum
+    The covariance is Σ = AᵀA, where A holds the centered features divided by √(n − 1). The trace of (Σ₁Σ₂)^½ is the sum
     of the singular values of A₁A₂ᵀ. No matrix root is therefore needed, and the result is exact even if there are fewer
     images than dimensions.
 

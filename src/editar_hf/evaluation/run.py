@@ -242,7 +242,7 @@ def score(
         **benchmark.info,
         "protocol": protocol,
         "num_expected": len(benchmark.scored),
-        **summarise(benchmark.categories, rows, names),
+        **summarize(benchmark.categories, rows, names),
         "problems": problems | {"extra": [name for name in others if not name.startswith(".")]},
     }
     means = [name for name in names if METRICS[name].is_mean]
@@ -306,7 +306,7 @@ def find_predictions(ids: Iterable[str], images_dir: Path) -> dict[str, Path]:
     return predictions
 
 
-def summarise(category_of: Mapping[str, str], rows: Iterable[dict], names: Sequence[str]) -> dict:
+def summarize(category_of: Mapping[str, str], rows: Iterable[dict], names: Sequence[str]) -> dict:
     """Reduce the metrics of samples to metrics over all samples and by category."""
     rows = [row for row in rows if "values" in row]
     categories: dict[str, dict] = {category: {} for category in dict.fromkeys(category_of.values())}
@@ -314,13 +314,13 @@ def summarise(category_of: Mapping[str, str], rows: Iterable[dict], names: Seque
         group = [row["values"] for row in rows if category_of[row["id"]] == category]
         for name in names:
             if METRICS[name].is_mean:
-                categories[category][name] = summarise_metric(name, [values[name] for values in group])
-    overall = {name: summarise_metric(name, [row["values"][name] for row in rows]) for name in names}
+                categories[category][name] = summarize_metric(name, [values[name] for values in group])
+    overall = {name: summarize_metric(name, [row["values"][name] for row in rows]) for name in names}
     return {"num_scored": len(rows), "overall": overall, "categories": categories}
 
 
-def summarise_metric(name: str, values: Iterable) -> dict:
-    """Summarise a metric: number n of samples where it is defined, mean, standard deviation (n − 1), scaled mean."""
+def summarize_metric(name: str, values: Iterable) -> dict:
+    """Summarize a metric: number n of samples where it is defined, mean, standard deviation (n − 1), scaled mean."""
     metric, values = METRICS[name], [value for value in values if value is not None]
     mean, deviation = metric.reduce(values) if values else math.nan, math.nan
     if metric.is_mean and len(values) > 1 and math.isfinite(mean):

@@ -21,7 +21,7 @@ EDITAR = {
     "description": "As in the evaluation of EditAR (arXiv 2501.04699).",
     "ssim_border": 0,  # pixels left out of SSIM at each side
     "masked_mean": False,  # whether to average over unedited pixels only, or over all, with edited pixels black
-    # Parity: the reference does not divide pixels by 255 before it normalises them for DINO.
+    # Parity: the reference does not divide pixels by 255 before it normalizes them for DINO.
     "structure": {"pixel_scale": 255, "antialias": True},
     "depth_variant": "editar",  # `variant` of `metrics.compute_depth_rmse`
 }

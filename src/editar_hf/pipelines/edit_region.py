@@ -27,7 +27,7 @@ from ..image_processing_editar import (
 from .inputs import compute_batch_size
 
 
-# A mask pixel counts as white if its grey value, 0 to 255, is at least this.
+# A mask pixel counts as white if its gray value, 0 to 255, is at least this.
 WHITE = 128
 # An edit is taken to change the whole image if more than this fraction of the tokens are above half the threshold. With
 # that of the scene editor, the fraction was at most 0.75 in 300 edits of objects, and above in 59 of 60 edits of the
@@ -52,7 +52,7 @@ def prepare_mask(mask_image: Image.Image | np.ndarray | torch.Tensor, source_siz
     """
     if isinstance(mask_image, str | Path):
         mask_image = open_image(mask_image, "mask_image")  # Open it only once for the two calls below.
-    on_black, on_white = (prepare_rgb_image(mask_image, colour, "mask_image") for colour in ("black", "white"))
+    on_black, on_white = (prepare_rgb_image(mask_image, color, "mask_image") for color in ("black", "white"))
     check_transparency(np.asarray(on_black), np.asarray(on_white))
     mask = on_black.convert("L")
     is_white = np.asarray(mask) >= WHITE
@@ -144,7 +144,7 @@ def compute_edit_mask(is_white: np.ndarray, height: int, width: int, stride: int
 
 
 def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mode: str) -> str | None:
-    """Return a warning if the mask has no white pixels, or if the centre crop cuts away some of them; else `None`.
+    """Return a warning if the mask has no white pixels, or if the center crop cuts away some of them; else `None`.
 
     The arguments are those of `compute_edit_mask`.
     """
@@ -159,7 +159,7 @@ def describe_lost_white(is_white: np.ndarray, height: int, width: int, resize_mo
     if part <= MAX_SILENT_CUT:
         return None
     return (
-        f"The centre crop cuts away {part:.0%} of the white pixels of `mask_image`, where the image cannot change. "
+        f"The center crop cuts away {part:.0%} of the white pixels of `mask_image`, where the image cannot change. "
         'Pass `resize_mode="stretch"`, a `height` and `width` with the proportions of the image, or '
         "`crop_to_mask=True`."
     )

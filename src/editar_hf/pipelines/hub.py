@@ -1,7 +1,7 @@
 """Load, save and share pipelines: folders, the Hub, model cards.
 
 diffusers cannot download components with classes of other packages, so this module selects the files to download.
-transformers initialises missing weights at random, so this module compares the keys and shapes of all weights with
+transformers initializes missing weights at random, so this module compares the keys and shapes of all weights with
 those of the networks before any weight is read.
 """
 
@@ -53,7 +53,7 @@ SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 WEIGHTS_SUFFIX = ".safetensors"
 # Older versions of diffusers have another name for `dtype`, and ignore the new name.
 DTYPE = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
-# While transformers loads a model, it disables the initialisation of weights in the whole process. Two
+# While transformers loads a model, it disables the initialization of weights in the whole process. Two
 # loads at the same time could therefore leave weights random.
 LOADING = threading.Lock()
 
@@ -79,7 +79,7 @@ def make_card(
         name (`str`): The Hub id or folder that the example code of the card loads.
         dataset, base_model (`str`, *optional*): The data set and the model that the training started from. The header
             of the card names them only if they are Hub ids.
-        license (`str`, *optional*): Identifier of the licence.
+        license (`str`, *optional*): Identifier of the license.
         metrics (mapping of `str` to `float`, *optional*): Results on held-out data of `dataset`, by the types of the
             metrics. They go into the `model-index` of the header, which the Hub shows beside the card.
         sections: Texts and numbers for the template.
@@ -142,7 +142,7 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | bo
     Args:
         repo_id (`str`): The id of the repository.
         private (`bool`, *optional*): Whether only the owner can see the repository. With `None`, a new repository is
-            public, unless its organisation makes repositories private by default; an existing repository keeps its
+            public, unless its organization makes repositories private by default; an existing repository keeps its
             visibility.
         token (`str` or `bool`, *optional*): See `huggingface_hub.create_repo`.
 
@@ -285,7 +285,7 @@ def check_weights(folder: Path, model_class: type[PreTrainedModel], paths: Seque
     """
     config = model_class.config_class.from_pretrained(folder)
     if "quantization_config" in config.to_dict():
-        return set()  # Quantised weights have other names and shapes. The quantisation library checks them.
+        return set()  # Quantized weights have other names and shapes. The quantization library checks them.
     with torch.device("meta"):
         model = model_class(config)
     if (folder / GENERATION_CONFIG_NAME).is_file():

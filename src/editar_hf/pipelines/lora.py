@@ -378,7 +378,7 @@ class EditARLoraMixin(LoraBaseMixin):
         Raises:
             TypeError: If a name is not a string.
             ValueError: If the scale is not a finite number, an adapter does not exist, no adapter is active, adapters
-                are disabled, or weights are quantised, packed, offloaded, or would not be finite.
+                are disabled, or weights are quantized, packed, offloaded, or would not be finite.
         """
         names = self._check_choice(self.get_active_adapters() if adapter_names is None else adapter_names)
         lora_scale = check_number("lora_scale", lora_scale)
@@ -395,7 +395,7 @@ class EditARLoraMixin(LoraBaseMixin):
             )
             if not layer.weight.is_floating_point():
                 raise ValueError(
-                    f"`{path}` is quantised, so `unfuse_lora` could not restore it; fuse before quantising."
+                    f"`{path}` is quantized, so `unfuse_lora` could not restore it; fuse before quantizing."
                 )
             if not (layer.weight + lora_scale * update + lengths).isfinite().all():
                 raise ValueError(

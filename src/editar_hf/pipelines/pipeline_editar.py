@@ -461,7 +461,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
         num_rows: int,
         size: tuple[int, int],
     ) -> torch.Tensor:
-        """Compute the source pixels of every row: the given ones, else decoded source tokens, else grey pixels."""
+        """Compute the source pixels of every row: the given ones, else decoded source tokens, else gray pixels."""
         if pixel_values is not None:
             return repeat_rows(pixel_values.to(self._execution_device), num_rows)
         if source_image_tokens is not None:
@@ -471,7 +471,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
     def complete_tokens(
         self, image_tokens: torch.Tensor, source_image_tokens: torch.Tensor | None, size: tuple[int, int]
     ) -> torch.Tensor:
-        """Fill in the tokens that an interrupted call did not decode, from the source or from a grey image."""
+        """Fill in the tokens that an interrupted call did not decode, from the source or from a gray image."""
         num_tokens = image_tokens.shape[1]
         height, width = self.compute_grid(*size)
         if num_tokens == height * width:
@@ -582,7 +582,7 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
 
         Prompts and images are paired. One prompt is used for all images, or one image for all prompts. To stop a call
         after the current decoder pass, call `pipe.interrupt()` in a callback or from another thread. The tokens that
-        are not decoded then are those of the source, or of a grey image if there is no source.
+        are not decoded then are those of the source, or of a gray image if there is no source.
 
         Args:
             prompt (`str` or sequence of `str`): The instructions, or the captions of condition maps.
@@ -606,15 +606,15 @@ class EditARPipeline(EditARLoraMixin, EditARHubMixin):
                 unless `height` or `width` is given. Only a model that was trained at several aspect ratios edits well
                 at them.
             resize_mode (`str`, *optional*): How the source is resized to that size: `"crop"` (resize the shortest side,
-                then crop the centre; warns if more than 2 % is cut away) or `"stretch"`; *defaults to* that of the
+                then crop the center; warns if more than 2 % is cut away) or `"stretch"`; *defaults to* that of the
                 model.
             restore_size (`bool`, *optional*): Return images of the size of the source. After a crop, the result is put
                 back into the full source; after a stretch, it is resized back. Needs `image` and `output_type="pil"`.
                 *Defaults to* True if the task is `"edit"` or the aspect is `"source"`, `image` is given, the output is
                 PIL images, and `height`, `width`, `source_image_tokens` and `source_cache` are not given.
             detail (`str`): Where the fine detail of a result comes from if the image is larger than the size the model
-                works at. `"model"` resizes the result. `"source"` applies the change of colours to `image` at its full
-                size, and so keeps its detail; what is new is resized. It suits edits of light and colours; of an object
+                works at. `"model"` resizes the result. `"source"` applies the change of colors to `image` at its full
+                size, and so keeps its detail; what is new is resized. It suits edits of light and colors; of an object
                 that is removed, replaced or moved, traces stay. Needs `restore_size=True` or `crop_to_mask`, and the
                 task `"edit"`.
             mask_image (*optional*): White where the image may change. Pass one mask for all images, or one for each, of

@@ -34,11 +34,11 @@ MAX_SHOWN_SIDE = 1024
 # Sessions that the app remembers; the oldest are forgotten first.
 MAX_SESSIONS = 100
 NUM_PREVIEWS = 8
-# Colour and opacity of the brush. A pixel is marked if its alpha, 0 to 255, is at least `MIN_ALPHA`.
+# Color and opacity of the brush. A pixel is marked if its alpha, 0 to 255, is at least `MIN_ALPHA`.
 BRUSH, MIN_ALPHA = ("#10b981", 0.55), 64
 HINT = "1. Brush over the part that may change, or leave this out.\n2. Say what to change.\n3. Press **Edit**."
 NOTES = {
-    "crop": "The model edits the largest centred square. The rest of the image stays as it is.",
+    "crop": "The model edits the largest centered square. The rest of the image stays as it is.",
     "stretch": "The model sees the image resized to a square. The result has the size of the image again.",
 }
 CSS = """
@@ -71,9 +71,9 @@ def explain_errors() -> Iterator[None]:
 
 
 def read_mask(editor_value: Mapping[str, Any] | None, size: tuple[int, int]) -> Image.Image | None:
-    """Read what the brush marked: a grey image of `size` (width, height), white where it marked; None without marks.
+    """Read what the brush marked: a gray image of `size` (width, height), white where it marked; None without marks.
 
-    Only the alpha channels of the layers count, because the colour of transparent pixels is arbitrary.
+    Only the alpha channels of the layers count, because the color of transparent pixels is arbitrary.
     """
     mask = None
     for layer in (editor_value or {}).get("layers", []):
@@ -156,7 +156,7 @@ class EditApp:
     def cancel(self, session: Session) -> dict:
         """Cancel the edit of this session, whether it runs or waits."""
         session.run += 1
-        return self.show_slider(session) | self.show_buttons(is_running=False) | {self.status: "Cancelled."}
+        return self.show_slider(session) | self.show_buttons(is_running=False) | {self.status: "Canceled."}
 
     def edit(
         self,
@@ -171,7 +171,7 @@ class EditApp:
         preserve: bool,
         keep_detail: bool,
     ) -> Iterator[dict]:
-        """Edit the image that is shown. Answer with previews and the result, until the edit is cancelled."""
+        """Edit the image that is shown. Answer with previews and the result, until the edit is canceled."""
         if session.run != run:
             return
         with explain_errors():
@@ -239,7 +239,7 @@ class EditApp:
         if mask_image is not None:
             crop = compute_crop_geometry(image.height, image.width, *self.size, self.resize_mode)
             if mask_image.crop(crop.box).getbbox() is None:
-                raise ValueError("The brush marks nothing inside the centred square that the model edits.")
+                raise ValueError("The brush marks nothing inside the centered square that the model edits.")
         tokens = source.source_image_tokens
         edit: dict[str, Any] = {"image": image, "source_image_tokens": tokens, "mask_image": mask_image}
         edit |= {"preserve": "auto" if preserve and mask_image is None else "off"}
@@ -409,7 +409,7 @@ class EditApp:
             [self.session, self.run, self.editor, *settings],
             shown,
             concurrency_limit=1,
-            trigger_mode="multiple",  # Else an edit is lost while a cancelled one waits.
+            trigger_mode="multiple",  # Else an edit is lost while a canceled one waits.
             show_progress="minimal",
             show_progress_on=self.status,
             api_visibility="private",

@@ -1,7 +1,7 @@
 """Read the requests of the HTTP API: fields, images, limits and errors.
 
 The fields are those of OpenAI's image API, and `seed`, `guidance_scale`, `negative_prompt`, `task`, `preserve`,
-`detail` and `lora`. A field that the server cannot honour is refused by its name.
+`detail` and `lora`. A field that the server cannot honor is refused by its name.
 """
 
 import json
@@ -241,7 +241,7 @@ def open_upload(data: bytes, name: str) -> Image.Image:
 def decode_images(
     image_file: bytes, mask_file: bytes | None, height: int, width: int, resize_mode: str
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Decode the image as RGB, and the mask as a grey image that is white where its alpha is below one half.
+    """Decode the image as RGB, and the mask as a gray image that is white where its alpha is below one half.
 
     Args:
         image_file, mask_file (`bytes`): The uploaded files.
@@ -289,7 +289,7 @@ def decode_images(
 
 
 def encode_image(image: Image.Image, output_format: str, output_compression: int | None) -> bytes:
-    """Encode an image as a file, with its colour profile."""
+    """Encode an image as a file, with its color profile."""
     options = SAVE_OPTIONS.get(output_format.upper(), {})
     if output_compression is not None:
         options = {**options, "quality": output_compression, "lossless": False}

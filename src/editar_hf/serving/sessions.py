@@ -59,7 +59,7 @@ class Session:
     Attributes:
         steps (`list[Step]`): The upload and its edits.
         position (`int`): The step that is shown, and that the next edit changes.
-        run (`int`): The number of the newest edit. An edit with another number is cancelled.
+        run (`int`): The number of the newest edit. An edit with another number is canceled.
     """
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""The code that the training scripts in `examples/` share: data, batches, losses, optimisers, checkpoints."""
+"""The code that the training scripts in `examples/` share: data, batches, losses, optimizers, checkpoints."""

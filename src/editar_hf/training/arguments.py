@@ -58,7 +58,7 @@ class RunArguments:
         default=True, help="a new repository is private; --no-hub-private-repo makes it public"
     )
     push_steps: int | None = HfArg(default=None, help="steps between uploads; default: only at the end")
-    license: str | None = HfArg(default=None, help="licence identifier of the weights, for the model card")
+    license: str | None = HfArg(default=None, help="license identifier of the weights, for the model card")
 
     def __post_init__(self) -> None:
         if self.push_steps is not None and self.push_to_hub is None:
@@ -79,7 +79,7 @@ class PairArguments:
     mask_column: str = HfArg(default="mask", help="column of the masks; may be missing")
     task_column: str = HfArg(default="task", help="column of the tasks; may be missing")
     resolution: int | None = HfArg(default=None, help="pixels per side; default: the resolution of the model")
-    resize_mode: str = HfArg(default="crop", help="how images are resized: crop (keep the centre) or stretch")
+    resize_mode: str = HfArg(default="crop", help="how images are resized: crop (keep the center) or stretch")
 
     def describe_dataset(self, dataset: str, split: str, streaming: bool) -> DatasetSpec:
         """Describe a data set whose columns have the names in these arguments."""
@@ -115,7 +115,7 @@ class PairArguments:
 class TrainingArguments(PairArguments, RunArguments):
     """Arguments of `EditARTrainer`; the `help` of each field describes it.
 
-    Source: the optimiser's defaults are those of EditAR (arXiv 2501.04699), section 4.1.
+    Source: the optimizer's defaults are those of EditAR (arXiv 2501.04699), section 4.1.
     """
 
     model: str = HfArg(help="pipeline folder or Hub id to start from")
@@ -152,7 +152,7 @@ class TrainingArguments(PairArguments, RunArguments):
         default=0.5, help="weight of the distillation loss, the distance to DINOv2 features"
     )
 
-    gradient_accumulation_steps: int = HfArg(default=1, help="batches per optimiser step")
+    gradient_accumulation_steps: int = HfArg(default=1, help="batches per optimizer step")
     max_train_steps: int = HfArg(default=40000, help="total number of steps")
     optimizer: Literal["adamw", "muon"] = HfArg(
         default="adamw", help="muon: Muon for hidden matrices, AdamW for the rest; learns much faster from scratch"

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 
-# DINOv2's own preprocessing: shortest side 256, centre crop 224, ImageNet statistics.
+# DINOv2's own preprocessing: shortest side 256, center crop 224, ImageNet statistics.
 RESIZED_SIDE, CROPPED_SIDE = 256, 224
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,11 +43,11 @@ class DistillationTeacher(nn.Module):
 
 
 def prepare_teacher_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Resize, crop and normalise pixels in [−1, 1] for a DINOv2: (batch, 3, height, width) → (batch, 3, 224, 224)."""
+    """Resize, crop and normalize pixels in [−1, 1] for a DINOv2: (batch, 3, height, width) → (batch, 3, 224, 224)."""
     scale = RESIZED_SIDE / min(pixel_values.shape[-2:])
     size = [round(side * scale) for side in pixel_values.shape[-2:]]
     pixels = F.interpolate(pixel_values.float() / 2 + 0.5, size, mode="bicubic", antialias=True, align_corners=False)
-    # Parity: the teacher sees only the centre, 87.5 % of each side, while the decoder's grid covers the whole image.
+    # Parity: the teacher sees only the center, 87.5 % of each side, while the decoder's grid covers the whole image.
     top, left = ((side - CROPPED_SIDE) // 2 for side in size)
     pixels = pixels[:, :, top : top + CROPPED_SIDE, left : left + CROPPED_SIDE].clamp(0, 1)
     mean, std = (pixels.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -54,7 +54,7 @@ def print_banner(
         line = f"{num_steps:,} steps are {num_steps * samples_per_step / num_samples:,.1f} epochs."
         if num_steps * samples_per_step > MANY_EPOCHS * num_samples:
             line += (
-                " In so many epochs a model memorises a small data set. Watch the loss on held-out samples, or take "
+                " In so many epochs a model memorizes a small data set. Watch the loss on held-out samples, or take "
                 f"fewer steps: {MANY_EPOCHS * num_samples // samples_per_step:,} steps are {MANY_EPOCHS} epochs."
             )
         accelerator.print(line, flush=True)

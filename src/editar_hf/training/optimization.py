@@ -1,4 +1,4 @@
-"""Build the optimisers (AdamW as published, Muon for training from scratch), and skip steps that are not finite."""
+"""Build the optimizers (AdamW as published, Muon for training from scratch), and skip steps that are not finite."""
 
 import math
 from collections.abc import Iterable
@@ -67,7 +67,7 @@ class NonFiniteGuard:
         """Return whether the weights may be updated. In fp16 the loss scaler handles infinite gradients.
 
         The host waits for the device at every step. Otherwise it could not skip the whole update, which covers the
-        weights, the moments, the step counts and the averaged weights, with every optimiser.
+        weights, the moments, the step counts and the averaged weights, with every optimizer.
         """
         figures = [loss.detach().float()]
         # DeepSpeed returns a plain number or `None`.

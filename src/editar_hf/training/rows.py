@@ -119,7 +119,7 @@ class RowReader:
             is_white = prepare_mask(mask, image.size)
             row["edit_mask"] = compute_edit_mask(is_white, height, width, image_processor.stride, mode).flatten()
         if spec.rewrite == "canny":
-            # The edges are computed at the size of training, because resized edges would be grey.
+            # The edges are computed at the size of training, because resized edges would be gray.
             pixel_values = image_processor(row["target_image"]).pixel_values
             row["source_image"] = make_canny_map(image_processor.postprocess(pixel_values)[0])
         for name in ("source_image_tokens", "target_image_tokens", "edit_mask"):

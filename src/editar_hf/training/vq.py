@@ -1,4 +1,4 @@
-"""The parts of VQ-model training: load images into memory, initialise and repair the codebook, compute metrics."""
+"""The parts of VQ-model training: load images into memory, initialize and repair the codebook, compute metrics."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ def decode_images(dataset: datasets.Dataset, resolution: int, folder: str | Path
     """Decode the images of all columns once, to uint8 pixels (images, resolution, resolution, 3).
 
     The pixels are in a temporary file in `folder` that is mapped into memory, so they may exceed the RAM. Each image is
-    cropped to its centre, and transparent pixels become white. A row with an image that cannot be used is skipped and
+    cropped to its center, and transparent pixels become white. A row with an image that cannot be used is skipped and
     counted.
 
     Raises:
@@ -121,7 +121,7 @@ def draw_codebook(
 def init_codebook(
     model: EditARVQModel, pixels: np.ndarray, batches: Iterator[np.ndarray], generator: torch.Generator
 ) -> None:
-    """Initialise the codebook with cluster centres of the latents of the untrained encoder.
+    """Initialize the codebook with cluster centers of the latents of the untrained encoder.
 
     At least four latents per code are clustered.
     """
@@ -135,14 +135,14 @@ def init_codebook(
 
 @torch.no_grad()
 def start_from_codes(transformer: EditARForConditionalGeneration, vq_model: EditARVQModel) -> None:
-    """Initialise token embeddings and output head from the codes, so that similar tokens have similar embeddings.
+    """Initialize token embeddings and output head from the codes, so that similar tokens have similar embeddings.
 
-    Both are initialised with the same matrix. The decoder can then copy tokens by attention alone, and most tokens of
+    Both are initialized with the same matrix. The decoder can then copy tokens by attention alone, and most tokens of
     an edit are copies.
     """
     codes = F.normalize(vq_model.quantize.embedding.weight, dim=-1)
     projected = codes @ torch.randn(codes.shape[1], transformer.config.hidden_size)
-    # Noise separates each code from its nearest neighbours.
+    # Noise separates each code from its nearest neighbors.
     embeds = transformer.config.initializer_range * (projected + 0.3 * torch.randn_like(projected))
     transformer.model.embed_tokens.weight.copy_(embeds)
     transformer.lm_head.weight.copy_(embeds)
@@ -172,7 +172,7 @@ class DeadCodeReviver:
         Args:
             image_tokens (`torch.LongTensor`): Codes that all processes used in this step.
             latents (`torch.Tensor` of shape `(positions, embedding_dim)`): Latents of all processes in this step.
-            optimizer (`torch.optim.Optimizer`): Optimiser whose moments of the moved codes are set to zero.
+            optimizer (`torch.optim.Optimizer`): Optimizer whose moments of the moved codes are set to zero.
             generator (`torch.Generator`): Generator with the same state in every process, so that all processes move
                 the same codes.
         """
