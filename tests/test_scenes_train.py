@@ -123,15 +123,21 @@ def test_edited_pixels_weigh_more_in_the_vq_loss_and_the_mean_stays():
     assert torch.equal(weights[1], torch.ones(1, 16, 16))
 
 
+GO_ON = ["--editor", "folder", "--vq-minutes", "0"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ([], "`text_encoder` is None; give `--text-encoder`"),
         (["--text-encoder", "folder"], "`features` is None, but .* 2.5 minutes; give `--features`"),
         (["--text-encoder", "folder", "--vq-model", "folder"], "`features` is None"),
+        ([*GO_ON, "--text-encoder", "folder"], "`text_encoder` is folder, but with `--editor` it is not read"),
+        ([*GO_ON, "--vq-model", "folder"], "`vq_model` is folder, but with `--editor` it is not read"),
+        ([*GO_ON, "--features", "file"], "`features` is file, but with `--vq-minutes 0` it is not read"),
     ],
 )
-def test_what_a_run_reads_must_be_given(words, given, message, tmp_path):
+def test_what_a_run_reads_must_be_given_and_nothing_else(words, given, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         train.main([*words, "--output-dir", str(tmp_path / "out"), *given])
     assert not (tmp_path / "out").exists()
@@ -141,7 +147,7 @@ def test_both_stages_leave_a_pipeline_that_edits(run, tmp_path):
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in log if line.get("event") == "held out"] == ["vq_model", "editor"]
     assert all(np.isfinite(value) for line in log for value in line.values() if isinstance(value, float))
-    pipe = EditARPipeline.from_pretrained(ship.unpack_pipeline(run, tmp_path))
+    pipe = EditARPipeline.from_pretrained(ship.unpack_pipeline(run, tmp_path), dtype="auto")
     assert pipe.transformer.dtype == torch.bfloat16
     assert pipe("remove the ball", image=Image.new("RGB", (64, 48)), height=48, width=64).images[0].size == (64, 48)
 

@@ -142,6 +142,12 @@ class Arguments:
                 f"`features` is None, but the VQ model is trained for {self.vq_minutes:g} minutes; give `--features` "
                 "with the file that features.py wrote, or `--vq-minutes 0`."
             )
+        unread = {"text_encoder": "--editor", "vq_model": "--editor"} if self.editor else {}
+        if not self.vq_minutes:
+            unread["features"] = "--vq-minutes 0"
+        for name, option in unread.items():
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"`{name}` is {value}, but with `{option}` it is not read; leave it out.")
         self.shapes = REHEARSED_SHAPES if self.rehearse else SHAPES
         if self.rehearse:
             self.slots, self.chunk_size, self.batch_size, self.vq_chunks = 8, 32, 32, 64
