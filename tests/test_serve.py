@@ -239,7 +239,7 @@ def test_hundred_requests_get_the_tokens_and_images_that_each_gets_alone(caplog)
             fields["size"] = ("16x8", "24x24")[k % 8 // 4]
         if k % 5 == 4:
             fields["negative_prompt"] = f"no {k}"
-        answer = running.post(data=fields, files=files)
+        answer = running.post(data=fields, files=files, timeout=60)  # The last of them waits for all others.
         assert answer.status_code == 200, answer.text
         return [entry["b64_json"] for entry in answer.json()["data"]]
 
