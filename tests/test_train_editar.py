@@ -116,6 +116,13 @@ def test_a_run_begins_with_what_it_is(get_run, editor, tokens):
     assert banner[-1] == "4 steps are 2.7 epochs."
 
 
+@pytest.mark.parametrize(("instructions", "is_slow"), [(["avx2"], True), (["avx2", "avx512_bf16"], False)])
+def test_muon_warns_where_it_is_slow(editor, tokens, train, on_cpu, monkeypatch, caplog, instructions, is_slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    train("muon", *KINDS["muon"], model=editor, dataset=tokens, max_train_steps=1)
+    assert ("This CPU has no instructions for bfloat16, so steps are many times slower" in caplog.text) == is_slow
+
+
 @pytest.mark.parametrize("name", ["train_editar.py", "train_vq.py", "precompute_tokens.py"])
 def test_help_describes_every_option_with_its_default(name):
     parser = HfArgumentParser(runpy.run_path(str(EXAMPLES / name)).get("Arguments", TrainingArguments))

@@ -2,12 +2,11 @@
 
 import torch
 
-from editar_hf.pipelines.dtypes import CPU_INSTRUCTIONS
+from editar_hf.pipelines.dtypes import has_cpu_instructions
 
 
 def autocast(device: str | torch.device) -> torch.autocast:
     """Return a context that computes in bfloat16, except on a CPU without instructions for it: there in float32."""
     kind = torch.device(device).type
-    capabilities = torch.cpu.get_capabilities()
-    is_fast = kind != "cpu" or any(capabilities.get(name) for name in CPU_INSTRUCTIONS[torch.bfloat16])
+    is_fast = kind != "cpu" or has_cpu_instructions(torch.bfloat16)
     return torch.autocast(kind, torch.bfloat16, enabled=is_fast)

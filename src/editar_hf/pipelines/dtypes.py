@@ -13,6 +13,12 @@ CPU_INSTRUCTIONS = {
 }
 
 
+def has_cpu_instructions(dtype: torch.dtype) -> bool:
+    """Return whether this CPU has instructions for a dtype of `CPU_INSTRUCTIONS`."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in CPU_INSTRUCTIONS[dtype])
+
+
 def choose_dtype(stored: Iterable[torch.dtype]) -> tuple[torch.dtype | None, str]:
     """Choose the dtype of a pipeline that is loaded without `dtype`.
 
@@ -29,7 +35,6 @@ def choose_dtype(stored: Iterable[torch.dtype]) -> tuple[torch.dtype | None, str
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and torch.accelerator.is_available():
         return None, f"as stored: the {accelerator.type} device computes in {names}"
-    capabilities = torch.cpu.get_capabilities()
-    if all(any(capabilities.get(name) for name in CPU_INSTRUCTIONS[dtype]) for dtype in half):
+    if all(map(has_cpu_instructions, half)):
         return None, f"as stored: this CPU has instructions for {names}"
     return torch.float32, f"this CPU has no instructions for {names}, in which the weights are stored"

@@ -21,7 +21,9 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import get_scheduler
+from transformers.utils import logging
 
+from ..pipelines.dtypes import has_cpu_instructions
 from ..pipelines.hub import make_card
 from ..pipelines.pipeline_editar import EditARPipeline
 from ..processing_editar import EditARProcessor
@@ -39,6 +41,9 @@ from .sharding import callable_parts, whole_parameters
 from .step import TrainingStep, draw_dropout, encode_image_tokens
 from .streams import MixedRows, build_dataloader
 from .validation import draw_validation_images
+
+
+logger = logging.get_logger(__name__)
 
 
 def build_accelerator(args: TrainingArguments) -> Accelerator:
@@ -210,6 +215,11 @@ class EditARTrainer:
         betas = args.adam_beta1, args.adam_beta2
         if args.optimizer == "adamw":
             return [build_optimizer(module.parameters(), args.learning_rate, betas, args.weight_decay)]
+        if self.accelerator.device.type == "cpu" and not has_cpu_instructions(torch.bfloat16):
+            logger.warning(
+                "`optimizer` is 'muon', which computes in bfloat16. This CPU has no instructions for bfloat16, so "
+                "steps are many times slower than with 'adamw'."
+            )
         matrices, others = split_hidden_matrices(module)
         adamw = build_optimizer(others, args.learning_rate, betas, args.weight_decay)
         return [adamw, build_muon(matrices, args.muon_learning_rate, args.weight_decay)]
